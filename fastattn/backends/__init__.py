@@ -1,0 +1,1 @@
+"""The implementations, one module each; `fastattn.dispatch` lists them."""

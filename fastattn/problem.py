@@ -1,0 +1,427 @@
+"""One attention call, validated: the only place where arguments are checked.
+
+``pose`` turns the words of the public API into a `Problem`. Nothing after it validates again.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Problem", "pose"]
+
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+_FLOAT16 = np.dtype(np.float16)
+_FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become float64)"
+
+# Positions beyond this are as good as infinite; sums of three of them still fit an int64.
+_FAR = 1 << 61
+
+
+class Problem(NamedTuple):
+    """A validated attention problem: every default filled in, every array readable as it stands.
+
+    ``batch`` stands for any number of leading axes. Arrays with ``batch`` or ``heads`` in their
+    shape below may have axes of length 1 there, which broadcast; ``q_offset`` may also be an int.
+    """
+
+    q: np.ndarray  # (batch, heads, queries, head_dim), any strides, native and aligned
+    k: np.ndarray  # (batch, kv_heads, keys, head_dim)
+    v: np.ndarray  # (batch, kv_heads, keys, value_dim)
+    dtype: np.dtype  # of the result; q, k and v already have it
+    batch: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    n_queries: int
+    n_keys: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float | None
+    bias: np.ndarray | None  # (batch, heads, queries, keys), any real dtype, any byte order
+    alibi: np.ndarray | None  # (heads,), float64
+    sinks: np.ndarray | None  # (heads,), float64
+    causal: bool
+    window: tuple[int | None, int | None]
+    q_offset: int | np.ndarray  # (batch), int64
+    kv_lengths: np.ndarray | None  # (batch), int64
+    spans: tuple[np.ndarray, np.ndarray] | None  # (batch, heads, queries), int64
+    mask: np.ndarray | None  # (batch, heads, queries, keys), bool
+    return_lse: bool
+    return_weights: bool
+    result: np.ndarray  # (batch, heads, queries, value_dim): to be filled, overlaps no input
+    out: np.ndarray | None  # where the caller wants a copy of it; None if it lies there already
+    one_head: bool  # all operands were two-dimensional: drop the head axis on return
+    threads: int | None
+    precision: str | None
+    copied: tuple[str, ...]  # operands that had to be copied, for `explain`
+
+    @property
+    def accumulator(self) -> np.dtype:
+        """The dtype of sums and of ``lse``: float64 for float64, else float32."""
+        return _FLOAT64 if self.dtype is _FLOAT64 else _FLOAT32
+
+    @property
+    def group(self) -> int:
+        """How many query heads read one key head."""
+        return self.heads // self.kv_heads if self.kv_heads else 1
+
+    def rows(self, dim: int | None = None) -> tuple[int, ...]:
+        """The shape of a result with one entry (or `dim` entries) per query."""
+        shape = (*self.batch, self.heads, self.n_queries)
+        return shape if dim is None else (*shape, dim)
+
+    def intervals(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """``(start, stop)`` such that a query sees keys ``start <= j < stop`` and no structured
+        mask hides one of those; int64, broadcastable to ``(batch, heads, queries)``, within
+        ``0..n_keys``, empty where ``stop <= start``. None if every query sees every key.
+        """
+        left, right = self.window
+        if self.causal:
+            right = 0  # a window's right side is never negative, so causal is the tighter
+        if left is None and right is None and self.kv_lengths is None and self.spans is None:
+            return None
+        start = np.zeros(1, np.int64)
+        stop = np.full(1, self.n_keys, np.int64)
+        if left is not None or right is not None:
+            offset = self.q_offset
+            if isinstance(offset, np.ndarray):
+                offset = offset[..., None, None]
+            position = np.arange(self.n_queries) + offset
+            if left is not None:
+                start = np.maximum(position - left, 0)
+            if right is not None:
+                stop = np.minimum(position + (right + 1), self.n_keys)
+        if self.kv_lengths is not None:
+            stop = np.minimum(stop, self.kv_lengths[..., None, None])
+        if self.spans is not None:
+            start = np.maximum(start, self.spans[0])
+            stop = np.minimum(stop, self.spans[1])
+        return np.minimum(start, self.n_keys), np.maximum(stop, 0)
+
+
+def pose(
+    q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    return_lse=False, return_weights=False, out=None, threads=None, precision=None,
+) -> Problem:  # fmt: skip
+    """Check the arguments of `fastattn.scaled_dot` and state the problem they pose.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The message begins with the name of the offending argument.
+    """
+    q, k, v = _array("q", q), _array("k", k), _array("v", v)
+    one_head = q.ndim == k.ndim == v.ndim == 2
+    dtype, copied = q.dtype, ()
+    if not (
+        (dtype is _FLOAT32 or dtype is _FLOAT64)
+        and k.dtype is dtype and v.dtype is dtype
+        and q.flags.aligned and k.flags.aligned and v.flags.aligned
+    ):  # fmt: skip
+        dtype = _promote(q, k, v)
+        originals = (q, k, v)
+        q, k, v = (np.require(x, dtype, "A") for x in originals)
+        pairs = zip("qkv", originals, (q, k, v), strict=True)
+        copied = tuple(name for name, before, after in pairs if after is not before)
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) == 2:
+        q, q_shape = q[None], (1, *q_shape)
+    if len(k_shape) == 2:
+        k, k_shape = k[None], (1, *k_shape)
+    if len(v_shape) == 2:
+        v, v_shape = v[None], (1, *v_shape)
+
+    *batch, heads, n_queries, head_dim = q_shape
+    *k_batch, kv_heads, n_keys, k_dim = k_shape
+    *v_batch, v_heads, v_keys, value_dim = v_shape
+    if k_dim != head_dim:
+        raise ValueError(f"k: head_dim {k_dim} differs from q's {head_dim}")
+    if head_dim < 1:
+        raise ValueError("q: head_dim 0 given, at least 1 wanted")
+    if v_keys != n_keys:
+        raise ValueError(f"v: {v_keys} keys differ from k's {n_keys}")
+    if k_batch != batch or v_batch != batch:
+        batch = _broadcast_batch(batch, k_batch, v_batch)
+    batch = tuple(batch)
+    if v_heads != kv_heads:
+        if kv_heads != 1 and v_heads != 1:
+            raise ValueError(f"v: {v_heads} heads given, k's {kv_heads} or 1 wanted")
+        kv_heads = v_heads if kv_heads == 1 else kv_heads
+    if heads != kv_heads:
+        if heads == 1:
+            heads = kv_heads
+        elif kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"k: {kv_heads} heads given, a divisor of q's {heads} wanted")
+
+    rows = (*batch, heads, n_queries)
+    scale = head_dim**-0.5 if scale is None else _number("scale", scale)
+    if softcap is not None:
+        softcap = _number("softcap", softcap)
+        if not 0 < softcap < np.inf:
+            raise ValueError(f"softcap: {softcap} given, a finite number > 0 wanted")
+    if bias is not None:
+        bias = _bias(bias, (*rows, n_keys))
+    if mask is not None:
+        mask = _mask(mask, (*rows, n_keys))
+    if alibi is not None:
+        alibi = _per_head("alibi", alibi, heads)
+    if sinks is not None:
+        sinks = _per_head("sinks", sinks, heads)
+
+    if causal is not False:
+        causal = _flag("causal", causal)
+    if return_lse is not False:
+        return_lse = _flag("return_lse", return_lse)
+    if return_weights is not False:
+        return_weights = _flag("return_weights", return_weights)
+    window = (None, None) if window is None else _window(window)
+    if kv_lengths is not None:
+        kv_lengths = _kv_lengths(kv_lengths, batch, n_keys)
+        positional = causal or alibi is not None or window != (None, None)
+        if q_offset is None and positional:
+            raise ValueError(
+                "q_offset: None given with kv_lengths and causal, window or alibi; pass 0 for a "
+                "padded batch of whole sequences, kv_lengths - n_queries for a cache"
+            )
+    if q_offset is None:
+        q_offset = n_keys - n_queries
+    else:
+        q_offset = _q_offset(q_offset, batch)
+    if spans is not None:
+        spans = _spans(spans, rows, n_keys)
+    if threads is not None:
+        threads = count("threads", threads)
+    if precision is not None and precision != "bfloat16":
+        raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
+
+    shape = (*rows, value_dim)
+    if out is not None:
+        result, out = _out(out, shape, dtype, one_head, (q, k, v, bias, mask, spans))
+    elif q.flags.c_contiguous:
+        result = np.empty(shape, dtype)
+    else:
+        result = _empty_like(q, shape)
+    return Problem(
+        q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
+        scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
+        return_lse, return_weights, result, out, one_head, threads, precision, copied,
+    )  # fmt: skip
+
+
+def count(name: str, value) -> int:
+    """A whole number of at least 1, or an error that names the argument."""
+    n = _integer(name, value)
+    if n < 1:
+        raise ValueError(f"{name}: {n} given, at least 1 wanted")
+    return n
+
+
+def _plain(name, value) -> np.ndarray:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
+    return np.asarray(value)
+
+
+def _array(name, value) -> np.ndarray:
+    x = value if type(value) is np.ndarray else _plain(name, value)
+    if x.ndim < 2:
+        raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
+    return x
+
+
+def _is_bfloat16(dtype) -> bool:
+    return dtype.name == "bfloat16"
+
+
+def _is_real(dtype) -> bool:
+    return dtype.kind in "fiu" or _is_bfloat16(dtype)
+
+
+def _promote(*operands) -> np.dtype:
+    wanted = set()
+    for name, x in zip("qkv", operands, strict=True):
+        if x.dtype.kind in "biu":
+            wanted.add(_FLOAT64)
+        elif x.dtype.kind == "f" and x.dtype.itemsize <= 8 or _is_bfloat16(x.dtype):
+            wanted.add(x.dtype.newbyteorder("="))
+        else:
+            raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+    for dtype in (_FLOAT64, _FLOAT32):
+        if dtype in wanted:
+            return dtype
+    return wanted.pop() if len(wanted) == 1 else _FLOAT32  # float16 with bfloat16
+
+
+def _broadcast_batch(q_batch, k_batch, v_batch):
+    batch = tuple(q_batch)
+    for name, other in (("k", tuple(k_batch)), ("v", tuple(v_batch))):
+        try:
+            batch = np.broadcast_shapes(batch, other)
+        except ValueError:
+            raise ValueError(
+                f"{name}: leading axes {other} do not broadcast with {batch}"
+            ) from None
+    return batch
+
+
+def _flag(name, value) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(f"{name}: {type(value).__name__} given, bool wanted")
+
+
+def _number(name, value) -> float:
+    x = _plain(name, value)
+    if x.ndim or not _is_real(x.dtype):
+        what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
+        raise TypeError(f"{name}: {what} given, a real number wanted")
+    return float(x)
+
+
+def _integer(name, value) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {type(value).__name__} given, an integer wanted") from None
+
+
+def _integers(name, value) -> np.ndarray:
+    """`value` as int64, far values drawn in to +-2**61."""
+    x = _plain(name, value)
+    if x.dtype.kind == "O" and all(isinstance(item, int) for item in x.flat):
+        pass  # Python integers too large for int64
+    elif x.dtype.kind not in "iu" and x.size:
+        raise TypeError(f"{name}: {x.dtype} given, integers wanted")
+    if x.dtype.kind == "u":
+        return np.minimum(x, np.asarray(_FAR, np.uint64)).astype(np.int64)
+    return np.clip(x, -_FAR, _FAR).astype(np.int64)
+
+
+def _broadcast(name, x, shape, axes) -> np.ndarray:
+    try:
+        return np.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name}: shape {x.shape} given, one that broadcasts to {axes} = {shape} wanted"
+        ) from None
+
+
+def _bias(value, shape) -> np.ndarray:
+    x = _plain("bias", value)
+    if x.dtype.kind == "b":
+        raise TypeError("bias: bool given, numbers wanted; pass which keys are seen as mask=")
+    if not _is_real(x.dtype):
+        raise TypeError(f"bias: {x.dtype} given, real numbers wanted")
+    return _broadcast("bias", x, shape, "(..., heads, queries, keys)")
+
+
+def _mask(value, shape) -> np.ndarray:
+    x = _plain("mask", value)
+    if x.dtype.kind != "b":
+        raise TypeError(f"mask: {x.dtype} given, bool wanted; pass scores to add as bias=")
+    return _broadcast("mask", x, shape, "(..., heads, queries, keys)")
+
+
+def _per_head(name, value, heads) -> np.ndarray:
+    x = _plain(name, value)
+    if not _is_real(x.dtype):
+        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+    if x.shape != (heads,):
+        raise ValueError(f"{name}: shape {x.shape} given, one per query head, ({heads},), wanted")
+    return x.astype(np.float64)
+
+
+def _window(value) -> tuple[int | None, int | None]:
+    if isinstance(value, (tuple, list)):
+        sides = tuple(value)
+        if len(sides) != 2:
+            raise ValueError(f"window: {len(sides)} sides given, (left, right) wanted")
+    else:
+        sides = (value, value)
+    left, right = (None if side is None else _integer("window", side) for side in sides)
+    for side in (left, right):
+        if side is not None and side < 0:
+            raise ValueError(f"window: {side} given, sides of at least 0 wanted")
+    return (
+        None if left is None else min(left, _FAR),
+        None if right is None else min(right, _FAR),
+    )
+
+
+def _kv_lengths(value, batch, n_keys) -> np.ndarray:
+    x = _integers("kv_lengths", value)
+    if x.size and (x.min() < 0 or x.max() > n_keys):
+        wrong = x.min() if x.min() < 0 else x.max()
+        raise ValueError(f"kv_lengths: {wrong} given, 0..{n_keys} wanted")
+    return _broadcast("kv_lengths", x, batch, "the leading axes")
+
+
+def _q_offset(value, batch) -> int | np.ndarray:
+    x = _integers("q_offset", value)
+    return int(x) if x.ndim == 0 else _broadcast("q_offset", x, batch, "the leading axes")
+
+
+def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        start, stop = value
+    except (TypeError, ValueError):
+        raise TypeError(f"spans: {type(value).__name__} given, (start, stop) wanted") from None
+    start, stop = (np.clip(_integers("spans", side), 0, n_keys) for side in (start, stop))
+    axes = "(..., heads, queries)"
+    return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
+
+
+def _empty_like(q, shape) -> np.ndarray:
+    """An array of `shape` whose axes lie in memory in the order of q's."""
+    lead = len(shape) - q.ndim
+    q = q.reshape((1,) * lead + q.shape) if lead else q
+    return np.empty_like(q, shape=shape, subok=False)
+
+
+def _out(out, shape, dtype, one_head, inputs) -> tuple[np.ndarray, np.ndarray | None]:
+    """Where a backend may write, and `out` if that is elsewhere because `out` itself would do
+    harm (it overlaps an input) or cannot be written by a kernel.
+    """
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out: {type(out).__name__} given, a plain NumPy array wanted")
+    wanted = shape[1:] if one_head else shape
+    if out.shape != wanted:
+        raise ValueError(f"out: shape {out.shape} given, {wanted} wanted")
+    if out.dtype.newbyteorder("=") != dtype:
+        raise ValueError(f"out: {out.dtype} given, {dtype} wanted")
+    if not out.flags.writeable:
+        raise ValueError("out: read-only array given, a writeable one wanted")
+    if _overlaps_itself(out):
+        raise ValueError("out: overlaps itself in memory, every element of its own wanted")
+    arrays = [x for item in inputs if item is not None for x in
+              (item if isinstance(item, tuple) else (item,))]  # fmt: skip
+    if out.dtype.isnative and out.flags.aligned and type(out) is np.ndarray:
+        if not any(np.may_share_memory(out, x) for x in arrays):
+            return (out[None] if one_head else out), None
+    return np.empty(shape, dtype), out
+
+
+def _overlaps_itself(x) -> bool:
+    axes = sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)
+    if x.size == 0:
+        return False
+    extent = x.itemsize
+    for stride, n in axes:
+        if stride < extent:
+            break
+        extent += stride * (n - 1)
+    else:
+        return False  # each axis steps over all that lies within
+    # Interleaved axes: rare enough to look at every address.
+    address = np.zeros(1, np.int64)
+    for stride, n in axes:
+        address = (address[:, None] + stride * np.arange(n)).ravel()
+    address.sort()
+    return bool((np.diff(address) < x.itemsize).any())

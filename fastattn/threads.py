@@ -1,0 +1,69 @@
+"""How many threads a call may use."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from .problem import count
+
+__all__ = ["thread_count"]
+
+
+def thread_count(requested: int | None, openmp: int) -> int:
+    """``threads=``, else ``FASTATTN_NUM_THREADS``, else the least of the OpenMP setting (which
+    `threadpoolctl.threadpool_limits` changes), the CPU affinity and the cgroup's quota.
+    """
+    if requested is not None:
+        return requested
+    setting = os.environ.get("FASTATTN_NUM_THREADS")
+    if setting:
+        try:
+            n = int(setting)
+        except ValueError:
+            raise ValueError(
+                f"FASTATTN_NUM_THREADS: {setting!r} given, a whole number wanted"
+            ) from None
+        return count("FASTATTN_NUM_THREADS", n)
+    return max(1, min(openmp, affinity(), _cgroup_quota()))
+
+
+def affinity() -> int:
+    """The number of CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def _cgroup_quota() -> int:
+    """The CPU quota of this process's control group in whole CPUs, at least 1."""
+    unlimited = 1 << 30
+    root = Path("/sys/fs/cgroup")
+    try:
+        own = Path("/proc/self/cgroup").read_text().rsplit("::", 1)[-1].strip().lstrip("/")
+    except OSError:
+        return unlimited
+    quotas = [unlimited]
+    for group in (root / own, *(root / own).parents):
+        for read in (_quota_v2, _quota_v1):
+            try:
+                quotas.append(read(group))
+            except (OSError, ValueError):  # no such controller here, or no limit set
+                continue
+        if group == root:
+            break
+    return min(quotas)
+
+
+def _quota_v2(group: Path) -> int:
+    quota, period = (group / "cpu.max").read_text().split()
+    return max(1, -(-int(quota) // int(period)))  # "max" is no number: ValueError, no limit
+
+
+def _quota_v1(group: Path) -> int:
+    quota = int((group / "cpu" / "cpu.cfs_quota_us").read_text())
+    if quota <= 0:
+        raise ValueError("no limit set")
+    return max(1, -(-quota // int((group / "cpu" / "cpu.cfs_period_us").read_text())))
