@@ -1,0 +1,19 @@
+/* OpenMP where the compiler has it; a clock that runs without the GIL. */
+#ifndef FASTATTN_OPENMP_H
+#define FASTATTN_OPENMP_H
+
+#include <time.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_max_threads(void) { return 1; }
+#endif
+
+static inline double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+#endif

@@ -1,0 +1,98 @@
+"""Builds ``fastattn._kernels``: one macro-kernel, and the tile kernels once per instruction set."""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# What csrc/instruction_sets.c expects, and the flags of each. Never -march=native: a wheel runs on
+# every machine of its architecture and chooses at run time.
+X86_64 = {
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
+               "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma"],
+    "baseline": [],
+}  # fmt: skip
+INSTRUCTION_SETS = {
+    "x86_64": X86_64,
+    "AMD64": X86_64,
+    "aarch64": {"neon": []},
+    "arm64": {"neon": []},
+}.get(platform.machine(), {"baseline": []})
+DTYPES = {"float32": [], "float64": ["-DREAL_IS_DOUBLE"]}
+OPTIMIZE = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
+
+CSRC = Path("csrc")
+HEADERS = [str(path) for path in sorted(CSRC.glob("*.h"))]
+
+
+class BuildKernels(build_ext):
+    """Compiles tile.c once per instruction set and dtype, and links all into the extension."""
+
+    def build_extension(self, ext):
+        self.check_compiler()
+        openmp = self.openmp_flags()
+        ext.extra_compile_args += OPTIMIZE + openmp
+        ext.extra_link_args += openmp
+        for isa, flags in INSTRUCTION_SETS.items():
+            for dtype, defines in DTYPES.items():
+                ext.extra_objects += self.compiler.compile(
+                    [str(CSRC / "tile.c")],
+                    output_dir=str(Path(self.build_temp) / f"{isa}_{dtype}"),
+                    extra_postargs=[*OPTIMIZE, *flags, *defines, f"-DTABLE={isa}_{dtype}"],
+                    depends=HEADERS,
+                )
+        super().build_extension(ext)
+
+    def check_compiler(self):
+        if not self.compiles([]):
+            command = " ".join(getattr(self.compiler, "compiler_so", ["cc"])[:1])
+            sys.exit(
+                f"fastattn: no working C compiler ({command!r}); install GCC or Clang, or set "
+                "FASTATTN_NO_EXTENSION=1 to install the pure-Python part"
+            )
+
+    def openmp_flags(self):
+        """What switches OpenMP on, or nothing where the compiler lacks it: one thread then."""
+        if self.compiles(["-fopenmp"]):
+            return ["-fopenmp"]
+        print("fastattn: the compiler lacks OpenMP; the kernels will use one thread")
+        return []
+
+    def compiles(self, flags):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.c"
+            include = "#include <omp.h>\n" if flags else ""
+            source.write_text(include + "int main(void) { return 0; }\n")
+            compiler = getattr(self.compiler, "compiler", ["cc"])
+            command = [*compiler, *flags, str(source), "-o", str(Path(folder) / "probe")]
+            try:
+                return subprocess.run(command, capture_output=True).returncode == 0
+            except OSError:
+                return False
+
+
+def kernels():
+    if os.environ.get("FASTATTN_NO_EXTENSION", "0") not in ("", "0"):
+        return []
+    import numpy
+    from Cython.Build import cythonize
+
+    return cythonize(
+        Extension(
+            "fastattn._kernels",
+            [str(CSRC / "kernels.pyx"), str(CSRC / "instruction_sets.c")],
+            include_dirs=[str(CSRC), numpy.get_include()],
+            define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+            depends=HEADERS,
+        ),
+        build_dir="build",
+    )
+
+
+setup(ext_modules=kernels(), cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,294 @@
+"""Problems to attend to, and what their results are measured against.
+
+Shared by the tests and by ``benchmarks/``. The oracle is `fastattn.reference`; `brute_force` is a
+second reading of the contract, in plain Python, that the reference itself is held to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from fastattn import reference
+from fastattn.problem import Problem, pose
+
+
+class Shape(NamedTuple):
+    """The sizes of one attention call: q (batch, heads, n_queries, head_dim) and so on."""
+
+    batch: int = 2
+    heads: int = 2
+    n_queries: int = 5
+    n_keys: int = 7
+    head_dim: int = 8
+    kv_heads: int | None = None  # None: as many as heads
+    value_dim: int | None = None  # None: head_dim
+
+    def arrays(self, dtype="float32", seed=0):
+        """Standard normal ``(q, k, v)``."""
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        shapes = (
+            (self.batch, self.heads, self.n_queries, self.head_dim),
+            (self.batch, kv_heads, self.n_keys, self.head_dim),
+            (self.batch, kv_heads, self.n_keys, value_dim),
+        )
+        rng = np.random.default_rng(seed)
+        draw = np.float64 if dtype == "float64" else np.float32
+        return tuple(rng.standard_normal(s, draw).astype(float_type(dtype)) for s in shapes)
+
+
+# The floors of DESIGN.md, section 3.
+LONG = {
+    "prefill": Shape(1, 8, 4096, 4096, 64),
+    "prefill 128": Shape(1, 8, 4096, 4096, 128),
+    "grouped": Shape(1, 32, 2048, 2048, 128, kv_heads=8),
+    "two heads": Shape(1, 2, 16384, 16384, 64),
+    "batch": Shape(8, 12, 128, 128, 64),
+    "short": Shape(1, 16, 512, 512, 64),
+    "odd": Shape(1, 6, 1000, 3000, 96),
+    "tiny": Shape(1, 4, 16, 16, 64),
+    "prefill 96": Shape(1, 8, 4096, 4096, 96),
+    "decode": Shape(1, 32, 1, 8192, 128),
+    "decode grouped": Shape(1, 32, 1, 8192, 128, kv_heads=8),
+}
+
+# Around the edges of any tile: multiples of 2, 3 and 4 vectors of 4, 8 and 16 numbers, and blocks.
+EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 23, 24, 25, 47, 48, 49, 95, 97, 127, 128, 129)
+LONG_EDGES = (511, 512, 513, 1000)
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+SCORE_OPTIONS = ("scale", "softcap", "bias", "alibi", "sinks")
+INTERVAL_OPTIONS = ("causal", "window", "q_offset", "kv_lengths", "spans")
+
+
+def float_type(name) -> np.dtype:
+    """The dtype called `name`; a test that needs bfloat16 is skipped where ml_dtypes is not."""
+    if name == "bfloat16":
+        import pytest
+
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+def options(names, shape: Shape, seed=0) -> dict:
+    """A random value for each named option of `fastattn.scaled_dot`, for inputs of `shape`.
+
+    ``"-inf"`` stands for a bias that excludes keys. Where the contract demands a ``q_offset`` and
+    none is named, it is 0.
+    """
+    rng = np.random.default_rng([seed, 1])
+    batch, heads, n_queries, n_keys = shape[:4]
+    rows = (batch, heads, n_queries)
+    grid = (*rows, n_keys)
+    values = {
+        "scale": lambda: float(rng.uniform(0.1, 1.0)),
+        "softcap": lambda: float(rng.uniform(0.5, 5.0)),
+        "bias": lambda: rng.standard_normal(grid).astype(np.float32),
+        "-inf": lambda: np.where(rng.random(grid) < 0.3, -np.inf, 0.5).astype(np.float32),
+        "alibi": lambda: rng.uniform(-0.1, 1.0, heads),
+        "sinks": lambda: rng.standard_normal(heads),
+        "causal": lambda: True,
+        "window": lambda: tuple(
+            None if rng.random() < 0.2 else int(rng.integers(0, n_keys + 1)) for _ in range(2)
+        ),
+        "q_offset": lambda: rng.integers(-n_queries - 1, n_keys + 2, batch),
+        "kv_lengths": lambda: rng.integers(0, n_keys + 1, batch),
+        "spans": lambda: (rng.integers(-2, n_keys + 1, rows), rng.integers(0, n_keys + 3, rows)),
+        "mask": lambda: rng.random(grid) < 0.7,
+    }
+    chosen = {}
+    for name, draw in values.items():
+        value = draw()  # always drawn, so that a name changes nothing about the others
+        if name in names:
+            chosen[name] = value
+    if "-inf" in chosen:
+        chosen["bias"] = chosen.pop("-inf") + chosen.get("bias", np.float32(0))
+    if "kv_lengths" in chosen and {"causal", "window", "alibi"} & chosen.keys():
+        chosen.setdefault("q_offset", 0)
+    return chosen
+
+
+# ------------------------------------------------------------------------------------ oracles
+
+
+def brute_force(
+    q, k, v, *, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+):  # fmt: skip
+    """``(out, lse, weights)`` key by key, straight from the contract; finite inputs only."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v = (x[None] if x.ndim == 2 else x for x in (q, k, v))
+    batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    kv_heads = max(k.shape[-3], v.shape[-3])
+    heads = kv_heads if q.shape[-3] == 1 else q.shape[-3]
+    n_queries, head_dim = q.shape[-2:]
+    n_keys, value_dim = v.shape[-2:]
+    rows = (*batch, heads, n_queries)
+
+    def at(x, shape, index):
+        return np.broadcast_to(x, shape)[index]
+
+    left, right = window if isinstance(window, tuple) else (window, window)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    out, lse, weights = np.zeros((*rows, value_dim)), np.zeros(rows), np.zeros((*rows, n_keys))
+    for *b, h, i in np.ndindex(rows):
+        b, kv_index = tuple(b), (*b, h // (heads // kv_heads))
+        offset = n_keys - n_queries if q_offset is None else int(at(q_offset, batch, b))
+        row, s = (*b, h, i), {}
+        for j in range(n_keys):
+            index, place = (*row, j), i + offset
+            if mask is not None and not at(mask, (*rows, n_keys), index):
+                continue
+            if causal and not j <= place:
+                continue
+            if left is not None and not place - left <= j:
+                continue
+            if right is not None and not j <= place + right:
+                continue
+            if kv_lengths is not None and not j < at(kv_lengths, batch, b):
+                continue
+            if spans is not None and not at(spans[0], rows, row) <= j < at(spans[1], rows, row):
+                continue
+            if bias is not None and at(bias, (*rows, n_keys), index) == -np.inf:
+                continue
+            q_i = at(q, (*batch, heads, n_queries, head_dim), row)
+            k_j = at(k, (*batch, kv_heads, n_keys, head_dim), (*kv_index, j))
+            s[j] = scale * math.fsum(float(x) * float(y) for x, y in zip(q_i, k_j, strict=True))
+            if softcap is not None:
+                s[j] = softcap * math.tanh(s[j] / softcap)
+            if bias is not None:
+                s[j] += float(at(bias, (*rows, n_keys), index))
+            if alibi is not None:
+                s[j] -= alibi[h] * abs(place - j)
+        terms = [*s.values()] + ([] if sinks is None else [float(sinks[h])])
+        if not terms:
+            lse[row] = -np.inf
+            continue
+        top = max(terms)
+        lse[row] = top + math.log(math.fsum(math.exp(t - top) for t in terms))
+        for j in s:
+            weights[*row, j] = math.exp(s[j] - lse[row])
+            v_j = at(v, (*batch, kv_heads, n_keys, value_dim), (*kv_index, j))
+            out[row] += weights[*row, j] * v_j
+    return out, lse, weights
+
+
+def plain_numpy(p: Problem, dtype):
+    """``(out, lse, weights)`` as a NumPy user would write it, every step in `dtype`.
+
+    Non-finite inputs count as 0: an error is taken only where the exact result is finite.
+    """
+    real = np.dtype(dtype)
+    largest = finfo(real).max
+
+    def cast(x):
+        x = np.asarray(x, np.float64 if x.dtype.itemsize < 8 else None)
+        return np.clip(np.where(np.isfinite(x), x, 0), -largest, largest).astype(real)
+
+    def masked(s):
+        return np.where(seen, s, np.asarray(-np.inf, real))
+
+    with np.errstate(all="ignore"):
+        seen = reference.visible(p)
+        q = np.broadcast_to(cast(p.q), p.rows(p.head_dim))
+        k, v = (reference.per_query_head(cast(x), p) for x in (p.k, p.v))
+        s = (q @ k.swapaxes(-1, -2)).astype(real) * real.type(p.scale)
+        if p.softcap is not None:
+            s = real.type(p.softcap) * np.tanh(s / real.type(p.softcap))
+        if p.bias is not None:
+            s = s + cast(p.bias)
+        if p.alibi is not None:
+            i, j = reference.positions(p)
+            s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j).astype(real)
+        s = masked(s)
+        top = s.max(axis=-1, keepdims=True, initial=-np.inf)
+        if p.sinks is not None:
+            sinks = p.sinks.astype(real)[:, None, None]
+            top = np.maximum(top, sinks)
+        shift = np.where(np.isfinite(top), top, np.zeros((), real))
+        weights = np.exp(s - shift)
+        total = weights.sum(axis=-1, keepdims=True)
+        if p.sinks is not None:
+            total = total + np.exp(sinks - shift)
+        weights = weights / np.where(total == 0, np.ones((), real), total)
+        out = (weights @ v).astype(real)
+        return out, (shift + np.log(total))[..., 0], weights
+
+
+# ----------------------------------------------------------------------------------- judgement
+
+
+def finfo(dtype):
+    """`numpy.finfo`, for bfloat16 too."""
+    if np.dtype(dtype).name == "bfloat16":
+        return importlib.import_module("ml_dtypes").finfo(dtype)
+    return np.finfo(dtype)
+
+
+def ulp(value, dtype) -> float:
+    """The distance from `value` to the next number of `dtype`."""
+    return float(np.spacing(np.asarray(abs(float(value)), dtype)))
+
+
+def rms(error) -> float:
+    return float(np.sqrt(np.mean(np.square(error)))) if error.size else 0.0
+
+
+def assert_exact_enough(got, exact, plain, dtype, what="out"):
+    """Promise 1 for one array: NaN and Inf where the definition has them, and elsewhere a root
+    mean square error of at most twice that of plain NumPy plus 2 ulp of the largest result.
+    """
+    assert got.shape == exact.shape, f"{what}: shape {got.shape}, {exact.shape} wanted"
+    assert got.dtype == dtype, f"{what}: {got.dtype}, {dtype} wanted"
+    real = exact.dtype.type
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(
+        got.astype(real)[~finite], exact[~finite], err_msg=f"{what}: non-finite results"
+    )
+    if not finite.any():
+        return
+    error = got.astype(real)[finite] - exact[finite]
+    plain_error = plain.astype(real)[finite] - exact[finite]
+    plain_error = plain_error[np.isfinite(plain_error)]
+    allowed = 2 * rms(plain_error) + 2 * ulp(np.abs(exact[finite]).max(), dtype)
+    assert rms(error) <= allowed, (  # a NaN fails too
+        f"{what}: rms error {rms(error):.3g}, at most {allowed:.3g} wanted; largest "
+        f"{np.abs(error).max():.3g} of {error.size}"
+    )
+
+
+def assert_solves(results, p: Problem):
+    """The results of `fastattn.scaled_dot`, in its order of return, solve `p` (promise 1)."""
+    results = results if isinstance(results, tuple) else (results,)
+    exact = reference.attend(p, np.longdouble if p.accumulator == np.float64 else np.float64)
+    plain, plain_sums = (plain_numpy(p, dtype) for dtype in (p.dtype, p.accumulator))
+    wanted = [("out", exact[0], plain[0], p.dtype)]
+    if p.return_lse:  # kept in the accumulator's dtype, so measured in that
+        wanted.append(("lse", exact[1], plain_sums[1], p.accumulator))
+    if p.return_weights:
+        wanted.append(("weights", exact[2], plain[2], p.dtype))
+    assert len(results) == len(wanted)
+    for got, (what, truth, yardstick, dtype) in zip(results, wanted, strict=True):
+        if p.one_head:
+            truth, yardstick = truth[0], yardstick[0]
+        assert_exact_enough(got, truth, yardstick, dtype, what)
+
+
+def check(target, q, k, v, *, return_lse=True, **opts):
+    """Attend on `target`, hold the results to the contract and return them."""
+    results = target.attend(q, k, v, return_lse=return_lse, **opts)
+    for name in ("out", "threads"):
+        opts.pop(name, None)
+    assert_solves(results, pose(q, k, v, return_lse=return_lse, **opts))
+    return results
+
+
+def same_bits(a, b) -> bool:
+    """Equal bit for bit, NaN and the sign of zero included."""
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

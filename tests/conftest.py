@@ -1,0 +1,110 @@
+"""The `target` of a test: one backend on one instruction set that this machine can run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fastattn
+from fastattn.dispatch import BACKENDS, named
+from fastattn.problem import pose
+
+# Backends that promise the same bits for any threads and slices (promise 4).
+BITWISE = ("cython", "numba")
+
+
+class Target(NamedTuple):
+    backend: str
+    isa: str | None = None  # None: the backend has no instruction sets to choose from
+    disabled: str = ""  # for FASTATTN_DISABLE_CPU_FEATURES
+
+    def __str__(self):
+        return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
+
+    @property
+    def bitwise(self) -> bool:
+        return self.backend in BITWISE
+
+    def unsupported(self, q, k, v, **options) -> str | None:
+        """Why the backend cannot serve this call, in its own words."""
+        return named(self.backend).unsupported(pose(q, k, v, **options))
+
+    def attend(self, q, k, v, **options):
+        """`fastattn.scaled_dot` on this backend; skips the test where that cannot serve."""
+        try:
+            reason = self.unsupported(q, k, v, **options)
+        except (TypeError, ValueError):
+            reason = None  # the call below raises it
+        if reason is not None:
+            pytest.skip(f"{self.backend} cannot serve this call: {reason}")
+        return fastattn.scaled_dot(q, k, v, backend=self.backend, **options)
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of the compiled kernels, fastest first; empty where they are not built."""
+    try:
+        from fastattn import _kernels
+    except ImportError:
+        return ()
+    return tuple(_kernels.instruction_sets())
+
+
+def targets():
+    for backend in BACKENDS:
+        if backend.name != "cython":
+            yield Target(backend.name)
+            continue
+        sets = instruction_sets()
+        for n, isa in enumerate(sets):
+            yield Target(backend.name, isa, " ".join(sets[:n]))
+
+
+@pytest.fixture(params=targets(), ids=str)
+def target(request, monkeypatch) -> Target:
+    monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", request.param.disabled)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    for name in ("FASTATTN_BACKEND", "FASTATTN_NUM_THREADS", "FASTATTN_DISABLE_CPU_FEATURES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run_python():
+    """``run_python(source, *arguments, timeout=60)`` -> what the program printed; it must exit 0.
+
+    The program finds the same ``fastattn`` and the environment of the test.
+    """
+
+    def run(source, *arguments, timeout=60, **environment):
+        return subprocess.run(
+            [sys.executable, "-c", source, *arguments],
+            env=child_environment(**environment),
+            timeout=timeout,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+
+    return run
+
+
+def child_environment(**more) -> dict[str, str]:
+    root = str(Path(fastattn.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")  # the contract: no call warns
+
+
+def pytest_report_header():
+    return f"fastattn targets: {', '.join(map(str, targets()))}"
