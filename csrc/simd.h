@@ -36,28 +36,45 @@
 #define TILE_VECS 2
 #endif
 
+/* LANES is written out because the preprocessor chooses by it. */
 #ifdef REAL_IS_DOUBLE
 typedef double real;
 typedef int64_t lane_int;
+#if VEC_BYTES == 64
+#define LANES 8
+#elif VEC_BYTES == 32
+#define LANES 4
+#else
+#define LANES 2
+#endif
 #define MANTISSA_BITS 52
 #define EXPONENT_BIAS 1023
 #else
 typedef float real;
 typedef int32_t lane_int;
+#if VEC_BYTES == 64
+#define LANES 16
+#elif VEC_BYTES == 32
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define MANTISSA_BITS 23
 #define EXPONENT_BIAS 127
 #endif
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
+typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real))));
 typedef lane_int ivec __attribute__((vector_size(VEC_BYTES)));
 
-#define LANES ((int)(VEC_BYTES / sizeof(real)))
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec splat(real x) { return x - (vec){0}; }
 INLINE ivec splat_int(lane_int x) { return x - (ivec){0}; }
 INLINE vec load(const real *p) { return *(const vec *)p; }
 INLINE void store(real *p, vec x) { *(vec *)p = x; }
+INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
+INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
 INLINE vec choose(ivec condition, vec yes, vec no) {
     return (vec)(((ivec)yes & condition) | ((ivec)no & ~condition));
 }
@@ -127,6 +144,40 @@ INLINE vec scale_by_power(vec y, vec x) {
     return y * (vec)((ivec)sum << MANTISSA_BITS);
 }
 #endif
+
+/* The lower and the upper halves of a and b, element by element in turn. */
+#define LOW2 0, 2
+#define HIGH2 1, 3
+#define LOW4 0, 4, 1, 5
+#define HIGH4 2, 6, 3, 7
+#define LOW8 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH8 4, 12, 5, 13, 6, 14, 7, 15
+#define LOW16 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#if defined(__clang__)
+INLINE vec zip_low(vec a, vec b) { return __builtin_shufflevector(a, b, JOIN(LOW, LANES)); }
+INLINE vec zip_high(vec a, vec b) { return __builtin_shufflevector(a, b, JOIN(HIGH, LANES)); }
+#else
+INLINE vec zip_low(vec a, vec b) { return __builtin_shuffle(a, b, (ivec){JOIN(LOW, LANES)}); }
+INLINE vec zip_high(vec a, vec b) { return __builtin_shuffle(a, b, (ivec){JOIN(HIGH, LANES)}); }
+#endif
+
+/* Rows to columns: log2(LANES) rounds in which row i is zipped with row i + LANES / 2. */
+INLINE void transpose(vec rows[LANES]) {
+    vec zipped[LANES];
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            zipped[2 * i] = zip_low(rows[i], rows[i + LANES / 2]);
+            zipped[2 * i + 1] = zip_high(rows[i], rows[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
+    }
+}
 
 /* exp(x) for x <= 0: exactly 1 at 0, exactly 0 at -inf, NaN for NaN. */
 INLINE vec exp_negative(vec x) {

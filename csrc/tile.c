@@ -143,23 +143,64 @@ static void bound_panel(Tile *t, int p) {
     if (last > t->last) t->last = last;
 }
 
+/* columns[d][lane] = scale * (query `lane` of the LANES from `first` on)[d]. */
+static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
+    const real *rows[LANES];
+    ptrdiff_t d = 0;
+    for (int i = 0; i < LANES; i++) /* a lane without a query repeats the last one */
+        rows[i] = t->q[first + i < t->n_queries ? first + i : t->n_queries - 1];
+    vec scale = splat((real)t->scale);
+    if (t->q_dim == 1)
+        for (; d + LANES <= t->head_dim; d += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) x[i] = load_unaligned(rows[i] + d);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * scale);
+        }
+    for (; d < t->head_dim; d++)
+        for (int i = 0; i < LANES; i++) columns[d * PANEL + i] = rows[i][d * t->q_dim] * scale[0];
+}
+
+/* The inverse: (row `lane` of the LANES from `first` on)[d] = columns[d][lane] * share[lane], but 0
+ * where the query saw nothing, whatever is in its column. */
+static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec share, ivec saw) {
+    int rows = fewer(t->n_queries - first, LANES);
+    ptrdiff_t d = 0;
+    if (t->out_dim == 1)
+        for (; d + LANES <= t->value_dim; d += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                x[i] = choose(saw, load(columns + (d + i) * PANEL) * share, splat(0));
+            transpose(x);
+            if (rows == LANES) {
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) store_unaligned((real *)t->out[first + i] + d, x[i]);
+            } else
+                for (int i = 0; i < rows; i++) store_unaligned((real *)t->out[first + i] + d, x[i]);
+        }
+    for (; d < t->value_dim; d++) {
+        vec x = choose(saw, load(columns + d * PANEL) * share, splat(0));
+        for (int i = 0; i < rows; i++) ((real *)t->out[first + i])[d * t->out_dim] = x[i];
+    }
+}
+
 static void begin(Tile *t) {
     t->panels = panels_for(t->n_queries);
     t->first = PTRDIFF_MAX;
     t->last = 0;
-    for (int p = 0; p < t->panels; p++) bound_panel(t, p);
-
     Scratch s = scratch_of(t);
-    real scale = (real)t->scale;
-    for (ptrdiff_t i = 0; i < t->panels * PANEL; i++) {
-        real *column = s.q + (i / PANEL) * PANEL * t->head_dim + i % PANEL;
-        if (i < t->n_queries) {
-            const real *q = t->q[i];
-            for (ptrdiff_t d = 0; d < t->head_dim; d++) column[d * PANEL] = q[d * t->q_dim] * scale;
-        } else /* a lane without a query: zeros, never delivered */
-            for (ptrdiff_t d = 0; d < t->head_dim; d++) column[d * PANEL] = 0;
-        s.row_max[i] = -INFINITY;
-        s.row_sum[i] = 0;
+    for (int p = 0; p < t->panels; p++) {
+        bound_panel(t, p);
+        for (int n = 0; n < TILE_VECS; n++) {
+            ptrdiff_t at = p * PANEL + n * LANES;
+            store(s.row_max + at, splat(-INFINITY));
+            store(s.row_sum + at, splat(0));
+            if (n < t->panel[p].vecs)
+                load_queries(t, at, s.q + p * PANEL * t->head_dim + n * LANES);
+        }
     }
 }
 
@@ -367,19 +408,22 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
 
 static void finish(Tile *t) {
     Scratch s = scratch_of(t);
-    for (ptrdiff_t i = 0; i < t->n_queries; i++) {
-        const real *column = s.out + (i / PANEL) * PANEL * t->value_dim + i % PANEL;
-        real *out = t->out[i];
-        real top = s.row_max[i], sum = s.row_sum[i];
-        if (t->start[i] < t->stop[i]) {
-            real share = 1 / sum;
-            if (sum == 0) share = NAN; /* all its scores are -inf: 0 / 0, as the formula says */
-            for (ptrdiff_t d = 0; d < t->value_dim; d++)
-                out[d * t->out_dim] = column[d * PANEL] * share;
-        } else
-            for (ptrdiff_t d = 0; d < t->value_dim; d++) out[d * t->out_dim] = 0;
-        if (t->want_lse) t->lse[i] = top == INFINITY ? top : (double)top + log((double)sum);
-    }
+    for (int p = 0; p < t->panels; p++)
+        for (int n = 0; n < t->panel[p].vecs; n++) {
+            ptrdiff_t at = p * PANEL + n * LANES;
+            ivec saw = {0};
+            for (int i = 0; i < LANES && at + i < t->n_queries; i++)
+                saw[i] = t->start[at + i] < t->stop[at + i] ? -1 : 0;
+            /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
+            vec sum = load(s.row_sum + at);
+            vec share = choose(sum == splat(0), splat(NAN), splat(1) / sum);
+            store_rows(t, at, s.out + p * PANEL * t->value_dim + n * LANES, share, saw);
+        }
+    if (t->want_lse)
+        for (ptrdiff_t i = 0; i < t->n_queries; i++) {
+            double top = s.row_max[i];
+            t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i]);
+        }
 }
 
 /* Flops of `rounds` rounds of independent multiply-adds: what the machine can do at most. */

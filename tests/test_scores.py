@@ -11,7 +11,9 @@ from fastattn.problem import pose
 
 SHAPE = Shape(2, 4, 9, 13, 8, kv_heads=2)
 COMBINATIONS = [
-    names for n in range(len(SCORE_OPTIONS) + 1) for names in itertools.combinations(SCORE_OPTIONS, n)
+    names
+    for n in range(len(SCORE_OPTIONS) + 1)
+    for names in itertools.combinations(SCORE_OPTIONS, n)
 ]
 
 
@@ -65,7 +67,17 @@ def test_bias_comes_after_softcap(target):
 
 @pytest.mark.parametrize(
     "shape",
-    [(), (13,), (9, 1), (9, 13), (4, 1, 13), (4, 9, 13), (2, 1, 1, 1), (2, 1, 9, 13), (1, 4, 1, 13)],
+    [
+        (),
+        (13,),
+        (9, 1),
+        (9, 13),
+        (4, 1, 13),
+        (4, 9, 13),
+        (2, 1, 1, 1),
+        (2, 1, 9, 13),
+        (1, 4, 1, 13),
+    ],
     ids=str,
 )
 def test_bias_broadcasts(target, shape):

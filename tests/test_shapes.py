@@ -48,7 +48,9 @@ def test_decode(target, n_queries, group):
     check(target, *Shape(2, 2 * group, n_queries, 1300, 24, kv_heads=2).arrays())
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 2), (4, 1), (6, 2), (12, 3), (5, 5)])
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(1, 1), (4, 4), (4, 2), (4, 1), (6, 2), (12, 3), (5, 5)]
+)
 def test_query_head_reads_its_groups_key_head(target, heads, kv_heads):
     """Query head h reads key head ``h // (Hq // Hkv)``."""
     q, k, v = Shape(2, heads, 20, 30, 8, kv_heads=kv_heads).arrays()
@@ -115,7 +117,9 @@ def test_two_axes_are_one_head(target):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 2}, {"spans": (0, 3)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": 2}, {"spans": (0, 3)}], ids=str
+)
 def test_sizes_of_zero(target, shape, options):
     """Any S >= 0; without keys every query sees none."""
     out, lse = check(target, *shape.arrays(), **options)

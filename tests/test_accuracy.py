@@ -1,0 +1,95 @@
+"""Promise 1: root mean square error at most twice plain NumPy's, plus 2 ulp of the largest."""
+
+import numpy as np
+import pytest
+from cases import DTYPES, INTERVAL_OPTIONS, SCORE_OPTIONS, Shape, check, options
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+INTERVALS_AND_SCORES = (*INTERVAL_OPTIONS, "scale", "sinks")
+EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")
+
+deterministic = settings(
+    max_examples=100,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def shapes(draw):
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    return Shape(
+        batch=draw(st.integers(1, 3)),
+        heads=kv_heads * group,
+        n_queries=draw(st.integers(1, 60)),
+        n_keys=draw(st.integers(1, 60)),
+        head_dim=draw(st.integers(1, 40)),
+        kv_heads=kv_heads,
+        value_dim=draw(st.integers(1, 40)),
+    )
+
+
+def subsets(names):
+    return st.lists(st.sampled_from(names), unique=True)
+
+
+@deterministic
+@given(shape=shapes(), names=subsets(INTERVALS_AND_SCORES), dtype=st.sampled_from(DTYPES[:2]),
+       seed=st.integers(0, 2**16))  # fmt: skip
+def test_interval_options(target, shape, names, dtype, seed):
+    check(target, *shape.arrays(dtype, seed), **options(names, shape, seed))
+
+
+@deterministic
+@given(shape=shapes(), names=subsets(EVERY_OPTION), seed=st.integers(0, 2**16),
+       dtype=st.sampled_from(DTYPES[:2]), return_weights=st.booleans())  # fmt: skip
+def test_every_option(target, shape, names, seed, dtype, return_weights):
+    arrays = shape.arrays(dtype, seed)
+    check(target, *arrays, return_weights=return_weights, **options(names, shape, seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:])
+@deterministic
+@given(shape=shapes(), names=subsets(EVERY_OPTION), seed=st.integers(0, 2**16))
+def test_half_precision(target, dtype, shape, names, seed):
+    check(target, *shape.arrays(dtype, seed), **options(names, shape, seed))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n_queries", [3, 24])
+@pytest.mark.parametrize("spread", [1.0, 0.0], ids=["random scores", "equal scores"])
+def test_sums_do_not_drift(target, dtype, n_queries, spread):
+    """65536 keys, values of mean 1: one running sum would lose 3 to 25 times NumPy's error."""
+    q, k, v = Shape(1, 1, n_queries, 65536, 16).arrays(dtype)
+    check(target, q * q.dtype.type(spread), k, v + v.dtype.type(1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [512, 2000])
+def test_squares(target, dtype, n):
+    check(target, *Shape(1, 2, n, n, 64).arrays(dtype), causal=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("spread", [0.01, 1, 10, 30, 100, 1000])
+def test_spread_of_scores(target, dtype, spread):
+    """`exp` over its whole range, down to where weights vanish."""
+    check(target, *Shape(2, 2, 100, 700, 32).arrays(dtype), scale=spread / 32**0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exponential_at_every_size(target, dtype):
+    """Two keys, one ``x`` below the other: ``lse`` and both columns follow exp(-x)."""
+    x = np.linspace(0, 800 if dtype == "float64" else 110, 4001, dtype=dtype)
+    q, k, v = x[:, None], np.array([[0], [-1]], dtype), np.eye(2, dtype=dtype)
+    check(target, q, k, v, scale=1)
+    weight = check(target, q, k, v, scale=1)[0][:, 1]
+    with np.errstate(under="ignore"):
+        exact = np.exp(-x.astype(np.longdouble)) / (1 + np.exp(-x.astype(np.longdouble)))
+    normal = exact > np.finfo(dtype).tiny
+    relative = np.abs(weight[normal] - exact[normal]) / exact[normal]
+    # x is rounded in base 2 before exp2: half an ulp of 1.44 x, and a few ulp of the rest.
+    assert (relative <= np.finfo(dtype).eps * (x[normal] + 4)).all()

@@ -1,0 +1,344 @@
+"""NaN, Inf, and numbers at the ends of their range (contract, section 1, "Result")."""
+
+import warnings
+
+import numpy as np
+import pytest
+from cases import Shape, assert_solves, check
+
+from fastattn import reference
+from fastattn.problem import pose
+
+# More than one tile both ways, with ragged ends; key 40 is seen by some queries and not by others.
+SHAPE = Shape(2, 4, 70, 90, 16, kv_heads=2)
+LONG = Shape(1, 2, 5, 1200, 16, kv_heads=1)
+KEY = 40
+POISON = [np.nan, np.inf, -np.inf]
+
+
+def _mask():
+    mask = np.ones((70, 90), bool)
+    mask[::3, KEY] = False
+    return mask
+
+
+HIDING = {
+    "causal": {"causal": True, "q_offset": 0},
+    "window": {"window": (5, 9)},
+    "kv_lengths": {"kv_lengths": [KEY, 90]},
+    "spans": {"spans": (np.where(np.arange(70) % 3 == 0, KEY + 1, 0), 90)},
+    "spans from the right": {"spans": (0, np.where(np.arange(70) % 3 == 0, KEY, 90))},
+    "mask": {"mask": _mask()},
+    "bias": {"bias": np.where(_mask(), 0.25, -np.inf).astype(np.float32)},
+}
+
+
+@pytest.mark.parametrize("poison", POISON, ids=str)
+@pytest.mark.parametrize("where", ["k", "v", "both"])
+@pytest.mark.parametrize("hiding", HIDING)
+def test_unseen_key_touches_nothing(target, hiding, where, poison):
+    """Whatever is in its k or v, and whatever other queries see."""
+    options = HIDING[hiding]
+    q, k, v = SHAPE.arrays()
+    p = pose(q, k, v, **options)
+    sees = np.broadcast_to(reference.visible(p)[..., KEY], p.rows())
+    clean, clean_lse = target.attend(q, k, v, return_lse=True, **options)
+    if where in ("k", "both"):
+        k[:, :, KEY, 3] = poison
+    if where in ("v", "both"):
+        v[:, :, KEY, 5] = poison
+    out, lse = check(target, q, k, v, **options)
+    assert sees.any() and not sees.all()
+    eps = 16 * np.finfo(np.float32).eps  # the order of the sums may differ, their terms may not
+    np.testing.assert_allclose(out[~sees], clean[~sees], rtol=eps, atol=eps)
+    np.testing.assert_allclose(lse[~sees], clean_lse[~sees], rtol=eps, atol=eps)
+    assert not np.isfinite(out[sees][..., 5]).all()
+
+
+def test_reference_leaves_unseen_keys_out():
+    """The oracle of the test above, against itself without the poison."""
+    q, k, v = SHAPE.arrays("float64")
+    for options in HIDING.values():
+        p = pose(q, k, v, **options)
+        sees = reference.visible(p)[..., KEY]
+        clean = reference.attend(p)[0]
+        bad_k, bad_v = k.copy(), v.copy()
+        bad_k[:, :, KEY], bad_v[:, :, KEY] = np.nan, np.inf
+        got = reference.attend(pose(q, bad_k, bad_v, **options))[0]
+        np.testing.assert_allclose(got[~sees], clean[~sees], rtol=1e-12, atol=1e-13)
+        assert np.isnan(got[sees]).all()
+
+
+@pytest.mark.parametrize("n_queries", [1, 3, 40])
+def test_padding_full_of_nan(target, n_queries):
+    """Uninitialised memory behind ``kv_lengths``, in a cache and in a padded batch."""
+    q, k, v = Shape(3, 4, n_queries, 700, 16, kv_heads=2).arrays()
+    lengths = np.array([0, 37, 513])
+    for b, n in enumerate(lengths):
+        k[b, :, n:], v[b, :, n:] = np.nan, np.nan
+    out, _ = check(target, q, k, v, kv_lengths=lengths)
+    assert np.isfinite(out).all()
+    check(target, q, k, v, kv_lengths=lengths, causal=True, q_offset=lengths - n_queries)
+
+
+@pytest.mark.parametrize("poison", POISON, ids=str)
+def test_unseen_bias_touches_nothing(target, poison):
+    q, k, v = SHAPE.arrays()
+    bias = np.zeros((70, 90), np.float32)
+    bias[np.triu_indices(70, 1, 90)] = poison
+    out, _ = check(target, q, k, v, bias=bias, causal=True, q_offset=0)
+    assert np.isfinite(out).all()
+    out, _ = check(target, q, k, v, bias=bias, mask=np.tri(70, 90, dtype=bool))
+    assert np.isfinite(out).all()
+
+
+def test_queries_that_see_nothing_of_nan(target):
+    """``out = 0``, ``lse = -inf``, even where every k, v and q is NaN."""
+    nan = [np.full_like(x, np.nan) for x in SHAPE.arrays()]
+    out, lse = target.attend(*nan, kv_lengths=0, return_lse=True)
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+
+
+def test_weights_of_unseen_keys_are_zero(target):
+    q, k, v = SHAPE.arrays()
+    k[:, :, KEY:] = np.nan
+    _, weights = target.attend(q, k, v, kv_lengths=KEY, return_weights=True)
+    np.testing.assert_array_equal(weights[..., KEY:], 0)
+    q[:, :, 3] = np.nan
+    _, weights = target.attend(q, k, v, kv_lengths=KEY, return_weights=True)
+    np.testing.assert_array_equal(weights[..., KEY:], 0)
+    assert np.isnan(weights[:, :, 3, :KEY]).all()
+
+
+# ------------------------------------------------------------------------------ what is seen
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LONG], ids=["many queries", "few queries"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+class TestSeen:
+    """It acts as the formula says, and other rows are untouched."""
+
+    @staticmethod
+    def finite(x):
+        return np.isfinite(x)
+
+    def test_nan_in_q(self, target, shape, options):
+        """Makes its row NaN."""
+        q, k, v = shape.arrays()
+        q[0, 1, 3, 7] = np.nan
+        out, lse = check(target, q, k, v, **options)
+        hit = np.zeros(lse.shape, bool)
+        hit[0, 1, 3] = True
+        np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(hit[..., None], out.shape))
+        np.testing.assert_array_equal(np.isnan(lse), hit)
+
+    def test_nan_in_k(self, target, shape, options):
+        """Makes NaN of the rows that see it."""
+        q, k, v = shape.arrays()
+        j = shape.n_keys - 2  # that the last query and the last but one see
+        k[0, 0, j, 7] = np.nan
+        out, lse = check(target, q, k, v, **options)
+        sees = reference.visible(pose(q, k, v, **options))[..., j]
+        sees[1:] = False
+        sees[:, shape.heads // shape.kv_heads :] = False
+        np.testing.assert_array_equal(np.isnan(lse), sees)
+        np.testing.assert_array_equal(np.isnan(out).all(axis=-1), sees)
+
+    @pytest.mark.parametrize("poison", POISON, ids=str)
+    def test_in_v(self, target, shape, options, poison):
+        """Goes to its own column of the rows that see it."""
+        q, k, v = shape.arrays()
+        j = shape.n_keys - 2
+        v[0, 0, j, 7] = poison
+        out, lse = check(target, q, k, v, **options)
+        sees = reference.visible(pose(q, k, v, **options))[..., j]
+        sees[1:] = False
+        sees[:, shape.heads // shape.kv_heads :] = False
+        np.testing.assert_array_equal(out[sees][:, 7], poison)
+        out[sees, 7] = 0
+        assert np.isfinite(out).all() and np.isfinite(lse).all()
+
+    def test_opposite_infinities_in_v(self, target, shape, options):
+        """Inf minus Inf is NaN, in that column alone."""
+        q, k, v = shape.arrays()
+        v[:, :, 0, 2], v[:, :, 1, 2] = np.inf, -np.inf
+        out, _ = check(target, q, k, v, **options)
+        assert np.isnan(out[:, :, -1, 2]).all()
+        assert np.isfinite(np.delete(out, 2, axis=-1)).all()
+
+    @pytest.mark.parametrize("poison", [np.inf, -np.inf], ids=str)
+    def test_inf_in_k(self, target, shape, options, poison):
+        """A score of -inf has the weight 0, one of +inf makes the row NaN and its lse +inf."""
+        q, k, v = shape.arrays()
+        j = shape.n_keys - 2
+        k[0, 0, j, 7] = poison
+        _, lse = check(target, q, k, v, **options)
+        assert np.isposinf(lse).any()
+        assert np.isfinite(lse[0, 0]).any()
+
+    @pytest.mark.parametrize("poison", [np.inf, -np.inf], ids=str)
+    def test_inf_in_q(self, target, shape, options, poison):
+        q, k, v = shape.arrays()
+        q[0, 1, 3, 7] = poison
+        out, _ = check(target, q, k, v, **options)
+        assert np.isnan(out[0, 1, 3]).all()
+        assert np.isnan(out).sum() == shape.head_dim
+
+    @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
+    def test_in_bias(self, target, shape, options, poison):
+        """Makes its row NaN, and no other."""
+        bias = np.zeros((shape.n_queries, shape.n_keys), np.float32)
+        bias[3, 4] = poison
+        out, _ = check(target, *shape.arrays(), bias=bias, **options)
+        assert np.isnan(out[:, :, 3]).all()
+        assert np.isfinite(np.delete(out, 3, axis=2)).all()
+
+
+@pytest.mark.parametrize("n_queries", [1, 40])
+def test_every_seen_score_minus_infinity(target, n_queries):
+    """``exp(-inf - -inf)`` is NaN: a score of -inf is not an unseen key."""
+    shape = Shape(1, 1, n_queries, 30, 4)
+    q, k, v = (np.abs(x) + 1 for x in shape.arrays())
+    out, lse = check(target, q, np.full_like(k, -np.inf), v)
+    assert np.isnan(out).all()
+    np.testing.assert_array_equal(lse, -np.inf)
+
+
+@pytest.mark.parametrize("sink", [np.nan, np.inf], ids=str)
+def test_sinks_that_are_not_finite(target, sink):
+    """A sink of +inf takes all the weight, one of NaN makes the head NaN."""
+    sinks = np.array([0, sink, 0, 0])
+    out, lse = check(target, *SHAPE.arrays(), sinks=sinks)
+    assert np.isfinite(np.delete(out, 1, axis=1)).all()
+    np.testing.assert_array_equal(lse[:, 1], sink)
+    np.testing.assert_array_equal(out[:, 1], 0 if sink > 0 else np.nan)
+
+
+# ---------------------------------------------------------------------- the ends of the range
+
+
+@pytest.mark.parametrize("bias_dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+class TestLeastNumber:
+    """Only -inf excludes: ``np.finfo(dtype).min`` is a number."""
+
+    def test_row_of_nothing_else(self, target, dtype, bias_dtype):
+        """Is the softmax of equal scores, not NaN and not 0."""
+        q, k, v = SHAPE.arrays(dtype)
+        q *= 0
+        bias = np.zeros((70, 90), bias_dtype)
+        bias[5:50] = np.finfo(bias_dtype).min
+        out, _ = check(target, q, k, v, return_lse=False, bias=bias)
+        mean = v.astype(np.float64).mean(axis=-2, keepdims=True).repeat(2, axis=1)
+        np.testing.assert_allclose(
+            out.astype(np.float64),
+            np.broadcast_to(mean, out.shape),
+            atol=4 * np.finfo(dtype).eps * np.abs(mean).max(),
+        )
+
+    def test_among_others(self, target, dtype, bias_dtype):
+        """Has no weight beside scores of ordinary size."""
+        q, k, v = SHAPE.arrays(dtype)
+        bias = np.zeros((70, 90), bias_dtype)
+        bias[:, 33:] = np.finfo(bias_dtype).min
+        results = check(target, q, k, v, bias=bias)
+        assert_solves(results, pose(q, k, v, return_lse=True, kv_lengths=33))
+
+    def test_in_causal_rows(self, target, dtype, bias_dtype):
+        """As the attention masks of model libraries are made: triangular, plus whole rows."""
+        bias = np.triu(np.full((90, 90), np.finfo(bias_dtype).min), 1)
+        bias[:7] = np.finfo(bias_dtype).min
+        shape = SHAPE._replace(n_queries=90)
+        out, _ = check(target, *shape.arrays(dtype), return_lse=False, bias=bias), None
+        assert np.isfinite(out.astype(np.float64)).all()
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "float64"])
+def test_greatest_number_as_bias(target, bias_dtype):
+    """One finite bias above all takes all the weight."""
+    q, k, v = SHAPE.arrays()
+    bias = np.zeros((70, 90), bias_dtype)
+    bias[:, 33] = np.finfo(bias_dtype).max / 2
+    out = target.attend(q, k, v, bias=bias)
+    np.testing.assert_array_equal(out, np.broadcast_to(v[:, :, 33:34].repeat(2, axis=1), out.shape))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [SHAPE, LONG], ids=["many queries", "few queries"])
+def test_scores_of_ten_thousand(target, shape, dtype):
+    """Of both signs, in one row."""
+    q, k, v = shape.arrays(dtype)
+    p = pose(q, k, v)
+    scale = p.scale * 1e4 / np.abs(reference.scores(p)).max()
+    out, _ = check(target, q, k, v, scale=scale)
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 2.9e38, -2.9e38, 1e-38], ids=str)
+@pytest.mark.parametrize("n_queries", [1, 50])
+def test_equal_scores_of_any_size(target, size, n_queries):
+    """The softmax of equal scores is the mean; in base 2, 2.9e38 would overflow float32."""
+    _, _, v = Shape(1, 2, 1, 600, 1, value_dim=8).arrays()
+    root = abs(size) ** 0.5
+    q = np.full((1, 2, n_queries, 1), root, np.float32)
+    k = np.full((1, 2, 600, 1), np.copysign(root, size), np.float32)
+    check(target, q, k, v, scale=1)
+
+
+@pytest.mark.parametrize("n_queries", [1, 50])
+def test_scores_from_end_to_end(target, n_queries):
+    """From -2.9e38 to 2.9e38 in one row: their difference is no float32."""
+    _, _, v = Shape(1, 2, 1, 600, 1, value_dim=8).arrays()
+    root = np.float32(2.9e38**0.5)
+    q = np.full((1, 2, n_queries, 1), root)
+    k = np.linspace(-root, root, 600, dtype=np.float32)[:, None]
+    for keys in (k, k[::-1], -np.abs(k)):
+        check(target, q, keys, v, scale=1)
+
+
+def test_scale_that_brings_the_score_into_range(target):
+    """The sum over head_dim alone would overflow."""
+    q, k, v = (x * np.float32(f) for x, f in zip(SHAPE.arrays(), (1e19, 1e19, 1), strict=True))
+    out, lse = check(target, q, k, v, scale=1e-38)
+    assert np.isfinite(out).all() and np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("slope", [1e4, 1e30])
+def test_steep_alibi(target, slope):
+    """All the weight is on the query's own place."""
+    shape = Shape(1, 1, 40, 40, 8)
+    q, k, v = shape.arrays()
+    np.testing.assert_array_equal(target.attend(q, k, v, alibi=[slope]), v)
+
+
+# ------------------------------------------------------------------------------ no call warns
+
+WARNING = {
+    "nothing seen": {"kv_lengths": 0},
+    "sinks of -inf": {"kv_lengths": 0, "sinks": np.full(4, -np.inf)},
+    "bias of -inf": {"bias": np.full((70, 90), -np.inf)},
+    "bias out of range": {"bias": np.full((70, 90), 1e300)},
+    "softcap": {"softcap": 1e-30},
+    "alibi": {"alibi": np.full(4, 1e300)},
+    "sinks out of range": {"sinks": np.full(4, 1e300)},
+    "scale": {"scale": 1e300},
+    "weights": {"return_weights": True},
+    "nothing else": {},
+}
+
+
+@pytest.mark.parametrize("extreme", [1.0, 3e38, 1e-40, np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("options", WARNING.values(), ids=WARNING)
+def test_no_call_warns(target, options, extreme):
+    """Nor raises, whatever `numpy.seterr` says: it is no argument of the function."""
+    q, k, v = SHAPE.arrays()
+    with np.errstate(over="ignore"):
+        q, k, v = q * np.float32(extreme), k * np.float32(extreme), v * np.float32(extreme)
+    with warnings.catch_warnings(), np.errstate(all="raise"):
+        warnings.simplefilter("error")
+        target.attend(q, k, v, return_lse=True, **options)
+    with warnings.catch_warnings(), np.errstate(all="warn"):
+        warnings.simplefilter("error")
+        target.attend(q, k, v, return_lse=True, **options)
+        assert np.geterr()["over"] == "warn"
