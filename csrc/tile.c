@@ -54,11 +54,12 @@ static Scratch scratch_of(const Tile *t) {
 
 /* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] * b[t][lane],
  * and where `top` is given top[lane] = max(top[lane], c[r][lane]). Both products of attention have
- * this form; constant `rows`, `vecs` and one unit stride keep the accumulators in registers. The
- * second product visits V in narrow columns, which no hardware prefetcher follows. */
+ * this form; constant `rows`, `vecs` and one unit stride keep the accumulators in registers. Each
+ * step fetches one line `ahead`: hardware prefetchers do not follow the narrow columns of V, nor
+ * keep up with K once it lies in the third-level cache. */
 INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff_t a_row,
                           ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,
-                          bool accumulate, vec *top, const bool fetch_ahead) {
+                          bool accumulate, vec *top, const real *ahead, ptrdiff_t ahead_step) {
     vec sum[TILE_ROWS][TILE_VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -66,7 +67,7 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
         for (int n = 0; n < vecs; n++)
             sum[r][n] = accumulate ? load(c + r * PANEL + n * LANES) : splat(0);
     for (ptrdiff_t t = 0; t < steps; t++) {
-        if (fetch_ahead) __builtin_prefetch(a + STRIP_KEYS * a_step, 0, 2);
+        __builtin_prefetch(ahead, 0, 2);
         vec operand[TILE_VECS];
 #pragma GCC unroll 3
         for (int n = 0; n < vecs; n++) operand[n] = load(b + n * LANES);
@@ -78,6 +79,7 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
         }
         a += a_step;
         b += PANEL;
+        ahead += ahead_step;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -94,26 +96,36 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
     const real *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,    \
         bool accumulate, vec *top
 
-INLINE void product_of_vecs(const int vecs, int rows, PRODUCT_ARGS) {
-    if (rows == TILE_ROWS && a_step == 1)
-        register_tile(TILE_ROWS, vecs, a, a_row, 1, steps, b, c, accumulate, top, false);
-    else if (rows == TILE_ROWS && a_row == 1)
-        register_tile(TILE_ROWS, vecs, a, 1, a_step, steps, b, c, accumulate, top, true);
-    else
-        switch (rows) {
+INLINE void product_of_vecs(const int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS) {
+        if (a_step == 1) {
+            /* Rows of K, one behind the other: the same rows of the next strip. */
+            bool packed = a_row == steps;
+            register_tile(TILE_ROWS, vecs, a, a_row, 1, steps, b, c, accumulate, top,
+                          packed ? a + STRIP_KEYS * a_row : a, packed ? TILE_ROWS : 0);
+        } else if (a_row == 1)
+            register_tile(TILE_ROWS, vecs, a, 1, a_step, steps, b, c, accumulate, top,
+                          a + STRIP_KEYS * a_step, a_step);
+        else
+            register_tile(TILE_ROWS, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);
+        a += TILE_ROWS * a_row;
+        c += TILE_ROWS * PANEL;
+    }
+    switch (rows) {
 #define ROWS(n)                                                                                   \
     case n:                                                                                       \
-        register_tile(n, vecs, a, a_row, a_step, steps, b, c, accumulate, top, false);            \
+        register_tile(n, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);             \
         break;
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5)
 #if TILE_ROWS == 8
-            ROWS(7) ROWS(8)
+        ROWS(6) ROWS(7)
 #endif
 #undef ROWS
-        }
+    }
 }
 
-static void product(int vecs, int rows, PRODUCT_ARGS) {
+/* The product above for any number of rows of the first `vecs` vectors of a panel. */
+static void product(int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
     switch (vecs) {
     case 1: product_of_vecs(1, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
     case 2: product_of_vecs(2, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
@@ -239,16 +251,35 @@ static void hide_unseen(const Bounds *bounds, int vecs, int keys, real *scores, 
         }
 }
 
-/* Scores to weights relative to `top`; their sum is added to `sum`. */
+/* Weights are 2**(s * unit - shift), one multiply-add and an exponential: unit is log2(e) and shift
+ * is the maximum in that unit, rounded. Next to a maximum so large that s * log2(e) could overflow,
+ * scores are equal or differ by more than any exponent, and a smaller unit gives the same weights. */
+INLINE vec unit_for(vec top) {
+    return choose(larger(top, -top) > splat(REAL_MAX / 4), splat((real)0.25),
+                  splat((real)1.4426950408889634));
+}
+
+INLINE vec shift_for(vec top) {
+    vec shift = top * unit_for(top);
+    HIDE_VALUE(shift); /* or it would be fused with what follows, unrounded in one place only */
+    return shift;
+}
+
+/* Scores to weights; their sum is added to `sum`. */
 INLINE void weigh_vecs(const int vecs, int keys, real *scores, const vec *top, vec *sum) {
-    vec shift[TILE_VECS], total[TILE_VECS];
+    vec unit[TILE_VECS], shift[TILE_VECS], total[TILE_VECS];
 #pragma GCC unroll 3
-    for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
+    for (int n = 0; n < vecs; n++) {
+        unit[n] = unit_for(top[n]);
+        shift[n] = shift_for(top[n]);
+        total[n] = sum[n];
+    }
     for (int j = 0; j < keys; j++) {
 #pragma GCC unroll 3
         for (int n = 0; n < vecs; n++) {
-            vec p = exp_negative(load(scores + j * PANEL + n * LANES) - shift[n]);
-            store(scores + j * PANEL + n * LANES, p);
+            real *s = scores + j * PANEL + n * LANES;
+            vec p = exp2_negative(load(s) * unit[n] - shift[n]);
+            store(s, p);
             total[n] += p;
         }
     }
@@ -300,10 +331,8 @@ static void score(const Tile *t, int p, const real *q, ptrdiff_t key, int keys, 
     int vecs = t->panel[p].vecs;
     vec strip_top[TILE_VECS];
     for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
-    const real *k = (const real *)t->k + key * t->k_key;
-    for (int j = 0; j < keys; j += TILE_ROWS)
-        product(vecs, fewer(keys - j, TILE_ROWS), k + j * t->k_key, t->k_key, t->k_dim,
-                t->head_dim, q, scores + j * PANEL, false, strip_top);
+    product(vecs, keys, (const real *)t->k + key * t->k_key, t->k_key, t->k_dim, t->head_dim, q,
+            scores, false, strip_top);
     if (!all_see(t, p, key, keys)) {
         Bounds bounds = bounds_from(t, p, key);
         hide_unseen(&bounds, vecs, keys, scores, strip_top);
@@ -322,9 +351,7 @@ static void sum_values(const Tile *t, int p, ptrdiff_t key, int keys, const real
         careful_product(t, &bounds, vecs, v, keys, weights, out);
         return;
     }
-    for (ptrdiff_t d = 0; d < t->value_dim; d += TILE_ROWS)
-        product(vecs, fewer(t->value_dim - d, TILE_ROWS), v + d * t->v_dim, t->v_dim, t->v_key,
-                keys, weights, out + d * PANEL, accumulate, NULL);
+    product(vecs, t->value_dim, v, t->v_dim, t->v_key, keys, weights, out, accumulate, NULL);
 }
 
 /* What one panel knows of the block under way. */
@@ -346,9 +373,11 @@ static void raise_max(PanelBlock *b, real *row_max) {
         vec before = load(row_max + n * LANES);
         vec now = larger(before, b->top[n]);
         store(row_max + n * LANES, now);
-        /* While a row has seen nothing its maximum is -inf; any finite shift will do. */
+        /* While a row has seen nothing its maximum is -inf; any finite one will do. */
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
-        b->rescale[n] = exp_negative(before - b->top[n]);
+        vec fall = shift_for(before) - shift_for(b->top[n]);
+        ivec same_unit = unit_for(before) == unit_for(b->top[n]);
+        b->rescale[n] = exp2_negative(choose(same_unit, fall, splat(-INFINITY)));
     }
 }
 
@@ -406,6 +435,15 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     }
 }
 
+static double lse_of(real top, real sum) {
+    if (top == INFINITY) return top;
+    double lse = top + log((double)sum);
+    if (top == -INFINITY) return lse; /* nothing seen, or a NaN */
+    vec t = splat(top);
+    double rounding_of_shift = fma(-top, unit_for(t)[0], shift_for(t)[0]);
+    return lse + rounding_of_shift * 0.6931471805599453;
+}
+
 static void finish(Tile *t) {
     Scratch s = scratch_of(t);
     for (int p = 0; p < t->panels; p++)
@@ -420,17 +458,19 @@ static void finish(Tile *t) {
             store_rows(t, at, s.out + p * PANEL * t->value_dim + n * LANES, share, saw);
         }
     if (t->want_lse)
-        for (ptrdiff_t i = 0; i < t->n_queries; i++) {
-            double top = s.row_max[i];
-            t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i]);
-        }
+        for (ptrdiff_t i = 0; i < t->n_queries; i++) t->lse[i] = lse_of(s.row_max[i], s.row_sum[i]);
 }
 
 /* Flops of `rounds` rounds of independent multiply-adds: what the machine can do at most. */
 static double peak(ptrdiff_t rounds) {
     vec sum[TILE_ROWS][TILE_VECS], factor = splat((real)0.5), term = splat((real)1);
+#pragma GCC unroll 8
     for (int r = 0; r < TILE_ROWS; r++)
-        for (int n = 0; n < TILE_VECS; n++) sum[r][n] = splat((real)(r + n));
+#pragma GCC unroll 3
+        for (int n = 0; n < TILE_VECS; n++) {
+            sum[r][n] = splat(1);
+            HIDE_VALUE(sum[r][n]); /* or equal ones would be computed once */
+        }
     HIDE_VALUE(factor);
     HIDE_VALUE(term);
     for (ptrdiff_t i = 0; i < rounds; i++)

@@ -24,8 +24,7 @@ import fastattn
 
 LAYERS, HEADS = 6, 12
 EPSILON = 1e-12
-MAX_TOKENS = 256  # the longest text that the model is meant for
-ROWS = 256  # of the feed-forward layer at once: so many still fit the second-level cache
+ROWS = 256  # tokens in the feed-forward layer at once: their 1536 features fit the L2 cache
 TOLERANCE = 1e-5
 
 TEXTS = """
@@ -117,7 +116,7 @@ def linear(weights, name, x):
 
 def layer_norm(weights, name, x):
     x = x - x.mean(axis=1, keepdims=True)
-    x /= np.sqrt(np.vecdot(x, x) / x.shape[1] + EPSILON)[:, None]
+    x /= np.sqrt(np.einsum("ti,ti->t", x, x) / x.shape[1] + EPSILON)[:, None]
     x *= weights[f"{name}.weight"]
     x += weights[f"{name}.bias"]
     return x
@@ -142,7 +141,7 @@ def gelu(x):
 
 def tokenize(folder, texts):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.no_truncation()
     tokenizer.enable_padding()  # to the longest of the batch, not to the file's 128
     encodings = tokenizer.encode_batch(texts)
     ids, real = np.array([(x.ids, x.attention_mask) for x in encodings]).swapaxes(0, 1)

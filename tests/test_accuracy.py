@@ -6,7 +6,6 @@ from cases import DTYPES, INTERVAL_OPTIONS, SCORE_OPTIONS, Shape, check, options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-INTERVALS_AND_SCORES = (*INTERVAL_OPTIONS, "scale", "sinks")
 EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")
 
 deterministic = settings(
@@ -37,7 +36,7 @@ def subsets(names):
 
 
 @deterministic
-@given(shape=shapes(), names=subsets(INTERVALS_AND_SCORES), dtype=st.sampled_from(DTYPES[:2]),
+@given(shape=shapes(), names=subsets((*INTERVAL_OPTIONS, "scale")), dtype=st.sampled_from(DTYPES[:2]),
        seed=st.integers(0, 2**16))  # fmt: skip
 def test_interval_options(target, shape, names, dtype, seed):
     check(target, *shape.arrays(dtype, seed), **options(names, shape, seed))
@@ -67,17 +66,16 @@ def test_sums_do_not_drift(target, dtype, n_queries, spread):
     check(target, q * q.dtype.type(spread), k, v + v.dtype.type(1))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", [512, 2000])
+@pytest.mark.parametrize("dtype, n", [("float32", 2000), ("float64", 600)])
 def test_squares(target, dtype, n):
     check(target, *Shape(1, 2, n, n, 64).arrays(dtype), causal=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("spread", [0.01, 1, 10, 30, 100, 1000])
+@pytest.mark.parametrize("spread", [0.01, 1, 10, 30, 100])
 def test_spread_of_scores(target, dtype, spread):
     """`exp` over its whole range, down to where weights vanish."""
-    check(target, *Shape(2, 2, 100, 700, 32).arrays(dtype), scale=spread / 32**0.5)
+    check(target, *Shape(2, 4, 150, 600, 16).arrays(dtype), scale=spread / 16**0.5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

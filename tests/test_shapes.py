@@ -96,6 +96,12 @@ def test_broadcasting_of_options(target, shapes):
     )  # fmt: skip
 
 
+def test_many_leading_axes(target):
+    """Any number of them."""
+    q, k, v = (x.reshape(2, *(1,) * 40, 3, *x.shape[1:]) for x in Shape(6, 2, 5, 7, 4).arrays())
+    check(target, q, k[:1], v, causal=True)
+
+
 def test_two_axes_are_one_head(target):
     """Two-dimensional input is one head, and so is its result."""
     q, k, v = (x[0, 0] for x in Shape(1, 1, 5, 7, 4, value_dim=3).arrays())

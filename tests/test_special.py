@@ -119,10 +119,6 @@ def test_weights_of_unseen_keys_are_zero(target):
 class TestSeen:
     """It acts as the formula says, and other rows are untouched."""
 
-    @staticmethod
-    def finite(x):
-        return np.isfinite(x)
-
     def test_nan_in_q(self, target, shape, options):
         """Makes its row NaN."""
         q, k, v = shape.arrays()
@@ -229,7 +225,7 @@ class TestLeastNumber:
         q *= 0
         bias = np.zeros((70, 90), bias_dtype)
         bias[5:50] = np.finfo(bias_dtype).min
-        out, _ = check(target, q, k, v, return_lse=False, bias=bias)
+        out = check(target, q, k, v, return_lse=False, bias=bias)
         mean = v.astype(np.float64).mean(axis=-2, keepdims=True).repeat(2, axis=1)
         np.testing.assert_allclose(
             out.astype(np.float64),
@@ -250,7 +246,7 @@ class TestLeastNumber:
         bias = np.triu(np.full((90, 90), np.finfo(bias_dtype).min), 1)
         bias[:7] = np.finfo(bias_dtype).min
         shape = SHAPE._replace(n_queries=90)
-        out, _ = check(target, *shape.arrays(dtype), return_lse=False, bias=bias), None
+        out = check(target, *shape.arrays(dtype), return_lse=False, bias=bias)
         assert np.isfinite(out.astype(np.float64)).all()
 
 
@@ -265,10 +261,10 @@ def test_greatest_number_as_bias(target, bias_dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", [SHAPE, LONG], ids=["many queries", "few queries"])
-def test_scores_of_ten_thousand(target, shape, dtype):
-    """Of both signs, in one row."""
-    q, k, v = shape.arrays(dtype)
+@pytest.mark.parametrize("n_queries, batch", [(1500, 2), (5, 200)])
+def test_scores_of_ten_thousand(target, n_queries, batch, dtype):
+    """Of both signs, in one row; near ties are rare, so it takes many rows to judge the error."""
+    q, k, v = Shape(batch, 4, n_queries, 90, 16, kv_heads=2).arrays(dtype)
     p = pose(q, k, v)
     scale = p.scale * 1e4 / np.abs(reference.scores(p)).max()
     out, _ = check(target, q, k, v, scale=scale)

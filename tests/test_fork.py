@@ -1,0 +1,60 @@
+"""Promise 5: a forked child works."""
+
+import os
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+COMMON = """
+import multiprocessing, os, sys, warnings
+import numpy as np
+import fastattn
+
+warnings.simplefilter("ignore")  # Python's own, on a fork with threads
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((2, 4, 300, 64), np.float32) for _ in range(3))
+
+def attend(_=None):
+    return fastattn.scaled_dot(q, k, v, causal=True, backend=sys.argv[1], threads=2)
+
+def right(out):  # not a measure of rounding: a broken child hangs or returns garbage
+    return np.allclose(out, wanted, rtol=1e-4, atol=1e-5)
+
+wanted = attend()
+"""
+
+FORK = """
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if right(attend()) and right(attend()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert right(attend())  # so does the parent
+print("fine")
+"""
+
+GRANDCHILD = """
+child = os.fork()
+if child == 0:
+    fine = right(attend())
+    grandchild = os.fork()
+    if grandchild == 0:
+        os._exit(0 if right(attend()) else 1)
+    os._exit(0 if fine and os.waitpid(grandchild, 0)[1] == 0 else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+POOL = """
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    results = pool.map(attend, range(4))
+assert all(map(right, results))
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("program", [FORK, GRANDCHILD, POOL], ids=["fork", "grandchild", "pool"])
+def test_child_works(target, run_python, program):
+    """After the parent has used its threads; in time, too: a child that hangs fails here."""
+    assert run_python(COMMON + program, target.backend, timeout=30).strip() == "fine"

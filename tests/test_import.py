@@ -1,0 +1,77 @@
+"""Promise 6: importing starts no thread, changes no floating-point mode and is quick."""
+
+import sys
+
+import pytest
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux
+def test_starts_no_thread(run_python):
+    program = """
+import os, numpy
+before = os.listdir("/proc/self/task")
+import fastattn
+print(os.listdir("/proc/self/task") == before)
+"""
+    assert run_python(program).strip() == "True"
+
+
+def test_leaves_subnormals_alone(run_python):
+    """A library linked with -ffast-math would flush them to 0 in the whole process."""
+    program = """
+import sys
+import numpy as np
+def modes():
+    least = np.array([np.finfo(np.float64).smallest_subnormal])
+    least32 = np.array([np.finfo(np.float32).smallest_subnormal])
+    third = np.array([1.0]) / 3
+    tiny = np.array([np.finfo(np.float64).tiny]) / 2
+    return [x.tobytes() for x in (least * 3, least32 * 3, third, -third, tiny, tiny * 2)]
+before = modes()
+assert all(any(x) for x in before)
+import fastattn
+assert modes() == before
+q = np.ones((300, 64), np.float32)
+fastattn.scaled_dot(q, q, q)
+assert modes() == before
+print("fine")
+"""
+    assert run_python(program).strip() == "fine"
+
+
+OPTIONAL = ["ml_dtypes", "threadpoolctl", "numba", "torch", "jax", "dask", "transformers", "cupy",
+            "scipy", "matplotlib", "multiprocessing"]  # fmt: skip
+
+
+def test_loads_no_optional_package(run_python):
+    """NumPy is the one hard dependency; the rest is imported where it is used."""
+    program = f"""
+import sys, numpy
+before = set(sys.modules)
+import fastattn
+print(sorted((set(sys.modules) - before) & set({OPTIONAL})))
+"""
+    assert run_python(program).strip() == "[]"
+
+
+def test_is_quick(run_python):
+    """Promised: 100 ms beyond NumPy; asserted: ten times that, for a busy machine."""
+    program = """
+import time, numpy
+began = time.perf_counter()
+import fastattn
+print(time.perf_counter() - began)
+"""
+    assert min(float(run_python(program)) for _ in range(2)) < 1.0
+
+
+def test_environment_is_not_changed(run_python):
+    program = """
+import os, numpy
+before = dict(os.environ)
+import fastattn
+print(dict(os.environ) == before)
+"""
+    assert run_python(program).strip() == "True"

@@ -1,0 +1,139 @@
+"""Who decides the number of threads, and calls from many threads at once (promise 5)."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from cases import Shape, assert_solves, options, same_bits
+
+from fastattn import threads
+from fastattn.problem import pose
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(affinity, quota)``: a machine that allows so many CPUs."""
+
+    def allow(affinity, quota):
+        monkeypatch.setattr(threads, "affinity", lambda: affinity)
+        monkeypatch.setattr(threads, "_cgroup_quota", lambda: quota)
+
+    return allow
+
+
+class TestOrder:
+    """``threads=``, then FASTATTN_NUM_THREADS, then the least of the others."""
+
+    def test_argument_first(self, machine, monkeypatch):
+        machine(3, 4)
+        monkeypatch.setenv("FASTATTN_NUM_THREADS", "6")
+        assert threads.thread_count(9, openmp=2) == 9
+
+    def test_environment_next(self, machine, monkeypatch):
+        machine(3, 4)
+        monkeypatch.setenv("FASTATTN_NUM_THREADS", "6")
+        assert threads.thread_count(None, openmp=2) == 6
+
+    @pytest.mark.parametrize("openmp, affinity, quota", [(2, 3, 4), (4, 2, 3), (3, 4, 2)])
+    def test_then_the_least(self, machine, openmp, affinity, quota):
+        machine(affinity, quota)
+        assert threads.thread_count(None, openmp) == 2
+
+    def test_empty_setting_is_none(self, machine, monkeypatch):
+        machine(3, 4)
+        monkeypatch.setenv("FASTATTN_NUM_THREADS", "")
+        assert threads.thread_count(None, openmp=2) == 2
+
+    def test_at_least_one(self, machine):
+        machine(1, 1)
+        assert threads.thread_count(None, openmp=0) == 1
+
+    @pytest.mark.parametrize("setting", ["0", "-2", "two", "1.5", "2 3"])
+    def test_bad_setting(self, monkeypatch, setting):
+        monkeypatch.setenv("FASTATTN_NUM_THREADS", setting)
+        with pytest.raises(ValueError, match=rf"^FASTATTN_NUM_THREADS: .*{setting}"):
+            threads.thread_count(None, openmp=2)
+
+
+BIG = Shape(1, 8, 300, 300, 64)
+
+
+def test_bad_setting_reaches_the_caller(target, monkeypatch):
+    if target.backend == "numpy":
+        pytest.skip("the threads of numpy are its BLAS's own")
+    monkeypatch.setenv("FASTATTN_NUM_THREADS", "many")
+    with pytest.raises(ValueError, match="^FASTATTN_NUM_THREADS: 'many' given"):
+        target.attend(*BIG.arrays())
+    target.attend(*BIG.arrays(), threads=1)  # which wins, so the setting is not looked at
+
+
+@pytest.mark.parametrize("setting", ["1", "2", "5"])
+def test_setting_changes_no_result(target, monkeypatch, setting):
+    arrays = BIG.arrays()
+    monkeypatch.setenv("FASTATTN_NUM_THREADS", setting)
+    assert_solves(target.attend(*arrays), pose(*arrays))
+
+
+def test_threadpool_limits(target):
+    """A limit set by threadpoolctl is no obstacle, and is left as it was."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    arrays = BIG.arrays()
+    target.attend(*arrays)  # so that every library is there
+
+    def settings():
+        return [(x["filepath"], x["num_threads"]) for x in threadpoolctl.threadpool_info()]
+
+    before = settings()
+    with threadpoolctl.threadpool_limits(1):
+        limited = settings()
+        assert_solves(target.attend(*arrays), pose(*arrays))
+        assert settings() == limited
+    target.attend(*arrays, threads=3)
+    assert settings() == before
+
+
+def test_many_python_threads(target):
+    """Safe from many threads: each gets the result that it would get alone."""
+    problems = []
+    for seed in range(24):
+        shape = Shape(1 + seed % 3, 4, 20 + 7 * seed, 300 - 9 * seed, 8 + seed, kv_heads=2)
+        arrays = shape.arrays("float64" if seed % 4 == 0 else "float32", seed)
+        opts = options(["causal", "kv_lengths"] if seed % 2 else [], shape, seed)
+        problems.append((arrays, {**opts, "threads": 1 + seed % 3, "return_lse": True}))
+    alone = [target.attend(*arrays, **opts) for arrays, opts in problems]
+    start = threading.Barrier(8)
+
+    def work(first):
+        start.wait()
+        order = [(first + i) % len(problems) for i in range(len(problems))]
+        return [(n, target.attend(*problems[n][0], **problems[n][1])) for n in order]
+
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(work, range(0, 24, 3)):
+            for n, together in results:
+                for got, wanted in zip(together, alone[n], strict=True):
+                    if target.bitwise:
+                        assert same_bits(got, wanted)
+                    else:  # BLAS may divide the work in another way: a few ulp
+                        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gil_is_released(target):
+    """Other Python threads run while a call computes."""
+    arrays = Shape(1, 1, 6000, 12000, 64).arrays()
+    target.attend(*(x[:, :, :8] for x in arrays))
+    done, ticks = threading.Event(), 0
+
+    def call():
+        target.attend(*arrays, threads=1)
+        done.set()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    while not done.is_set():
+        time.sleep(0.001)
+        ticks += 1
+    thread.join()
+    assert ticks >= 5  # of some hundred; a call that holds the GIL lets one or two pass
