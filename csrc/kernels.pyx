@@ -13,7 +13,8 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals, PyErr_Occurred
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, getenv, malloc
+from libc.stdlib cimport free, malloc
+from libc.stdlib cimport getenv as c_getenv
 
 cnp.import_array()
 
@@ -61,6 +62,12 @@ cdef extern from "openmp.h" nogil:
     double seconds()
 
 
+def getenv(str name):
+    """The environment variable `name`, or None; as `os.getenv`, but fast."""
+    cdef const char *value = c_getenv(name.encode())
+    return None if value is NULL else value.decode("utf-8", "surrogateescape")
+
+
 # Instruction sets ------------------------------------------------------------------------------
 
 FEATURES = ("avx2", "avx512", "avx512_bf16")  # the names that may be disabled, on any machine
@@ -88,7 +95,7 @@ def instruction_set():
 
 cdef const InstructionSet *chosen() except NULL:
     # Read at every call, and from C, where it costs next to nothing.
-    cdef const char *setting = getenv("FASTATTN_DISABLE_CPU_FEATURES")
+    cdef const char *setting = c_getenv("FASTATTN_DISABLE_CPU_FEATURES")
     if setting is NULL or setting[0] == 0:
         return best
     disabled = setting.decode().replace(",", " ").split()

@@ -27,9 +27,9 @@ def scaled_dot(
         result = result[0]
         lse = None if lse is None else lse[0]
         weights = None if weights is None else weights[0]
-    if problem.out is not None:
-        problem.out[...] = result
     if out is not None:
+        if problem.out is not None:
+            out[...] = result
         result = out
     if lse is None and weights is None:
         return result

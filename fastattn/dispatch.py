@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from . import reference
 from .backends import cython, numpy
+from .environment import getenv
 from .problem import Problem
 
 __all__ = ["BACKENDS", "NAMED_ONLY", "named", "select"]
@@ -26,10 +25,12 @@ def select(problem: Problem, backend: str | None = None):
     """
     origin = "backend"
     if backend is None:
-        backend = os.environ.get("FASTATTN_BACKEND")
+        backend = getenv("FASTATTN_BACKEND")
         origin = "FASTATTN_BACKEND"
-    if not backend:
-        return next(b for b in BACKENDS if b.unsupported(problem) is None)
+    if not backend and origin == "FASTATTN_BACKEND":
+        for candidate in BACKENDS:
+            if candidate.unsupported(problem) is None:
+                return candidate
     chosen = named(backend, origin)
     reason = chosen.unsupported(problem)
     if reason is not None:

@@ -12,9 +12,9 @@ import numpy as np
 
 __all__ = ["Problem", "pose"]
 
+_ndarray = np.ndarray
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
-_FLOAT16 = np.dtype(np.float16)
 _FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become float64)"
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -115,8 +115,12 @@ def pose(
     TypeError, ValueError
         The message begins with the name of the offending argument.
     """
-    q, k, v = _array("q", q), _array("k", k), _array("v", v)
-    one_head = q.ndim == k.ndim == v.ndim == 2
+    if not (type(q) is _ndarray and type(k) is _ndarray and type(v) is _ndarray):
+        q, k, v = _plain("q", q), _plain("k", k), _plain("v", v)
+    one_head = False
+    if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
+        one_head = q.ndim == k.ndim == v.ndim == 2
+        q, k, v = _with_heads("q", q), _with_heads("k", k), _with_heads("v", v)
     dtype, copied = q.dtype, ()
     if not (
         (dtype is _FLOAT32 or dtype is _FLOAT64)
@@ -128,26 +132,20 @@ def pose(
         q, k, v = (np.require(x, dtype, "A") for x in originals)
         pairs = zip("qkv", originals, (q, k, v), strict=True)
         copied = tuple(name for name, before, after in pairs if after is not before)
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if len(q_shape) == 2:
-        q, q_shape = q[None], (1, *q_shape)
-    if len(k_shape) == 2:
-        k, k_shape = k[None], (1, *k_shape)
-    if len(v_shape) == 2:
-        v, v_shape = v[None], (1, *v_shape)
 
-    *batch, heads, n_queries, head_dim = q_shape
-    *k_batch, kv_heads, n_keys, k_dim = k_shape
-    *v_batch, v_heads, v_keys, value_dim = v_shape
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    batch = q_shape[:-3]
+    heads, n_queries, head_dim = q_shape[-3:]
+    kv_heads, n_keys, k_dim = k_shape[-3:]
+    v_heads, v_keys, value_dim = v_shape[-3:]
     if k_dim != head_dim:
         raise ValueError(f"k: head_dim {k_dim} differs from q's {head_dim}")
     if head_dim < 1:
         raise ValueError("q: head_dim 0 given, at least 1 wanted")
     if v_keys != n_keys:
         raise ValueError(f"v: {v_keys} keys differ from k's {n_keys}")
-    if k_batch != batch or v_batch != batch:
-        batch = _broadcast_batch(batch, k_batch, v_batch)
-    batch = tuple(batch)
+    if k_shape[:-3] != batch or v_shape[:-3] != batch:
+        batch = _broadcast_batch(batch, k_shape[:-3], v_shape[:-3])
     if v_heads != kv_heads:
         if kv_heads != 1 and v_heads != 1:
             raise ValueError(f"v: {v_heads} heads given, k's {kv_heads} or 1 wanted")
@@ -206,11 +204,11 @@ def pose(
         result = np.empty(shape, dtype)
     else:
         result = _empty_like(q, shape)
-    return Problem(
+    return Problem._make((  # the quickest way to a named tuple
         q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
         scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, result, out, one_head, threads, precision, copied,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def count(name: str, value) -> int:
@@ -227,11 +225,10 @@ def _plain(name, value) -> np.ndarray:
     return np.asarray(value)
 
 
-def _array(name, value) -> np.ndarray:
-    x = value if type(value) is np.ndarray else _plain(name, value)
+def _with_heads(name, x) -> np.ndarray:
     if x.ndim < 2:
         raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
-    return x
+    return x[None] if x.ndim == 2 else x
 
 
 def _is_bfloat16(dtype) -> bool:
@@ -258,8 +255,8 @@ def _promote(*operands) -> np.dtype:
 
 
 def _broadcast_batch(q_batch, k_batch, v_batch):
-    batch = tuple(q_batch)
-    for name, other in (("k", tuple(k_batch)), ("v", tuple(v_batch))):
+    batch = q_batch
+    for name, other in (("k", k_batch), ("v", v_batch)):
         try:
             batch = np.broadcast_shapes(batch, other)
         except ValueError:

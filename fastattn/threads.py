@@ -6,6 +6,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+from .environment import getenv
 from .problem import count
 
 __all__ = ["thread_count"]
@@ -17,7 +18,7 @@ def thread_count(requested: int | None, openmp: int) -> int:
     """
     if requested is not None:
         return requested
-    setting = os.environ.get("FASTATTN_NUM_THREADS")
+    setting = getenv("FASTATTN_NUM_THREADS")
     if setting:
         try:
             n = int(setting)
