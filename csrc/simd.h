@@ -7,7 +7,6 @@
 #ifndef FASTATTN_SIMD_H
 #define FASTATTN_SIMD_H
 
-#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -50,7 +49,6 @@ typedef int64_t lane_int;
 #endif
 #define MANTISSA_BITS 52
 #define EXPONENT_BIAS 1023
-#define REAL_MAX DBL_MAX
 #else
 typedef float real;
 typedef int32_t lane_int;
@@ -63,7 +61,6 @@ typedef int32_t lane_int;
 #endif
 #define MANTISSA_BITS 23
 #define EXPONENT_BIAS 127
-#define REAL_MAX FLT_MAX
 #endif
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
@@ -182,9 +179,10 @@ INLINE void transpose(vec rows[LANES]) {
     }
 }
 
-/* 2**x for x <= 0: exactly 1 at 0, exactly 0 at -inf, NaN for NaN. */
-INLINE vec exp2_negative(vec x) {
-    vec f = fraction(x);
+/* exp(x) for x <= 0: exactly 1 at 0, exactly 0 at -inf, NaN for NaN. */
+INLINE vec exp_negative(vec x) {
+    vec t = x * splat((real)1.4426950408889634);
+    vec f = fraction(t);
 #ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 3.2e-18 */
     vec y = splat(6.263467031152498622e-10);
     y = y * f + 6.559528845952509289e-9;
@@ -205,6 +203,6 @@ INLINE vec exp2_negative(vec x) {
     y = y * f + 0.6931513118f;
 #endif
     y = y * f + (real)1;
-    return scale_by_power(y, x);
+    return scale_by_power(y, t);
 }
 #endif

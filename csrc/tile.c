@@ -251,34 +251,18 @@ static void hide_unseen(const Bounds *bounds, int vecs, int keys, real *scores, 
         }
 }
 
-/* Weights are 2**(s * unit - shift), one multiply-add and an exponential: unit is log2(e) and shift
- * is the maximum in that unit, rounded. Next to a maximum so large that s * log2(e) could overflow,
- * scores are equal or differ by more than any exponent, and a smaller unit gives the same weights. */
-INLINE vec unit_for(vec top) {
-    return choose(larger(top, -top) > splat(REAL_MAX / 4), splat((real)0.25),
-                  splat((real)1.4426950408889634));
-}
-
-INLINE vec shift_for(vec top) {
-    vec shift = top * unit_for(top);
-    HIDE_VALUE(shift); /* or it would be fused with what follows, unrounded in one place only */
-    return shift;
-}
-
-/* Scores to weights; their sum is added to `sum`. */
+/* Scores to weights relative to `top`; their sum is added to `sum`. Subtracting before scaling by
+ * log2(e) costs an instruction more than a multiply-add, but the largest weight is exactly 1 and no
+ * finite score overflows. */
 INLINE void weigh_vecs(const int vecs, int keys, real *scores, const vec *top, vec *sum) {
-    vec unit[TILE_VECS], shift[TILE_VECS], total[TILE_VECS];
+    vec shift[TILE_VECS], total[TILE_VECS];
 #pragma GCC unroll 3
-    for (int n = 0; n < vecs; n++) {
-        unit[n] = unit_for(top[n]);
-        shift[n] = shift_for(top[n]);
-        total[n] = sum[n];
-    }
+    for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
     for (int j = 0; j < keys; j++) {
 #pragma GCC unroll 3
         for (int n = 0; n < vecs; n++) {
             real *s = scores + j * PANEL + n * LANES;
-            vec p = exp2_negative(load(s) * unit[n] - shift[n]);
+            vec p = exp_negative(load(s) - shift[n]);
             store(s, p);
             total[n] += p;
         }
@@ -375,9 +359,7 @@ static void raise_max(PanelBlock *b, real *row_max) {
         store(row_max + n * LANES, now);
         /* While a row has seen nothing its maximum is -inf; any finite one will do. */
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
-        vec fall = shift_for(before) - shift_for(b->top[n]);
-        ivec same_unit = unit_for(before) == unit_for(b->top[n]);
-        b->rescale[n] = exp2_negative(choose(same_unit, fall, splat(-INFINITY)));
+        b->rescale[n] = exp_negative(before - b->top[n]);
     }
 }
 
@@ -435,15 +417,6 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     }
 }
 
-static double lse_of(real top, real sum) {
-    if (top == INFINITY) return top;
-    double lse = top + log((double)sum);
-    if (top == -INFINITY) return lse; /* nothing seen, or a NaN */
-    vec t = splat(top);
-    double rounding_of_shift = fma(-top, unit_for(t)[0], shift_for(t)[0]);
-    return lse + rounding_of_shift * 0.6931471805599453;
-}
-
 static void finish(Tile *t) {
     Scratch s = scratch_of(t);
     for (int p = 0; p < t->panels; p++)
@@ -458,7 +431,10 @@ static void finish(Tile *t) {
             store_rows(t, at, s.out + p * PANEL * t->value_dim + n * LANES, share, saw);
         }
     if (t->want_lse)
-        for (ptrdiff_t i = 0; i < t->n_queries; i++) t->lse[i] = lse_of(s.row_max[i], s.row_sum[i]);
+        for (ptrdiff_t i = 0; i < t->n_queries; i++) {
+            double top = s.row_max[i]; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
+            t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i]);
+        }
 }
 
 /* Flops of `rounds` rounds of independent multiply-adds: what the machine can do at most. */
