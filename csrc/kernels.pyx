@@ -10,13 +10,18 @@ import os
 import numpy as np
 
 cimport numpy as cnp
-from cpython.exc cimport PyErr_CheckSignals, PyErr_Occurred
 from cython.parallel cimport prange, threadid
+from libc.math cimport log
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.stdlib cimport getenv as c_getenv
 
 cnp.import_array()
+
+cdef extern from "Python.h":
+    # Without `except`: the exception stays set until the walk is over.
+    int PyErr_CheckSignals() noexcept
+    void *PyErr_Occurred() noexcept
 
 cdef extern from "tile.h" nogil:
     enum:
@@ -30,7 +35,7 @@ cdef extern from "tile.h" nogil:
         const void *v
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
         Py_ssize_t n_queries, head_dim, value_dim
-        double scale
+        double scale, margin
         Py_ssize_t start[MAX_QUERIES]
         Py_ssize_t stop[MAX_QUERIES]
         bint want_lse
@@ -43,7 +48,7 @@ cdef extern from "tile.h" nogil:
         size_t (*scratch_bytes)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*begin)(Tile *) noexcept nogil
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
-        void (*finish)(Tile *) noexcept nogil
+        bint (*finish)(Tile *) noexcept nogil
         double (*peak)(Py_ssize_t) noexcept nogil
 
 cdef extern from "instruction_sets.h" nogil:
@@ -231,14 +236,18 @@ cdef bint attend_tile(
         if walk.bounded:
             tile.start[i] = (<int64_t *>(start + head * walk.start.head + query * walk.start.row))[0]
             tile.stop[i] = (<int64_t *>(stop + head * walk.stop.head + query * walk.stop.row))[0]
-    walk.kernels.begin(tile)
-    key = tile.first // BLOCK_KEYS * BLOCK_KEYS
-    while key < tile.last:
-        if stopped[0] or (listen and interrupted(last_look)):
-            return False
-        walk.kernels.attend(tile, max(key, tile.first), min(key + BLOCK_KEYS, tile.last))
-        key += BLOCK_KEYS
-    walk.kernels.finish(tile)
+    tile.margin = 0
+    while True:
+        walk.kernels.begin(tile)
+        key = tile.first // BLOCK_KEYS * BLOCK_KEYS
+        while key < tile.last:
+            if stopped[0] or (listen and interrupted(last_look)):
+                return False
+            walk.kernels.attend(tile, max(key, tile.first), min(key + BLOCK_KEYS, tile.last))
+            key += BLOCK_KEYS
+        if walk.kernels.finish(tile):
+            break
+        tile.margin = log(2.0 * walk.n_keys)
     if walk.lse is not NULL:
         for i in range(n):
             query = (first + i) // walk.group
@@ -269,7 +278,7 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
                         walk, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
                     ):
                         stopped = True
-    if PyErr_Occurred():
+    if PyErr_Occurred() is not NULL:
         return -1
     return 0
 

@@ -352,10 +352,10 @@ static bool strip_of(const PanelBlock *b, ptrdiff_t key, ptrdiff_t *from, ptrdif
     return *from < *to;
 }
 
-static void raise_max(PanelBlock *b, real *row_max) {
+static void raise_max(PanelBlock *b, real *row_max, real margin) {
     for (int n = 0; n < TILE_VECS; n++) {
         vec before = load(row_max + n * LANES);
-        vec now = larger(before, b->top[n]);
+        vec now = larger(before, b->top[n] + margin);
         store(row_max + n * LANES, now);
         /* While a row has seen nothing its maximum is -inf; any finite one will do. */
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
@@ -396,7 +396,7 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
                       b->scores + (from - b->begin) * PANEL, b->top);
         }
     for (int p = 0; p < t->panels; p++)
-        if (blocks[p].begin < blocks[p].end) raise_max(&blocks[p], s.row_max + p * PANEL);
+        if (blocks[p].begin < blocks[p].end) raise_max(&blocks[p], s.row_max + p * PANEL, (real)t->margin);
 
     for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS)
         for (int p = 0; p < t->panels; p++) {
@@ -417,8 +417,25 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     }
 }
 
-static void finish(Tile *t) {
+/* Is some sum of values not finite although the sum of its weights is? */
+static bool overflowed(const Tile *t, const Scratch *s) {
+    vec wrong = splat(0);
+    for (int p = 0; p < t->panels; p++)
+        for (int n = 0; n < t->panel[p].vecs && t->panel[p].started; n++) {
+            const real *out = s->out + p * PANEL * t->value_dim + n * LANES;
+            vec not_finite = splat(0); /* x * 0 is a NaN then, and so is every sum with it */
+            for (ptrdiff_t d = 0; d < t->value_dim; d++) not_finite += load(out + d * PANEL) * 0;
+            vec sum = load(s->row_sum + p * PANEL + n * LANES);
+            wrong += choose(sum * 0 == splat(0), not_finite, splat(0));
+        }
+    real all = 0;
+    for (int i = 0; i < LANES; i++) all += wrong[i];
+    return all != 0;
+}
+
+static int finish(Tile *t) {
     Scratch s = scratch_of(t);
+    if (t->margin == 0 && overflowed(t, &s)) return 0;
     for (int p = 0; p < t->panels; p++)
         for (int n = 0; n < t->panel[p].vecs; n++) {
             ptrdiff_t at = p * PANEL + n * LANES;
@@ -435,6 +452,7 @@ static void finish(Tile *t) {
             double top = s.row_max[i]; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i]);
         }
+    return 1;
 }
 
 /* Flops of `rounds` rounds of independent multiply-adds: what the machine can do at most. */

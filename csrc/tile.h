@@ -27,6 +27,9 @@ typedef struct {
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
     double scale;
+    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exactly 1;
+     * log(2 * number of keys) where the weighted sum of huge values would overflow. */
+    double margin;
 
     ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */
     int want_lse;
@@ -51,7 +54,7 @@ typedef struct {
                             ptrdiff_t n_keys);
     void (*begin)(Tile *);
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one block, blocks in order */
-    void (*finish)(Tile *);
+    int (*finish)(Tile *); /* 0: a sum overflowed; begin again with a margin */
     /* Independent multiply-adds only: flops done, for measuring what the machine can do. */
     double (*peak)(ptrdiff_t rounds);
 } TileKernels;

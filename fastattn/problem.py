@@ -222,7 +222,10 @@ def count(name: str, value) -> int:
 def _plain(name, value) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name}: not an array: {error}") from None
 
 
 def _with_heads(name, x) -> np.ndarray:
@@ -244,7 +247,7 @@ def _promote(*operands) -> np.dtype:
     for name, x in zip("qkv", operands, strict=True):
         if x.dtype.kind in "biu":
             wanted.add(_FLOAT64)
-        elif x.dtype.kind == "f" and x.dtype.itemsize <= 8 or _is_bfloat16(x.dtype):
+        elif x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
             wanted.add(x.dtype.newbyteorder("="))
         else:
             raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
@@ -298,7 +301,7 @@ def _integers(name, value) -> np.ndarray:
         raise TypeError(f"{name}: {x.dtype} given, integers wanted")
     if x.dtype.kind == "u":
         return np.minimum(x, np.asarray(_FAR, np.uint64)).astype(np.int64)
-    return np.clip(x, -_FAR, _FAR).astype(np.int64)
+    return np.asarray(np.clip(x, -_FAR, _FAR)).astype(np.int64)
 
 
 def _broadcast(name, x, shape, axes) -> np.ndarray:
@@ -355,7 +358,7 @@ def _window(value) -> tuple[int | None, int | None]:
 def _kv_lengths(value, batch, n_keys) -> np.ndarray:
     x = _integers("kv_lengths", value)
     if x.size and (x.min() < 0 or x.max() > n_keys):
-        wrong = x.min() if x.min() < 0 else x.max()
+        wrong = next(n for n in np.asarray(value).flat if not 0 <= n <= n_keys)
         raise ValueError(f"kv_lengths: {wrong} given, 0..{n_keys} wanted")
     return _broadcast("kv_lengths", x, batch, "the leading axes")
 

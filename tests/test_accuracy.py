@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")
 
 deterministic = settings(
-    max_examples=100,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     database=None,
@@ -19,11 +19,12 @@ deterministic = settings(
 
 @st.composite
 def shapes(draw):
+    """Small, but enough results that their rms error is not luck."""
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     return Shape(
-        batch=draw(st.integers(1, 3)),
+        batch=draw(st.integers(3, 5)),
         heads=kv_heads * group,
-        n_queries=draw(st.integers(1, 60)),
+        n_queries=draw(st.integers(1, 40)),
         n_keys=draw(st.integers(1, 60)),
         head_dim=draw(st.integers(1, 40)),
         kv_heads=kv_heads,
@@ -36,8 +37,8 @@ def subsets(names):
 
 
 @deterministic
-@given(shape=shapes(), names=subsets((*INTERVAL_OPTIONS, "scale")), dtype=st.sampled_from(DTYPES[:2]),
-       seed=st.integers(0, 2**16))  # fmt: skip
+@given(shape=shapes(), names=subsets((*INTERVAL_OPTIONS, "scale")), seed=st.integers(0, 2**16),
+       dtype=st.sampled_from(DTYPES[:2]))  # fmt: skip
 def test_interval_options(target, shape, names, dtype, seed):
     check(target, *shape.arrays(dtype, seed), **options(names, shape, seed))
 
@@ -58,7 +59,7 @@ def test_half_precision(target, dtype, shape, names, seed):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n_queries", [3, 24])
+@pytest.mark.parametrize("n_queries", [3, 12])
 @pytest.mark.parametrize("spread", [1.0, 0.0], ids=["random scores", "equal scores"])
 def test_sums_do_not_drift(target, dtype, n_queries, spread):
     """65536 keys, values of mean 1: one running sum would lose 3 to 25 times NumPy's error."""

@@ -55,7 +55,7 @@ def test_causal_defaults_to_bottom_right(target):
     np.testing.assert_allclose(default[:, :, -1:], last, atol=1e-5)  # sees all keys
 
 
-@pytest.mark.parametrize("shape", [Shape(1, 1, 70, 40), Shape(1, 1, 1, 50), Shape(1, 1, 50, 1)])
+@pytest.mark.parametrize("shape", [Shape(6, 4, 70, 40), Shape(6, 4, 1, 50), Shape(6, 4, 50, 1)])
 @pytest.mark.parametrize("q_offset", [None, 0])
 def test_causal_of_unequal_lengths(target, shape, q_offset):
     check(target, *shape.arrays(), causal=True, q_offset=q_offset)

@@ -92,35 +92,41 @@ def _heads(p: Problem, intervals, batch, kv: slice) -> _Heads:
     )
 
 
-def _attend(p: Problem, h: _Heads, queries: slice, lse, weights) -> None:
-    """Attend from one block of queries to every block of keys that one of them sees."""
+def _attend(p: Problem, h: _Heads, queries: slice, lse, weights, margin=0.0) -> None:
+    """Attend from one block of queries to every block of keys that one of them sees.
+
+    Weights are relative to the largest score plus `margin`: log(2 * n_keys) keeps the sum of huge
+    values from overflowing, at the price of a largest weight that is not exactly 1.
+    """
     real = p.accumulator
     q = h.q[:, :, queries].astype(real) * real.type(p.scale)
     rows = q.shape[:-1]
     top = np.full(rows, -np.inf, real)
     if h.sinks is not None:
         top = np.broadcast_to(h.sinks, rows)
-    shift = np.where(np.isfinite(top), top, 0)
+    shift = np.where(np.isfinite(top), top + real.type(margin), 0)
     total = np.exp(top - shift)
     some = np.zeros(rows, bool)
     out = np.zeros((*rows, p.value_dim), real)
     for keys in _key_blocks(p, h, queries):
         s, seen = _scores(p, h, q, queries, keys)
-        new_top = np.maximum(top, s.max(axis=-1))
-        shift = np.where(np.isfinite(new_top), new_top, 0)
+        old_top, old_shift = top, shift
+        top = np.maximum(top, s.max(axis=-1))
+        shift = np.where(np.isfinite(top), top + real.type(margin), 0)
         weight = np.exp(s - shift[..., None])
-        rescale = np.exp(top - shift)
-        top = new_top
+        rescale = np.where(old_top == -np.inf, 0, np.exp(old_shift - shift))
         total = total * rescale + weight.sum(axis=-1)
         out = out * rescale[..., None] + _product(weight, seen, h.v[:, :, keys].astype(real))
         some |= True if seen is None else seen.any(axis=-1)
+    if margin == 0 and not np.isfinite(out[np.isfinite(total)]).all():
+        return _attend(p, h, queries, lse, weights, margin=np.log(2 * p.n_keys))
     # A row that sees nothing has a total of 0 and gets 0; one that sees only -inf gets 0 / 0.
     unseen = ~some
     out = out / np.where(unseen & (total == 0), 1, total)[..., None]
     row_lse = shift + np.log(total)
 
     def deliver(target, values):  # (kv_heads, group, queries, ...) -> (heads, queries, ...)
-        target[h.where][:, queries] = values.reshape(-1, *values.shape[2:])
+        target[h.where][:, queries] = values.reshape(h.shape[0] * h.shape[1], *values.shape[2:])
 
     deliver(p.result, out)
     if lse is not None:
@@ -133,7 +139,7 @@ def _attend(p: Problem, h: _Heads, queries: slice, lse, weights) -> None:
             w = np.exp(s - row_lse[..., None])
             if seen is not None:
                 w = np.where(seen, w, 0)
-            view[..., keys] = w.reshape(-1, *w.shape[2:])
+            view[..., keys] = w.reshape(h.shape[0] * h.shape[1], *w.shape[2:])
 
 
 def _key_blocks(p: Problem, h: _Heads, queries: slice):
@@ -157,12 +163,14 @@ def _scores(p: Problem, h: _Heads, q, queries: slice, keys: slice):
         s = cap * np.tanh(s / cap)
     seen = None
     if h.bias is not None:
-        bias = h.bias[:, :, queries, keys].astype(real)
-        s = s + bias
-        excluded = bias == -np.inf
-        if excluded.any():
-            # Finite numbers that this dtype cannot hold do not exclude, so ask the original.
-            seen = h.bias[:, :, queries, keys] != -np.inf
+        bias = h.bias[:, :, queries, keys]
+        product, s = s, s + bias.astype(real)
+        if (s == -np.inf).any():
+            seen = bias != -np.inf
+        if not np.isfinite(s).all():
+            # A number that this dtype cannot hold, or that overflows the sum, is a number still.
+            most = np.finfo(real).max
+            s = np.where(np.isfinite(bias) & np.isfinite(product), np.clip(s, -most, most), s)
     j = np.arange(keys.start, keys.stop)
     if h.alibi is not None:
         i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset

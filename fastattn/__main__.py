@@ -1,0 +1,179 @@
+"""``python -m fastattn info | selftest | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from fnmatch import fnmatch
+from typing import Any
+
+from .bench import machine, ranking, report
+from .bench.cases import CASES, Case, parse_shape
+from .bench.contestants import CONTESTANTS, Contestant
+
+DEFAULT_SHAPE = "1,8,4096,64"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    parser = command_line()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 0
+    return chosen.command(parser, chosen)
+
+
+def info(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
+    """Say what is here: machine, instruction sets, threads, backends, settings."""
+    found = machine.info()
+    if chosen.json:
+        write_json(found, "-")
+    else:
+        report.print_info(found)
+    return 0
+
+
+def selftest(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
+    """Check every backend on every instruction set of this machine; status 1 if one is wrong."""
+    from .selftest import selftest
+
+    outcomes = list(selftest())
+    if chosen.json:
+        write_json([{**o._asdict(), "ok": o.ok} for o in outcomes], "-")
+    else:
+        report.print_selftest(outcomes)
+    return 0 if all(o.ok for o in outcomes) else 1
+
+
+def bench(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
+    """Rank the backends and the installed peers on long sequences."""
+    cases = wanted_cases(parser, chosen)
+    contestants = wanted_contestants(chosen)
+    threads = chosen.threads or machine.default_threads()
+    with_memory = not chosen.no_memory
+    conditions = ranking.conditions(threads)
+    show = chosen.json != "-"
+    if show:
+        print(report.headline(conditions))
+    rankings = []
+    total = len(cases) * ranking.steps(len(contestants), chosen.repeat, with_memory)
+    with report.progress(total) as tick:
+        for name, case in cases.items():
+            result = ranking.rank(
+                name, case, contestants, threads, chosen.repeat, with_memory, tick
+            )
+            rankings.append(result)
+            if show:
+                report.print_ranking(result, chosen.repeat)
+    if show:
+        print("\nmemory: at the peak, beyond inputs and result; ratio: to fastattn's fastest")
+    if chosen.json:
+        write_json({**conditions, "repeat": chosen.repeat, "rankings": rankings}, chosen.json)
+    return 0
+
+
+def wanted_cases(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> dict[str, Case]:
+    """The cases that were asked for, by name."""
+    cases = {n: c for n, c in CASES.items() if any(fnmatch(n, p) for p in chosen.case)}
+    if chosen.case and not cases:
+        parser.error(f"--case: none of {', '.join(CASES)} matches {' '.join(chosen.case)}")
+    shapes = chosen.shape or ([] if chosen.case else [DEFAULT_SHAPE])
+    # Asked for nothing in particular, both are shown.
+    both = not chosen.shape and not chosen.causal
+    for shape in shapes:
+        for causal in (False, True) if both else (chosen.causal,):
+            options: dict[str, Any] = {"dtype": chosen.dtype, "causal": causal}
+            if chosen.kv_heads:
+                options["kv_heads"] = chosen.kv_heads
+            try:
+                case = parse_shape(shape, **options)
+            except ValueError as error:
+                parser.error(f"--shape {shape}: {error}")
+            cases[str(case)] = case
+    return cases
+
+
+def wanted_contestants(chosen: argparse.Namespace) -> list[Contestant]:
+    """Backends and peers: all of a kind, unless some of that kind are named."""
+
+    def wanted(names: list[str], ours: bool) -> list[Contestant]:
+        kind = [c for c in CONTESTANTS if c.ours == ours]
+        return [c for c in kind if short_name(c) in names] if names else kind
+
+    return wanted(chosen.backend, True) + wanted(chosen.peer, False)
+
+
+def short_name(contestant: Contestant) -> str:
+    return contestant.name.removeprefix("fastattn-") if contestant.ours else contestant.name
+
+
+def write_json(data: Any, path: str) -> None:
+    if path == "-":
+        json.dump(data, sys.stdout, indent=1)
+        print()
+        return
+    with open(path, "w") as file:
+        json.dump(data, file, indent=1)
+        file.write("\n")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastattn",
+        description="Exact softmax attention for NumPy: what is here, is it right, how fast is it?",
+    )
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="command")
+    for function in (info, selftest):
+        summary = function.__doc__
+        added = commands.add_parser(function.__name__, help=summary, description=summary)
+        added.set_defaults(command=function)
+        added.add_argument("--json", action="store_true", help="print JSON")
+    add_bench(commands)
+    return parser
+
+
+def add_bench(commands) -> None:
+    """Add the command `bench` and its options."""
+    added = commands.add_parser(
+        "bench",
+        help=bench.__doc__,
+        description=f"{bench.__doc__} Without options: {DEFAULT_SHAPE}, plain and causal.",
+        epilog=f"cases: {', '.join(CASES)}",
+    )
+    added.set_defaults(command=bench)
+    ours = [short_name(c) for c in CONTESTANTS if c.ours]
+    peers = [c.name for c in CONTESTANTS if not c.ours]
+    add = added.add_argument
+    add("--shape", action="append", default=[], metavar="B,H,S,D",
+        help="batch, heads, length, head_dim; S may be QUERIESxKEYS, H may be HEADS/KV_HEADS; "
+        "may be repeated")  # fmt: skip
+    add("--kv-heads", type=positive, metavar="N", help="heads of k and v (grouped heads)")
+    add("--dtype", default="float32", choices=("float32", "float64", "float16", "bfloat16"))
+    add("--causal", action="store_true", help="under a causal mask")
+    add("--case", action="append", default=[], metavar="NAME",
+        help="a named case, or a pattern such as '*-causal' or '*'; may be repeated")  # fmt: skip
+    add("--threads", type=positive, metavar="N", help="for everybody; default: as fastattn")
+    add("--backend", action="append", default=[], choices=[*ours, "none"],
+        help="only this backend; may be repeated")  # fmt: skip
+    add("--peer", action="append", default=[], choices=[*peers, "none"],
+        help="only this peer; may be repeated")  # fmt: skip
+    add("--repeat", type=positive, default=5, metavar="N", help="rounds; default: 5")
+    add("--no-memory", action="store_true", help="do not measure memory")
+    add("--json", nargs="?", const="-", metavar="FILE",
+        help="write JSON to FILE, or print it instead of the tables")  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"{n} given, at least 1 wanted")
+    return n
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Every backend on every instruction set of this machine against the definition. NumPy is enough.
+
+The tolerance is the package's promise: a root-mean-square error of at most twice that of plain
+NumPy in the same dtype, plus 2 ulp of the largest result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import reference
+from .bench.machine import kernels
+from .dispatch import BACKENDS
+from .problem import Problem, pose
+
+__all__ = ["Outcome", "selftest"]
+
+DISABLE = "FASTATTN_DISABLE_CPU_FEATURES"
+
+
+class Outcome(NamedTuple):
+    """How one backend did on one problem."""
+
+    problem: str
+    target: str  # a backend, with its instruction set where it has several
+    error: float | None  # in units of what is allowed; None: not served
+    reason: str | None  # why not
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None or self.error <= 1  # a NaN fails
+
+
+def selftest() -> Iterator[Outcome]:
+    """Solve every problem on every target of this machine."""
+    for title, (arrays, options) in problems().items():
+        problem = pose(*arrays, **options)
+        exact = reference.attend(problem, np.longdouble if _is_double(problem) else np.float64)[0]
+        allowed = 2 * _rms(_plain_numpy(problem) - exact) + 2 * _ulp(exact, problem.dtype)
+        for target, backend, disabled in targets():
+            with _disabled_features(disabled):
+                reason = backend.unsupported(problem)
+                if reason is not None:
+                    yield Outcome(title, target, None, reason)
+                    continue
+                problem.result.fill(np.nan)
+                backend.run(problem)
+            yield Outcome(title, target, _rms(problem.result - exact) / allowed, None)
+
+
+def targets() -> Iterator[tuple[str, Any, str]]:
+    """``(name, backend, features to disable)`` of everything that can run here."""
+    for backend in BACKENDS:
+        compiled = kernels() if backend.name == "cython" else None
+        if compiled is None:
+            yield backend.name, backend, ""
+            continue
+        sets = compiled.instruction_sets()
+        for n, isa in enumerate(sets):
+            yield f"{backend.name} {isa}", backend, " ".join(sets[:n])
+
+
+def problems() -> dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
+    """The arrays and options of each problem, by what it tries."""
+    rng = np.random.default_rng(0)
+
+    def arrays(batch, heads, n_queries, n_keys, head_dim, kv_heads=None, value_dim=None, dtype="f"):
+        kv = (batch, kv_heads or heads, n_keys)
+        shapes = (
+            (batch, heads, n_queries, head_dim), (*kv, head_dim), (*kv, value_dim or head_dim)
+        )  # fmt: skip
+        return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+    square = arrays(2, 4, 200, 200, 64)
+    bias = rng.standard_normal((4, 200, 200)).astype("f")
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625])
+    start = rng.integers(0, 150, (4, 200))
+    sequence_first = tuple(x.swapaxes(1, 2).copy().swapaxes(1, 2) for x in square)
+    padded = {"kv_lengths": [120, 200], "q_offset": 0}
+    return {
+        "float32": (square, {}),
+        "float64": (arrays(1, 2, 150, 150, 64, dtype="d"), {}),
+        "float16": (arrays(1, 2, 100, 100, 64, dtype="e"), {}),
+        "causal": (square, {"causal": True}),
+        "causal, float64": (arrays(1, 2, 130, 130, 32, dtype="d"), {"causal": True}),
+        "causal, 100 new queries": (arrays(1, 2, 100, 700, 64), {"causal": True}),
+        "window (40, 10)": (square, {"window": (40, 10)}),
+        "kv_lengths, causal": (square, {"causal": True, **padded}),
+        "spans": (square, {"spans": (start, start + rng.integers(0, 80, start.shape))}),
+        "8 query heads on 2": (arrays(1, 8, 90, 90, 128, kv_heads=2), {}),
+        "1 query, 8 heads on 2": (arrays(1, 8, 1, 1500, 128, kv_heads=2), {}),
+        "odd sizes": (arrays(3, 5, 77, 131, 33), {}),
+        "head_dim 1": (arrays(1, 2, 50, 60, 1), {}),
+        "value_dim 40": (arrays(1, 3, 65, 127, 80, value_dim=40), {}),
+        "two-dimensional": (tuple(x[0, 0] for x in square), {}),
+        "sequence first": (sequence_first, {}),
+        "1100 keys": (arrays(1, 1, 64, 1100, 64), {}),
+        "large scores": (square, {"scale": 10.0}),
+        "mask": (square, {"mask": rng.random((200, 200)) < 0.7}),
+        "bias": (square, {"bias": bias}),
+        "alibi": (square, {"alibi": slopes, "causal": True}),
+        "softcap": (square, {"softcap": 3.0}),
+        "sinks": (square, {"sinks": slopes}),
+    }
+
+
+@contextmanager
+def _disabled_features(features: str) -> Iterator[None]:
+    before = os.environ.get(DISABLE)
+    os.environ[DISABLE] = features
+    try:
+        yield
+    finally:
+        del os.environ[DISABLE]
+        if before is not None:
+            os.environ[DISABLE] = before
+
+
+def _plain_numpy(p: Problem) -> np.ndarray:
+    """The textbook formula with every step in the dtype of the problem."""
+    real = p.dtype.type
+    s = np.where(reference.visible(p), reference.scores(p, real).astype(real), real(-np.inf))
+    top = s.max(axis=-1, keepdims=True)
+    if p.sinks is not None:
+        sinks = p.sinks.astype(real)[:, None, None]
+        top = np.maximum(top, sinks)
+    shift = np.where(np.isfinite(top), top, real(0))
+    weights = np.exp(s - shift)
+    total = weights.sum(axis=-1, keepdims=True)
+    if p.sinks is not None:
+        total = total + np.exp(sinks - shift)
+    weights = weights / np.where(total == 0, real(1), total)
+    return weights @ reference.per_query_head(p.v, p)
+
+
+def _rms(error: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(error))))
+
+
+def _ulp(exact: np.ndarray, dtype: np.dtype) -> float:
+    """The distance from the largest result to the next number of `dtype`."""
+    return float(np.spacing(np.abs(exact).max().astype(dtype)))
+
+
+def _is_double(problem: Problem) -> bool:
+    return problem.dtype == np.float64
