@@ -15,7 +15,111 @@ def scaled_dot(
     return_lse=False, return_weights=False, out=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
-    """Exact softmax attention, ``softmax(scale * q @ k.T) @ v``, in O(S) memory."""
+    """Exact softmax attention, ``softmax(scale * q @ k.T) @ v``, in O(S) memory.
+
+    Parameters
+    ----------
+    q : array_like, (..., Hq, Sq, D)
+        Queries; ``(Sq, D)`` is one head. Any strides: a transposed view
+        ``x.swapaxes(1, 2)`` of ``(B, S, H, D)`` is the sequence-first layout and is not copied.
+    k : array_like, (..., Hkv, Sk, D)
+        Keys. Leading axes broadcast by NumPy's rules. Where `Hq` is a multiple of `Hkv`, query head
+        ``h`` reads key head ``h // (Hq // Hkv)`` (grouped-query and multi-query attention).
+    v : array_like, (..., Hkv, Sk, Dv)
+        Values; `Dv` may differ from `D`.
+    scale : float, optional
+        Factor of the dot products; ``1 / sqrt(D)`` by default.
+    softcap : float, optional
+        Bounds the scaled scores smoothly: ``softcap * tanh(score / softcap)``; finite and > 0.
+    bias : array_like of real numbers, optional
+        Added to the scores; broadcastable to ``(..., Hq, Sq, Sk)``. ``-inf``, and nothing else,
+        hides the key.
+    alibi : array_like, (Hq,), optional
+        Slopes: ``alibi[h] * abs(i + q_offset - j)`` is subtracted from the score of query ``i``
+        and key ``j``.
+    sinks : array_like, (Hq,), optional
+        A logit per head that takes part in the softmax but has no value.
+    causal : bool, default False
+        Hide the keys ``j > i + q_offset``.
+    window : int or (left, right), optional
+        Show the keys ``i + q_offset - left <= j <= i + q_offset + right`` only; None on a side is
+        unbounded, an int stands for both.
+    q_offset : int or array_like of int, optional
+        Position of the first query on the key axis, broadcastable to the leading axes. The default
+        ``Sk - Sq`` lets the last query see the last key; 0 aligns the first ones. Required with
+        `kv_lengths` if any of `causal`, `window` and `alibi` is given: 0 for a padded batch of
+        whole sequences, ``kv_lengths - Sq`` for a cache.
+    kv_lengths : array_like of int, optional
+        Hide the keys ``j >= kv_lengths``; broadcastable to the leading axes, in ``0..Sk``.
+    spans : (start, stop), optional
+        Show the keys ``start[i] <= j < stop[i]`` only; ints broadcastable to ``(..., Hq, Sq)``,
+        clipped to ``0..Sk``.
+    mask : array_like of bool, optional
+        Hide the keys where it is False; broadcastable to ``(..., Hq, Sq, Sk)``.
+    return_lse : bool, default False
+        Also return the logarithm of the softmax's denominator.
+    return_weights : bool, default False
+        Also return the softmax weights, the only Sq x Sk array that is ever made.
+    out : ndarray, (..., Hq, Sq, Dv), optional
+        Filled and returned; of the promoted dtype. It may overlap the inputs, not itself.
+    backend : {"cython", "numpy", "reference"}, optional
+        Use that one, or fail saying why it cannot serve. By default the environment's
+        ``FASTATTN_BACKEND``, else the first that can.
+    threads : int, optional
+        How many to use at most. By default the environment's ``FASTATTN_NUM_THREADS``, else the
+        least of the OpenMP setting, the CPU affinity and the cgroup's quota. The result does not
+        depend on it. The ``numpy`` backend leaves threads to its BLAS.
+    precision : {"bfloat16"}, optional
+        Allow float32 inputs to be multiplied as bfloat16 where a kernel can; none does yet.
+
+    Returns
+    -------
+    out : ndarray, (..., Hq, Sq, Dv)
+        The widest dtype of `q`, `k` and `v` (float16, bfloat16, float32 or float64; integers and
+        bools count as float64, float16 with bfloat16 as float32), in the memory order of `q`.
+    lse : ndarray, (..., Hq, Sq), if `return_lse`
+        Natural logarithm; float32, or float64 for float64 inputs.
+    weights : ndarray, (..., Hq, Sq, Sk), if `return_weights`
+        0 where a key is hidden.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any work; the message begins with the argument's name.
+    MemoryError
+        If the result or a few hundred KiB of scratch per thread cannot be had.
+
+    Notes
+    -----
+    The score of query ``i`` and key ``j`` is made in this order: scale, softcap, bias, alibi. A
+    query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A key that a query does not
+    see never touches its result, whatever NaN or Inf it holds. There is no dropout: it belongs to
+    training losses that this function does not know; drop whole heads or positions outside it.
+
+    Attention is Vaswani et al. (2017), "Attention Is All You Need", equation 1; grouped heads are
+    Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3. It is computed block
+    by block as in Dao et al. (2022), "FlashAttention", algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((8, 1000, 64), dtype=np.float32)  # heads, queries, head_dim
+    >>> k = rng.standard_normal((2, 3000, 64), dtype=np.float32)  # each read by 4 heads of q
+    >>> v = rng.standard_normal((2, 3000, 64), dtype=np.float32)
+    >>> fastattn.scaled_dot(q, k, v, causal=True).shape
+    (8, 1000, 64)
+
+    Integers are welcome, and small enough examples can be checked by hand:
+
+    >>> out, weights = fastattn.scaled_dot([[1, 0]], [[1, 0], [0, 1]], [[2, 0], [0, 2]],
+    ...                                    return_weights=True)
+    >>> weights.round(3)
+    array([[0.67, 0.33]])
+    >>> out.round(3)
+    array([[1.34, 0.66]])
+    """
     problem = pose(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,

@@ -25,12 +25,12 @@ def select(problem: Problem, backend: str | None = None):
     """
     origin = "backend"
     if backend is None:
-        backend = getenv("FASTATTN_BACKEND")
-        origin = "FASTATTN_BACKEND"
-    if not backend and origin == "FASTATTN_BACKEND":
-        for candidate in BACKENDS:
+        backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
+    if backend is None:
+        for candidate in BACKENDS[:-1]:
             if candidate.unsupported(problem) is None:
                 return candidate
+        return BACKENDS[-1]  # serves everything
     chosen = named(backend, origin)
     reason = chosen.unsupported(problem)
     if reason is not None:

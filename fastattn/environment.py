@@ -8,4 +8,4 @@ try:
     # C's own: os.getenv takes 0.6 us, a tenth of a small call.
     from ._kernels import getenv
 except ImportError:
-    from os import getenv
+    from os import getenv  # type: ignore[assignment]

@@ -121,7 +121,8 @@ def pose(
     if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
         one_head = q.ndim == k.ndim == v.ndim == 2
         q, k, v = _with_heads("q", q), _with_heads("k", k), _with_heads("v", v)
-    dtype, copied = q.dtype, ()
+    dtype = q.dtype
+    copied: tuple[str, ...] = ()
     if not (
         (dtype is _FLOAT32 or dtype is _FLOAT64)
         and k.dtype is dtype and v.dtype is dtype
@@ -186,10 +187,7 @@ def pose(
                 "q_offset: None given with kv_lengths and causal, window or alibi; pass 0 for a "
                 "padded batch of whole sequences, kv_lengths - n_queries for a cache"
             )
-    if q_offset is None:
-        q_offset = n_keys - n_queries
-    else:
-        q_offset = _q_offset(q_offset, batch)
+    q_offset = n_keys - n_queries if q_offset is None else _q_offset(q_offset, batch)
     if spans is not None:
         spans = _spans(spans, rows, n_keys)
     if threads is not None:
@@ -199,7 +197,7 @@ def pose(
 
     shape = (*rows, value_dim)
     if out is not None:
-        result, out = _out(out, shape, dtype, one_head, (q, k, v, bias, mask, spans))
+        result, out = _out(out, shape, dtype, one_head, (q, k, v, bias, mask))
     elif q.flags.c_contiguous:
         result = np.empty(shape, dtype)
     else:
@@ -400,11 +398,9 @@ def _out(out, shape, dtype, one_head, inputs) -> tuple[np.ndarray, np.ndarray | 
         raise ValueError("out: read-only array given, a writeable one wanted")
     if _overlaps_itself(out):
         raise ValueError("out: overlaps itself in memory, every element of its own wanted")
-    arrays = [x for item in inputs if item is not None for x in
-              (item if isinstance(item, tuple) else (item,))]  # fmt: skip
-    if out.dtype.isnative and out.flags.aligned and type(out) is np.ndarray:
-        if not any(np.may_share_memory(out, x) for x in arrays):
-            return (out[None] if one_head else out), None
+    writable = out.dtype.isnative and out.flags.aligned and type(out) is np.ndarray
+    if writable and not any(np.may_share_memory(out, x) for x in inputs if x is not None):
+        return (out[None] if one_head else out), None
     return np.empty(shape, dtype), out
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")
 
 deterministic = settings(
-    max_examples=60,
+    max_examples=50,
     derandomize=True,
     deadline=None,
     database=None,
@@ -58,8 +58,7 @@ def test_half_precision(target, dtype, shape, names, seed):
     check(target, *shape.arrays(dtype, seed), **options(names, shape, seed))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n_queries", [3, 12])
+@pytest.mark.parametrize("dtype, n_queries", [("float32", 3), ("float32", 24), ("float64", 8)])
 @pytest.mark.parametrize("spread", [1.0, 0.0], ids=["random scores", "equal scores"])
 def test_sums_do_not_drift(target, dtype, n_queries, spread):
     """65536 keys, values of mean 1: one running sum would lose 3 to 25 times NumPy's error."""

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from cases import Shape
-from conftest import instruction_sets
 
 import fastattn
+from conftest import instruction_sets
 from fastattn import dispatch, reference
 
 ARRAYS = Shape(1, 2, 5, 7, 8).arrays()

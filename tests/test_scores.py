@@ -123,7 +123,7 @@ def test_sink_is_a_logit_without_a_value(target):
 
 def test_sink_of_minus_infinity_is_none(target):
     q, k, v = SHAPE.arrays()
-    out, lse = check(target, q, k, v, sinks=np.full(4, -np.inf))
+    _out, lse = check(target, q, k, v, sinks=np.full(4, -np.inf))
     np.testing.assert_array_equal(np.isfinite(lse), True)
 
 

@@ -64,7 +64,7 @@ def test_bad_setting_reaches_the_caller(target, monkeypatch):
     if target.backend == "numpy":
         pytest.skip("the threads of numpy are its BLAS's own")
     monkeypatch.setenv("FASTATTN_NUM_THREADS", "many")
-    with pytest.raises(ValueError, match="^FASTATTN_NUM_THREADS: 'many' given"):
+    with pytest.raises(ValueError, match=r"^FASTATTN_NUM_THREADS: 'many' given"):
         target.attend(*BIG.arrays())
     target.attend(*BIG.arrays(), threads=1)  # which wins, so the setting is not looked at
 

@@ -10,7 +10,7 @@ from ..threads import thread_count
 try:
     from .. import _kernels
 except ImportError as error:  # installed without a compiler, or for another Python
-    _kernels = None
+    _kernels = None  # type: ignore[assignment]
     _missing = f"the compiled extension is not there ({error})"
 
 name = "cython"
@@ -29,22 +29,19 @@ def unsupported(problem: Problem) -> str | None:
         return _missing
     if p.dtype.char not in "fd":
         return f"no kernel for {p.dtype}"
-    if p.mask is None and p.bias is None and p.alibi is None and p.softcap is None:
-        if p.sinks is None and not p.return_weights:
-            return None
-    wanted = {
-        "mask": p.mask, "bias": p.bias, "alibi": p.alibi, "softcap": p.softcap,
-        "sinks": p.sinks, "return_weights": p.return_weights or None,
-    }  # fmt: skip
-    return "no kernel for " + ", ".join(key for key, value in wanted.items() if value is not None)
+    if p.mask is p.bias is p.alibi is p.softcap is p.sinks is None and not p.return_weights:
+        return None
+    names = ("mask", "bias", "alibi", "softcap", "sinks")
+    wanted = [name for name in names if getattr(p, name) is not None]
+    wanted += ["return_weights"] * p.return_weights
+    return f"no kernel for {', '.join(wanted)}"
 
 
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, None)``, None for an lse that was not asked for."""
     p = problem
-    start, stop = p.intervals() or (None, None)
-    if start is not None:
-        start, stop = (np.atleast_2d(x) for x in (start, stop))
+    intervals = p.intervals()
+    start, stop = (None, None) if intervals is None else map(np.atleast_2d, intervals)
     lse = np.empty(p.rows()) if p.return_lse else None
     _kernels.attend(
         p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale,

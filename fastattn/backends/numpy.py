@@ -58,8 +58,7 @@ class _Heads(NamedTuple):
     mask: np.ndarray | None
     alibi: np.ndarray | None
     sinks: np.ndarray | None
-    start: np.ndarray | None
-    stop: np.ndarray | None
+    spans: tuple[np.ndarray, ...] | None
     q_offset: int
 
 
@@ -75,7 +74,6 @@ def _heads(p: Problem, intervals, batch, kv: slice) -> _Heads:
         return None if x is None else x.astype(p.accumulator).reshape(p.kv_heads, p.group, 1)[kv]
 
     full = (p.n_queries, p.n_keys)
-    start, stop = intervals or (None, None)
     return _Heads(
         where=(*batch, slice(kv.start * p.group, kv.stop * p.group)),
         shape=(kv.stop - kv.start, p.group),
@@ -86,8 +84,7 @@ def _heads(p: Problem, intervals, batch, kv: slice) -> _Heads:
         mask=None if p.mask is None else grouped(p.mask, *full),
         alibi=per_head(p.alibi),
         sinks=per_head(p.sinks),
-        start=None if start is None else grouped(start, p.n_queries),
-        stop=None if stop is None else grouped(stop, p.n_queries),
+        spans=None if intervals is None else tuple(grouped(x, p.n_queries) for x in intervals),
         q_offset=p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
     )
 
@@ -145,8 +142,8 @@ def _attend(p: Problem, h: _Heads, queries: slice, lse, weights, margin=0.0) -> 
 def _key_blocks(p: Problem, h: _Heads, queries: slice):
     """The blocks of keys, at fixed places, that some query of the block sees."""
     first, last = 0, p.n_keys
-    if h.start is not None:
-        start, stop = h.start[:, :, queries], h.stop[:, :, queries]
+    if h.spans is not None:
+        start, stop = (side[:, :, queries] for side in h.spans)
         some = start < stop
         first = start.min(where=some, initial=p.n_keys)
         last = stop.max(where=some, initial=0)
@@ -164,8 +161,9 @@ def _scores(p: Problem, h: _Heads, q, queries: slice, keys: slice):
     seen = None
     if h.bias is not None:
         bias = h.bias[:, :, queries, keys]
-        product, s = s, s + bias.astype(real)
-        if (s == -np.inf).any():
+        rounded = bias.astype(real)
+        product, s = s, s + rounded
+        if (rounded == -np.inf).any():  # which a large number may round to
             seen = bias != -np.inf
         if not np.isfinite(s).all():
             # A number that this dtype cannot hold, or that overflows the sum, is a number still.
@@ -175,8 +173,8 @@ def _scores(p: Problem, h: _Heads, q, queries: slice, keys: slice):
     if h.alibi is not None:
         i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
         s = s - h.alibi[..., None] * np.abs(i - j).astype(real)
-    if h.start is not None:
-        start, stop = h.start[:, :, queries, None], h.stop[:, :, queries, None]
+    if h.spans is not None:
+        start, stop = (side[:, :, queries, None] for side in h.spans)
         inside = (start <= keys.start).all() and (keys.stop <= stop).all()
         if not inside:
             within = (start <= j) & (j < stop)

@@ -1,0 +1,167 @@
+"""Pictures of a ranking: ``python benchmarks/plot.py benchmarks/results/NAME.json``.
+
+The file is what ``python -m fastattn bench --case '*' --json FILE`` writes; the pictures go beside
+it: NAME-time.png, NAME-memory.png and NAME-ranking.png.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each.
+STYLES = {
+    "fastattn-cython": ("#D55E00", "o"),
+    "fastattn-numba": ("#CC79A7", "D"),
+    "fastattn-numpy": ("#E69F00", "s"),
+    "torch": ("#0072B2", "^"),
+    "onnxruntime": ("#009E73", "v"),
+    "openvino": ("#56B4E9", "P"),
+    "jax": ("#999999", "X"),
+    "numpy-formula": ("#000000", "*"),
+}
+LENGTHS = [2**power for power in range(7, 15)]
+BARS = ("4096", "4096-causal", "d128")
+
+Rankings = dict[str, dict[str, Any]]
+
+
+def main(path: Path) -> None:
+    """Draw all pictures of one file."""
+    data = json.loads(path.read_text())
+    rankings = {ranking["name"]: ranking for ranking in data["rankings"]}
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    pictures = {"time": times(rankings), "memory": memory(rankings), "ranking": bars(rankings)}
+    for name, figure in pictures.items():
+        figure.text(0.01, 0.01, caption(data), fontsize=7.5, color="0.35")
+        target = path.with_name(f"{path.stem}-{name}.png")
+        figure.savefig(target, dpi=160)
+        print(target)
+
+
+def caption(data: dict[str, Any]) -> str:
+    """The machine and the conditions, in two lines."""
+    machine = data["machine"]
+    versions = {
+        entry["name"]: entry["version"]
+        for ranking in data["rankings"]
+        for entry in ranking["entries"]
+        if not entry["ours"]
+    }
+    return (
+        f"{machine['cpu']}, {data['threads']} threads, {data['instruction set']}, "
+        f"{machine['system']}, {data['date']}; medians of {data['repeat']} interleaved rounds\n"
+        f"fastattn {data['fastattn']}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+
+
+def times(rankings: Rankings):
+    """Time against length above, the rate that it means below; plain and causal."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 8.5), sharey="row", layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
+    for column, suffix, title in zip(panels.T, ("", "-causal"), ("plain", "causal"), strict=True):
+        for name in contestants(rankings):
+            line(column[0], name, points(rankings, suffix, name, "median", 1e3))
+            line(column[1], name, points(rankings, suffix, name, "flops per second", 1e-9))
+        length_axis(column[0], f"(1, 8, length, 64) float32, {title}")
+        column[0].set_yscale("log")
+        length_axis(column[1], "")
+        column[1].set_ylim(bottom=0)
+    panels[0, 0].set_ylabel("time in ms")
+    panels[1, 0].set_ylabel("GFLOP/s")
+    panels[0, 0].legend(frameon=False)
+    return figure
+
+
+def memory(rankings: Rankings):
+    """Memory beyond inputs and result against length."""
+    figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
+    for name in contestants(rankings):
+        line(axes, name, points(rankings, "", name, "memory", 2.0**-20))
+    lengths = [n for n in LENGTHS if str(n) in rankings]
+    axes.plot(lengths, [4 * 8 * n * 64 * 4 / 2**20 for n in lengths], ":", color="0.5", lw=1.5,
+              label="inputs and result")  # fmt: skip
+    length_axis(axes, "(1, 8, length, 64) float32, plain")
+    axes.set_yscale("log")
+    axes.set_ylabel("peak memory beyond inputs and result, MiB")
+    axes.legend(frameon=False)
+    return figure
+
+
+def bars(rankings: Rankings):
+    """The rate at 4096 queries and keys, fastest on top, below the machine's own limit."""
+    shown = [rankings[name] for name in BARS if name in rankings]
+    figure, panels = plt.subplots(
+        1, max(1, len(shown)), figsize=(10, 3.4), squeeze=False, layout="constrained"
+    )
+    figure.get_layout_engine().set(rect=(0, 0.12, 1, 0.88))
+    for axes, ranking in zip(panels[0], shown, strict=False):
+        entries = ranking["entries"][::-1]
+        rates = [entry["flops per second"] / 1e9 for entry in entries]
+        names = [entry["name"] for entry in entries]
+        drawn = axes.barh(names, rates, color=[style(n)[0] if ours(n) else "0.7" for n in names])
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.bar_label(drawn, fmt="%.0f", padding=4, bbox=white)
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if ours(label.get_text()) else "normal")
+        axes.set_title(ranking["case"], fontsize=10, fontweight="bold")
+        axes.set_xlabel("GFLOP/s")
+        if ranking["peak"]:
+            peak = ranking["peak"] / 1e9
+            axes.axvline(peak, color="0.3", ls="--", lw=1, zorder=1)
+            axes.set_xlim(0, 1.15 * max(peak, *rates))
+            axes.set_xlabel(f"GFLOP/s (FMA peak: {peak:.0f})")
+    return figure
+
+
+def contestants(rankings: Rankings) -> list[str]:
+    """The names, in the order of the legend: ours, then the others."""
+    found = {e["name"] for ranking in rankings.values() for e in ranking["entries"]}
+    return [*(n for n in STYLES if n in found), *sorted(found - STYLES.keys())]
+
+
+def points(rankings: Rankings, suffix: str, name: str, what: str, unit: float):
+    """``[(length, value)]`` of one contestant, where it was measured."""
+    return [
+        (length, entry[what] * unit)
+        for length in LENGTHS
+        for entry in rankings.get(f"{length}{suffix}", {}).get("entries", ())
+        if entry["name"] == name and entry[what]
+    ]
+
+
+def line(axes, name: str, values) -> None:
+    """One contestant's line; ours is thick and on top."""
+    color, marker = style(name)
+    axes.plot(*zip(*values, strict=True) if values else ([], []), color=color, marker=marker,
+              markersize=5, lw=2.8 if ours(name) else 1.2, zorder=3 if ours(name) else 2,
+              label=name)  # fmt: skip
+
+
+def length_axis(axes, title: str) -> None:
+    """Lengths along x, each power of two its tick."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS], rotation=45)
+    axes.minorticks_off()
+    axes.set_xlabel("queries = keys")
+    axes.grid(color="0.9")
+
+
+def ours(name: str) -> bool:
+    return name.startswith("fastattn")
+
+
+def style(name: str) -> tuple[str, str]:
+    return STYLES.get(name, ("#F0E442", "h"))
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:] or sys.exit(__doc__):
+        main(Path(argument))

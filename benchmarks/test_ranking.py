@@ -1,0 +1,56 @@
+"""The ranking as a pytest benchmark: ``pytest --benchmark-only`` at the root.
+
+A group is a case, an entry a backend or an installed peer. pytest-benchmark runs one entry after
+the other, so a drift of the machine's clock lies between them; ``python -m fastattn bench`` takes
+its samples interleaved, measures the memory as well, and is where the published figures are from.
+"""
+
+from functools import lru_cache
+from time import sleep
+
+import pytest
+
+from fastattn.bench import machine, timing
+from fastattn.bench.cases import CASES
+from fastattn.bench.contestants import CONTESTANTS
+from fastattn.bench.ranking import rms_error
+
+# Warnings of the peers are theirs; the tests turn warnings into errors.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SECONDS = 2.0  # per entry, after the first call
+MOST_ROUNDS = 5
+
+
+@lru_cache(maxsize=1)  # the entries of a case follow each other
+def inputs(case):
+    q, k, v = case.arrays()
+    return (q, k, v), *case.exact(q, k, v)
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda contestant: contestant.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_ranking(benchmark, case, contestant):
+    threads = machine.default_threads()
+    reason = contestant.unavailable(case, threads)
+    if reason is not None:
+        pytest.skip(f"{contestant.name}: {reason}")
+    arrays, rows, exact = inputs(case)
+    call, read = contestant.prepare(*arrays, case, threads)
+    error = rms_error(read(call()), rows, exact)
+    sleep(timing.PAUSE)
+    once = timing.seconds(call)
+    rounds = min(MOST_ROUNDS, max(1, int(SECONDS / once)))
+    calls = timing.calls_per_sample(call) if once < timing.SHORTEST else 1
+
+    benchmark.group = str(case)
+    benchmark.pedantic(call, rounds=rounds, iterations=calls, warmup_rounds=int(rounds > 1))
+    benchmark.extra_info.update(
+        case._asdict(),
+        contestant=contestant.name,
+        version=contestant.version(),
+        threads=threads,
+        instruction_set=machine.instruction_set(),
+        gflops=case.flops / benchmark.stats["median"] / 1e9,
+        error=error,
+    )

@@ -1,0 +1,24 @@
+import numpy as np
+from numpy.typing import DTypeLike
+
+FEATURES: tuple[str, ...]
+
+def getenv(name: str) -> str | None: ...
+def instruction_sets() -> tuple[str, ...]: ...
+def instruction_set() -> str: ...
+def openmp_threads() -> int: ...
+def peak_flops(dtype: DTypeLike, threads: int, rounds: int = ...) -> float: ...
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    batch: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    start: np.ndarray | None,
+    stop: np.ndarray | None,
+    lse: np.ndarray | None,
+    threads: int,
+) -> None: ...

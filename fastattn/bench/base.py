@@ -1,0 +1,81 @@
+"""What a contestant of the ranking is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .cases import Case
+
+__all__ = ["Contestant", "Prepared"]
+
+# A contestant that makes arrays of queries x keys sits out where they need more than this.
+MOST_GRID_BYTES = 4 << 30
+
+
+class Prepared(NamedTuple):
+    """A call to time, and how to read its result as (batch, heads, n_queries, head_dim)."""
+
+    call: Callable[[], Any]
+    read: Callable[[Any], np.ndarray]
+
+
+class Contestant:
+    """One way to compute attention. A subclass is one library and its best spelling.
+
+    Attributes
+    ----------
+    name : str
+        As the tables, the command line and the JSON call it.
+    ours : bool
+        Is it a backend of fastattn?
+    packages : tuple of str
+        What must be installed; the first gives the version.
+    dtypes : tuple of str
+        What it computes in, not merely accepts.
+    """
+
+    name: str
+    ours = False
+    packages: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    grouped = True
+    windows = True
+    causal_at_the_end = True  # with n_queries != n_keys, does the last query see the last key?
+
+    def version(self) -> str:
+        return version(self.packages[0])
+
+    def missing(self) -> str | None:
+        """Why this contestant cannot run here at all, or None."""
+        absent = [p for p in self.packages if find_spec(p) is None]
+        return f"{' and '.join(absent)} not installed" if absent else None
+
+    def unavailable(self, case: Case, threads: int) -> str | None:
+        """Why this contestant cannot take part in `case`, or None."""
+        missing = self.missing()
+        if missing:
+            return missing
+        if case.dtype not in self.dtypes:
+            return f"does not compute in {case.dtype}"
+        if case.grouped and not self.grouped:
+            return "has no grouped heads"
+        if case.window is not None and not self.windows:
+            return "has no window"
+        if case.causal and case.n_queries != case.n_keys and not self.causal_at_the_end:
+            return "aligns a causal mask at the first key"
+        if self.grids(case) * case.grid_bytes > MOST_GRID_BYTES:
+            return f"needs {self.grids(case) * case.grid_bytes / 2**30:.0f} GiB for its scores"
+        return None
+
+    def grids(self, case: Case) -> int:
+        """How many arrays of queries x keys it makes."""
+        return 0
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        """Do everything that a program would do once, and return the call to be timed."""
+        raise NotImplementedError

@@ -1,0 +1,149 @@
+"""What is ranked: problems by name, their inputs, and the exact results of some of their rows."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import reference
+from ..problem import pose
+
+__all__ = ["CASES", "Case", "float_type", "parse_shape"]
+
+# The error is measured on this many queries of every head: the exact result of all of them would
+# take longer than the ranking. Float64 is judged in long double, which no BLAS speeds up.
+EXACT_ROWS = {"float64": 16}
+EXACT_ROWS_DEFAULT = 64
+
+SHAPE = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(\d+)(?:x(\d+))?,(\d+)")
+
+
+class Case(NamedTuple):
+    """One attention call: q (batch, heads, n_queries, head_dim), k and v with kv_heads, n_keys."""
+
+    batch: int
+    heads: int
+    n_queries: int
+    n_keys: int
+    head_dim: int
+    kv_heads: int | None = None  # None: as many as heads
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}/{self.kv_heads}" if self.grouped else f"{self.heads}"
+        length = f"{self.n_queries}"
+        if self.n_keys != self.n_queries:
+            length += f"x{self.n_keys}"
+        words = [f"({self.batch}, {heads}, {length}, {self.head_dim})", self.dtype]
+        if self.causal:
+            words.append("causal")
+        if self.window is not None:
+            words.append(f"window {self.window[0]},{self.window[1]}")
+        return " ".join(words)
+
+    @property
+    def grouped(self) -> bool:
+        return self.kv_heads not in (None, self.heads)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the two products, for the keys that are seen."""
+        start, stop = self.intervals()
+        pairs = int(np.maximum(stop - start, 0).sum())
+        return 4 * self.head_dim * pairs * self.batch * self.heads
+
+    @property
+    def grid_bytes(self) -> int:
+        """The size of one array with an entry for each query and key."""
+        itemsize = float_type(self.dtype).itemsize
+        return self.batch * self.heads * self.n_queries * self.n_keys * itemsize
+
+    def intervals(self) -> tuple[np.ndarray, np.ndarray]:
+        """``(start, stop)``: query i sees the keys ``start[i] <= j < stop[i]``."""
+        position = np.arange(self.n_queries) + self.n_keys - self.n_queries
+        left, right = self.window or (self.n_keys, self.n_keys)
+        if self.causal:
+            right = 0
+        start = np.clip(position - left, 0, self.n_keys)
+        return start, np.clip(position + right + 1, 0, self.n_keys)
+
+    def mask(self) -> np.ndarray | None:
+        """The same as a bool array ``(n_queries, n_keys)``; None if every key is seen."""
+        if not self.causal and self.window is None:
+            return None
+        start, stop = self.intervals()
+        j = np.arange(self.n_keys)
+        return (start[:, None] <= j) & (j < stop[:, None])
+
+    def arrays(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Standard normal ``(q, k, v)``."""
+        draw = np.float64 if self.dtype == "float64" else np.float32
+        rng = np.random.default_rng(seed)
+        kv = (self.batch, self.kv_heads or self.heads, self.n_keys, self.head_dim)
+        shapes = ((self.batch, self.heads, self.n_queries, self.head_dim), kv, kv)
+        dtype = float_type(self.dtype)
+        q, k, v = (rng.standard_normal(s, draw).astype(dtype, copy=False) for s in shapes)
+        return q, k, v
+
+    def exact(self, q, k, v) -> tuple[np.ndarray, np.ndarray]:
+        """``(rows, out)``: the exact results of some queries, spread over the whole length."""
+        n = min(self.n_queries, EXACT_ROWS.get(self.dtype, EXACT_ROWS_DEFAULT))
+        rows = np.unique(np.linspace(0, self.n_queries - 1, n).astype(int))
+        start, stop = self.intervals()
+        problem = pose(q[..., rows, :], k, v, spans=(start[rows], stop[rows]))
+        real = np.longdouble if self.dtype == "float64" else np.float64
+        return rows, reference.attend(problem, real)[0]
+
+
+def float_type(name: str) -> np.dtype:
+    """The dtype called `name`; bfloat16 needs ``ml_dtypes``."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def parse_shape(text: str, **options) -> Case:
+    """The case of ``B,H,S,D``, where S may be ``QUERIESxKEYS`` and H may be ``HEADS/KV_HEADS``."""
+    found = SHAPE.fullmatch(text.replace(" ", ""))
+    if found is None:
+        raise ValueError("B,H,S,D wanted, such as 1,8,4096,64 or 1,32/8,100x4096,128")
+    batch, heads, kv_heads, n_queries, n_keys, head_dim = (int(x or 0) for x in found.groups())
+    if kv_heads:
+        options["kv_heads"] = kv_heads
+    case = Case(batch, heads, n_queries, n_keys or n_queries, head_dim, **options)
+    if min(case[:5]) < 1:
+        raise ValueError("sizes of at least 1 wanted")
+    if case.kv_heads is not None and case.heads % case.kv_heads:
+        raise ValueError(f"{case.kv_heads} key heads given, a divisor of {case.heads} wanted")
+    return case
+
+
+def _lengths() -> dict[str, Case]:
+    cases = {}
+    for power in range(int(math.log2(128)), int(math.log2(16384)) + 1):
+        n = 2**power
+        cases[f"{n}"] = Case(1, 8, n, n, 64)
+        cases[f"{n}-causal"] = Case(1, 8, n, n, 64, causal=True)
+    return cases
+
+
+CASES: dict[str, Case] = {
+    **_lengths(),
+    "d128": Case(1, 8, 4096, 4096, 128),
+    "grouped": Case(1, 32, 2048, 2048, 128, kv_heads=8, causal=True),
+    "two-heads": Case(1, 2, 16384, 16384, 64),
+    "batch": Case(8, 12, 128, 128, 64),
+    "short": Case(1, 16, 512, 512, 64, causal=True),
+    "tiny": Case(1, 4, 16, 16, 64),
+    "float64": Case(1, 8, 4096, 4096, 64, dtype="float64"),
+    "cross": Case(1, 6, 1000, 3000, 96),
+    "odd": Case(2, 6, 777, 777, 80),
+    "window": Case(1, 8, 4096, 4096, 64, window=(256, 256)),
+}

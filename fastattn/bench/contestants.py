@@ -1,0 +1,108 @@
+"""The contestants of the ranking: fastattn's backends, NumPy as users write it, and the peers.
+
+Every contestant gets what it runs best on: its own layout, its own compiled graph or session, the
+same number of threads, all made in `prepare` and not timed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+import fastattn
+
+from ..dispatch import BACKENDS
+from ..problem import pose
+from .base import Contestant, Prepared
+from .cases import Case
+from .machine import default_threads, threadpoolctl
+from .peers import PEERS
+
+__all__ = ["CONTESTANTS", "named"]
+
+
+class Fastattn(Contestant):
+    """`fastattn.scaled_dot` on one backend."""
+
+    ours = True
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.name = f"fastattn-{backend.name}"
+
+    def version(self) -> str:
+        return fastattn.__version__
+
+    def unavailable(self, case: Case, threads: int) -> str | None:
+        tiny = case._replace(batch=1, n_queries=1, n_keys=1)
+        return self.backend.unsupported(
+            pose(*tiny.arrays(), causal=case.causal, window=case.window)
+        ) or (cannot_limit_blas(threads) if self.backend.name == "numpy" else None)
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        if self.backend.name == "numpy":
+            limit_blas(threads)
+
+        def call():
+            return fastattn.scaled_dot(
+                q, k, v, causal=case.causal, window=case.window,
+                backend=self.backend.name, threads=threads,
+            )  # fmt: skip
+
+        return Prepared(call, np.asarray)
+
+
+class PlainNumpy(Contestant):
+    """The formula, written with care: one array of scores, changed in place."""
+
+    name = "numpy-formula"
+    packages = ("numpy",)
+
+    def unavailable(self, case: Case, threads: int) -> str | None:
+        return super().unavailable(case, threads) or cannot_limit_blas(threads)
+
+    def grids(self, case: Case) -> int:
+        return 1
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        limit_blas(threads)
+        group = case.heads // k.shape[1]
+        mask = case.mask()
+        hidden = None if mask is None else ~mask
+        scale = q.dtype.type(1 / math.sqrt(case.head_dim))
+
+        def call():
+            # Grouped heads broadcast: (batch, kv_heads, group, length, dim).
+            grouped = q.reshape(q.shape[0], -1, group, *q.shape[2:])
+            s = (grouped * scale) @ k[:, :, None].swapaxes(-1, -2)
+            if hidden is not None:
+                np.copyto(s, -np.inf, where=hidden)
+            s -= s.max(axis=-1, keepdims=True)
+            np.exp(s, out=s)
+            s /= s.sum(axis=-1, keepdims=True)
+            return s @ v[:, :, None]
+
+        return Prepared(call, lambda out: out.reshape(q.shape))
+
+
+def limit_blas(threads: int) -> None:
+    """Let NumPy's BLAS use that many threads from now on."""
+    control = threadpoolctl()
+    if control is not None:
+        control.threadpool_limits(threads, user_api="blas")
+
+
+def cannot_limit_blas(threads: int) -> str | None:
+    """Why NumPy cannot be given that many threads, or None."""
+    if threads == default_threads() or threadpoolctl() is not None:
+        return None
+    return "the threads of NumPy's BLAS cannot be set without threadpoolctl"
+
+
+CONTESTANTS: tuple[Contestant, ...] = (*(Fastattn(b) for b in BACKENDS), PlainNumpy(), *PEERS)
+
+
+def named(name: str) -> Contestant:
+    """The contestant of that name."""
+    return next(c for c in CONTESTANTS if c.name == name)

@@ -1,0 +1,182 @@
+"""The libraries that fastattn is measured against, each in the spelling that it runs best on.
+
+A package is imported in the one `prepare` that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+
+from .base import Contestant, Prepared
+from .cases import Case
+
+__all__ = ["PEERS"]
+
+
+class Torch(Contestant):
+    """``torch.nn.functional.scaled_dot_product_attention``, which takes its flash kernel."""
+
+    name = "torch"
+    packages = ("torch",)
+    dtypes = ("float32", "float64", "float16", "bfloat16")
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        def tensor(x):
+            if x.dtype.name == "bfloat16":  # torch reads NumPy's own dtypes only
+                return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(x)
+
+        torch.set_num_threads(threads)
+        query, key, value = tensor(q), tensor(k), tensor(v)
+        # `is_causal` is its fast way, but starts at the first key; a mask says all else.
+        is_causal = case.causal and case.window is None and case.n_queries == case.n_keys
+        seen = None if is_causal else case.mask()
+        mask = None if seen is None else torch.from_numpy(seen)
+
+        def call():
+            with torch.inference_mode():
+                return scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    attn_mask=mask,
+                    is_causal=is_causal,
+                    enable_gqa=case.grouped,
+                )
+
+        def read(out):  # nor does NumPy know bfloat16
+            return out.to(torch.promote_types(out.dtype, torch.float32)).numpy()
+
+        return Prepared(call, read)
+
+
+class OnnxRuntime(Contestant):
+    """``com.microsoft.MultiHeadAttention`` on the CPU, in its own layout (batch, length, H * D)."""
+
+    name = "onnxruntime"
+    packages = ("onnxruntime", "onnx")
+    dtypes = ("float32",)
+    grouped = windows = causal_at_the_end = False
+
+    def grids(self, case: Case) -> int:
+        return int(case.causal)  # its flash kernel has no causal mask
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        import onnxruntime  # type: ignore
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            self._model(case), options, providers=["CPUExecutionProvider"]
+        )
+
+        def packed(x):
+            return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], -1)
+
+        feed = {name: packed(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+        split = (case.batch, case.n_queries, case.heads, case.head_dim)
+        return Prepared(
+            lambda: session.run(None, feed)[0], lambda out: out.reshape(split).swapaxes(1, 2)
+        )
+
+    @staticmethod
+    def _model(case: Case) -> bytes:
+        from onnx import TensorProto, helper
+
+        width = case.heads * case.head_dim
+        lengths = {"q": case.n_queries, "k": case.n_keys, "v": case.n_keys, "out": case.n_queries}
+        values = {
+            name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [case.batch, n, width])
+            for name, n in lengths.items()
+        }
+        out = values.pop("out")
+        node = helper.make_node(
+            "MultiHeadAttention", [*values], ["out"], domain="com.microsoft",
+            num_heads=case.heads, unidirectional=int(case.causal),
+        )  # fmt: skip
+        graph = helper.make_graph([node], "attention", [*values.values()], [out])
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        # The runtime reads older formats, not ones that are newer than itself.
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+class Jax(Contestant):
+    """``jax.nn.dot_product_attention``, compiled ahead, in its layout (batch, length, H, D)."""
+
+    name = "jax"
+    packages = ("jax", "jaxlib")
+    dtypes = ("float32",)  # its softmax is float32 whatever comes in
+    causal_at_the_end = False
+
+    def unavailable(self, case: Case, threads: int) -> str | None:
+        if "jax" in sys.modules and os.environ.get("NPROC") != str(threads):
+            return f"was started with other than {threads} threads, and keeps them"
+        return super().unavailable(case, threads)
+
+    def grids(self, case: Case) -> int:
+        return 2
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        os.environ["NPROC"] = str(threads)  # how XLA is told, before it starts
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+
+        def attend(q, k, v):
+            return jax.nn.dot_product_attention(
+                q, k, v, is_causal=case.causal, local_window_size=case.window
+            )
+
+        arrays = [jax.numpy.asarray(np.ascontiguousarray(x.swapaxes(1, 2))) for x in (q, k, v)]
+        compiled = jax.jit(attend).lower(*arrays).compile()
+        return Prepared(
+            lambda: compiled(*arrays).block_until_ready(),
+            lambda out: np.asarray(out).swapaxes(1, 2),
+        )
+
+
+class OpenVino(Contestant):
+    """OpenVINO's ``scaled_dot_product_attention``, compiled for latency, in float32 throughout."""
+
+    name = "openvino"
+    packages = ("openvino",)
+    dtypes = ("float32",)
+    grouped = windows = causal_at_the_end = False
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        # Otherwise importing it forks a process that reports to its makers, unasked.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        import openvino  # type: ignore
+        from openvino import opset13
+
+        inputs = [opset13.parameter(x.shape, np.float32) for x in (q, k, v)]
+        node = opset13.scaled_dot_product_attention(*inputs, causal=case.causal)
+        compiled = openvino.Core().compile_model(
+            openvino.Model([node], inputs, "attention"),
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",
+            },
+        )
+        request = compiled.create_infer_request()
+        for index, x in enumerate((q, k, v)):
+            request.set_input_tensor(index, openvino.Tensor(x, shared_memory=True))
+
+        def call():
+            request.infer()
+            return request.get_output_tensor().data
+
+        return Prepared(call, np.asarray)
+
+
+PEERS: tuple[Contestant, ...] = (Torch(), OnnxRuntime(), Jax(), OpenVino())

@@ -1,0 +1,127 @@
+"""One case, every contestant that can take part: time, rate, memory and error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from . import machine, memory, timing
+from .cases import Case
+from .contestants import Contestant
+
+__all__ = ["conditions", "rank", "steps"]
+
+# Some 40 ms of multiply-adds: long enough for a steady clock.
+PEAK_ROUNDS = 3_000_000
+
+
+def conditions(threads: int) -> dict[str, Any]:
+    """What a ranking was measured on and with."""
+    found = machine.info()
+    told = ("fastattn", "python", "numpy", "blas", "machine", "environment")
+    return {
+        **{key: found[key] for key in told},
+        "instruction set": found["instruction set in use"],
+        "threads": threads,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def rank(
+    name: str,
+    case: Case,
+    contestants: Iterable[Contestant],
+    threads: int,
+    repeat: int = 5,
+    with_memory: bool = True,
+    tick: Callable[[str], Any] = lambda name: None,
+) -> dict[str, Any]:
+    """Measure `case` and return its ranking, fastest first, as plain data."""
+    absent, present = {}, []
+    for contestant in contestants:
+        reason = contestant.unavailable(case, threads)
+        if reason is None:
+            present.append(contestant)
+        else:
+            absent[contestant.name] = reason
+    calls, errors = prepare(case, present, threads)
+    peaks: list[float] = []
+    times = timing.interleave(calls, repeat, tick, lambda: peaks.extend(_peak(case, threads)))
+    peak = median(peaks) if peaks else None
+    entries = []
+    for contestant in present:
+        extra = None
+        if with_memory:
+            tick(f"memory of {contestant.name}")
+            extra = memory.extra_memory(contestant.name, case, threads)
+        taken = times[contestant.name]
+        entries.append({**_entry(contestant, case, taken, peak), "memory": extra,
+                        "error": errors[contestant.name]})  # fmt: skip
+    entries.sort(key=lambda entry: entry["median"])
+    _add_ratios(entries)
+    return {
+        "name": name,
+        "case": str(case),
+        **case._asdict(),
+        "flops": case.flops,
+        "peak": peak,
+        "entries": entries,
+        "absent": absent,
+    }
+
+
+def steps(contestants: int, repeat: int, with_memory: bool) -> int:
+    """How many ticks one `rank` makes at most, for a progress bar."""
+    return contestants * (repeat + with_memory)
+
+
+def prepare(case: Case, contestants: Iterable[Contestant], threads: int):
+    """``(calls, errors)`` by name; each call has run once, and its result been compared."""
+    q, k, v = case.arrays()
+    rows, exact = case.exact(q, k, v)
+    calls: dict[str, Callable[[], Any]] = {}
+    errors = {}
+    for contestant in contestants:
+        call, read = contestant.prepare(q, k, v, case, threads)
+        errors[contestant.name] = rms_error(read(call()), rows, exact)
+        calls[contestant.name] = call
+    return calls, errors
+
+
+def rms_error(out: np.ndarray, rows: np.ndarray, exact: np.ndarray) -> float:
+    """The root of the mean square distance of some queries' results from the exact ones."""
+    return float(np.sqrt(np.mean(np.square(out[..., rows, :].astype(exact.dtype) - exact))))
+
+
+def _peak(case: Case, threads: int) -> list[float]:
+    """The flop/s of multiply-adds in registers, the roof over every kernel, if it can be told."""
+    compiled = machine.kernels()
+    if compiled is None:
+        return []
+    dtype = np.dtype("float64" if case.dtype == "float64" else "float32")
+    return [compiled.peak_flops(dtype, threads, PEAK_ROUNDS)]
+
+
+def _entry(contestant: Contestant, case: Case, times: timing.Times, peak) -> dict[str, Any]:
+    rate = case.flops / times.median
+    return {
+        "name": contestant.name,
+        "version": contestant.version(),
+        "ours": contestant.ours,
+        "median": times.median,
+        "best": times.best,
+        "samples": times.samples,
+        "flops per second": rate,
+        "share of peak": rate / peak if peak else None,
+    }
+
+
+def _add_ratios(entries: list[dict[str, Any]]) -> None:
+    """How many times as long each takes as the fastest of ours."""
+    ours = [entry["median"] for entry in entries if entry["ours"]]
+    for entry in entries:
+        entry["ratio"] = entry["median"] / ours[0] if ours else None

@@ -1,0 +1,29 @@
+"""What the documentation shows runs as it stands."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import fastattn.api
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_docstrings():
+    failed, attempted = doctest.testmod(fastattn.api)
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_readme_example():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), {})
+
+
+@pytest.mark.parametrize("name", fastattn.__all__)
+def test_public_names_say_what_they_do(name):
+    assert getattr(fastattn, name).__doc__
