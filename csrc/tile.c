@@ -283,10 +283,22 @@ static void weigh(int vecs, int keys, real *scores, const vec *top, vec *sum) {
 
 /* Is each value of these keys finite? x * 0 is 0 for finite x only. */
 static bool all_finite(const Tile *t, const real *v, int keys) {
-    real sum = 0;
-    for (int j = 0; j < keys; j++)
-        for (ptrdiff_t d = 0; d < t->value_dim; d++) sum += v[j * t->v_key + d * t->v_dim] * 0;
-    return sum == 0;
+    vec sums[4] = {{0}}; /* independent, or the latency of one sum would be the time of the loop */
+    real rest = 0;
+    for (int j = 0; j < keys; j++) {
+        const real *row = v + j * t->v_key;
+        ptrdiff_t d = 0;
+        if (t->v_dim == 1) {
+            for (; d + 4 * LANES <= t->value_dim; d += 4 * LANES)
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; n++) sums[n] += load_unaligned(row + d + n * LANES) * 0;
+            for (; d + LANES <= t->value_dim; d += LANES) sums[0] += load_unaligned(row + d) * 0;
+        }
+        for (; d < t->value_dim; d++) rest += row[d * t->v_dim] * 0;
+    }
+    vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; i < LANES; i++) rest += sum[i];
+    return rest == 0;
 }
 
 /* The second product where some query must not meet a NaN or an Inf in some v that it does not

@@ -8,10 +8,13 @@ from ..problem import Problem
 from ..threads import thread_count
 
 try:
-    from .. import _kernels
-except ImportError as error:  # installed without a compiler, or for another Python
+    import fastattn._kernels as _kernels
+except ModuleNotFoundError:
     _kernels = None  # type: ignore[assignment]
-    _missing = f"the compiled extension is not there ({error})"
+    _missing = "the extension was not built"
+except ImportError as error:
+    _kernels = None  # type: ignore[assignment]
+    _missing = f"the extension cannot be loaded ({error})"
 
 name = "cython"
 
