@@ -1,30 +1,34 @@
 """Times that may be compared: interleaved rounds, medians, and quiet between the contestants.
 
 Two things would otherwise decide a ranking. The machine drifts (its clock, its other users), so
-every contestant runs once per round, and each round is one moment. And the thread pools of OpenMP,
-TBB and others spin for some milliseconds after a call, on the cores of whoever comes next; so each
-turn begins with a pause and, as the pause puts the contestant's own threads to sleep, a warm call.
+every contestant runs once per round, and each round is one moment. And thread pools spin after a
+call, on the cores of whoever comes next: OpenMP's for 5 ms, onnxruntime's for 25, OpenBLAS's for
+100, and on few cores a call of 0.1 ms then takes 8. So each turn begins by waiting until they all
+sleep and, as the contestant's own threads do so too, with a warm call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from statistics import median
-from time import perf_counter, sleep
+from time import perf_counter, process_time, sleep
 from typing import Any, NamedTuple
 
-__all__ = ["Times", "calls_per_sample", "interleave", "seconds"]
+__all__ = ["Times", "calls_per_sample", "interleave", "seconds", "settle"]
 
-PAUSE = 0.06
-SHORTEST = 0.005  # a sample lasts at least this long, in as many calls as it takes
+STEP = 0.025
+LONGEST_WAIT = 1.0
+SHORTEST = 0.02  # a sample lasts at least this long, in as many calls as it takes
 WARMS_ITSELF = 0.25  # in a call as long as this, waking the threads is a part in a thousand
 
 # Who takes this many times as long as the fastest needs no better median than of so many rounds.
-LAGGARD, LAGGARD_ROUNDS = 3, 3
+LAGGARD, LAGGARD_ROUNDS = 3, 2
 
 
 class Times(NamedTuple):
-    """Seconds per call, one sample per round."""
+    """Seconds per call, one sample per round: the median of its calls, since one in a hundred is
+    a hundred times as long where the scheduler wakes two threads on one core.
+    """
 
     samples: list[float]
     calls: int  # in each sample
@@ -36,6 +40,16 @@ class Times(NamedTuple):
     @property
     def best(self) -> float:
         return min(self.samples)
+
+
+def settle() -> None:
+    """Wait until no thread of this process is busy any more."""
+    began = perf_counter()
+    while perf_counter() - began < LONGEST_WAIT:
+        used = process_time()  # by all threads
+        sleep(STEP)
+        if process_time() - used < STEP / 5:
+            return
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -54,7 +68,7 @@ def interleave(
     calls: Mapping[str, Callable[[], Any]],
     rounds: int,
     tick: Callable[[str], Any] = lambda name: None,
-    each_round: Callable[[], Any] = lambda: None,
+    after_first: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
     """Time every call once per round.
 
@@ -66,30 +80,23 @@ def interleave(
         How many samples to take of each, but for those that lag far behind.
     tick
         Called with the name before each sample, for a progress bar.
-    each_round
-        Called at the beginning of each round.
+    after_first
+        Called in each round right after the first of the calls, at the clock that it leaves.
     """
     times: dict[str, Times] = {}
     for done in range(rounds):
-        sleep(PAUSE)
-        each_round()
         fastest = min((t.best for t in times.values()), default=0.0)
-        for name, call in calls.items():
+        for place, (name, call) in enumerate(calls.items()):
             tick(name)
             if done >= LAGGARD_ROUNDS and times[name].best > LAGGARD * fastest:
                 continue
-            sleep(PAUSE)
-            if name not in times:
-                long = seconds(call) >= WARMS_ITSELF
-                times[name] = Times([], 1 if long else calls_per_sample(call))
-            elif times[name].best < WARMS_ITSELF:
-                call()
-            times[name].samples.append(_sample(call, times[name].calls))
+            settle()
+            sample = seconds(call)
+            if sample < WARMS_ITSELF:  # else a first call is as good as another
+                n = times[name].calls if name in times else calls_per_sample(call)
+                sample = median(seconds(call) for _ in range(n))
+                times.setdefault(name, Times([], n))
+            times.setdefault(name, Times([], 1)).samples.append(sample)
+            if place == 0:
+                after_first()
     return times
-
-
-def _sample(call: Callable[[], Any], n: int) -> float:
-    began = perf_counter()
-    for _ in range(n):
-        call()
-    return (perf_counter() - began) / n
