@@ -15,9 +15,9 @@ from .contestants import Contestant
 
 __all__ = ["conditions", "rank", "steps"]
 
-# Some 4 ms of multiply-adds, right after fastattn's kernel has run. A processor lowers its clock under
-# a kernel that reads and writes memory, and raises it again within 10 ms or so of register-only work:
-# a longer burst would be measured at a clock that no kernel ever sees.
+# Some 4 ms of multiply-adds, right after fastattn's kernel has run. A processor lowers its clock
+# under a kernel that reads and writes memory, and raises it again within 10 ms or so of work in
+# registers: a longer burst would be measured at a clock that no kernel ever sees.
 PEAK_ROUNDS = 1_000_000
 
 

@@ -22,7 +22,7 @@ SHORTEST = 0.02  # a sample lasts at least this long, in as many calls as it tak
 WARMS_ITSELF = 0.25  # in a call as long as this, waking the threads is a part in a thousand
 
 # Who takes this many times as long as the fastest needs no better median than of so many rounds.
-LAGGARD, LAGGARD_ROUNDS = 3, 2
+LAGGARD, LAGGARD_ROUNDS = 3, 1
 
 
 class Times(NamedTuple):
