@@ -28,6 +28,10 @@ cdef extern from "tile.h" nogil:
         BLOCK_KEYS
         MAX_QUERIES
 
+    ctypedef struct NumberFormat:
+        char kind
+        int bytes, swapped
+
     ctypedef struct Tile:
         const void *q[MAX_QUERIES]
         void *out[MAX_QUERIES]
@@ -38,6 +42,17 @@ cdef extern from "tile.h" nogil:
         double scale, margin
         Py_ssize_t start[MAX_QUERIES]
         Py_ssize_t stop[MAX_QUERIES]
+        double softcap
+        bint has_mask, has_bias, has_alibi, has_sinks
+        const char *mask[MAX_QUERIES]
+        const char *bias[MAX_QUERIES]
+        Py_ssize_t mask_key, bias_key
+        NumberFormat bias_format
+        double slope[MAX_QUERIES]
+        double sink[MAX_QUERIES]
+        Py_ssize_t position[MAX_QUERIES]
+        void *weights[MAX_QUERIES]
+        Py_ssize_t weights_key
         bint want_lse
         double lse[MAX_QUERIES]
         void *scratch
@@ -49,6 +64,7 @@ cdef extern from "tile.h" nogil:
         void (*begin)(Tile *) noexcept nogil
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*finish)(Tile *) noexcept nogil
+        void (*weights)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         double (*peak)(Py_ssize_t) noexcept nogil
 
 cdef extern from "instruction_sets.h" nogil:
@@ -155,41 +171,43 @@ cdef bint interrupted(double *last_look) noexcept nogil:
 # The walk --------------------------------------------------------------------------------------
 
 cdef struct Operand:
-    # An array of (batch, heads, rows, dims), by base pointer and byte strides.
+    # An array of (batch, heads, rows, dims), by base pointer and byte strides; NULL: not given.
     char *data
     Py_ssize_t head, row, dim
-    Py_ssize_t n_batch
-    Py_ssize_t *batch  # one stride per batch axis, 0 where it broadcasts
+    Py_ssize_t batch[64]  # one stride per batch axis, 0 where it broadcasts
 
 
 cdef struct Walk:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
-    Operand q, k, v, out, start, stop
-    bint bounded  # does any query not see every key?
+    Operand q, k, v, out, start, stop, q_offset, mask, bias, weights, lse
     int n_batch
     Py_ssize_t shape[64]  # of the batch
-    Py_ssize_t strides[6][64]
-    Py_ssize_t itemsize, kv_heads, group, n_queries, n_keys, head_dim, value_dim
+    Py_ssize_t kv_heads, group, n_queries, n_keys
     Py_ssize_t tiles  # per key head
-    double scale
-    double *lse  # (batch, heads, queries), contiguous; NULL: not wanted
+    const double *alibi  # per head; NULL: not given
+    const double *sinks
 
 
-cdef int describe(Walk *walk, int which, Operand *operand, cnp.ndarray array, int rank) except -1:
-    """Read an array of (batch..., heads, rows[, dims]) whose axes of length 1 broadcast."""
-    cdef int extra = array.ndim - rank, missing = walk.n_batch - extra, axis
-    cdef Py_ssize_t *strides = walk.strides[which]
+cdef int describe(Walk *walk, Operand *operand, cnp.ndarray array, int rank) except -1:
+    """Read an array of (batch..., heads, rows, dims), or of the first `rank` of these behind the
+    batch; axes of length 1 broadcast. None is not given.
+    """
+    cdef int lead, missing, axis
+    cdef Py_ssize_t *strides[3]
+    if array is None:
+        operand.data = NULL
+        return 0
     operand.data = <char *>cnp.PyArray_DATA(array)
-    operand.n_batch = walk.n_batch
-    operand.batch = strides
+    lead = array.ndim - rank
+    missing = walk.n_batch - lead
     for axis in range(walk.n_batch):
-        strides[axis] = 0
+        operand.batch[axis] = 0
         if axis >= missing and array.shape[axis - missing] != 1:
-            strides[axis] = array.strides[axis - missing]
-    operand.head = array.strides[extra] if array.shape[extra] != 1 else 0
-    operand.row = array.strides[extra + 1] if array.shape[extra + 1] != 1 else 0
-    operand.dim = array.strides[extra + 2] if rank == 3 else 0
+            operand.batch[axis] = array.strides[axis - missing]
+    strides[0], strides[1], strides[2] = &operand.head, &operand.row, &operand.dim
+    for axis in range(rank):
+        strides[axis][0] = array.strides[lead + axis] if array.shape[lead + axis] != 1 else 0
     return 0
 
 
@@ -197,63 +215,112 @@ cdef char *entry(const Walk *walk, const Operand *operand, Py_ssize_t batch) noe
     """Where the batch entry of that flattened index begins."""
     cdef char *at = operand.data
     cdef int axis
-    for axis in range(walk.n_batch - 1, -1, -1):
-        at += (batch % walk.shape[axis]) * operand.batch[axis]
-        batch //= walk.shape[axis]
+    if at is not NULL:
+        for axis in range(walk.n_batch - 1, -1, -1):
+            at += (batch % walk.shape[axis]) * operand.batch[axis]
+            batch //= walk.shape[axis]
     return at
+
+
+cdef inline char *row_of(
+    const Operand *operand, char *at, Py_ssize_t head, Py_ssize_t query
+) noexcept nogil:
+    return at + head * operand.head + query * operand.row
+
+
+cdef void set_tile(const Walk *walk, Tile *tile, Py_ssize_t item) noexcept nogil:
+    """Point a tile at its queries, and at the keys that they read."""
+    cdef Py_ssize_t queries = walk.kernels.queries
+    # The last queries first: under a causal mask they have the most to do, and a run that ends in
+    # small pieces leaves no thread waiting for another.
+    cdef Py_ssize_t first = (walk.tiles - 1 - item % walk.tiles) * queries
+    cdef Py_ssize_t kv_head = (item // walk.tiles) % walk.kv_heads
+    cdef Py_ssize_t batch = item // walk.tiles // walk.kv_heads
+    cdef Py_ssize_t offset = 0, i, query, head
+    cdef char *q = entry(walk, &walk.q, batch)
+    cdef char *out = entry(walk, &walk.out, batch)
+    cdef char *start = entry(walk, &walk.start, batch)
+    cdef char *stop = entry(walk, &walk.stop, batch)
+    cdef char *mask = entry(walk, &walk.mask, batch)
+    cdef char *bias = entry(walk, &walk.bias, batch)
+    cdef char *weights = entry(walk, &walk.weights, batch)
+    if walk.q_offset.data is not NULL:
+        offset = (<int64_t *>entry(walk, &walk.q_offset, batch))[0]
+    tile.n_queries = min(queries, walk.group * walk.n_queries - first)
+    tile.k = entry(walk, &walk.k, batch) + kv_head * walk.k.head
+    tile.v = entry(walk, &walk.v, batch) + kv_head * walk.v.head
+    # The heads of a group lie side by side, so that a tile's queries are neighbours in position.
+    query = first // walk.group
+    head = kv_head * walk.group + first % walk.group
+    for i in range(tile.n_queries):
+        tile.q[i] = row_of(&walk.q, q, head, query)
+        tile.out[i] = row_of(&walk.out, out, head, query)
+        tile.start[i] = 0
+        tile.stop[i] = walk.n_keys
+        if start is not NULL:
+            tile.start[i] = (<int64_t *>row_of(&walk.start, start, head, query))[0]
+            tile.stop[i] = (<int64_t *>row_of(&walk.stop, stop, head, query))[0]
+        if mask is not NULL:
+            tile.mask[i] = row_of(&walk.mask, mask, head, query)
+        if bias is not NULL:
+            tile.bias[i] = row_of(&walk.bias, bias, head, query)
+        if weights is not NULL:
+            tile.weights[i] = row_of(&walk.weights, weights, head, query)
+        if walk.alibi is not NULL:
+            tile.slope[i] = walk.alibi[head]
+            tile.position[i] = query + offset
+        if walk.sinks is not NULL:
+            tile.sink[i] = walk.sinks[head]
+        head += 1
+        if head == (kv_head + 1) * walk.group:
+            head = kv_head * walk.group
+            query += 1
+
+
+cdef void store_lse(const Walk *walk, const Tile *tile, Py_ssize_t item) noexcept nogil:
+    cdef Py_ssize_t first = (walk.tiles - 1 - item % walk.tiles) * walk.kernels.queries
+    cdef Py_ssize_t kv_head = (item // walk.tiles) % walk.kv_heads
+    cdef char *lse = entry(walk, &walk.lse, item // walk.tiles // walk.kv_heads)
+    cdef Py_ssize_t i
+    for i in range(tile.n_queries):
+        (<double *>row_of(
+            &walk.lse, lse, kv_head * walk.group + (first + i) % walk.group,
+            (first + i) // walk.group,
+        ))[0] = tile.lse[i]
+
+
+ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+
+cdef bint each_block(
+    Step step, Tile *tile, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """Take every block of keys that the tile sees. False if a signal came in between."""
+    cdef Py_ssize_t key = tile.first // BLOCK_KEYS * BLOCK_KEYS
+    while key < tile.last:
+        if stopped[0] or (listen and interrupted(last_look)):
+            return False
+        step(tile, max(key, tile.first), min(key + BLOCK_KEYS, tile.last))
+        key += BLOCK_KEYS
+    return True
 
 
 cdef bint attend_tile(
     const Walk *walk, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
     """Attend from the queries of one tile. False if a signal came in between."""
-    cdef Py_ssize_t queries = walk.kernels.queries
-    # The last queries first: under a causal mask they have the most to do, and a run that ends in
-    # small pieces leaves no thread waiting for another.
-    cdef Py_ssize_t index = walk.tiles - 1 - item % walk.tiles
-    cdef Py_ssize_t kv_head = (item // walk.tiles) % walk.kv_heads
-    cdef Py_ssize_t batch = item // walk.tiles // walk.kv_heads
-    cdef Py_ssize_t rows = walk.group * walk.n_queries, first = index * queries
-    cdef Py_ssize_t n = min(queries, rows - first), i, query, head, key, row
-    cdef char *q = entry(walk, &walk.q, batch)
-    cdef char *out = entry(walk, &walk.out, batch)
-    cdef char *start = NULL
-    cdef char *stop = NULL
-    tile.n_queries = n
-    tile.k = entry(walk, &walk.k, batch) + kv_head * walk.k.head
-    tile.v = entry(walk, &walk.v, batch) + kv_head * walk.v.head
-    if walk.bounded:
-        start = entry(walk, &walk.start, batch)
-        stop = entry(walk, &walk.stop, batch)
-    # The heads of a group lie side by side, so that a tile's queries are neighbours in position.
-    for i in range(n):
-        query = (first + i) // walk.group
-        head = kv_head * walk.group + (first + i) % walk.group
-        tile.q[i] = q + head * walk.q.head + query * walk.q.row
-        tile.out[i] = out + head * walk.out.head + query * walk.out.row
-        tile.start[i] = 0
-        tile.stop[i] = walk.n_keys
-        if walk.bounded:
-            tile.start[i] = (<int64_t *>(start + head * walk.start.head + query * walk.start.row))[0]
-            tile.stop[i] = (<int64_t *>(stop + head * walk.stop.head + query * walk.stop.row))[0]
+    set_tile(walk, tile, item)
     tile.margin = 0
     while True:
         walk.kernels.begin(tile)
-        key = tile.first // BLOCK_KEYS * BLOCK_KEYS
-        while key < tile.last:
-            if stopped[0] or (listen and interrupted(last_look)):
-                return False
-            walk.kernels.attend(tile, max(key, tile.first), min(key + BLOCK_KEYS, tile.last))
-            key += BLOCK_KEYS
+        if not each_block(walk.kernels.attend, tile, listen, last_look, stopped):
+            return False
         if walk.kernels.finish(tile):
             break
         tile.margin = log(2.0 * walk.n_keys)
-    if walk.lse is not NULL:
-        for i in range(n):
-            query = (first + i) // walk.group
-            head = kv_head * walk.group + (first + i) % walk.group
-            row = (batch * walk.kv_heads * walk.group + head) * walk.n_queries + query
-            walk.lse[row] = tile.lse[i]
+    if walk.lse.data is not NULL:
+        store_lse(walk, tile, item)
+    if walk.weights.data is not NULL:
+        return each_block(walk.kernels.weights, tile, listen, last_look, stopped)
     return True
 
 
@@ -283,44 +350,50 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
     return 0
 
 
+cdef const double *doubles(cnp.ndarray array):
+    return NULL if array is None else <const double *>cnp.PyArray_DATA(array)
+
+
 def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
     cnp.ndarray out not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale,
-    cnp.ndarray start, cnp.ndarray stop, cnp.ndarray lse, int threads,
+    double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
+    cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
+    cnp.ndarray lse, cnp.ndarray weights, int threads,
 ):
-    """Fill `out`, (batch, heads, queries, value_dim), and, unless None, `lse`, float64.
+    """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
-    `start` and `stop`, both int64 or both None, broadcast to (batch, heads, queries). All must
-    have been validated: nothing is checked here.
+    `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
+    before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
+    A `softcap` of 0 is none. All must have been validated: nothing is checked here.
     """
     cdef Walk walk
     cdef Tile *tiles
     cdef char *scratch
-    cdef Py_ssize_t items = kv_heads, i, scratch_bytes
-    cdef bint single = q.descr.type_num == cnp.NPY_FLOAT32
+    cdef Py_ssize_t items = kv_heads, i, scratch_bytes, itemsize = q.descr.itemsize
     cdef const InstructionSet *isa = chosen()
-    walk.kernels = isa.float32 if single else isa.float64
-    walk.itemsize = 4 if single else 8
+    walk.kernels = isa.float32 if q.descr.type_num == cnp.NPY_FLOAT32 else isa.float64
     walk.n_batch = len(batch)
     for i in range(walk.n_batch):
         walk.shape[i] = batch[i]
         items *= walk.shape[i]
-    describe(&walk, 0, &walk.q, q, 3)
-    describe(&walk, 1, &walk.k, k, 3)
-    describe(&walk, 2, &walk.v, v, 3)
-    describe(&walk, 3, &walk.out, out, 3)
-    walk.bounded = start is not None
-    if walk.bounded:
-        describe(&walk, 4, &walk.start, start, 2)
-        describe(&walk, 5, &walk.stop, stop, 2)
+    describe(&walk, &walk.q, q, 3)
+    describe(&walk, &walk.k, k, 3)
+    describe(&walk, &walk.v, v, 3)
+    describe(&walk, &walk.out, out, 3)
+    describe(&walk, &walk.start, start, 2)
+    describe(&walk, &walk.stop, stop, 2)
+    describe(&walk, &walk.q_offset, q_offset, 0)
+    describe(&walk, &walk.mask, mask, 3)
+    describe(&walk, &walk.bias, bias, 3)
+    describe(&walk, &walk.weights, weights, 3)
+    describe(&walk, &walk.lse, lse, 2)
+    walk.alibi = doubles(alibi)
+    walk.sinks = doubles(sinks)
     walk.kv_heads = kv_heads
     walk.group = heads // kv_heads if kv_heads else 1
     walk.n_queries = q.shape[q.ndim - 2]
     walk.n_keys = k.shape[k.ndim - 2]
-    walk.head_dim = q.shape[q.ndim - 1]
-    walk.value_dim = v.shape[v.ndim - 1]
-    walk.scale = scale
-    walk.lse = NULL if lse is None else <double *>cnp.PyArray_DATA(lse)
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     items *= walk.tiles
     if items == 0:
@@ -329,7 +402,7 @@ def attend(
 
     scratch_bytes = walk.kernels.scratch_bytes(
         min(walk.kernels.queries, walk.group * walk.n_queries),
-        walk.head_dim, walk.value_dim, walk.n_keys,
+        q.shape[q.ndim - 1], v.shape[v.ndim - 1], walk.n_keys,
     )
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     scratch = <char *>malloc(threads * scratch_bytes + 64)
@@ -338,16 +411,28 @@ def attend(
             raise MemoryError(f"{threads * scratch_bytes} bytes of scratch")
         for i in range(threads):
             tiles[i].scratch = scratch + (-<uintptr_t>scratch) % 64 + i * scratch_bytes
-            tiles[i].q_dim = walk.q.dim // walk.itemsize
-            tiles[i].k_dim = walk.k.dim // walk.itemsize
-            tiles[i].k_key = walk.k.row // walk.itemsize
-            tiles[i].v_dim = walk.v.dim // walk.itemsize
-            tiles[i].v_key = walk.v.row // walk.itemsize
-            tiles[i].out_dim = walk.out.dim // walk.itemsize
-            tiles[i].head_dim = walk.head_dim
-            tiles[i].value_dim = walk.value_dim
+            tiles[i].q_dim = walk.q.dim // itemsize
+            tiles[i].k_dim = walk.k.dim // itemsize
+            tiles[i].k_key = walk.k.row // itemsize
+            tiles[i].v_dim = walk.v.dim // itemsize
+            tiles[i].v_key = walk.v.row // itemsize
+            tiles[i].out_dim = walk.out.dim // itemsize
+            tiles[i].head_dim = q.shape[q.ndim - 1]
+            tiles[i].value_dim = v.shape[v.ndim - 1]
             tiles[i].scale = scale
-            tiles[i].want_lse = walk.lse is not NULL
+            tiles[i].softcap = softcap
+            tiles[i].has_mask = mask is not None
+            tiles[i].has_bias = bias is not None
+            tiles[i].has_alibi = alibi is not None
+            tiles[i].has_sinks = sinks is not None
+            tiles[i].mask_key = walk.mask.dim
+            tiles[i].bias_key = walk.bias.dim
+            if bias is not None:
+                tiles[i].bias_format.kind = ord("b" if bias.dtype.name == "bfloat16" else bias.dtype.kind)
+                tiles[i].bias_format.bytes = bias.descr.itemsize
+                tiles[i].bias_format.swapped = not bias.dtype.isnative
+            tiles[i].weights_key = walk.weights.dim // itemsize
+            tiles[i].want_lse = lse is not None
         work(&walk, items, threads, tiles)
     finally:
         free(tiles)

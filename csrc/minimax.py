@@ -1,9 +1,8 @@
-"""Prints the polynomials of ``simd.h``: 2**f on [0, 1], constant term 1, least relative error.
+"""Prints the polynomials of ``simd.h``, those of least relative error.
 
     pip install mpmath && python csrc/minimax.py
 
-Remez exchange in 60 digits (Muller 2016, "Elementary Functions", section 3.5). The constant term
-is fixed so that the largest weight of a row is exactly 1.
+Remez exchange in 60 digits (Muller 2016, "Elementary Functions", section 3.5).
 """
 
 import mpmath as mp
@@ -11,22 +10,34 @@ import mpmath as mp
 mp.mp.dps = 60
 
 
-def remez(degree: int, rounds: int = 30):
-    """Coefficients c[1..degree] of 1 + c1 f + ... ~ 2**f on [0, 1], and the relative error."""
-    n = degree + 1  # unknowns: the coefficients and the levelled error
-    points = [(1 - mp.cos(mp.pi * (i + 0.5) / n)) / 2 for i in range(n)]
-    grid = [mp.mpf(i) / 3000 for i in range(1, 3001)]
+def power(f):
+    return mp.mpf(2) ** f
+
+
+def slope(f):
+    """(2**f - 1) / f"""
+    return (power(f) - 1) / f if abs(f) > mp.mpf("1e-30") else mp.log(2)
+
+
+def remez(low, high, terms: int, relative_to, rounds: int = 30):
+    """Coefficients c such that f * (c[0] + c[1] f + ...) ~ 2**f - 1 for low <= f <= high, and the
+    error relative to ``relative_to(f)``.
+    """
+    n = terms + 1  # unknowns: the coefficients and the levelled error
+    middle, radius = (low + high) / 2, (high - low) / 2
+    points = [middle - radius * mp.cos(mp.pi * (i + mp.mpf(1) / 2) / n) for i in range(n)]
+    grid = [low + (high - low) * (mp.mpf(i) + mp.mpf(1) / 2) / 3000 for i in range(3000)]
     for _ in range(rounds):
-        system = mp.matrix(n, n)
-        right = mp.matrix(n, 1)
+        system, right = mp.matrix(n, n), mp.matrix(n, 1)
         for row, f in enumerate(points):
-            for power in range(1, n):
-                system[row, power - 1] = f**power
-            system[row, n - 1] = (-1) ** row * mp.mpf(2) ** f
-            right[row] = mp.mpf(2) ** f - 1
+            for k in range(terms):
+                system[row, k] = f**k
+            # The error of the whole is f times that of the slope.
+            system[row, terms] = (-1) ** row * relative_to(f)
+            right[row] = slope(f)
         solution = mp.lu_solve(system, right)
-        c = [mp.mpf(1), *solution[: n - 1]]
-        error = [mp.polyval(c[::-1], f) / mp.mpf(2) ** f - 1 for f in grid]
+        c = [solution[k] for k in range(terms)]
+        error = [(mp.polyval(c[::-1], f) / slope(f) - 1) * slope(f) / relative_to(f) for f in grid]
         # The extremum of each run of one sign is the next reference.
         runs, start = [], 0
         for i in range(1, len(grid) + 1):
@@ -39,10 +50,17 @@ def remez(degree: int, rounds: int = 30):
     return c, max(map(abs, error))
 
 
+def show(title, c, error, digits):
+    print(f"{title}: {mp.nstr(error, 3)}")
+    for k, value in enumerate(c, 1):
+        print(f"    c{k} = {mp.nstr(value, digits)}")
+
+
 if __name__ == "__main__":
-    for type_name, degree in (("float", 5), ("double", 11)):
-        c, error = remez(degree)
-        print(f"/* {type_name}: relative error of the polynomial {mp.nstr(error, 3)} */")
-        for power, value in enumerate(c):
-            text = mp.nstr(value, 19 if type_name == "double" else 12)
-            print(f"    c{power} = {text}")
+    for name, exp_terms, tanh_terms, digits in (("float", 5, 6, 12), ("double", 11, 11, 19)):
+        # exp: relative to 2**f; the constant term 1 makes the largest weight of a row exactly 1.
+        found = remez(mp.mpf(0), mp.mpf(1), exp_terms, lambda f: power(f) / max(f, mp.mpf("1e-9")))
+        show(f"{name}, 2**f on [0, 1]", *found, digits)
+        # tanh: relative to 2**f - 1 itself, which small arguments reach without cancellation.
+        half = mp.mpf(1) / 2
+        show(f"{name}, 2**f - 1 on [-1/2, 1/2]", *remez(-half, half, tanh_terms, slope), digits)

@@ -7,6 +7,7 @@
 #ifndef FASTATTN_SIMD_H
 #define FASTATTN_SIMD_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -49,6 +50,7 @@ typedef int64_t lane_int;
 #endif
 #define MANTISSA_BITS 52
 #define EXPONENT_BIAS 1023
+#define REAL_MAX DBL_MAX
 #else
 typedef float real;
 typedef int32_t lane_int;
@@ -61,12 +63,14 @@ typedef int32_t lane_int;
 #endif
 #define MANTISSA_BITS 23
 #define EXPONENT_BIAS 127
+#define REAL_MAX FLT_MAX
 #endif
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real))));
 typedef lane_int ivec __attribute__((vector_size(VEC_BYTES)));
 
+#define LANE_BITS ((int)sizeof(lane_int) * 8)
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec splat(real x) { return x - (vec){0}; }
@@ -77,6 +81,30 @@ INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
 INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
 INLINE vec choose(ivec condition, vec yes, vec no) {
     return (vec)(((ivec)yes & condition) | ((ivec)no & ~condition));
+}
+
+INLINE vec magnitude(vec x) { return (vec)((ivec)x & ~splat_int((lane_int)1 << (LANE_BITS - 1))); }
+INLINE vec with_sign_of(vec x, vec sign) {
+    ivec bit = splat_int((lane_int)1 << (LANE_BITS - 1));
+    return (vec)(((ivec)x & ~bit) | ((ivec)sign & bit));
+}
+
+/* Bit j of the result: is byte j not 0? */
+INLINE uint64_t nonzero_bytes(const char *p) {
+#if defined(__AVX512BW__)
+    __m512i x = _mm512_loadu_si512(p);
+    return _mm512_test_epi8_mask(x, x);
+#else
+    uint64_t bits = 0;
+    for (int i = 0; i < 64; i += 8) {
+        const uint64_t low = 0x7f7f7f7f7f7f7f7f;
+        uint64_t x;
+        __builtin_memcpy(&x, p + i, 8);
+        x = ((((x & low) + low) | x) & ~low) >> 7; /* a 1 in each byte that is not 0 */
+        bits |= (x * 0x0102040810204080 >> 56) << i;
+    }
+    return bits;
+#endif
 }
 
 /* Keep the compiler from knowing a value. */
@@ -184,25 +212,59 @@ INLINE vec exp_negative(vec x) {
     vec t = x * splat((real)1.4426950408889634);
     vec f = fraction(t);
 #ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 3.2e-18 */
-    vec y = splat(6.263467031152498622e-10);
-    y = y * f + 6.559528845952509289e-9;
-    y = y * f + 1.025321254557100257e-7;
-    y = y * f + 1.320836727474474409e-6;
-    y = y * f + 0.00001525317505669423401;
-    y = y * f + 0.0001540351230957138382;
-    y = y * f + 0.001333355862956859117;
-    y = y * f + 0.009618129099550759617;
-    y = y * f + 0.05550410866560225728;
-    y = y * f + 0.2402265069590633018;
-    y = y * f + 0.6931471805599459284;
+    vec y = splat(6.263109187474883278e-10);
+    y = y * f + 6.559712897579314753e-9;
+    y = y * f + 1.025317186450633205e-7;
+    y = y * f + 1.320837232734033306e-6;
+    y = y * f + 0.00001525317466967267173;
+    y = y * f + 0.0001540351232845643857;
+    y = y * f + 0.001333355862898311084;
+    y = y * f + 0.009618129099561909824;
+    y = y * f + 0.05550410866560104622;
+    y = y * f + 0.2402265069590633665;
+    y = y * f + 0.6931471805599459272;
 #else /* csrc/minimax.py: 8.2e-8 */
-    vec y = splat(0.00186712997944f);
-    y = y * f + 0.00901703052832f;
-    y = y * f + 0.0557999129466f;
-    y = y * f + 0.240164450201f;
-    y = y * f + 0.6931513118f;
+    vec y = splat(0.00186702658517f);
+    y = y * f + 0.00901724922596f;
+    y = y * f + 0.055799756893f;
+    y = y * f + 0.240164492838f;
+    y = y * f + 0.693151308322f;
 #endif
     y = y * f + (real)1;
     return scale_by_power(y, t);
+}
+
+/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
+ * so that small x meet the polynomial without its constant term. */
+INLINE vec tanh_vec(vec x) {
+    const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
+    const vec magic = splat((real)(3ull << (MANTISSA_BITS - 1)));
+    vec a = magnitude(x);
+    vec t = choose(a > saturated, saturated, a) * splat((real)-2.8853900817779268);
+    vec shifted = t + magic; /* rounds to the nearest integer, */
+    vec f = t - (shifted - magic);
+    vec power = (vec)(((ivec)shifted + splat_int(EXPONENT_BIAS)) << MANTISSA_BITS); /* of 2 */
+#ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 1.8e-17 */
+    vec y = splat(4.445536079096291314e-10);
+    y = y * f + 7.07254999038397057e-9;
+    y = y * f + 1.017812125892926574e-7;
+    y = y * f + 1.321544278264547651e-6;
+    y = y * f + 0.00001525273370140623868;
+    y = y * f + 0.0001540353044138512039;
+    y = y * f + 0.001333355814653136969;
+    y = y * f + 0.009618129107607122348;
+    y = y * f + 0.05550410866482123764;
+    y = y * f + 0.240226506959100978;
+    y = y * f + 0.6931471805599453112;
+#else /* csrc/minimax.py: 1.1e-8 */
+    vec y = splat(0.000154035121869f);
+    y = y * f + 0.00133906973649f;
+    y = y * f + 0.00961823735112f;
+    y = y * f + 0.0555035750476f;
+    y = y * f + 0.240226497968f;
+    y = y * f + 0.693147187912f;
+#endif
+    vec m = power * (y * f) + (power - (real)1);
+    return choose(x == x, with_sign_of(-m / ((real)2 + m), x), x);
 }
 #endif

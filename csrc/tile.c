@@ -17,9 +17,11 @@
 #define PANELS (TILE_QUERIES / PANEL)
 
 /* Keys whose weights stay in the first-level cache between the softmax and the second product. */
-#ifndef STRIP_KEYS
 #define STRIP_KEYS 64
-#endif
+
+/* A strip's keys as bits, in words as wide as a lane, so that lanes can test their own. */
+#define STRIPS (BLOCK_KEYS / STRIP_KEYS)
+#define WORDS (STRIP_KEYS / LANE_BITS)
 
 /* The tile's scratch: [panel][row][PANEL] throughout, so that a panel is contiguous. */
 typedef struct {
@@ -28,6 +30,9 @@ typedef struct {
     real *out;               /* [panel][value_dim][PANEL], the running sum */
     real *block_out;         /* [panel][value_dim][PANEL], the sum of one block */
     real *scores;            /* [panel][keys of the block][PANEL], then the weights */
+    real *bias;              /* [STRIP_KEYS][PANEL], of one panel */
+    lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
+    lane_int *seen;          /* [panel][strip of the block][WORDS][PANEL]: see Seen */
 } Scratch;
 
 static int panels_for(ptrdiff_t queries) { return (int)((queries + PANEL - 1) / PANEL); }
@@ -37,7 +42,8 @@ static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : mo
 static size_t scratch_bytes(ptrdiff_t queries, ptrdiff_t head_dim, ptrdiff_t value_dim,
                             ptrdiff_t n_keys) {
     size_t row = sizeof(real) * (size_t)(panels_for(queries) * PANEL);
-    return row * (size_t)(2 + head_dim + 2 * value_dim + fewer(n_keys, BLOCK_KEYS));
+    return row * (size_t)(3 + head_dim + 2 * value_dim + fewer(n_keys, BLOCK_KEYS)) +
+           row * STRIPS * WORDS + sizeof(real) * PANEL * STRIP_KEYS;
 }
 
 static Scratch scratch_of(const Tile *t) {
@@ -48,7 +54,10 @@ static Scratch scratch_of(const Tile *t) {
     s.q = s.row_sum + row;
     s.out = s.q + row * t->head_dim;
     s.block_out = s.out + row * t->value_dim;
-    s.scores = s.block_out + row * t->value_dim;
+    s.bias = s.block_out + row * t->value_dim;
+    s.saw = (lane_int *)(s.bias + STRIP_KEYS * PANEL);
+    s.seen = s.saw + row;
+    s.scores = (real *)(s.seen + row * STRIPS * WORDS);
     return s;
 }
 
@@ -199,6 +208,16 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
     }
 }
 
+/* A row starts with its sink, a score without a value, or with nothing. */
+static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
+    for (ptrdiff_t i = first; i < first + LANES; i++) {
+        double sink = t->has_sinks && i < t->n_queries ? t->sink[i] : -INFINITY;
+        s->row_max[i] = (real)(sink + t->margin);
+        s->row_sum[i] = (real)(sink == -INFINITY ? 0 : sink == INFINITY ? 1 : exp(sink - (sink + t->margin)));
+        s->saw[i] = 0;
+    }
+}
+
 static void begin(Tile *t) {
     t->panels = panels_for(t->n_queries);
     t->first = PTRDIFF_MAX;
@@ -208,47 +227,191 @@ static void begin(Tile *t) {
         bound_panel(t, p);
         for (int n = 0; n < TILE_VECS; n++) {
             ptrdiff_t at = p * PANEL + n * LANES;
-            store(s.row_max + at, splat(-INFINITY));
-            store(s.row_sum + at, splat(0));
+            start_rows(t, &s, at);
             if (n < t->panel[p].vecs)
                 load_queries(t, at, s.q + p * PANEL * t->head_dim + n * LANES);
         }
     }
 }
 
-/* Which of the keys key, key + 1, ... a panel's queries see, as bounds relative to `key`. */
-typedef struct {
-    ivec start[TILE_VECS], stop[TILE_VECS];
-} Bounds;
+/* What the queries of a panel see of a strip: nothing, every key, or those whose bits are set in
+ * the panel's words, [WORDS][PANEL]. */
+typedef enum { SEE_NONE, SEE_SOME, SEE_ALL } Seen;
 
-static Bounds bounds_from(const Tile *t, int panel, ptrdiff_t key) {
-    lane_int start[PANEL] = {0}, stop[PANEL] = {0};
-    for (int i = 0; i < PANEL && panel * PANEL + i < t->n_queries; i++) {
-        ptrdiff_t from = t->start[panel * PANEL + i] - key, to = t->stop[panel * PANEL + i] - key;
-        start[i] = (lane_int)(from < 0 ? 0 : from > BLOCK_KEYS ? BLOCK_KEYS : from);
-        stop[i] = (lane_int)(to < 0 ? 0 : to > BLOCK_KEYS ? BLOCK_KEYS : to);
+INLINE ivec sees(const lane_int *words, int n, int j) {
+    ivec word = *(const ivec *)(words + j / LANE_BITS * PANEL + n * LANES);
+    return (word << (LANE_BITS - 1 - j % LANE_BITS)) < 0;
+}
+
+static uint64_t first_bits(ptrdiff_t n) {
+    return n <= 0 ? 0 : n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1;
+}
+
+static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
+    if (stride == 0) return mask[0] ? ~(uint64_t)0 : 0;
+    if (stride == 1 && keys == 64) return nonzero_bytes(mask);
+    uint64_t bits = 0;
+    for (int j = 0; j < keys; j++) bits |= (uint64_t)(mask[j * stride] != 0) << j;
+    return bits;
+}
+
+/* Read who sees what of `keys` keys from `key` on, biases of -inf aside. */
+static Seen look(const Tile *t, int p, ptrdiff_t key, int keys, lane_int *words) {
+    ptrdiff_t first = p * PANEL;
+    uint64_t every = first_bits(keys), any = 0, all = every, bits = 0, masked = ~(uint64_t)0;
+    for (int i = 0; i < PANEL; i++) {
+        ptrdiff_t row = first + i;
+        if (row < t->n_queries) { /* a lane without a query sees what the last one does */
+            bits = first_bits(t->stop[row] - key) & ~first_bits(t->start[row] - key) & every;
+            if (t->has_mask) {
+                if (i == 0 || t->mask[row] != t->mask[row - 1])
+                    masked = mask_bits(t->mask[row] + key * t->mask_key, t->mask_key, keys);
+                bits &= masked;
+            }
+            any |= bits;
+            all &= bits;
+        }
+        for (int w = 0; w < WORDS; w++)
+            words[w * PANEL + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
     }
-    Bounds b;
-    memcpy(b.start, start, sizeof b.start);
-    memcpy(b.stop, stop, sizeof b.stop);
-    return b;
+    return any == 0 ? SEE_NONE : all == every ? SEE_ALL : SEE_SOME;
 }
 
-INLINE ivec sees(const Bounds *b, int n, int j) {
-    ivec key = splat_int(j);
-    return (b->start[n] <= key) & (key < b->stop[n]);
+/* One number of any format as a double. */
+static double read_number(const char *at, NumberFormat format) {
+    union {
+        char bytes[16];
+        int8_t i8; int16_t i16; int32_t i32; int64_t i64;
+        uint8_t u8; uint16_t u16; uint32_t u32; uint64_t u64;
+        float f32; double f64; long double f80;
+    } x;
+    memset(&x, 0, sizeof x);
+    for (int i = 0; i < format.bytes; i++)
+        x.bytes[i] = at[format.swapped ? format.bytes - 1 - i : i];
+    switch (format.kind) {
+    case 'i':
+        return format.bytes == 1   ? x.i8
+               : format.bytes == 2 ? x.i16
+               : format.bytes == 4 ? x.i32
+                                   : (double)x.i64;
+    case 'u':
+        return format.bytes == 1   ? x.u8
+               : format.bytes == 2 ? x.u16
+               : format.bytes == 4 ? x.u32
+                                   : (double)x.u64;
+    case 'b': /* bfloat16 is the upper half of a float */
+        x.u32 = (uint32_t)x.u16 << 16;
+        return x.f32;
+    }
+    if (format.bytes == 4) return x.f32;
+    if (format.bytes == 8) return x.f64;
+    if (format.bytes == 16) return (double)x.f80;
+    int exponent = x.u16 >> 10 & 31, fraction = x.u16 & 1023; /* float16 */
+    double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                 : ldexp(exponent ? fraction + 1024 : fraction,
+                                         exponent ? exponent - 25 : -24);
+    return x.u16 >> 15 ? -size : size;
 }
 
-/* Put -inf where a query does not see a key, and take the maximum of what is left. */
-static void hide_unseen(const Bounds *bounds, int vecs, int keys, real *scores, vec *top) {
-    for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
+/* A finite number stays one, however large. */
+static real as_real(double x) {
+    if (x > REAL_MAX) return x == INFINITY ? INFINITY : REAL_MAX;
+    if (x < -REAL_MAX) return x == -INFINITY ? -INFINITY : -REAL_MAX;
+    return (real)x;
+}
+
+/* tile[j][lane] = the bias of `keys` keys from `key` on. */
+static void load_bias(const Tile *t, int p, ptrdiff_t key, int keys, real *tile) {
+    const char *rows[PANEL];
+    NumberFormat format = t->bias_format;
+    bool direct = format.kind == 'f' && format.bytes == sizeof(real) && !format.swapped &&
+                  t->bias_key == sizeof(real);
+    for (int i = 0; i < PANEL; i++) {
+        ptrdiff_t row = p * PANEL + i < t->n_queries ? p * PANEL + i : t->n_queries - 1;
+        rows[i] = t->bias[row] + key * t->bias_key;
+    }
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        int j = 0;
+        for (; direct && j + LANES <= keys; j += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                x[i] = load_unaligned((const real *)(rows[n * LANES + i]) + j);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(tile + (j + i) * PANEL + n * LANES, x[i]);
+        }
+        for (; j < keys; j++)
+            for (int i = 0; i < LANES; i++)
+                tile[j * PANEL + n * LANES + i] =
+                    as_real(read_number(rows[n * LANES + i] + j * t->bias_key, format));
+    }
+}
+
+/* Take the keys whose bias is -inf out of the words. */
+static Seen exclude(Seen seen, const real *bias, int vecs, int keys, lane_int *words) {
+    ivec any = {0};
+    for (int j = 0; j < keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            ivec excluded = load(bias + j * PANEL + n * LANES) == splat(-INFINITY);
+            ivec *word = (ivec *)(words + j / LANE_BITS * PANEL + n * LANES);
+            any |= excluded;
+            *word &= ~(excluded & splat_int((lane_int)((uint64_t)1 << j % LANE_BITS)));
+        }
+    for (int i = 0; i < LANES; i++)
+        if (any[i]) return SEE_SOME;
+    return seen;
+}
+
+static void add_bias(const real *bias, int vecs, int keys, real *scores) {
+    const vec most = splat(REAL_MAX);
     for (int j = 0; j < keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = scores + j * PANEL + n * LANES;
-            vec x = choose(sees(bounds, n, j), load(s), splat(-INFINITY));
-            store(s, x);
-            top[n] = larger(x, top[n]);
+            vec score = load(s), b = load(bias + j * PANEL + n * LANES), sum = score + b;
+            /* A sum of finite numbers that overflows is the largest number still. */
+            ivec finite = (magnitude(score) <= most) & (magnitude(b) <= most);
+            vec bounded = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
+            store(s, choose(finite, bounded, sum));
         }
+}
+
+static void cap(real softcap, int vecs, int keys, real *scores) {
+    for (int j = 0; j < keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = scores + j * PANEL + n * LANES;
+            store(s, softcap * tanh_vec(load(s) / softcap));
+        }
+}
+
+static void subtract_alibi(const Tile *t, int p, ptrdiff_t key, int vecs, int keys, real *scores) {
+    for (int n = 0; n < vecs; n++) {
+        vec slope = {0}, distance = {0};
+        for (int i = 0; i < LANES; i++) {
+            ptrdiff_t row = p * PANEL + n * LANES + i;
+            if (row >= t->n_queries) break;
+            slope[i] = (real)t->slope[row];
+            distance[i] = (real)(t->position[row] - key);
+        }
+        for (int j = 0; j < keys; j++) {
+            real *s = scores + j * PANEL + n * LANES;
+            store(s, load(s) - slope * magnitude(distance - (real)j));
+        }
+    }
+}
+
+/* Put -inf where a query does not see a key, and take the maximum of what is left. */
+static void hide_unseen(const lane_int *words, int vecs, int keys, real *scores, vec *top) {
+    for (int n = 0; n < vecs; n++) {
+        vec most = splat(-INFINITY);
+        for (int j = 0; j < keys; j++) {
+            real *s = scores + j * PANEL + n * LANES;
+            vec x = choose(sees(words, n, j), load(s), splat(-INFINITY));
+            store(s, x);
+            most = larger(x, most);
+        }
+        top[n] = most;
+    }
 }
 
 /* Scores to weights relative to `top`; their sum is added to `sum`. Subtracting before scaling by
@@ -303,11 +466,11 @@ static bool all_finite(const Tile *t, const real *v, int keys) {
 
 /* The second product where some query must not meet a NaN or an Inf in some v that it does not
  * see: 0 * NaN is a NaN, so unseen keys are left out lane by lane. */
-static void careful_product(const Tile *t, const Bounds *bounds, int vecs, const real *v, int keys,
-                            const real *weights, real *out) {
+static void careful_product(const Tile *t, const lane_int *words, int vecs, const real *v,
+                            int keys, const real *weights, real *out) {
     for (int j = 0; j < keys; j++)
         for (int n = 0; n < vecs; n++) {
-            ivec seen = sees(bounds, n, j);
+            ivec seen = sees(words, n, j);
             vec p = load(weights + j * PANEL + n * LANES);
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
                 real *o = out + d * PANEL + n * LANES;
@@ -322,46 +485,85 @@ static bool all_see(const Tile *t, int p, ptrdiff_t key, int keys) {
 }
 
 /* One panel's scores for some keys, -inf where unseen; `top` takes part in their maximum. */
-static void score(const Tile *t, int p, const real *q, ptrdiff_t key, int keys, real *scores,
-                  vec *top) {
+static Seen score(const Tile *t, const Scratch *s, int p, ptrdiff_t key, int keys, real *scores,
+                  lane_int *words, vec *top) {
     int vecs = t->panel[p].vecs;
+    Seen seen = SEE_ALL;
+    if (t->has_mask || t->has_bias || !all_see(t, p, key, keys)) seen = look(t, p, key, keys, words);
+    if (seen == SEE_NONE) return seen;
+
     vec strip_top[TILE_VECS];
     for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
-    product(vecs, keys, (const real *)t->k + key * t->k_key, t->k_key, t->k_dim, t->head_dim, q,
-            scores, false, strip_top);
-    if (!all_see(t, p, key, keys)) {
-        Bounds bounds = bounds_from(t, p, key);
-        hide_unseen(&bounds, vecs, keys, scores, strip_top);
+    product(vecs, keys, (const real *)t->k + key * t->k_key, t->k_key, t->k_dim, t->head_dim,
+            s->q + p * PANEL * t->head_dim, scores, false, strip_top);
+    if (t->softcap > 0) cap((real)t->softcap, vecs, keys, scores);
+    if (t->has_bias) {
+        load_bias(t, p, key, keys, s->bias);
+        seen = exclude(seen, s->bias, vecs, keys, words);
+        add_bias(s->bias, vecs, keys, scores);
     }
-    for (int n = 0; n < vecs; n++) top[n] = larger(strip_top[n], top[n]);
+    if (t->has_alibi) subtract_alibi(t, p, key, vecs, keys, scores);
+    bool changed = t->softcap > 0 || t->has_bias || t->has_alibi;
+    if (changed && seen == SEE_ALL) memset(words, -1, sizeof(lane_int) * WORDS * PANEL);
+    if (changed || seen == SEE_SOME) hide_unseen(words, vecs, keys, scores, strip_top);
+
+    for (int n = 0; n < vecs; n++) {
+        ivec *saw = (ivec *)(s->saw + p * PANEL + n * LANES);
+        for (int w = 0; w < WORDS && seen == SEE_SOME; w++)
+            *saw |= *(const ivec *)(words + w * PANEL + n * LANES) != 0;
+        if (seen == SEE_ALL) *saw = splat_int(-1);
+        top[n] = larger(strip_top[n], top[n]);
+    }
+    return seen;
 }
 
 /* The weighted sum of some keys' values, for one panel. */
-static void sum_values(const Tile *t, int p, ptrdiff_t key, int keys, const real *weights,
-                       real *out, bool accumulate) {
+static void sum_values(const Tile *t, int p, ptrdiff_t key, int keys, Seen seen,
+                       const lane_int *words, const real *weights, real *out, bool accumulate) {
     int vecs = t->panel[p].vecs;
     const real *v = (const real *)t->v + key * t->v_key;
-    if (!all_see(t, p, key, keys) && !all_finite(t, v, keys)) {
-        Bounds bounds = bounds_from(t, p, key);
+    if (seen == SEE_SOME && !all_finite(t, v, keys)) {
         if (!accumulate) memset(out, 0, sizeof(real) * PANEL * (size_t)t->value_dim);
-        careful_product(t, &bounds, vecs, v, keys, weights, out);
+        careful_product(t, words, vecs, v, keys, weights, out);
         return;
     }
     product(vecs, t->value_dim, v, t->v_dim, t->v_key, keys, weights, out, accumulate, NULL);
 }
 
+/* A strip of keys for one panel: those of the STRIP_KEYS that the panel sees some of. */
+typedef struct {
+    ptrdiff_t key;
+    int keys;
+    real *scores;
+    lane_int *words;
+    Seen seen;
+} Strip;
+
 /* What one panel knows of the block under way. */
 typedef struct {
-    ptrdiff_t begin, end; /* the keys that it sees some of */
-    real *scores;         /* of key `begin` */
+    Strip strips[STRIPS];
+    bool live; /* does it see anything? */
     vec top[TILE_VECS], sum[TILE_VECS], rescale[TILE_VECS];
 } PanelBlock;
 
-/* The keys of the strip [key, key + STRIP_KEYS) that the panel sees some of, as [from, to). */
-static bool strip_of(const PanelBlock *b, ptrdiff_t key, ptrdiff_t *from, ptrdiff_t *to) {
-    *from = key > b->begin ? key : b->begin;
-    *to = key + STRIP_KEYS < b->end ? key + STRIP_KEYS : b->end;
-    return *from < *to;
+static PanelBlock open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin,
+                             ptrdiff_t end) {
+    PanelBlock b;
+    b.live = false;
+    for (int n = 0; n < TILE_VECS; n++) b.top[n] = splat(-INFINITY), b.sum[n] = splat(0);
+    for (int i = 0; begin + i * STRIP_KEYS < end; i++) {
+        ptrdiff_t from = begin + i * STRIP_KEYS, to = from + STRIP_KEYS < end ? from + STRIP_KEYS : end;
+        if (from < t->panel[p].first) from = t->panel[p].first;
+        if (to > t->panel[p].last) to = t->panel[p].last;
+        b.strips[i] = (Strip){
+            .key = from,
+            .keys = to > from ? (int)(to - from) : 0,
+            .scores = s->scores + (p * (end - begin) + (from - begin)) * PANEL,
+            .words = s->seen + (p * STRIPS + i) * WORDS * PANEL,
+            .seen = SEE_NONE,
+        };
+    }
+    return b;
 }
 
 static void raise_max(PanelBlock *b, real *row_max, real margin) {
@@ -371,7 +573,8 @@ static void raise_max(PanelBlock *b, real *row_max, real margin) {
         store(row_max + n * LANES, now);
         /* While a row has seen nothing its maximum is -inf; any finite one will do. */
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
-        b->rescale[n] = exp_negative(before - b->top[n]);
+        /* An unchanged maximum may be an infinite sink. */
+        b->rescale[n] = choose(before == now, splat(1), exp_negative(before - b->top[n]));
     }
 }
 
@@ -390,38 +593,35 @@ static void join_block(const PanelBlock *b, int vecs, ptrdiff_t value_dim, real 
 
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
+    int strips = (int)((end - begin + STRIP_KEYS - 1) / STRIP_KEYS);
     PanelBlock blocks[PANELS];
-    for (int p = 0; p < t->panels; p++) {
-        PanelBlock *b = &blocks[p];
-        b->begin = t->panel[p].first > begin ? t->panel[p].first : begin;
-        b->end = t->panel[p].last < end ? t->panel[p].last : end;
-        b->scores = s.scores + (p * (end - begin) + (b->begin - begin)) * PANEL;
-        for (int n = 0; n < TILE_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
-    }
+    for (int p = 0; p < t->panels; p++) blocks[p] = open_block(t, &s, p, begin, end);
 
-    ptrdiff_t from, to;
-    for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS)
+    for (int i = 0; i < strips; i++)
         for (int p = 0; p < t->panels; p++) {
-            PanelBlock *b = &blocks[p];
-            if (strip_of(b, key, &from, &to))
-                score(t, p, s.q + p * PANEL * t->head_dim, from, (int)(to - from),
-                      b->scores + (from - b->begin) * PANEL, b->top);
+            Strip *strip = &blocks[p].strips[i];
+            if (strip->keys == 0) continue;
+            strip->seen = score(t, &s, p, strip->key, strip->keys, strip->scores, strip->words,
+                                blocks[p].top);
+            if (strip->seen != SEE_NONE) blocks[p].live = true;
         }
     for (int p = 0; p < t->panels; p++)
-        if (blocks[p].begin < blocks[p].end) raise_max(&blocks[p], s.row_max + p * PANEL, (real)t->margin);
+        if (blocks[p].live) raise_max(&blocks[p], s.row_max + p * PANEL, (real)t->margin);
 
-    for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS)
+    bool begun[PANELS] = {false};
+    for (int i = 0; i < strips; i++)
         for (int p = 0; p < t->panels; p++) {
             PanelBlock *b = &blocks[p];
-            if (!strip_of(b, key, &from, &to)) continue;
-            real *weights = b->scores + (from - b->begin) * PANEL;
-            real *out = t->panel[p].started ? s.block_out : s.out;
-            weigh(t->panel[p].vecs, (int)(to - from), weights, b->top, b->sum);
-            sum_values(t, p, from, (int)(to - from), weights, out + p * PANEL * t->value_dim,
-                       from > b->begin);
+            Strip *strip = &b->strips[i];
+            if (strip->seen == SEE_NONE) continue;
+            real *out = (t->panel[p].started ? s.block_out : s.out) + p * PANEL * t->value_dim;
+            weigh(t->panel[p].vecs, strip->keys, strip->scores, b->top, b->sum);
+            sum_values(t, p, strip->key, strip->keys, strip->seen, strip->words, strip->scores, out,
+                       begun[p]);
+            begun[p] = true;
         }
     for (int p = 0; p < t->panels; p++) {
-        if (blocks[p].begin >= blocks[p].end) continue;
+        if (!blocks[p].live) continue;
         ptrdiff_t at = p * PANEL * t->value_dim;
         join_block(&blocks[p], t->panel[p].vecs, t->value_dim, s.row_sum + p * PANEL,
                    (t->panel[p].started ? s.block_out : s.out) + at, s.out + at);
@@ -451,9 +651,7 @@ static int finish(Tile *t) {
     for (int p = 0; p < t->panels; p++)
         for (int n = 0; n < t->panel[p].vecs; n++) {
             ptrdiff_t at = p * PANEL + n * LANES;
-            ivec saw = {0};
-            for (int i = 0; i < LANES && at + i < t->n_queries; i++)
-                saw[i] = t->start[at + i] < t->stop[at + i] ? -1 : 0;
+            ivec saw = *(const ivec *)(s.saw + at);
             /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
             vec sum = load(s.row_sum + at);
             vec share = choose(sum == splat(0), splat(NAN), splat(1) / sum);
@@ -465,6 +663,37 @@ static int finish(Tile *t) {
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i]);
         }
     return 1;
+}
+
+static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        vec top = load(s->row_max + p * PANEL + n * LANES);
+        vec sum = load(s->row_sum + p * PANEL + n * LANES);
+        top = choose(top == splat(-INFINITY), splat(0), top);
+        for (int j = 0; j < strip->keys; j++) {
+            vec weight = exp_negative(load(strip->scores + j * PANEL + n * LANES) - top) / sum;
+            ivec seen = strip->seen == SEE_ALL ? splat_int(-1) : sees(strip->words, n, j);
+            for (int i = 0; i < LANES; i++) {
+                ptrdiff_t row = p * PANEL + n * LANES + i;
+                if (row >= t->n_queries) break;
+                if (seen[i]) ((real *)t->weights[row])[(strip->key + j) * t->weights_key] = weight[i];
+            }
+        }
+    }
+}
+
+/* The weights of the keys [begin, end): their scores once more, now that the sum is known. */
+static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+    Scratch s = scratch_of(t);
+    for (int p = 0; p < t->panels; p++) {
+        PanelBlock b = open_block(t, &s, p, begin, end);
+        for (int i = 0; begin + i * STRIP_KEYS < end; i++) {
+            Strip *strip = &b.strips[i];
+            if (strip->keys == 0) continue;
+            strip->seen = score(t, &s, p, strip->key, strip->keys, strip->scores, strip->words, b.top);
+            if (strip->seen != SEE_NONE) store_weights(t, &s, p, strip);
+        }
+    }
 }
 
 /* Flops of `rounds` rounds of independent multiply-adds: what the machine can do at most. */
@@ -491,4 +720,4 @@ static double peak(ptrdiff_t rounds) {
     return 2.0 * (double)rounds * TILE_ROWS * TILE_VECS * LANES;
 }
 
-const TileKernels TABLE = {TILE_QUERIES, scratch_bytes, begin, attend, finish, peak};
+const TileKernels TABLE = {TILE_QUERIES, scratch_bytes, begin, attend, finish, weights, peak};

@@ -19,6 +19,12 @@
  * would have 3 to 25 times NumPy's rounding error; blocks of 128 make too many partial sums. */
 #define BLOCK_KEYS 512
 
+/* How a real number lies in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. */
+typedef struct {
+    char kind;
+    int bytes, swapped;
+} NumberFormat;
+
 typedef struct {
     /* What the tile reads and writes; strides count elements. */
     const void *q[MAX_QUERIES]; /* one row per query */
@@ -32,6 +38,18 @@ typedef struct {
     double margin;
 
     ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */
+
+    /* Options, each by itself; a row of keys per query where they are dense, with byte strides. */
+    double softcap; /* 0: none */
+    int has_mask, has_bias, has_alibi, has_sinks;
+    const char *mask[MAX_QUERIES], *bias[MAX_QUERIES];
+    ptrdiff_t mask_key, bias_key;
+    NumberFormat bias_format;
+    double slope[MAX_QUERIES], sink[MAX_QUERIES];
+    ptrdiff_t position[MAX_QUERIES]; /* of query i on the key axis */
+
+    void *weights[MAX_QUERIES]; /* filled by weights() where a key is seen; 0 before */
+    ptrdiff_t weights_key;
     int want_lse;
     double lse[MAX_QUERIES]; /* filled by finish, where wanted */
     void *scratch;           /* scratch_bytes of it, 64-byte aligned */
@@ -55,6 +73,7 @@ typedef struct {
     void (*begin)(Tile *);
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one block, blocks in order */
     int (*finish)(Tile *); /* 0: a sum overflowed; begin again with a margin */
+    void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
     /* Independent multiply-adds only: flops done, for measuring what the machine can do. */
     double (*peak)(ptrdiff_t rounds);
 } TileKernels;

@@ -14,7 +14,7 @@ from .bench.contestants import CONTESTANTS, Contestant
 
 DEFAULT_SHAPE = "1,8,4096,64"
 FOOTNOTE = """
-Rounds are interleaved; who takes over 3 times as long as the fastest is in 2 of them only.
+Rounds are interleaved; who takes over 3 times as long as the fastest is in one only.
 memory: at the peak, beyond inputs and result. error: rms, against float64 (float64: long double).
 ratio: time over that of fastattn's fastest."""
 

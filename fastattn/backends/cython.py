@@ -32,25 +32,34 @@ def unsupported(problem: Problem) -> str | None:
         return _missing
     if p.dtype.char not in "fd":
         return f"no kernel for {p.dtype}"
-    if p.mask is p.bias is p.alibi is p.softcap is p.sinks is None and not p.return_weights:
-        return None
-    names = ("mask", "bias", "alibi", "softcap", "sinks")
-    wanted = [name for name in names if getattr(p, name) is not None]
-    wanted += ["return_weights"] * p.return_weights
-    return f"no kernel for {', '.join(wanted)}"
+    if p.bias is not None and not _readable(p.bias.dtype):
+        return f"no kernel for a bias of {p.bias.dtype}"
+    return None
+
+
+def _readable(dtype: np.dtype) -> bool:
+    return dtype.kind in "iu" or dtype.name in _BIAS_FLOATS
+
+
+_BIAS_FLOATS = ("float16", "bfloat16", "float32", "float64", np.dtype(np.longdouble).name)
 
 
 def run(problem: Problem):
-    """Fill ``problem.result``; return ``(lse, None)``, None for an lse that was not asked for."""
+    """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
     intervals = p.intervals()
     start, stop = (None, None) if intervals is None else map(np.atleast_2d, intervals)
     lse = np.empty(p.rows()) if p.return_lse else None
+    weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
+    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
     _kernels.attend(
-        p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale,
-        start, stop, lse, threads(p),
+        p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
+        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, threads(p),
     )  # fmt: skip
-    return lse if lse is None else lse.astype(p.accumulator, copy=False), None
+    if lse is not None:
+        with np.errstate(over="ignore"):
+            lse = lse.astype(p.accumulator, copy=False)
+    return lse, weights
 
 
 def threads(problem: Problem) -> int:
