@@ -25,7 +25,8 @@ INSTRUCTION_SETS = {
     "arm64": {"neon": []},
 }.get(platform.machine(), {"baseline": []})
 DTYPES = {"float32": [], "float64": ["-DREAL_IS_DOUBLE"]}
-OPTIMIZE = ["-O3", "-g0", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
+OPTIMIZE = ["-O3", "-g0", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math",
+            "-Werror=implicit-function-declaration"]  # fmt: skip
 
 CSRC = Path("csrc")
 HEADERS = [str(path) for path in sorted(CSRC.glob("*.h"))]

@@ -79,8 +79,20 @@ INLINE vec load(const real *p) { return *(const vec *)p; }
 INLINE void store(real *p, vec x) { *(vec *)p = x; }
 INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
 INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
+/* Lane by lane `yes` where the sign bit of `condition` is set, as comparisons set all bits. */
 INLINE vec choose(ivec condition, vec yes, vec no) {
-    return (vec)(((ivec)yes & condition) | ((ivec)no & ~condition));
+#if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
+    return _mm512_mask_blend_pd(_mm512_movepi64_mask((__m512i)condition), no, yes);
+#elif defined(__AVX512F__)
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)condition), no, yes);
+#elif defined(__AVX2__) && defined(REAL_IS_DOUBLE)
+    return _mm256_blendv_pd(no, yes, (__m256d)condition);
+#elif defined(__AVX2__)
+    return _mm256_blendv_ps(no, yes, (__m256)condition);
+#else
+    ivec all = condition < 0;
+    return (vec)(((ivec)yes & all) | ((ivec)no & ~all));
+#endif
 }
 
 INLINE vec magnitude(vec x) { return (vec)((ivec)x & ~splat_int((lane_int)1 << (LANE_BITS - 1))); }
@@ -135,13 +147,19 @@ INLINE vec larger(vec a, vec b) {
 #endif
 }
 
-/* x - floor(x) and 2**floor(x) * y, for x <= 0 or a NaN. At x = -inf: 0 and 0. */
+/* x - floor(x), and 2**floor(x) * y for x <= 0 or a NaN and 1 <= y < 2, but 0 for x below FLUSH:
+ * sums of much smaller terms would be subnormal, and take a hundred times as long. */
+#define FLUSH splat(16 - EXPONENT_BIAS)
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
 INLINE vec fraction(vec x) { return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-INLINE vec scale_by_power(vec y, vec x) { return _mm512_scalef_pd(y, x); }
+INLINE vec scale_by_power(vec y, vec x) {
+    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, FLUSH, _CMP_NLT_UQ), y, x);
+}
 #elif defined(__AVX512F__)
 INLINE vec fraction(vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-INLINE vec scale_by_power(vec y, vec x) { return _mm512_scalef_ps(y, x); }
+INLINE vec scale_by_power(vec y, vec x) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, FLUSH, _CMP_NLT_UQ), y, x);
+}
 #else
 INLINE vec floor_vec(vec x) {
 #if defined(__AVX2__) && defined(REAL_IS_DOUBLE)
@@ -159,17 +177,12 @@ INLINE vec floor_vec(vec x) {
     return nearest - choose(nearest > x, splat(1), splat(0));
 #endif
 }
-/* The exponent field reaches down to -EXPONENT_BIAS, where it stands for 0. */
-INLINE vec above_floor(vec x) { return larger(splat(-EXPONENT_BIAS), x); }
-INLINE vec fraction(vec x) {
-    x = above_floor(x);
-    return x - floor_vec(x);
-}
+INLINE vec fraction(vec x) { return x - floor_vec(x); }
 INLINE vec scale_by_power(vec y, vec x) {
-    vec n = floor_vec(above_floor(x));
-    /* n + bias lands in the lowest bits of the sum, whence it is shifted to the exponent. */
-    vec sum = n + splat((real)((1ull << MANTISSA_BITS) + EXPONENT_BIAS));
-    return y * (vec)((ivec)sum << MANTISSA_BITS);
+    /* floor(x) + bias lands in the lowest bits of the sum, whence it is shifted to the exponent. */
+    vec sum = floor_vec(x) + splat((real)((1ull << MANTISSA_BITS) + EXPONENT_BIAS));
+    vec power = (vec)((ivec)sum << MANTISSA_BITS);
+    return (vec)((ivec)(y * power) & ~(x < FLUSH));
 }
 #endif
 

@@ -238,9 +238,10 @@ static void begin(Tile *t) {
  * the panel's words, [WORDS][PANEL]. */
 typedef enum { SEE_NONE, SEE_SOME, SEE_ALL } Seen;
 
+/* Does each query see key j? In the sign bits, as `choose` takes them. */
 INLINE ivec sees(const lane_int *words, int n, int j) {
     ivec word = *(const ivec *)(words + j / LANE_BITS * PANEL + n * LANES);
-    return (word << (LANE_BITS - 1 - j % LANE_BITS)) < 0;
+    return word << (LANE_BITS - 1 - j % LANE_BITS);
 }
 
 static uint64_t first_bits(ptrdiff_t n) {
@@ -255,6 +256,10 @@ static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
     return bits;
 }
 
+static bool all_see(const Tile *t, int p, ptrdiff_t key, int keys) {
+    return t->panel[p].inner_first <= key && key + keys <= t->panel[p].inner_last;
+}
+
 /* Read who sees what of `keys` keys from `key` on, biases of -inf aside. */
 static Seen look(const Tile *t, int p, ptrdiff_t key, int keys, lane_int *words) {
     ptrdiff_t first = p * PANEL;
@@ -266,6 +271,7 @@ static Seen look(const Tile *t, int p, ptrdiff_t key, int keys, lane_int *words)
             if (t->has_mask) {
                 if (i == 0 || t->mask[row] != t->mask[row - 1])
                     masked = mask_bits(t->mask[row] + key * t->mask_key, t->mask_key, keys);
+                __builtin_prefetch(t->mask[row] + (key + 2 * STRIP_KEYS) * t->mask_key, 0, 2);
                 bits &= masked;
             }
             any |= bits;
@@ -320,15 +326,18 @@ static real as_real(double x) {
     return (real)x;
 }
 
-/* tile[j][lane] = the bias of `keys` keys from `key` on. */
-static void load_bias(const Tile *t, int p, ptrdiff_t key, int keys, real *tile) {
+/* tile[j][lane] = the bias of `keys` keys from `key` on. Returns the largest magnitude. */
+static real load_bias(const Tile *t, int p, ptrdiff_t key, int keys, real *tile) {
     const char *rows[PANEL];
     NumberFormat format = t->bias_format;
     bool direct = format.kind == 'f' && format.bytes == sizeof(real) && !format.swapped &&
                   t->bias_key == sizeof(real);
+    vec most = splat(0);
     for (int i = 0; i < PANEL; i++) {
         ptrdiff_t row = p * PANEL + i < t->n_queries ? p * PANEL + i : t->n_queries - 1;
         rows[i] = t->bias[row] + key * t->bias_key;
+        for (int ahead = 0; ahead <= STRIP_KEYS * (int)sizeof(real) && direct; ahead += 64)
+            __builtin_prefetch(rows[i] + STRIP_KEYS * sizeof(real) + ahead, 0, 2);
     }
     for (int n = 0; n < t->panel[p].vecs; n++) {
         int j = 0;
@@ -339,79 +348,144 @@ static void load_bias(const Tile *t, int p, ptrdiff_t key, int keys, real *tile)
                 x[i] = load_unaligned((const real *)(rows[n * LANES + i]) + j);
             transpose(x);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(tile + (j + i) * PANEL + n * LANES, x[i]);
+            for (int i = 0; i < LANES; i++) {
+                store(tile + (j + i) * PANEL + n * LANES, x[i]);
+                most = larger(magnitude(x[i]), most);
+            }
         }
-        for (; j < keys; j++)
+        for (; j < keys; j++) {
+            real *x = tile + j * PANEL + n * LANES;
             for (int i = 0; i < LANES; i++)
-                tile[j * PANEL + n * LANES + i] =
-                    as_real(read_number(rows[n * LANES + i] + j * t->bias_key, format));
+                x[i] = as_real(read_number(rows[n * LANES + i] + j * t->bias_key, format));
+            most = larger(magnitude(load(x)), most);
+        }
     }
+    real largest = 0;
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    return largest;
 }
 
 /* Take the keys whose bias is -inf out of the words. */
-static Seen exclude(Seen seen, const real *bias, int vecs, int keys, lane_int *words) {
-    ivec any = {0};
+static void exclude(const real *bias, int vecs, int keys, lane_int *words) {
     for (int j = 0; j < keys; j++)
         for (int n = 0; n < vecs; n++) {
             ivec excluded = load(bias + j * PANEL + n * LANES) == splat(-INFINITY);
             ivec *word = (ivec *)(words + j / LANE_BITS * PANEL + n * LANES);
-            any |= excluded;
             *word &= ~(excluded & splat_int((lane_int)((uint64_t)1 << j % LANE_BITS)));
         }
-    for (int i = 0; i < LANES; i++)
-        if (any[i]) return SEE_SOME;
-    return seen;
 }
 
-static void add_bias(const real *bias, int vecs, int keys, real *scores) {
+INLINE void add_bias(const real *bias, int vecs, int keys, real *scores, bool bounded) {
     const vec most = splat(REAL_MAX);
     for (int j = 0; j < keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = scores + j * PANEL + n * LANES;
             vec score = load(s), b = load(bias + j * PANEL + n * LANES), sum = score + b;
-            /* A sum of finite numbers that overflows is the largest number still. */
-            ivec finite = (magnitude(score) <= most) & (magnitude(b) <= most);
-            vec bounded = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
-            store(s, choose(finite, bounded, sum));
+            if (bounded) { /* a sum of finite numbers that overflows is the largest number still */
+                ivec finite = (magnitude(score) <= most) & (magnitude(b) <= most);
+                vec bound = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
+                sum = choose(finite, bound, sum);
+            }
+            store(s, sum);
         }
 }
 
 static void cap(real softcap, int vecs, int keys, real *scores) {
+    real inverse = 1 / softcap;
     for (int j = 0; j < keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = scores + j * PANEL + n * LANES;
-            store(s, softcap * tanh_vec(load(s) / softcap));
+            store(s, softcap * tanh_vec(load(s) * inverse));
         }
 }
 
 static void subtract_alibi(const Tile *t, int p, ptrdiff_t key, int vecs, int keys, real *scores) {
     for (int n = 0; n < vecs; n++) {
-        vec slope = {0}, distance = {0};
-        for (int i = 0; i < LANES; i++) {
-            ptrdiff_t row = p * PANEL + n * LANES + i;
-            if (row >= t->n_queries) break;
-            slope[i] = (real)t->slope[row];
-            distance[i] = (real)(t->position[row] - key);
+        real slopes[LANES] = {0}, distances[LANES] = {0};
+        for (int i = 0; i < LANES && p * PANEL + n * LANES + i < t->n_queries; i++) {
+            slopes[i] = (real)t->slope[p * PANEL + n * LANES + i];
+            distances[i] = (real)(t->position[p * PANEL + n * LANES + i] - key);
         }
+        vec slope = load_unaligned(slopes), distance = load_unaligned(distances);
         for (int j = 0; j < keys; j++) {
             real *s = scores + j * PANEL + n * LANES;
-            store(s, load(s) - slope * magnitude(distance - (real)j));
+            store(s, load(s) - slope * magnitude(distance));
+            distance -= 1;
         }
     }
+}
+
+static void take_max(int vecs, int keys, const real *scores, vec *top) {
+    for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
+    for (int j = 0; j < keys; j++)
+        for (int n = 0; n < vecs; n++)
+            top[n] = larger(load(scores + j * PANEL + n * LANES), top[n]);
 }
 
 /* Put -inf where a query does not see a key, and take the maximum of what is left. */
 static void hide_unseen(const lane_int *words, int vecs, int keys, real *scores, vec *top) {
     for (int n = 0; n < vecs; n++) {
         vec most = splat(-INFINITY);
-        for (int j = 0; j < keys; j++) {
-            real *s = scores + j * PANEL + n * LANES;
-            vec x = choose(sees(words, n, j), load(s), splat(-INFINITY));
-            store(s, x);
-            most = larger(x, most);
+        for (int w = 0; w * LANE_BITS < keys; w++) {
+            int count = fewer(keys - w * LANE_BITS, LANE_BITS);
+            ivec word = *(const ivec *)(words + w * PANEL + n * LANES) << (LANE_BITS - count);
+            for (int j = w * LANE_BITS + count - 1; j >= w * LANE_BITS; j--) {
+                real *s = scores + j * PANEL + n * LANES;
+                vec x = choose(word, load(s), splat(-INFINITY));
+                store(s, x);
+                most = larger(x, most);
+                word += word; /* the next lower key in the sign bit */
+            }
         }
         top[n] = most;
     }
+}
+
+/* What comes after the product: softcap, bias, alibi, and who sees what. */
+static Seen finish_scores(const Tile *t, const Scratch *s, int p, ptrdiff_t key, int keys, Seen seen,
+                          real *scores, lane_int *words, vec *top) {
+    int vecs = t->panel[p].vecs;
+    if (t->softcap > 0) cap((real)t->softcap, vecs, keys, scores);
+    if (t->has_bias) {
+        real largest = load_bias(t, p, key, keys, s->bias);
+        if (largest == INFINITY) {
+            exclude(s->bias, vecs, keys, words);
+            seen = SEE_SOME;
+        }
+        if (largest <= REAL_MAX / 4)
+            add_bias(s->bias, vecs, keys, scores, false);
+        else
+            add_bias(s->bias, vecs, keys, scores, true);
+    }
+    if (t->has_alibi) subtract_alibi(t, p, key, vecs, keys, scores);
+    if (seen == SEE_SOME)
+        hide_unseen(words, vecs, keys, scores, top);
+    else if (t->softcap > 0 || t->has_bias || t->has_alibi)
+        take_max(vecs, keys, scores, top);
+    return seen;
+}
+
+/* One panel's scores for some keys, -inf where unseen; `top` takes part in their maximum. */
+static Seen score(const Tile *t, const Scratch *s, int p, ptrdiff_t key, int keys, real *scores,
+                  lane_int *words, vec *top) {
+    int vecs = t->panel[p].vecs;
+    Seen seen = SEE_ALL;
+    if (t->has_mask || t->has_bias || !all_see(t, p, key, keys)) seen = look(t, p, key, keys, words);
+    if (seen == SEE_NONE) return seen;
+
+    vec strip_top[TILE_VECS];
+    for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
+    product(vecs, keys, (const real *)t->k + key * t->k_key, t->k_key, t->k_dim, t->head_dim,
+            s->q + p * PANEL * t->head_dim, scores, false, strip_top);
+    seen = finish_scores(t, s, p, key, keys, seen, scores, words, strip_top);
+    for (int n = 0; n < vecs; n++) {
+        ivec *saw = (ivec *)(s->saw + p * PANEL + n * LANES);
+        for (int w = 0; w < WORDS && seen == SEE_SOME; w++)
+            *saw |= *(const ivec *)(words + w * PANEL + n * LANES) != 0;
+        if (seen == SEE_ALL) *saw = splat_int(-1);
+        top[n] = larger(strip_top[n], top[n]);
+    }
+    return seen;
 }
 
 /* Scores to weights relative to `top`; their sum is added to `sum`. Subtracting before scaling by
@@ -478,43 +552,6 @@ static void careful_product(const Tile *t, const lane_int *words, int vecs, cons
                 store(o, choose(seen, splat(v[j * t->v_key + d * t->v_dim]) * p + sum, sum));
             }
         }
-}
-
-static bool all_see(const Tile *t, int p, ptrdiff_t key, int keys) {
-    return t->panel[p].inner_first <= key && key + keys <= t->panel[p].inner_last;
-}
-
-/* One panel's scores for some keys, -inf where unseen; `top` takes part in their maximum. */
-static Seen score(const Tile *t, const Scratch *s, int p, ptrdiff_t key, int keys, real *scores,
-                  lane_int *words, vec *top) {
-    int vecs = t->panel[p].vecs;
-    Seen seen = SEE_ALL;
-    if (t->has_mask || t->has_bias || !all_see(t, p, key, keys)) seen = look(t, p, key, keys, words);
-    if (seen == SEE_NONE) return seen;
-
-    vec strip_top[TILE_VECS];
-    for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
-    product(vecs, keys, (const real *)t->k + key * t->k_key, t->k_key, t->k_dim, t->head_dim,
-            s->q + p * PANEL * t->head_dim, scores, false, strip_top);
-    if (t->softcap > 0) cap((real)t->softcap, vecs, keys, scores);
-    if (t->has_bias) {
-        load_bias(t, p, key, keys, s->bias);
-        seen = exclude(seen, s->bias, vecs, keys, words);
-        add_bias(s->bias, vecs, keys, scores);
-    }
-    if (t->has_alibi) subtract_alibi(t, p, key, vecs, keys, scores);
-    bool changed = t->softcap > 0 || t->has_bias || t->has_alibi;
-    if (changed && seen == SEE_ALL) memset(words, -1, sizeof(lane_int) * WORDS * PANEL);
-    if (changed || seen == SEE_SOME) hide_unseen(words, vecs, keys, scores, strip_top);
-
-    for (int n = 0; n < vecs; n++) {
-        ivec *saw = (ivec *)(s->saw + p * PANEL + n * LANES);
-        for (int w = 0; w < WORDS && seen == SEE_SOME; w++)
-            *saw |= *(const ivec *)(words + w * PANEL + n * LANES) != 0;
-        if (seen == SEE_ALL) *saw = splat_int(-1);
-        top[n] = larger(strip_top[n], top[n]);
-    }
-    return seen;
 }
 
 /* The weighted sum of some keys' values, for one panel. */
@@ -676,7 +713,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
             for (int i = 0; i < LANES; i++) {
                 ptrdiff_t row = p * PANEL + n * LANES + i;
                 if (row >= t->n_queries) break;
-                if (seen[i]) ((real *)t->weights[row])[(strip->key + j) * t->weights_key] = weight[i];
+                if (seen[i] < 0) ((real *)t->weights[row])[(strip->key + j) * t->weights_key] = weight[i];
             }
         }
     }
