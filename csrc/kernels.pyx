@@ -25,7 +25,7 @@ cdef extern from "Python.h":
 
 cdef extern from "tile.h" nogil:
     enum:
-        BLOCK_KEYS
+        _BLOCK_KEYS "BLOCK_KEYS"
         MAX_QUERIES
 
     ctypedef struct NumberFormat:
@@ -91,6 +91,7 @@ def getenv(str name):
 
 # Instruction sets ------------------------------------------------------------------------------
 
+BLOCK_KEYS = _BLOCK_KEYS
 FEATURES = ("avx2", "avx512", "avx512_bf16")  # the names that may be disabled, on any machine
 
 cdef const InstructionSet *best = NULL
@@ -98,6 +99,11 @@ for _i in range(N_INSTRUCTION_SETS):
     if INSTRUCTION_SETS[_i].runs_here():
         best = &INSTRUCTION_SETS[_i]
         break
+
+
+def tile_queries(dtype):
+    """How many queries of one key head a tile takes."""
+    return (chosen().float32 if dtype == np.float32 else chosen().float64).queries
 
 
 def instruction_sets():
@@ -295,12 +301,12 @@ cdef bint each_block(
     Step step, Tile *tile, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
     """Take every block of keys that the tile sees. False if a signal came in between."""
-    cdef Py_ssize_t key = tile.first // BLOCK_KEYS * BLOCK_KEYS
+    cdef Py_ssize_t key = tile.first // _BLOCK_KEYS * _BLOCK_KEYS
     while key < tile.last:
         if stopped[0] or (listen and interrupted(last_look)):
             return False
-        step(tile, max(key, tile.first), min(key + BLOCK_KEYS, tile.last))
-        key += BLOCK_KEYS
+        step(tile, max(key, tile.first), min(key + _BLOCK_KEYS, tile.last))
+        key += _BLOCK_KEYS
     return True
 
 

@@ -41,6 +41,7 @@
 #ifdef REAL_IS_DOUBLE
 typedef double real;
 typedef int64_t lane_int;
+typedef uint64_t lane_uint;
 #if VEC_BYTES == 64
 #define LANES 8
 #elif VEC_BYTES == 32
@@ -54,6 +55,7 @@ typedef int64_t lane_int;
 #else
 typedef float real;
 typedef int32_t lane_int;
+typedef uint32_t lane_uint;
 #if VEC_BYTES == 64
 #define LANES 16
 #elif VEC_BYTES == 32
@@ -67,14 +69,16 @@ typedef int32_t lane_int;
 #endif
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
-typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real))));
+typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(1)));
 typedef lane_int ivec __attribute__((vector_size(VEC_BYTES)));
+typedef lane_uint uvec __attribute__((vector_size(VEC_BYTES)));
 
 #define LANE_BITS ((int)sizeof(lane_int) * 8)
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec splat(real x) { return x - (vec){0}; }
 INLINE ivec splat_int(lane_int x) { return x - (ivec){0}; }
+INLINE ivec shift_up(ivec x, int bits) { return (ivec)((uvec)x << bits); }
 INLINE vec load(const real *p) { return *(const vec *)p; }
 INLINE void store(real *p, vec x) { *(vec *)p = x; }
 INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }

@@ -241,7 +241,7 @@ typedef enum { SEE_NONE, SEE_SOME, SEE_ALL } Seen;
 /* Does each query see key j? In the sign bits, as `choose` takes them. */
 INLINE ivec sees(const lane_int *words, int n, int j) {
     ivec word = *(const ivec *)(words + j / LANE_BITS * PANEL + n * LANES);
-    return word << (LANE_BITS - 1 - j % LANE_BITS);
+    return shift_up(word, LANE_BITS - 1 - j % LANE_BITS);
 }
 
 static uint64_t first_bits(ptrdiff_t n) {
@@ -428,13 +428,13 @@ static void hide_unseen(const lane_int *words, int vecs, int keys, real *scores,
         vec most = splat(-INFINITY);
         for (int w = 0; w * LANE_BITS < keys; w++) {
             int count = fewer(keys - w * LANE_BITS, LANE_BITS);
-            ivec word = *(const ivec *)(words + w * PANEL + n * LANES) << (LANE_BITS - count);
+            ivec word = shift_up(*(const ivec *)(words + w * PANEL + n * LANES), LANE_BITS - count);
             for (int j = w * LANE_BITS + count - 1; j >= w * LANE_BITS; j--) {
                 real *s = scores + j * PANEL + n * LANES;
                 vec x = choose(word, load(s), splat(-INFINITY));
                 store(s, x);
                 most = larger(x, most);
-                word += word; /* the next lower key in the sign bit */
+                word = shift_up(word, 1); /* the next lower key in the sign bit */
             }
         }
         top[n] = most;

@@ -132,7 +132,7 @@ def pose(
         originals = (q, k, v)
         q, k, v = (np.require(x, dtype, "A") for x in originals)
         pairs = zip("qkv", originals, (q, k, v), strict=True)
-        copied = tuple(name for name, before, after in pairs if after is not before)
+        copied = tuple(name for name, old, new in pairs if not np.may_share_memory(old, new))
 
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     batch = q_shape[:-3]
@@ -290,7 +290,7 @@ def _integer(name, value) -> int:
         raise TypeError(f"{name}: {type(value).__name__} given, an integer wanted") from None
 
 
-def _integers(name, value) -> np.ndarray:
+def integers(name: str, value) -> np.ndarray:
     """`value` as int64, far values drawn in to +-2**61."""
     x = _plain(name, value)
     if x.dtype.kind == "O" and all(isinstance(item, int) for item in x.flat):
@@ -354,7 +354,7 @@ def _window(value) -> tuple[int | None, int | None]:
 
 
 def _kv_lengths(value, batch, n_keys) -> np.ndarray:
-    x = _integers("kv_lengths", value)
+    x = integers("kv_lengths", value)
     if x.size and (x.min() < 0 or x.max() > n_keys):
         wrong = next(n for n in np.asarray(value).flat if not 0 <= n <= n_keys)
         raise ValueError(f"kv_lengths: {wrong} given, 0..{n_keys} wanted")
@@ -362,7 +362,7 @@ def _kv_lengths(value, batch, n_keys) -> np.ndarray:
 
 
 def _q_offset(value, batch) -> int | np.ndarray:
-    x = _integers("q_offset", value)
+    x = integers("q_offset", value)
     return int(x) if x.ndim == 0 else _broadcast("q_offset", x, batch, "the leading axes")
 
 
@@ -371,7 +371,7 @@ def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
         start, stop = value
     except (TypeError, ValueError):
         raise TypeError(f"spans: {type(value).__name__} given, (start, stop) wanted") from None
-    start, stop = (np.clip(_integers("spans", side), 0, n_keys) for side in (start, stop))
+    start, stop = (np.clip(integers("spans", side), 0, n_keys) for side in (start, stop))
     axes = "(..., heads, queries)"
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
 

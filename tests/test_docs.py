@@ -2,17 +2,19 @@
 
 import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-import fastattn.api
+import fastattn
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_docstrings():
-    failed, attempted = doctest.testmod(fastattn.api)
+@pytest.mark.parametrize("module", ["api", "explain", "merge", "spans"])
+def test_docstrings(module):
+    failed, attempted = doctest.testmod(import_module(f"fastattn.{module}"))
     assert attempted > 0
     assert failed == 0
 

@@ -71,3 +71,30 @@ def threads(problem: Problem) -> int:
     if flops < ONE_THREAD_FLOPS:
         return 1
     return thread_count(p.threads, _kernels.openmp_threads())
+
+
+def plan(problem: Problem) -> dict[str, str]:
+    """What would run, for `fastattn.explain`."""
+    p = problem
+    queries = _kernels.tile_queries(p.dtype)
+    return {
+        "kernel": f"queries in lanes, {p.dtype}",
+        "instruction set": _kernels.instruction_set(),
+        "tile": f"{queries} queries, {_kernels.BLOCK_KEYS} keys a block",
+        "threads": str(threads(p)),
+        "skipped": f"{_share_skipped(p, queries):.0%} of the tiles"
+        + (", and those that the mask hides" if p.mask is not None else ""),
+    }
+
+
+def _share_skipped(p: Problem, queries: int) -> float:
+    """The share of the square that lies outside the intervals of whole tiles."""
+    intervals = p.intervals()
+    if intervals is None or not p.n_queries or not p.n_keys:
+        return 0.0
+    start, stop, _ = np.broadcast_arrays(*intervals, np.empty(p.n_queries))
+    step = max(1, queries // p.group)
+    edges = np.arange(0, p.n_queries, step)
+    first = np.minimum.reduceat(np.where(start < stop, start, p.n_keys), edges, axis=-1)
+    last = np.maximum.reduceat(np.where(start < stop, stop, 0), edges, axis=-1)
+    return float(1 - np.mean(np.maximum(last - first, 0)) / p.n_keys)

@@ -46,6 +46,15 @@ def run(problem: Problem):
     return lse, weights
 
 
+def plan(problem: Problem) -> dict[str, str]:
+    """What would run, for `fastattn.explain`."""
+    return {
+        "kernel": f"NumPy in {problem.accumulator}",
+        "tile": f"{BLOCK_Q} queries, {BLOCK_K} keys a block",
+        "threads": "as many as NumPy's BLAS takes",
+    }
+
+
 class _Heads(NamedTuple):
     """The operands of some key heads of one batch entry, axes (kv_heads, group, length, ...)."""
 

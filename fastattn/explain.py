@@ -1,0 +1,94 @@
+"""What a call would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .dispatch import BACKENDS, select
+from .problem import Problem, pose
+
+__all__ = ["Explanation", "available_backends", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call would be served. ``print`` shows it as a small table.
+
+    Attributes
+    ----------
+    backend : str
+        Which would run.
+    plan : dict of str
+        What it says of itself: kernel, instruction set, tile, threads, share of tiles skipped.
+    copies : tuple of str
+        The arguments that would be copied first.
+    passed_over : dict of str
+        The backends before it in the order, or that were not asked for, with the reason of each.
+    """
+
+    backend: str
+    plan: dict[str, str]
+    copies: tuple[str, ...] = ()
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = {"backend": self.backend, **self.plan, "copies": ", ".join(self.copies) or "none"}
+        rows |= {f"not {name}": reason for name, reason in self.passed_over.items()}
+        width = max(map(len, rows))
+        return "\n".join(f"{key:{width}}  {value}" for key, value in rows.items())
+
+
+def explain(q, k, v, *, backend=None, **options) -> Explanation:
+    """Which backend, kernel, instruction set, tiles and threads `scaled_dot` would use.
+
+    Parameters
+    ----------
+    q, k, v, backend, **options
+        As of `fastattn.scaled_dot`.
+
+    Returns
+    -------
+    Explanation
+        Printed, a table; its attributes hold the same.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `scaled_dot` would.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> q = k = v = np.zeros((1, 8, 1000, 64), np.float32)
+    >>> fastattn.explain(q, k, v, causal=True, backend="numpy").backend
+    'numpy'
+    """
+    problem = pose(q, k, v, **options)
+    chosen = select(problem, backend)
+    passed_over = {}
+    for other in BACKENDS:
+        if other is chosen:
+            continue
+        reason = other.unsupported(problem)
+        later = BACKENDS.index(other) > BACKENDS.index(chosen) if chosen in BACKENDS else False
+        passed_over[other.name] = reason or ("comes later" if later else "another was named")
+    copies = problem.copied + (("out",) if problem.out is not None else ())
+    return Explanation(chosen.name, _plan(chosen, problem), copies, passed_over)
+
+
+def _plan(backend, problem: Problem) -> dict[str, str]:
+    return backend.plan(problem) if hasattr(backend, "plan") else {}
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names of the backends that can run here, in the order tried.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> "numpy" in fastattn.available_backends()
+    True
+    """
+    plain = pose([[0.0]], [[0.0]], [[0.0]])
+    return tuple(b.name for b in BACKENDS if b.unsupported(plain) is None)

@@ -1,0 +1,78 @@
+"""Attention over the union of disjoint sets of keys, from the results for each."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["merge"]
+
+
+def merge(*parts):
+    """Exact attention over disjoint sets of keys, from the partial results.
+
+    Parameters
+    ----------
+    *parts : (out, lse)
+        What ``scaled_dot(..., return_lse=True)`` returned for the same queries and some of the
+        keys: `out` (..., Sq, Dv), `lse` (..., Sq). Each must have been computed with an explicit
+        `q_offset` where positions matter, and sinks may be in one part only.
+
+    Returns
+    -------
+    out : ndarray, (..., Sq, Dv)
+        In the widest dtype of the parts; 0 where no part saw a key.
+    lse : ndarray, (..., Sq)
+        ``-inf`` where no part saw a key.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a part is not such a pair, or the shapes differ.
+
+    Notes
+    -----
+    ``out = sum of out_i * exp(lse_i - lse)`` with ``lse = log(sum of exp(lse_i))``: Dao et al.
+    (2022), "FlashAttention", section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8))
+    >>> parts = [fastattn.scaled_dot(q, k[:, s], v[:, s], return_lse=True)
+    ...          for s in (slice(0, 30), slice(30, 100))]
+    >>> out, lse = fastattn.merge(*parts)
+    >>> np.allclose(out, fastattn.scaled_dot(q, k, v))
+    True
+    """
+    if not parts:
+        raise ValueError("parts: none given, at least one (out, lse) wanted")
+    pairs = [_pair(f"part {n}", part) for n, part in enumerate(parts)]
+    shape = pairs[0][0].shape
+    for n, (out, lse) in enumerate(pairs):
+        if out.shape != shape or lse.shape != shape[:-1]:
+            raise ValueError(
+                f"part {n}: shapes {out.shape} and {lse.shape} given, {shape} and {shape[:-1]} "
+                "wanted"
+            )
+    dtype = np.result_type(*(out.dtype for out, _ in pairs))
+    real = np.result_type(np.float32, *(lse.dtype for _, lse in pairs))
+    with np.errstate(all="ignore"):
+        top = np.max([lse for _, lse in pairs], axis=0)
+        shift = np.where(np.isfinite(top), top, 0)
+        shares = [np.exp((lse - shift).astype(real)) for _, lse in pairs]
+        total = np.sum(shares, axis=0)
+        merged = np.zeros(shape, real)
+        for (out, lse), share in zip(pairs, shares, strict=True):
+            seen = (lse != -np.inf)[..., None]  # what was not seen takes no part, NaN or not
+            merged += np.where(seen, out.astype(real) * (share / total)[..., None], 0)
+        return merged.astype(dtype), (shift + np.log(total)).astype(real)
+
+
+def _pair(name, part):
+    if not isinstance(part, tuple) or len(part) != 2:
+        raise TypeError(f"{name}: {type(part).__name__} given, a pair (out, lse) wanted")
+    out, lse = (np.asarray(x) for x in part)
+    if out.ndim < 1:
+        raise ValueError(f"{name}: out has no axes, (..., Sq, Dv) wanted")
+    return out, lse

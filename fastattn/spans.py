@@ -1,0 +1,61 @@
+"""Who sees whom in a batch of documents laid end to end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .problem import integers
+
+__all__ = ["document_spans"]
+
+
+def document_spans(lengths_q, lengths_k=None, causal=False):
+    """The spans of packed documents: each query sees the keys of its own document.
+
+    Parameters
+    ----------
+    lengths_q : array_like of int, (documents,)
+        How many queries each document has; ``np.diff(cu_seqlens)`` where those are at hand.
+    lengths_k : array_like of int, (documents,), optional
+        How many keys; as many as queries by default.
+    causal : bool, default False
+        Hide the future within each document; its last query sees its last key.
+
+    Returns
+    -------
+    start, stop : ndarray of int64, (sum of lengths_q,)
+        For ``scaled_dot(..., spans=(start, stop))``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the lengths are not integers, negative, or of different numbers of documents.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> start, stop = fastattn.document_spans([2, 3], causal=True)
+    >>> start, stop
+    (array([0, 0, 2, 2, 2]), array([1, 2, 3, 4, 5]))
+    """
+    queries = _lengths("lengths_q", lengths_q)
+    keys = queries if lengths_k is None else _lengths("lengths_k", lengths_k)
+    if keys.shape != queries.shape:
+        raise ValueError(f"lengths_k: {keys.size} documents given, {queries.size} wanted")
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal: {type(causal).__name__} given, bool wanted")
+    end = np.cumsum(keys)
+    start, stop = np.repeat(end - keys, queries), np.repeat(end, queries)
+    if causal:
+        from_last = np.repeat(np.cumsum(queries), queries) - np.arange(queries.sum())
+        stop = np.maximum(stop - from_last + 1, start)
+    return start, stop
+
+
+def _lengths(name, value) -> np.ndarray:
+    lengths = integers(name, value)
+    if lengths.ndim != 1:
+        raise ValueError(f"{name}: {lengths.ndim} axes given, 1 wanted")
+    if lengths.size and lengths.min() < 0:
+        raise ValueError(f"{name}: {lengths.min()} given, lengths of at least 0 wanted")
+    return lengths

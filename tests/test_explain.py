@@ -1,0 +1,58 @@
+"""What would run, and why not another (contract, section 3)."""
+
+import numpy as np
+import pytest
+from cases import Shape
+
+import fastattn
+from fastattn.dispatch import BACKENDS
+
+ARRAYS = Shape(1, 4, 200, 300, 16).arrays()
+
+
+def test_names_the_target(target):
+    found = fastattn.explain(*ARRAYS, backend=target.backend)
+    assert found.backend == target.backend
+    assert set(found.passed_over) == {b.name for b in BACKENDS} - {target.backend}
+    if target.isa is not None:
+        assert found.plan["instruction set"] == target.isa
+    table = str(found)
+    assert table.splitlines()[0].split() == ["backend", target.backend]
+    assert len(table.splitlines()) == 2 + len(found.plan) + len(found.passed_over)
+
+
+def test_default_is_what_runs():
+    assert fastattn.explain(*ARRAYS).backend == fastattn.available_backends()[0]
+
+
+def test_copies():
+    q, k, v = ARRAYS
+    assert fastattn.explain(q, k, v).copies == ()
+    halves = (x.astype(np.float16) for x in ARRAYS)
+    assert fastattn.explain(*halves).copies == ()
+    assert fastattn.explain(q.astype(">f4"), k, v.astype(np.float64)).copies == ("q", "k")
+    assert fastattn.explain(q, k, v, out=np.empty(q.shape, ">f4")).copies == ("out",)
+
+
+def test_reasons_of_who_cannot_serve():
+    found = fastattn.explain(*(x.astype(np.float16) for x in ARRAYS))
+    cannot = {b.name: b.unsupported for b in BACKENDS if b.name != found.backend}
+    assert all(found.passed_over[name] for name in cannot)
+    with pytest.raises(ValueError, match="^backend: 'nobody' given"):
+        fastattn.explain(*ARRAYS, backend="nobody")
+
+
+def test_share_skipped(target):
+    if target.backend != "cython":
+        pytest.skip(f"{target.backend} does not tell what it skips")
+    q = np.zeros((1, 960, 8), np.float32)
+    assert fastattn.explain(q, q, q, backend="cython").plan["skipped"].startswith("0%")
+    causal = fastattn.explain(q, q, q, causal=True, backend="cython").plan["skipped"]
+    assert 40 <= int(causal.split("%")[0]) <= 50
+
+
+def test_show_config(capsys):
+    fastattn.show_config()
+    told = capsys.readouterr().out
+    assert fastattn.__version__ in told
+    assert all(b.name in told for b in BACKENDS)
