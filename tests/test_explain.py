@@ -38,7 +38,7 @@ def test_reasons_of_who_cannot_serve():
     found = fastattn.explain(*(x.astype(np.float16) for x in ARRAYS))
     cannot = {b.name: b.unsupported for b in BACKENDS if b.name != found.backend}
     assert all(found.passed_over[name] for name in cannot)
-    with pytest.raises(ValueError, match="^backend: 'nobody' given"):
+    with pytest.raises(ValueError, match=r"^backend: 'nobody' given"):
         fastattn.explain(*ARRAYS, backend="nobody")
 
 

@@ -1,5 +1,7 @@
 """Attention over disjoint sets of keys, put together (contract, section 3)."""
 
+import itertools
+
 import numpy as np
 import pytest
 from cases import Shape
@@ -12,7 +14,7 @@ SHAPE = Shape(2, 4, 50, 90, 16)
 def parts_of(target, q, k, v, cuts, **options):
     offset = k.shape[-2] - q.shape[-2]
     edges = [0, *cuts, k.shape[-2]]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         keys = slice(begin, end)
         yield target.attend(
             q, k[..., keys, :], v[..., keys, :], q_offset=offset - begin, return_lse=True, **options
