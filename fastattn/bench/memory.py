@@ -23,7 +23,9 @@ STATUS = Path("/proc/self/status")
 
 
 def extra_memory(contestant: str, case: Case, threads: int, timeout: float = 600) -> int | None:
-    """Bytes that a call of `contestant` needs at its peak; None where the system cannot say."""
+    """Bytes that a call of `contestant` needs at its peak; None where the system cannot say, or the
+    contestant crashed: a ranking of an hour does not end with a peer.
+    """
     if not STATUS.exists():
         return None
     root = str(Path(__file__).parents[2])
@@ -32,12 +34,12 @@ def extra_memory(contestant: str, case: Case, threads: int, timeout: float = 600
         [sys.executable, "-m", __name__, contestant, json.dumps(case), str(threads)],
         env={**os.environ, "PYTHONPATH": path},
         timeout=timeout,
-        check=True,
+        check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    return int(done.stdout.splitlines()[-1])
+    return int(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def measure(contestant: str, case: Case, threads: int) -> int:
