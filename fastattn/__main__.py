@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from fnmatch import fnmatch
 from typing import Any
 
@@ -59,6 +60,8 @@ def bench(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     with_memory = not chosen.no_memory
     conditions = ranking.conditions(threads)
     show = chosen.json != "-"
+    if chosen.json and show:  # a wrong path is better known before the measurements than after
+        Path(chosen.json).parent.mkdir(parents=True, exist_ok=True)
     if show:
         print(report.headline(conditions))
     rankings = []
