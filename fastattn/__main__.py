@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from .bench import machine, ranking, report
