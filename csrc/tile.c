@@ -583,16 +583,15 @@ typedef struct {
     vec top[TILE_VECS], sum[TILE_VECS], rescale[TILE_VECS];
 } PanelBlock;
 
-static PanelBlock open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin,
-                             ptrdiff_t end) {
-    PanelBlock b;
-    b.live = false;
-    for (int n = 0; n < TILE_VECS; n++) b.top[n] = splat(-INFINITY), b.sum[n] = splat(0);
+static void open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
+                       PanelBlock *b) {
+    b->live = false;
+    for (int n = 0; n < TILE_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
     for (int i = 0; begin + i * STRIP_KEYS < end; i++) {
         ptrdiff_t from = begin + i * STRIP_KEYS, to = from + STRIP_KEYS < end ? from + STRIP_KEYS : end;
         if (from < t->panel[p].first) from = t->panel[p].first;
         if (to > t->panel[p].last) to = t->panel[p].last;
-        b.strips[i] = (Strip){
+        b->strips[i] = (Strip){
             .key = from,
             .keys = to > from ? (int)(to - from) : 0,
             .scores = s->scores + (p * (end - begin) + (from - begin)) * PANEL,
@@ -600,7 +599,6 @@ static PanelBlock open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t b
             .seen = SEE_NONE,
         };
     }
-    return b;
 }
 
 static void raise_max(PanelBlock *b, real *row_max, real margin) {
@@ -632,7 +630,7 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     int strips = (int)((end - begin + STRIP_KEYS - 1) / STRIP_KEYS);
     PanelBlock blocks[PANELS];
-    for (int p = 0; p < t->panels; p++) blocks[p] = open_block(t, &s, p, begin, end);
+    for (int p = 0; p < t->panels; p++) open_block(t, &s, p, begin, end, &blocks[p]);
 
     for (int i = 0; i < strips; i++)
         for (int p = 0; p < t->panels; p++) {
@@ -723,7 +721,8 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     for (int p = 0; p < t->panels; p++) {
-        PanelBlock b = open_block(t, &s, p, begin, end);
+        PanelBlock b;
+        open_block(t, &s, p, begin, end, &b);
         for (int i = 0; begin + i * STRIP_KEYS < end; i++) {
             Strip *strip = &b.strips[i];
             if (strip->keys == 0) continue;
