@@ -10,7 +10,8 @@ from .problem import Problem
 __all__ = ["BACKENDS", "NAMED_ONLY", "named", "select"]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
-# serve, in words, or None, and `run(problem)`, which fills `problem.result` -> (lse, weights).
+# serve, in words, or None, `run(problem)`, which fills `problem.result` -> (lse, weights), and
+# `plan(problem)`, what it says of itself to `explain`.
 BACKENDS = (cython, numpy)
 
 # The reference makes queries x keys arrays, so it runs only where somebody asks for it.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .dispatch import BACKENDS, select
-from .problem import Problem, pose
+from .dispatch import BACKENDS, NAMED_ONLY, select
+from .problem import pose
 
 __all__ = ["Explanation", "available_backends", "explain"]
 
@@ -67,18 +67,14 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
     problem = pose(q, k, v, **options)
     chosen = select(problem, backend)
     passed_over = {}
-    for other in BACKENDS:
-        if other is chosen:
-            continue
-        reason = other.unsupported(problem)
-        later = BACKENDS.index(other) > BACKENDS.index(chosen) if chosen in BACKENDS else False
-        passed_over[other.name] = reason or ("comes later" if later else "another was named")
+    order = BACKENDS + NAMED_ONLY
+    for place, other in enumerate(BACKENDS):
+        if other is not chosen:
+            later = place > order.index(chosen)
+            unasked = "comes later" if later else "another was named"
+            passed_over[other.name] = other.unsupported(problem) or unasked
     copies = problem.copied + (("out",) if problem.out is not None else ())
-    return Explanation(chosen.name, _plan(chosen, problem), copies, passed_over)
-
-
-def _plan(backend, problem: Problem) -> dict[str, str]:
-    return backend.plan(problem) if hasattr(backend, "plan") else {}
+    return Explanation(chosen.name, chosen.plan(problem), copies, passed_over)
 
 
 def available_backends() -> tuple[str, ...]:

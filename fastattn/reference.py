@@ -28,6 +28,11 @@ def run(problem: Problem):
     )
 
 
+def plan(problem: Problem) -> dict[str, str]:
+    """What would run, for `fastattn.explain`."""
+    return {"kernel": "the definition in float64, on the full grid"}
+
+
 def attend(problem: Problem, real=np.float64):
     """``(out, lse, weights)`` in the precision `real` (`numpy.longdouble` to judge float64).
 

@@ -41,21 +41,6 @@ class Shape(NamedTuple):
         return tuple(rng.standard_normal(s, draw).astype(float_type(dtype)) for s in shapes)
 
 
-# The floors of DESIGN.md, section 3.
-LONG = {
-    "prefill": Shape(1, 8, 4096, 4096, 64),
-    "prefill 128": Shape(1, 8, 4096, 4096, 128),
-    "grouped": Shape(1, 32, 2048, 2048, 128, kv_heads=8),
-    "two heads": Shape(1, 2, 16384, 16384, 64),
-    "batch": Shape(8, 12, 128, 128, 64),
-    "short": Shape(1, 16, 512, 512, 64),
-    "odd": Shape(1, 6, 1000, 3000, 96),
-    "tiny": Shape(1, 4, 16, 16, 64),
-    "prefill 96": Shape(1, 8, 4096, 4096, 96),
-    "decode": Shape(1, 32, 1, 8192, 128),
-    "decode grouped": Shape(1, 32, 1, 8192, 128, kv_heads=8),
-}
-
 # Around the edges of any tile: multiples of 2, 3 and 4 vectors of 4, 8 and 16 numbers, and blocks.
 EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 23, 24, 25, 47, 48, 49, 95, 97, 127, 128, 129)
 LONG_EDGES = (511, 512, 513, 1000)

@@ -31,18 +31,17 @@ def run(problem: Problem):
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
-    if p.result.size or p.rows():
-        block_q = min(BLOCK_Q, p.n_queries)
-        tile = max(1, block_q * min(BLOCK_K, p.n_keys) * p.group)
-        kv_step = max(1, TILE_ELEMENTS // tile)
-        intervals = p.intervals()
-        with np.errstate(all="ignore"):
-            for batch in np.ndindex(p.batch):
-                for kv in range(0, p.kv_heads, kv_step):
-                    heads = _heads(p, intervals, batch, slice(kv, min(kv + kv_step, p.kv_heads)))
-                    for first in range(0, p.n_queries, BLOCK_Q):
-                        queries = slice(first, min(first + BLOCK_Q, p.n_queries))
-                        _attend(p, heads, queries, lse, weights)
+    block_q = min(BLOCK_Q, p.n_queries)
+    tile = max(1, block_q * min(BLOCK_K, p.n_keys) * p.group)
+    kv_step = max(1, TILE_ELEMENTS // tile)
+    intervals = p.intervals()
+    with np.errstate(all="ignore"):
+        for batch in np.ndindex(p.batch):
+            for kv in range(0, p.kv_heads, kv_step):
+                heads = _heads(p, intervals, batch, slice(kv, min(kv + kv_step, p.kv_heads)))
+                for first in range(0, p.n_queries, BLOCK_Q):
+                    queries = slice(first, min(first + BLOCK_Q, p.n_queries))
+                    _attend(p, heads, queries, lse, weights)
     return lse, weights
 
 
