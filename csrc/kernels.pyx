@@ -27,6 +27,7 @@ cdef extern from "tile.h" nogil:
     enum:
         _BLOCK_KEYS "BLOCK_KEYS"
         MAX_QUERIES
+    const double WEIGHT_UNIT
 
     ctypedef struct NumberFormat:
         char kind
@@ -322,7 +323,7 @@ cdef bint attend_tile(
             return False
         if walk.kernels.finish(tile):
             break
-        tile.margin = log(2.0 * walk.n_keys)
+        tile.margin = log(2 * walk.n_keys * WEIGHT_UNIT)
     if walk.lse.data is not NULL:
         store_lse(walk, tile, item)
     if walk.weights.data is not NULL:

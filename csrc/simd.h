@@ -11,6 +11,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "tile.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -151,9 +153,8 @@ INLINE vec larger(vec a, vec b) {
 #endif
 }
 
-/* x - floor(x), and 2**floor(x) * y for x <= 0 or a NaN and 1 <= y < 2, but 0 for x below FLUSH:
- * sums of much smaller terms would be subnormal, and take a hundred times as long. */
-#define FLUSH splat(16 - EXPONENT_BIAS)
+/* x - floor(x), and 2**floor(x) * y for x <= 0 or a NaN, but 0 where the power is subnormal. */
+#define FLUSH splat(1 - EXPONENT_BIAS)
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
 INLINE vec fraction(vec x) { return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 INLINE vec scale_by_power(vec y, vec x) {
@@ -224,30 +225,31 @@ INLINE void transpose(vec rows[LANES]) {
     }
 }
 
-/* exp(x) for x <= 0: exactly 1 at 0, exactly 0 at -inf, NaN for NaN. */
-INLINE vec exp_negative(vec x) {
+/* WEIGHT_UNIT * exp(x) for x <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. */
+INLINE vec weight_of(vec x) {
     vec t = x * splat((real)1.4426950408889634);
     vec f = fraction(t);
+    const real UNIT = (real)WEIGHT_UNIT;
 #ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 3.2e-18 */
-    vec y = splat(6.263109187474883278e-10);
-    y = y * f + 6.559712897579314753e-9;
-    y = y * f + 1.025317186450633205e-7;
-    y = y * f + 1.320837232734033306e-6;
-    y = y * f + 0.00001525317466967267173;
-    y = y * f + 0.0001540351232845643857;
-    y = y * f + 0.001333355862898311084;
-    y = y * f + 0.009618129099561909824;
-    y = y * f + 0.05550410866560104622;
-    y = y * f + 0.2402265069590633665;
-    y = y * f + 0.6931471805599459272;
+    vec y = splat(6.263109187474883278e-10 * UNIT);
+    y = y * f + 6.559712897579314753e-9 * UNIT;
+    y = y * f + 1.025317186450633205e-7 * UNIT;
+    y = y * f + 1.320837232734033306e-6 * UNIT;
+    y = y * f + 0.00001525317466967267173 * UNIT;
+    y = y * f + 0.0001540351232845643857 * UNIT;
+    y = y * f + 0.001333355862898311084 * UNIT;
+    y = y * f + 0.009618129099561909824 * UNIT;
+    y = y * f + 0.05550410866560104622 * UNIT;
+    y = y * f + 0.2402265069590633665 * UNIT;
+    y = y * f + 0.6931471805599459272 * UNIT;
 #else /* csrc/minimax.py: 8.2e-8 */
-    vec y = splat(0.00186702658517f);
-    y = y * f + 0.00901724922596f;
-    y = y * f + 0.055799756893f;
-    y = y * f + 0.240164492838f;
-    y = y * f + 0.693151308322f;
+    vec y = splat(0.00186702658517f * UNIT);
+    y = y * f + 0.00901724922596f * UNIT;
+    y = y * f + 0.055799756893f * UNIT;
+    y = y * f + 0.240164492838f * UNIT;
+    y = y * f + 0.693151308322f * UNIT;
 #endif
-    y = y * f + (real)1;
+    y = y * f + UNIT;
     return scale_by_power(y, t);
 }
 

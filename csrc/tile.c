@@ -213,7 +213,7 @@ static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
     for (ptrdiff_t i = first; i < first + LANES; i++) {
         double sink = t->has_sinks && i < t->n_queries ? t->sink[i] : -INFINITY;
         s->row_max[i] = (real)(sink + t->margin);
-        s->row_sum[i] = (real)(sink == -INFINITY ? 0 : sink == INFINITY ? 1 : exp(sink - (sink + t->margin)));
+        s->row_sum[i] = (real)(sink == -INFINITY ? 0 : sink == INFINITY ? 1 : WEIGHT_UNIT * exp(sink - (sink + t->margin)));
         s->saw[i] = 0;
     }
 }
@@ -489,7 +489,7 @@ static Seen score(const Tile *t, const Scratch *s, int p, ptrdiff_t key, int key
 }
 
 /* Scores to weights relative to `top`; their sum is added to `sum`. Subtracting before scaling by
- * log2(e) costs an instruction more than a multiply-add, but the largest weight is exactly 1 and no
+ * log2(e) costs an instruction more than a multiply-add, but the largest weight is exact and no
  * finite score overflows. */
 INLINE void weigh_vecs(const int vecs, int keys, real *scores, const vec *top, vec *sum) {
     vec shift[TILE_VECS], total[TILE_VECS];
@@ -499,7 +499,7 @@ INLINE void weigh_vecs(const int vecs, int keys, real *scores, const vec *top, v
 #pragma GCC unroll 3
         for (int n = 0; n < vecs; n++) {
             real *s = scores + j * PANEL + n * LANES;
-            vec p = exp_negative(load(s) - shift[n]);
+            vec p = weight_of(load(s) - shift[n]);
             store(s, p);
             total[n] += p;
         }
@@ -609,7 +609,7 @@ static void raise_max(PanelBlock *b, real *row_max, real margin) {
         /* While a row has seen nothing its maximum is -inf; any finite one will do. */
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
         /* An unchanged maximum may be an infinite sink. */
-        b->rescale[n] = choose(before == now, splat(1), exp_negative(before - b->top[n]));
+        b->rescale[n] = choose(before == now, splat(1), weight_of(before - b->top[n]) * (real)(1 / WEIGHT_UNIT));
     }
 }
 
@@ -695,7 +695,7 @@ static int finish(Tile *t) {
     if (t->want_lse)
         for (ptrdiff_t i = 0; i < t->n_queries; i++) {
             double top = s.row_max[i]; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
-            t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i]);
+            t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i] / WEIGHT_UNIT);
         }
     return 1;
 }
@@ -706,7 +706,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
         vec sum = load(s->row_sum + p * PANEL + n * LANES);
         top = choose(top == splat(-INFINITY), splat(0), top);
         for (int j = 0; j < strip->keys; j++) {
-            vec weight = exp_negative(load(strip->scores + j * PANEL + n * LANES) - top) / sum;
+            vec weight = weight_of(load(strip->scores + j * PANEL + n * LANES) - top) / sum;
             ivec seen = strip->seen == SEE_ALL ? splat_int(-1) : sees(strip->words, n, j);
             for (int i = 0; i < LANES; i++) {
                 ptrdiff_t row = p * PANEL + n * LANES + i;

@@ -19,6 +19,10 @@
  * would have 3 to 25 times NumPy's rounding error; blocks of 128 make too many partial sums. */
 #define BLOCK_KEYS 512
 
+/* The weight of a row's largest score. A power of 2, so that nothing is rounded, and large, because
+ * sums of small weights would be subnormal and take a hundred times as long. */
+#define WEIGHT_UNIT 16777216.0
+
 /* How a real number lies in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. */
 typedef struct {
     char kind;
@@ -33,8 +37,8 @@ typedef struct {
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
     double scale;
-    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exactly 1;
-     * log(2 * number of keys) where the weighted sum of huge values would overflow. */
+    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact;
+     * log(2 * number of keys * WEIGHT_UNIT) where the weighted sum of huge values would overflow. */
     double margin;
 
     ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */

@@ -87,9 +87,7 @@ def test_exponential_at_every_size(target, dtype):
     weight = check(target, q, k, v, scale=1)[0][:, 1]
     with np.errstate(under="ignore"):
         exact = np.exp(-x.astype(np.longdouble)) / (1 + np.exp(-x.astype(np.longdouble)))
-    # Weights below 2**16 times the least normal number count as 0: sums of them would be subnormal.
-    normal = exact > 2**17 * np.finfo(dtype).tiny
-    assert (np.abs(weight - exact)[~normal] <= 2**17 * np.finfo(dtype).tiny).all()
+    normal = exact > np.finfo(dtype).tiny
     relative = np.abs(weight[normal] - exact[normal]) / exact[normal]
     # x is rounded in base 2 before exp2: half an ulp of 1.44 x, and a few ulp of the rest.
     assert (relative <= np.finfo(dtype).eps * (x[normal] + 4)).all()
