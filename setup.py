@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 X86_64 = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
                "-mprefer-vector-width=512"],
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "baseline": [],
 }  # fmt: skip
 INSTRUCTION_SETS = {

@@ -2,7 +2,8 @@
 
 /* setup.py compiles tile.c once for each name and dtype, with the flags that belong to the name. */
 #define DECLARE(name) extern const TileKernels name##_float32, name##_float64;
-#define KERNELS(name) &name##_float32, &name##_float64
+/* float16 and bfloat16 are widened as they are read. */
+#define KERNELS(name) &name##_float64, &name##_float32, &name##_float32, &name##_float32
 
 static int always(void) { return 1; }
 
@@ -18,6 +19,7 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
+/* Every processor with AVX2 has F16C. */
 static int has_avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -8,7 +8,7 @@ typedef struct {
     const char *name;
     const char *features; /* what it needs, by the names of FASTATTN_DISABLE_CPU_FEATURES */
     int (*runs_here)(void);
-    const TileKernels *float32, *float64;
+    const TileKernels *float64, *float32, *float16, *bfloat16; /* by the dtype of the result */
 } InstructionSet;
 
 extern const InstructionSet INSTRUCTION_SETS[]; /* ends in the one that always runs */

@@ -26,6 +26,7 @@ cdef extern from "Python.h":
 cdef extern from "tile.h" nogil:
     enum:
         _BLOCK_KEYS "BLOCK_KEYS"
+        STRIP_KEYS
         MAX_QUERIES
     const double WEIGHT_UNIT
 
@@ -34,12 +35,15 @@ cdef extern from "tile.h" nogil:
         int bytes, swapped
 
     ctypedef struct Tile:
-        const void *q[MAX_QUERIES]
-        void *out[MAX_QUERIES]
-        const void *k
-        const void *v
+        const char *q[MAX_QUERIES]
+        char *out[MAX_QUERIES]
+        const char *k
+        const char *v
+        const float *k_scales
+        const float *v_scales
+        NumberFormat format, kv_format
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
-        Py_ssize_t n_queries, head_dim, value_dim
+        Py_ssize_t n_queries, head_dim, value_dim, block_keys
         double scale, margin
         Py_ssize_t start[MAX_QUERIES]
         Py_ssize_t stop[MAX_QUERIES]
@@ -52,7 +56,7 @@ cdef extern from "tile.h" nogil:
         double slope[MAX_QUERIES]
         double sink[MAX_QUERIES]
         Py_ssize_t position[MAX_QUERIES]
-        void *weights[MAX_QUERIES]
+        char *weights[MAX_QUERIES]
         Py_ssize_t weights_key
         bint want_lse
         double lse[MAX_QUERIES]
@@ -61,7 +65,7 @@ cdef extern from "tile.h" nogil:
 
     ctypedef struct TileKernels:
         int queries
-        size_t (*scratch_bytes)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
+        size_t (*scratch_bytes)(const Tile *, Py_ssize_t) noexcept nogil
         void (*begin)(Tile *) noexcept nogil
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*finish)(Tile *) noexcept nogil
@@ -73,8 +77,10 @@ cdef extern from "instruction_sets.h" nogil:
         const char *name
         const char *features
         bint (*runs_here)() noexcept nogil
-        const TileKernels *float32
         const TileKernels *float64
+        const TileKernels *float32
+        const TileKernels *float16
+        const TileKernels *bfloat16
 
     const InstructionSet INSTRUCTION_SETS[]
     const int N_INSTRUCTION_SETS
@@ -102,9 +108,20 @@ for _i in range(N_INSTRUCTION_SETS):
         break
 
 
+cdef const TileKernels *kernels_for(object dtype) except NULL:
+    """The kernels in use for results of that dtype."""
+    cdef const InstructionSet *isa = chosen()
+    cdef cnp.dtype known = dtype
+    if known.type_num == cnp.NPY_FLOAT64:
+        return isa.float64
+    if known.type_num == cnp.NPY_FLOAT32:
+        return isa.float32
+    return isa.float16 if known.type_num == cnp.NPY_FLOAT16 else isa.bfloat16
+
+
 def tile_queries(dtype):
     """How many queries of one key head a tile takes."""
-    return (chosen().float32 if dtype == np.float32 else chosen().float64).queries
+    return kernels_for(dtype).queries
 
 
 def instruction_sets():
@@ -306,7 +323,7 @@ cdef bint each_block(
     while key < tile.last:
         if stopped[0] or (listen and interrupted(last_look)):
             return False
-        step(tile, max(key, tile.first), min(key + _BLOCK_KEYS, tile.last))
+        step(tile, max(key, tile.first // STRIP_KEYS * STRIP_KEYS), min(key + _BLOCK_KEYS, tile.last))
         key += _BLOCK_KEYS
     return True
 
@@ -357,6 +374,15 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
     return 0
 
 
+cdef NumberFormat number_format(cnp.ndarray array):
+    cdef NumberFormat format
+    cdef cnp.dtype dtype = array.descr
+    format.kind = ord("b") if dtype.kind == ord("V") else dtype.kind  # ml_dtypes' bfloat16
+    format.bytes = dtype.itemsize
+    format.swapped = dtype.byteorder == ord(">")
+    return format
+
+
 cdef const double *doubles(cnp.ndarray array):
     return NULL if array is None else <const double *>cnp.PyArray_DATA(array)
 
@@ -366,20 +392,20 @@ def attend(
     cnp.ndarray out not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale,
     double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
     cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
-    cnp.ndarray lse, cnp.ndarray weights, int threads,
+    cnp.ndarray lse, cnp.ndarray weights, cnp.dtype product, int threads,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
     `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
-    A `softcap` of 0 is none. All must have been validated: nothing is checked here.
+    A `softcap` of 0 is none. `product` is the dtype whose kernels multiply. All must have been validated: nothing is checked here.
     """
     cdef Walk walk
     cdef Tile *tiles
-    cdef char *scratch
-    cdef Py_ssize_t items = kv_heads, i, scratch_bytes, itemsize = q.descr.itemsize
-    cdef const InstructionSet *isa = chosen()
-    walk.kernels = isa.float32 if q.descr.type_num == cnp.NPY_FLOAT32 else isa.float64
+    cdef Tile *tile
+    cdef char *scratch = NULL
+    cdef Py_ssize_t items = kv_heads, i, scratch_bytes
+    walk.kernels = kernels_for(product)
     walk.n_batch = len(batch)
     for i in range(walk.n_batch):
         walk.shape[i] = batch[i]
@@ -407,39 +433,42 @@ def attend(
         return
     threads = 1 if alone else min(threads, items)
 
-    scratch_bytes = walk.kernels.scratch_bytes(
-        min(walk.kernels.queries, walk.group * walk.n_queries),
-        q.shape[q.ndim - 1], v.shape[v.ndim - 1], walk.n_keys,
-    )
     tiles = <Tile *>malloc(threads * sizeof(Tile))
-    scratch = <char *>malloc(threads * scratch_bytes + 64)
+    if tiles is NULL:
+        raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
-        if tiles is NULL or scratch is NULL:
+        tile = &tiles[0]
+        tile.k_scales = tile.v_scales = NULL
+        tile.format = number_format(q)
+        tile.kv_format = number_format(k)
+        tile.q_dim, tile.out_dim = walk.q.dim, walk.out.dim
+        tile.k_dim, tile.k_key = walk.k.dim, walk.k.row
+        tile.v_dim, tile.v_key = walk.v.dim, walk.v.row
+        tile.head_dim = q.shape[q.ndim - 1]
+        tile.value_dim = v.shape[v.ndim - 1]
+        tile.block_keys = min(_BLOCK_KEYS, walk.n_keys)
+        tile.scale = scale
+        tile.softcap = softcap
+        tile.has_mask = mask is not None
+        tile.has_bias = bias is not None
+        tile.has_alibi = alibi is not None
+        tile.has_sinks = sinks is not None
+        tile.mask_key = walk.mask.dim
+        tile.bias_key = walk.bias.dim
+        if bias is not None:
+            tile.bias_format = number_format(bias)
+        tile.weights_key = walk.weights.dim
+        tile.want_lse = lse is not None
+        scratch_bytes = walk.kernels.scratch_bytes(
+            tile, min(walk.kernels.queries, walk.group * walk.n_queries)
+        )
+        scratch = <char *>malloc(threads * scratch_bytes + 64)
+        if scratch is NULL:
             raise MemoryError(f"{threads * scratch_bytes} bytes of scratch")
         for i in range(threads):
+            if i > 0:
+                tiles[i] = tile[0]
             tiles[i].scratch = scratch + (-<uintptr_t>scratch) % 64 + i * scratch_bytes
-            tiles[i].q_dim = walk.q.dim // itemsize
-            tiles[i].k_dim = walk.k.dim // itemsize
-            tiles[i].k_key = walk.k.row // itemsize
-            tiles[i].v_dim = walk.v.dim // itemsize
-            tiles[i].v_key = walk.v.row // itemsize
-            tiles[i].out_dim = walk.out.dim // itemsize
-            tiles[i].head_dim = q.shape[q.ndim - 1]
-            tiles[i].value_dim = v.shape[v.ndim - 1]
-            tiles[i].scale = scale
-            tiles[i].softcap = softcap
-            tiles[i].has_mask = mask is not None
-            tiles[i].has_bias = bias is not None
-            tiles[i].has_alibi = alibi is not None
-            tiles[i].has_sinks = sinks is not None
-            tiles[i].mask_key = walk.mask.dim
-            tiles[i].bias_key = walk.bias.dim
-            if bias is not None:
-                tiles[i].bias_format.kind = ord("b" if bias.dtype.name == "bfloat16" else bias.dtype.kind)
-                tiles[i].bias_format.bytes = bias.descr.itemsize
-                tiles[i].bias_format.swapped = not bias.dtype.isnative
-            tiles[i].weights_key = walk.weights.dim // itemsize
-            tiles[i].want_lse = lse is not None
         work(&walk, items, threads, tiles)
     finally:
         free(tiles)
@@ -448,8 +477,7 @@ def attend(
 
 def peak_flops(dtype, int threads, Py_ssize_t rounds=2_000_000):
     """Flop/s of multiply-adds that never leave the registers: the roof over every kernel."""
-    cdef const InstructionSet *isa = chosen()
-    cdef const TileKernels *kernels = isa.float32 if dtype == np.float32 else isa.float64
+    cdef const TileKernels *kernels = kernels_for(np.dtype(dtype))
     cdef double flops = 0, began = seconds()
     cdef int i
     for i in prange(threads, nogil=True, num_threads=threads, schedule="static"):

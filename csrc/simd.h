@@ -69,6 +69,7 @@ typedef uint32_t lane_uint;
 #define EXPONENT_BIAS 127
 #define REAL_MAX FLT_MAX
 #endif
+#define PANEL (TILE_VECS * LANES) /* the queries that one register tile holds */
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(1)));
@@ -85,6 +86,46 @@ INLINE vec load(const real *p) { return *(const vec *)p; }
 INLINE void store(real *p, vec x) { *(vec *)p = x; }
 INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
 INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
+
+#ifndef REAL_IS_DOUBLE
+typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2)));
+typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
+INLINE vec load_bfloats(const char *p) {
+    half_lanes x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return (vec)(__builtin_convertvector(x, uvec) << 16);
+}
+INLINE vec load_bytes(const char *p) {
+    byte_lanes x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
+}
+#if defined(__AVX512F__) || defined(__F16C__) || defined(__aarch64__)
+#define HAS_HALF
+INLINE vec load_halves(const char *p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    float16x4_t x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return (vec)vcvt_f32_f16(x);
+#endif
+}
+INLINE void store_halves(char *p, vec x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    float16x4_t halves = vcvt_f16_f32((float32x4_t)x);
+    __builtin_memcpy(p, &halves, sizeof halves);
+#endif
+}
+#endif
+#endif
+
 /* Lane by lane `yes` where the sign bit of `condition` is set, as comparisons set all bits. */
 INLINE vec choose(ivec condition, vec yes, vec no) {
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
@@ -225,9 +266,10 @@ INLINE void transpose(vec rows[LANES]) {
     }
 }
 
-/* WEIGHT_UNIT * exp(x) for x <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. */
-INLINE vec weight_of(vec x) {
-    vec t = x * splat((real)1.4426950408889634);
+#define LOG2_E 1.4426950408889634
+
+/* WEIGHT_UNIT * 2**t for t <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. */
+INLINE vec weight_of(vec t) {
     vec f = fraction(t);
     const real UNIT = (real)WEIGHT_UNIT;
 #ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 3.2e-18 */
@@ -251,6 +293,18 @@ INLINE vec weight_of(vec x) {
 #endif
     y = y * f + UNIT;
     return scale_by_power(y, t);
+}
+
+/* n / d for ordinary d. The divider of 512 bits takes as long as six of these steps. */
+INLINE vec quotient(vec n, vec d) {
+#if defined(__AVX512F__) && !defined(REAL_IS_DOUBLE)
+    vec r = _mm512_rcp14_ps(d);
+    r = r * (splat(1) - d * r) + r;
+    vec y = n * r;
+    return (n - d * y) * r + y;
+#else
+    return n / d;
+#endif
 }
 
 /* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
@@ -284,6 +338,6 @@ INLINE vec tanh_vec(vec x) {
     y = y * f + 0.693147187912f;
 #endif
     vec m = power * (y * f) + (power - (real)1);
-    return choose(x == x, with_sign_of(-m / ((real)2 + m), x), x);
+    return choose(x == x, with_sign_of(quotient(-m, (real)2 + m), x), x);
 }
 #endif

@@ -30,8 +30,6 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if _kernels is None:
         return _missing
-    if p.dtype.char not in "fd":
-        return f"no kernel for {p.dtype}"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -54,12 +52,17 @@ def run(problem: Problem):
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
     _kernels.attend(
         p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
-        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, threads(p),
+        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, product_dtype(p), threads(p),
     )  # fmt: skip
     if lse is not None:
         with np.errstate(over="ignore"):
             lse = lse.astype(p.accumulator, copy=False)
     return lse, weights
+
+
+def product_dtype(problem: Problem) -> np.dtype:
+    """Whose kernels multiply."""
+    return problem.dtype
 
 
 def threads(problem: Problem) -> int:

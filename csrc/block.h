@@ -1,0 +1,102 @@
+/* What the steps of a tile share: its scratch, and its block of keys under way. */
+#ifndef FASTATTN_BLOCK_H
+#define FASTATTN_BLOCK_H
+
+#include "elements.h"
+
+/* A strip's keys as bits, in words as wide as a lane, so that lanes can test their own. */
+#define STRIPS (BLOCK_KEYS / STRIP_KEYS)
+#define WORDS (STRIP_KEYS / LANE_BITS)
+
+static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
+
+/* Everything by panel, [panel][row][PANEL], so that a panel is contiguous; rows of scores and of
+ * sums are padded to a multiple of ROW_GRAIN. */
+#define ROW_GRAIN 16
+typedef struct {
+    real *row_max, *row_sum; /* [panel][PANEL] */
+    lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
+    lane_int *seen;          /* [panel][strip of the block][WORDS][PANEL]: see Seen */
+    real *out;               /* [panel][value_dim][PANEL], the running sum */
+    real *block_out;         /* [panel][value_dim][PANEL], the sum of one block */
+    real *scores;            /* [panel][keys of the block][PANEL], then the weights */
+    real *bias;              /* [STRIP_KEYS][PANEL], of one panel */
+    real *q;                 /* [panel][head_dim][PANEL], times q_scale */
+    real *keys, *values;     /* [STRIP_KEYS][head_dim], [BLOCK_KEYS][value_dim]: widened ones */
+#ifdef PARTS
+    uint32_t *q_parts;      /* see parts.h */
+    uint16_t *key_parts;
+    uint16_t *value_parts;
+    uint32_t *weight_parts;
+    uint64_t *outside;      /* [1 + STRIPS]: bits of keys that parts cannot express */
+#endif
+    ptrdiff_t out_rows, score_rows; /* of one panel */
+} Scratch;
+
+static bool direct(const Tile *t) { return is_real(t->kv_format) && !t->k_scales; }
+
+/* Lay the scratch out from `base` on; returns its bytes. */
+static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
+    size_t bytes = 0;
+    ptrdiff_t row = panels * PANEL, block_keys = t->block_keys;
+    s->out_rows = round_up(t->value_dim, ROW_GRAIN);
+    s->score_rows = round_up(block_keys, ROW_GRAIN);
+#define TAKE(field, count)                                                                        \
+    s->field = (void *)((uintptr_t)base + bytes);                                                     \
+    bytes += (size_t)round_up((ptrdiff_t)sizeof *s->field * (count), 64);
+    TAKE(row_max, row)
+    TAKE(row_sum, row)
+    TAKE(saw, row)
+    TAKE(out, row * s->out_rows)
+    TAKE(block_out, row * s->out_rows)
+    TAKE(bias, t->has_bias ? STRIP_KEYS * PANEL : 0)
+    TAKE(seen, row * STRIPS * WORDS)
+#ifdef PARTS
+    TAKE(q, PANEL * t->head_dim)
+    TAKE(keys, t->head_dim)
+    TAKE(values, t->value_dim)
+    TAKE(q_parts, PARTS * row * round_up(t->head_dim, CHUNK) / 2)
+    TAKE(key_parts, PARTS * STRIP_KEYS * round_up(t->head_dim, CHUNK))
+    TAKE(value_parts, PARTS * s->out_rows * round_up(block_keys, CHUNK))
+    TAKE(weight_parts, PARTS * PANEL * round_up(block_keys, CHUNK) / 2)
+    TAKE(outside, 1 + STRIPS)
+#else
+    TAKE(q, row * t->head_dim)
+    TAKE(keys, direct(t) ? 0 : STRIP_KEYS * t->head_dim)
+    TAKE(values, direct(t) ? 0 : block_keys * t->value_dim)
+#endif
+    TAKE(scores, row * s->score_rows)
+#undef TAKE
+    return bytes;
+}
+
+/* What the queries of a panel see of a strip: nothing, every key, or those whose bits are set in
+ * the panel's words, [WORDS][PANEL]. */
+typedef enum { SEE_NONE, SEE_SOME, SEE_ALL } Seen;
+
+/* A strip of keys for one panel: those of the STRIP_KEYS that the panel sees some of. */
+typedef struct {
+    ptrdiff_t key;
+    int keys;
+    real *scores;
+    lane_int *words;
+    Seen seen;
+} Strip;
+
+/* What one panel knows of the block under way. */
+typedef struct {
+    Strip strips[STRIPS];
+    bool live; /* does it see anything? */
+    vec top[TILE_VECS], sum[TILE_VECS], rescale[TILE_VECS];
+} PanelBlock;
+
+/* Does each query see key j? In the sign bits, as `choose` takes them. */
+INLINE ivec sees(const Strip *strip, int n, int j) {
+    if (strip->seen == SEE_ALL) return splat_int(-1);
+    ivec word = *(const ivec *)(strip->words + j / LANE_BITS * PANEL + n * LANES);
+    return shift_up(word, LANE_BITS - 1 - j % LANE_BITS);
+}
+#endif

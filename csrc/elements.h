@@ -1,0 +1,144 @@
+/* Numbers as they lie in memory, of any format, as lanes of `real` and back.
+ *
+ * Queries, keys, values and results may be float32, float16, bfloat16 (or float64 where `real` is),
+ * keys and values also int8; a bias may be any real dtype in any byte order.
+ */
+#ifndef FASTATTN_ELEMENTS_H
+#define FASTATTN_ELEMENTS_H
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "simd.h"
+
+INLINE float as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+INLINE uint32_t as_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static double half_to_double(uint16_t x) {
+    int exponent = x >> 10 & 31, fraction = x & 1023;
+    double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                 : ldexp(exponent ? fraction + 1024 : fraction,
+                                         exponent ? exponent - 25 : -24);
+    return x >> 15 ? -size : size;
+}
+
+/* To the nearest float16, ties to even. */
+static uint16_t float_to_half(float x) {
+    uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 rounds to infinity */
+    if (size < 0x38800000) /* subnormal: adding 1/2 leaves it in the lowest bits */
+        return (uint16_t)(sign | (as_bits(as_float(size) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
+/* To the nearest bfloat16, ties to even. */
+static uint16_t float_to_bfloat(float x) {
+    uint32_t bits = as_bits(x);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* One number of any format as a double. */
+static double read_number(const char *at, NumberFormat format) {
+    union {
+        char bytes[16];
+        int8_t i8; int16_t i16; int32_t i32; int64_t i64;
+        uint8_t u8; uint16_t u16; uint32_t u32; uint64_t u64;
+        float f32; double f64; long double f80;
+    } x;
+    memset(&x, 0, sizeof x);
+    for (int i = 0; i < format.bytes; i++)
+        x.bytes[i] = at[format.swapped ? format.bytes - 1 - i : i];
+    switch (format.kind) {
+    case 'i':
+        return format.bytes == 1   ? x.i8
+               : format.bytes == 2 ? x.i16
+               : format.bytes == 4 ? x.i32
+                                   : (double)x.i64;
+    case 'u':
+        return format.bytes == 1   ? x.u8
+               : format.bytes == 2 ? x.u16
+               : format.bytes == 4 ? x.u32
+                                   : (double)x.u64;
+    case 'b': /* bfloat16 is the upper half of a float */
+        return as_float((uint32_t)x.u16 << 16);
+    }
+    if (format.bytes == 4) return x.f32;
+    if (format.bytes == 8) return x.f64;
+    if (format.bytes == 16) return (double)x.f80;
+    return half_to_double(x.u16);
+}
+
+/* A finite number stays one, however large. */
+static real as_real(double x) {
+    if (x > REAL_MAX) return x == INFINITY ? INFINITY : REAL_MAX;
+    if (x < -REAL_MAX) return x == -INFINITY ? -INFINITY : -REAL_MAX;
+    return (real)x;
+}
+
+INLINE bool is_real(NumberFormat format) {
+    return format.kind == 'f' && format.bytes == sizeof(real) && !format.swapped;
+}
+
+/* LANES numbers that lie one behind the other. */
+INLINE vec load_numbers(const char *at, NumberFormat format) {
+    if (is_real(format)) return load_unaligned((const real *)at);
+#ifndef REAL_IS_DOUBLE
+    if (format.kind == 'b') return load_bfloats(at);
+    if (format.kind == 'i' && format.bytes == 1) return load_bytes(at);
+#ifdef HAS_HALF
+    if (format.kind == 'f' && format.bytes == 2) return load_halves(at);
+#endif
+#endif
+    vec x = {0};
+    for (int i = 0; i < LANES; i++) x[i] = (real)read_number(at + i * format.bytes, format);
+    return x;
+}
+
+INLINE void write_number(char *at, NumberFormat format, real x) {
+    if (is_real(format)) {
+        memcpy(at, &x, sizeof x);
+    } else {
+        uint16_t bits = format.kind == 'b' ? float_to_bfloat((float)x) : float_to_half((float)x);
+        memcpy(at, &bits, sizeof bits);
+    }
+}
+
+/* The inverse of load_numbers, rounded to nearest. */
+INLINE void store_numbers(char *at, NumberFormat format, vec x) {
+    if (is_real(format)) {
+        store_unaligned((real *)at, x);
+        return;
+    }
+#if defined(HAS_HALF) && !defined(REAL_IS_DOUBLE)
+    if (format.kind == 'f') {
+        store_halves(at, x);
+        return;
+    }
+#endif
+    for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
+}
+
+/* Rows of numbers with any strides as rows of `real`, one behind the other, times a scale each
+ * where `scales` is given. */
+static void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
+                  const float *scales, int rows, ptrdiff_t dims, real *to) {
+    for (int j = 0; j < rows; j++, at += row, to += dims) {
+        real scale = scales ? (real)scales[j] : 1;
+        ptrdiff_t d = 0;
+        if (dim == format.bytes)
+            for (; d + LANES <= dims; d += LANES)
+                store_unaligned(to + d, load_numbers(at + d * dim, format) * scale);
+        for (; d < dims; d++) to[d] = (real)read_number(at + d * dim, format) * scale;
+    }
+}
+#endif

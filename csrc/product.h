@@ -1,0 +1,280 @@
+/* Both products of attention by multiply-adds, on keys and values where they lie.
+ *
+ * S^T = K Q^T and O^T = V^T P^T have one form: an element of the left operand, read where it lies
+ * in memory, is broadcast to the lanes of all queries.
+ */
+#ifndef FASTATTN_PRODUCT_H
+#define FASTATTN_PRODUCT_H
+
+#include "scores.h"
+
+/* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] * b[t][lane],
+ * and where `top` is given top[lane] = max(top[lane], c[r][lane]). Constant `rows`, `vecs` and one
+ * unit stride keep the accumulators in registers. Each step fetches one line `ahead`: hardware
+ * prefetchers do not follow the narrow columns of V, nor keep up with K once it lies in the
+ * third-level cache. */
+INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff_t a_row,
+                          ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,
+                          bool accumulate, vec *top, const real *ahead, ptrdiff_t ahead_step) {
+    vec sum[TILE_ROWS][TILE_VECS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < vecs; n++)
+            sum[r][n] = accumulate ? load(c + r * PANEL + n * LANES) : splat(0);
+    for (ptrdiff_t t = 0; t < steps; t++) {
+        __builtin_prefetch(ahead, 0, 2);
+        vec operand[TILE_VECS];
+#pragma GCC unroll 4
+        for (int n = 0; n < vecs; n++) operand[n] = load(b + n * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vec factor = splat(a[r * a_row]);
+#pragma GCC unroll 4
+            for (int n = 0; n < vecs; n++) sum[r][n] = factor * operand[n] + sum[r][n];
+        }
+        a += a_step;
+        b += PANEL;
+        ahead += ahead_step;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < vecs; n++) store(c + r * PANEL + n * LANES, sum[r][n]);
+    if (top)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < vecs; n++) top[n] = larger(sum[r][n], top[n]);
+}
+
+#define PRODUCT_ARGS                                                                              \
+    const real *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,    \
+        bool accumulate, vec *top
+
+INLINE void product_of_vecs(const int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS) {
+        if (a_step == 1) {
+            /* Rows of K, one behind the other: the same rows of the next strip. */
+            bool packed = a_row == steps;
+            register_tile(TILE_ROWS, vecs, a, a_row, 1, steps, b, c, accumulate, top,
+                          packed ? a + STRIP_KEYS * a_row : a, packed ? TILE_ROWS : 0);
+        } else if (a_row == 1)
+            register_tile(TILE_ROWS, vecs, a, 1, a_step, steps, b, c, accumulate, top,
+                          a + STRIP_KEYS * a_step, a_step);
+        else
+            register_tile(TILE_ROWS, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);
+        a += TILE_ROWS * a_row;
+        c += TILE_ROWS * PANEL;
+    }
+    switch (rows) {
+#define ROWS(n)                                                                                   \
+    case n:                                                                                       \
+        register_tile(n, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);             \
+        break;
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5)
+#if TILE_ROWS == 8
+        ROWS(6) ROWS(7)
+#endif
+#undef ROWS
+    }
+}
+
+/* The product above for any number of rows of the first `vecs` vectors of a panel. */
+static void product(int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
+    switch (vecs) {
+    case 1: product_of_vecs(1, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+    case 2: product_of_vecs(2, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+#if TILE_VECS == 3
+    case 3: product_of_vecs(3, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+#endif
+    }
+}
+
+
+/* columns[d][lane] = q_scale * (query `lane` of the LANES from `first` on)[d]. */
+static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
+    const char *rows[LANES];
+    ptrdiff_t d = 0;
+    for (int i = 0; i < LANES; i++) /* a lane without a query repeats the last one */
+        rows[i] = t->q[first + i < t->n_queries ? first + i : t->n_queries - 1];
+    vec scale = splat((real)t->q_scale);
+    if (t->q_dim == t->format.bytes)
+        for (; d + LANES <= t->head_dim; d += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * t->q_dim, t->format);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * scale);
+        }
+    for (; d < t->head_dim; d++)
+        for (int i = 0; i < LANES; i++)
+            columns[d * PANEL + i] = (real)read_number(rows[i] + d * t->q_dim, t->format) * scale[0];
+}
+
+/* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch. */
+typedef struct {
+    const real *data;
+    ptrdiff_t row, dim;
+} View;
+
+static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
+    return (View){(const real *)at, row / (ptrdiff_t)sizeof(real), dim / (ptrdiff_t)sizeof(real)};
+}
+static View keys_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
+    if (direct(t)) return view(t->k + key * t->k_key, t->k_key, t->k_dim);
+    return (View){s->keys + key % STRIP_KEYS * t->head_dim, t->head_dim, 1};
+}
+static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
+    if (direct(t)) return view(t->v + key * t->v_key, t->v_key, t->v_dim);
+    return (View){s->values + key % BLOCK_KEYS * t->value_dim, t->value_dim, 1};
+}
+
+#ifndef PARTS
+/* float: 96 queries in a tile, double: 48, a whole number of panels for every instruction set.
+ * Twice as many as fill the widest registers, because each tile reads all of K and V: 48 floats
+ * lost 5 % to the third-level cache at 4096 keys. */
+#define TILE_QUERIES ((int)(384 / sizeof(real)))
+#define PANELS (TILE_QUERIES / PANEL)
+#define GRAIN 1 /* keys that a product takes at once */
+#define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
+
+static void ready_queries(Tile *t, const Scratch *s, int p) {
+    for (int n = 0; n < t->panel[p].vecs; n++)
+        load_queries(t, p * PANEL + n * LANES, s->q + p * PANEL * t->head_dim + n * LANES);
+}
+
+static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
+    if (!direct(t))
+        widen(t->k + key * t->k_key, t->k_key, t->k_dim, t->kv_format,
+              t->k_scales ? t->k_scales + key : NULL, keys, t->head_dim,
+              s->keys + key % STRIP_KEYS * t->head_dim);
+}
+
+static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
+    View k = keys_from(t, s, strip->key);
+    product(t->panel[p].vecs, strip->keys, k.data, k.row, k.dim, t->head_dim,
+            s->q + p * PANEL * t->head_dim, strip->scores, false, top);
+}
+
+static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    if (!direct(t))
+        widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->kv_format,
+              t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
+              s->values + begin % BLOCK_KEYS * t->value_dim);
+}
+
+/* Is each value of these keys finite? x * 0 is 0 for finite x only. */
+static bool all_finite(View v, int keys, ptrdiff_t dims) {
+    vec sums[4] = {{0}}; /* independent, or the latency of one sum would be the time of the loop */
+    real rest = 0;
+    for (int j = 0; j < keys; j++) {
+        const real *row = v.data + j * v.row;
+        ptrdiff_t d = 0;
+        if (v.dim == 1) {
+            for (; d + 4 * LANES <= dims; d += 4 * LANES)
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; n++) sums[n] += load_unaligned(row + d + n * LANES) * 0;
+            for (; d + LANES <= dims; d += LANES) sums[0] += load_unaligned(row + d) * 0;
+        }
+        for (; d < dims; d++) rest += row[d * v.dim] * 0;
+    }
+    vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; i < LANES; i++) rest += sum[i];
+    return rest == 0;
+}
+
+/* The second product where some query must not meet a NaN or an Inf in some v that it does not
+ * see: 0 * NaN is a NaN, so unseen keys are left out lane by lane. */
+static void careful_product(const Strip *strip, int vecs, View v, ptrdiff_t dims, real *out) {
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            ivec seen = sees(strip, n, j);
+            vec p = load(strip->scores + j * PANEL + n * LANES);
+            for (ptrdiff_t d = 0; d < dims; d++) {
+                real *o = out + d * PANEL + n * LANES;
+                vec sum = load(o);
+                store(o, choose(seen, splat(v.data[j * v.row + d * v.dim]) * p + sum, sum));
+            }
+        }
+}
+
+INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores, vec exponent,
+                       const vec *top, vec *sum) {
+    vec shift[TILE_VECS], total[TILE_VECS];
+#pragma GCC unroll 4
+    for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
+    for (int j = 0; j < keys; j++) {
+#pragma GCC unroll 4
+        for (int n = 0; n < vecs; n++) {
+            real *s = scores + j * PANEL + n * LANES;
+            vec p = scaled ? weight_from(load(s), shift[n], exponent) : weight_of(load(s) - shift[n]);
+            store(s, p);
+            total[n] += p;
+        }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < vecs; n++) sum[n] = total[n];
+}
+
+/* Scores to weights, in place; their sum is added to `sum`. */
+static void weigh(int vecs, double exponent, const Strip *strip, const vec *top, vec *sum) {
+    vec factor = splat((real)exponent);
+#define VECS(n)                                                                                   \
+    if (vecs == n && exponent == 1)                                                               \
+        weigh_vecs(n, false, strip->keys, strip->scores, factor, top, sum);                       \
+    else if (vecs == n)                                                                           \
+        weigh_vecs(n, true, strip->keys, strip->scores, factor, top, sum);
+    VECS(1) VECS(2)
+#if TILE_VECS == 3
+    VECS(3)
+#endif
+#undef VECS
+}
+
+/* The panel's weights of a block, and the weighted sum of its values. */
+static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, int strips, real *out) {
+    bool begun = false;
+    int vecs = t->panel[p].vecs;
+    for (int i = 0; i < strips; i++) {
+        const Strip *strip = &b->strips[i];
+        if (strip->seen == SEE_NONE) continue;
+        View v = values_from(t, s, strip->key);
+        weigh(vecs, t->exponent, strip, b->top, b->sum);
+        if (strip->seen == SEE_SOME && !all_finite(v, strip->keys, t->value_dim)) {
+            if (!begun) memset(out, 0, sizeof(real) * PANEL * (size_t)t->value_dim);
+            careful_product(strip, vecs, v, t->value_dim, out);
+        } else {
+            product(vecs, t->value_dim, v.data, v.dim, v.row, strip->keys, strip->scores, out,
+                    begun, NULL);
+        }
+        begun = true;
+    }
+}
+
+/* Flops of `rounds` rounds of independent multiply-adds: what the machine can do at most. */
+static double peak(ptrdiff_t rounds) {
+    vec sum[TILE_ROWS][TILE_VECS], factor = splat((real)0.5), term = splat((real)1);
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 3
+        for (int n = 0; n < TILE_VECS; n++) {
+            sum[r][n] = splat(1);
+            HIDE_VALUE(sum[r][n]); /* or equal ones would be computed once */
+        }
+    HIDE_VALUE(factor);
+    HIDE_VALUE(term);
+    for (ptrdiff_t i = 0; i < rounds; i++)
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 3
+            for (int n = 0; n < TILE_VECS; n++) sum[r][n] = sum[r][n] * factor + term;
+    vec all = splat(0);
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int n = 0; n < TILE_VECS; n++) all += sum[r][n];
+    HIDE_VALUE(all);
+    return 2.0 * (double)rounds * TILE_ROWS * TILE_VECS * LANES;
+}
+#endif
+#endif

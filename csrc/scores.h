@@ -1,0 +1,224 @@
+/* Between the products: who sees what, softcap, bias and alibi, and scores to weights. */
+#ifndef FASTATTN_SCORES_H
+#define FASTATTN_SCORES_H
+
+#include "block.h"
+
+static uint64_t first_bits(ptrdiff_t n) {
+    return n <= 0 ? 0 : n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1;
+}
+
+static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
+    if (stride == 0) return mask[0] ? ~(uint64_t)0 : 0;
+    if (stride == 1 && keys == 64) return nonzero_bytes(mask);
+    uint64_t bits = 0;
+    for (int j = 0; j < keys; j++) bits |= (uint64_t)(mask[j * stride] != 0) << j;
+    return bits;
+}
+
+static void set_words(lane_int *words, int i, uint64_t bits) {
+    for (int w = 0; w < WORDS; w++) words[w * PANEL + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
+}
+
+/* Read who sees what of a strip, biases of -inf aside. */
+static Seen look(const Tile *t, int p, const Strip *strip) {
+    ptrdiff_t first = p * PANEL, key = strip->key;
+    bool inner = t->panel[p].inner_first <= key && key + strip->keys <= t->panel[p].inner_last;
+    if (inner && !t->has_mask) return SEE_ALL;
+    uint64_t every = first_bits(strip->keys), any = 0, all = every, bits = 0, masked = every;
+    for (int i = 0; i < PANEL; i++) {
+        ptrdiff_t row = first + i;
+        if (row < t->n_queries) { /* a lane without a query sees what the last one does */
+            if (t->has_mask) {
+                if (i == 0 || t->mask[row] != t->mask[row - 1])
+                    masked = mask_bits(t->mask[row] + key * t->mask_key, t->mask_key, strip->keys);
+                __builtin_prefetch(t->mask[row] + (key + 2 * STRIP_KEYS) * t->mask_key, 0, 2);
+            }
+            bits = masked & every;
+            if (!inner) bits &= first_bits(t->stop[row] - key) & ~first_bits(t->start[row] - key);
+            any |= bits;
+            all &= bits;
+        }
+        set_words(strip->words, i, bits);
+    }
+    return any == 0 ? SEE_NONE : all == every ? SEE_ALL : SEE_SOME;
+}
+
+static const char *bias_row(const Tile *t, int p, int i, ptrdiff_t key) {
+    ptrdiff_t row = p * PANEL + i < t->n_queries ? p * PANEL + i : t->n_queries - 1;
+    return t->bias[row] + key * t->bias_key;
+}
+
+/* Are all biases of the panel and strip of type `real`, in sequence and far from overflow? */
+static bool plain_bias(const Tile *t, int p, const Strip *strip) {
+    if (!is_real(t->bias_format) || t->bias_key != sizeof(real)) return false;
+    vec most = splat(0);
+    for (int i = 0; i < t->panel[p].vecs * LANES; i++) {
+        const real *row = (const real *)bias_row(t, p, i, strip->key);
+        int j = 0;
+        for (int ahead = 0; ahead <= STRIP_KEYS; ahead += 64 / sizeof(real))
+            __builtin_prefetch(row + STRIP_KEYS + ahead, 0, 2);
+        for (; j + LANES <= strip->keys; j += LANES)
+            most = larger(magnitude(load_unaligned(row + j)), most);
+        for (; j < strip->keys; j++) most = larger(magnitude(splat(row[j])), most);
+    }
+    bool plain = true;
+    for (int i = 0; i < LANES; i++) plain &= most[i] <= REAL_MAX / 4;
+    return plain;
+}
+
+/* Add the biases of a strip, and take the maximum. */
+static void add_plain_bias(const Tile *t, int p, const Strip *strip, vec *top) {
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        const real *rows[LANES];
+        vec most = splat(-INFINITY);
+        int j = 0;
+        for (int i = 0; i < LANES; i++)
+            rows[i] = (const real *)bias_row(t, p, n * LANES + i, strip->key);
+        for (; j + LANES <= strip->keys; j += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) x[i] = load_unaligned(rows[i] + j);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                real *s = strip->scores + (j + i) * PANEL + n * LANES;
+                vec sum = load(s) + x[i];
+                store(s, sum);
+                most = larger(sum, most);
+            }
+        }
+        for (; j < strip->keys; j++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            for (int i = 0; i < LANES; i++) s[i] += rows[i][j];
+            most = larger(load(s), most);
+        }
+        top[n] = most;
+    }
+}
+
+/* Add biases of any format. -inf takes a key out of the words; a sum of finite numbers that
+ * overflows is the largest number still. Returns what is seen then. */
+static Seen add_any_bias(const Tile *t, int p, const Strip *strip, real *bias) {
+    const vec most = splat(REAL_MAX);
+    int vecs = t->panel[p].vecs;
+    Seen seen = strip->seen;
+    bool excluding = false;
+    for (int i = 0; i < vecs * LANES; i++) {
+        const char *row = bias_row(t, p, i, strip->key);
+        if (seen == SEE_ALL) set_words(strip->words, i, first_bits(strip->keys));
+        for (int j = 0; j < strip->keys; j++) {
+            real b = as_real(read_number(row + j * t->bias_key, t->bias_format));
+            bias[j * PANEL + i] = b;
+            if (b == -INFINITY) {
+                excluding = true;
+                strip->words[j / LANE_BITS * PANEL + i] &=
+                    ~(lane_int)((lane_uint)1 << j % LANE_BITS);
+            }
+        }
+    }
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            vec score = load(s), b = load(bias + j * PANEL + n * LANES), sum = score + b;
+            ivec finite = (magnitude(score) <= most) & (magnitude(b) <= most);
+            vec bound = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
+            store(s, choose(finite, bound, sum));
+        }
+    return excluding ? SEE_SOME : seen;
+}
+
+static void multiply_scores(real factor, int vecs, const Strip *strip) {
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            store(s, load(s) * factor);
+        }
+}
+
+/* s = size * tanh(s * inverse). */
+static void cap(real size, real inverse, int vecs, const Strip *strip, vec *top) {
+    for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            vec x = size * tanh_vec(load(s) * inverse);
+            store(s, x);
+            top[n] = larger(x, top[n]);
+        }
+}
+
+static void subtract_alibi(const Tile *t, int p, const Strip *strip, vec *top) {
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        real slopes[LANES] = {0}, distances[LANES] = {0};
+        for (int i = 0; i < LANES && p * PANEL + n * LANES + i < t->n_queries; i++) {
+            slopes[i] = (real)t->slope[p * PANEL + n * LANES + i];
+            distances[i] = (real)(t->position[p * PANEL + n * LANES + i] - strip->key);
+        }
+        vec slope = load_unaligned(slopes), distance = load_unaligned(distances);
+        vec most = splat(-INFINITY);
+        for (int j = 0; j < strip->keys; j++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            vec x = load(s) - slope * magnitude(distance);
+            store(s, x);
+            most = larger(x, most);
+            distance -= 1;
+        }
+        top[n] = most;
+    }
+}
+
+static void take_max(int vecs, const Strip *strip, vec *top) {
+    for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++)
+            top[n] = larger(load(strip->scores + j * PANEL + n * LANES), top[n]);
+}
+
+/* Put -inf where a query does not see a key, and take the maximum of what is left. */
+static void hide_unseen(int vecs, const Strip *strip, vec *top) {
+    for (int n = 0; n < vecs; n++) {
+        vec most = splat(-INFINITY);
+        for (int w = 0; w * LANE_BITS < strip->keys; w++) {
+            int count = fewer(strip->keys - w * LANE_BITS, LANE_BITS);
+            ivec word = *(const ivec *)(strip->words + w * PANEL + n * LANES);
+            word = shift_up(word, LANE_BITS - count);
+            for (int j = w * LANE_BITS + count - 1; j >= w * LANE_BITS; j--) {
+                real *s = strip->scores + j * PANEL + n * LANES;
+                vec x = choose(word, load(s), splat(-INFINITY));
+                store(s, x);
+                most = larger(x, most);
+                word = shift_up(word, 1); /* the next lower key in the sign bit */
+            }
+        }
+        top[n] = most;
+    }
+}
+
+/* What comes after the product: softcap, bias, alibi, and who sees what. `top` is the maximum of
+ * the scores before and after. */
+static void finish_scores(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top) {
+    int vecs = t->panel[p].vecs;
+    if (t->softcap > 0) {
+        double size = t->softcap * (t->exponent == 1 ? LOG2_E : 1);
+        cap((real)size, (real)(t->score_scale / t->softcap), vecs, strip, top);
+    } else if (t->score_scale != 1) {
+        multiply_scores((real)t->score_scale, vecs, strip);
+        take_max(vecs, strip, top);
+    }
+    if (t->has_bias) {
+        if (plain_bias(t, p, strip)) {
+            add_plain_bias(t, p, strip, top);
+        } else {
+            strip->seen = add_any_bias(t, p, strip, s->bias);
+            take_max(vecs, strip, top);
+        }
+    }
+    if (t->has_alibi) subtract_alibi(t, p, strip, top);
+    if (strip->seen == SEE_SOME) hide_unseen(vecs, strip, top);
+}
+
+/* Weights of scores relative to `top`. Subtracting before scaling costs an instruction more than a
+ * multiply-add, but the largest weight is exact and no finite score overflows. */
+INLINE vec weight_from(vec score, vec top, vec exponent) { return weight_of((score - top) * exponent); }
+#endif
