@@ -10,21 +10,27 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# What csrc/instruction_sets.c expects, and the flags of each. Never -march=native: a wheel runs on
-# every machine of its architecture and chooses at run time.
+# What csrc/instruction_sets.c expects: the flags of each instruction set, and what tile.c is compiled
+# for. Never -march=native: a wheel runs on every machine of its architecture and chooses at run time.
+FULL = {"float32": [], "float64": ["-DREAL_IS_DOUBLE"]}
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
+          "-mprefer-vector-width=512"]  # fmt: skip
 X86_64 = {
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
-               "-mprefer-vector-width=512"],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "baseline": [],
-}  # fmt: skip
+    "amx": (
+        [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+        {"float32": ["-DPARTS=3"], "float16": ["-DPARTS=2"], "bfloat16": ["-DPARTS=1"]},
+    ),
+    "avx512_bf16": ([*AVX512, "-mavx512bf16"], {"bfloat16": ["-DPARTS=1"]}),
+    "avx512": (AVX512, FULL),
+    "avx2": (["-mavx2", "-mfma", "-mf16c"], FULL),
+    "baseline": ([], FULL),
+}
 INSTRUCTION_SETS = {
     "x86_64": X86_64,
     "AMD64": X86_64,
-    "aarch64": {"neon": []},
-    "arm64": {"neon": []},
-}.get(platform.machine(), {"baseline": []})
-DTYPES = {"float32": [], "float64": ["-DREAL_IS_DOUBLE"]}
+    "aarch64": {"neon": ([], FULL)},
+    "arm64": {"neon": ([], FULL)},
+}.get(platform.machine(), {"baseline": ([], FULL)})
 OPTIMIZE = ["-O3", "-g0", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math",
             "-Werror=implicit-function-declaration"]  # fmt: skip
 
@@ -40,8 +46,8 @@ class BuildKernels(build_ext):
         openmp = self.openmp_flags()
         ext.extra_compile_args += OPTIMIZE + openmp
         ext.extra_link_args += openmp
-        for isa, flags in INSTRUCTION_SETS.items():
-            for dtype, defines in DTYPES.items():
+        for isa, (flags, kernels) in INSTRUCTION_SETS.items():
+            for dtype, defines in kernels.items():
                 ext.extra_objects += self.compiler.compile(
                     [str(CSRC / "tile.c")],
                     output_dir=str(Path(self.build_temp) / f"{isa}_{dtype}"),

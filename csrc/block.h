@@ -31,7 +31,7 @@ typedef struct {
     uint16_t *key_parts;
     uint16_t *value_parts;
     uint32_t *weight_parts;
-    uint64_t *outside;      /* [1 + STRIPS]: bits of keys that parts cannot express */
+    uint64_t *outside; /* [1 + STRIPS]: keys of the strip, values of each, that parts cannot express */
 #endif
     ptrdiff_t out_rows, score_rows; /* of one panel */
 } Scratch;

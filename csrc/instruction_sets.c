@@ -1,23 +1,24 @@
 #include "instruction_sets.h"
 
-/* setup.py compiles tile.c once for each name and dtype, with the flags that belong to the name. */
+/* setup.py compiles tile.c once for each of these, with the flags that belong to the name. */
 #define DECLARE(name) extern const TileKernels name##_float32, name##_float64;
+
 /* float16 and bfloat16 are widened as they are read. */
 #define KERNELS(name) &name##_float64, &name##_float32, &name##_float32, &name##_float32
 
 static int always(void) { return 1; }
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 DECLARE(avx512)
 DECLARE(avx2)
 DECLARE(baseline)
-
-static int has_avx512(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
+extern const TileKernels amx_float32, amx_float16, amx_bfloat16, avx512_bf16_bfloat16;
 
 /* Every processor with AVX2 has F16C. */
 static int has_avx2(void) {
@@ -25,7 +26,36 @@ static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+static int has_avx512(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+static int has_avx512_bf16(void) {
+    unsigned a, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+/* Tiles take the processor, an operating system that saves them, and its leave to this process. */
+static int has_amx(void) {
+#ifdef __linux__
+    const long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18; /* arch_prctl(2) */
+    unsigned a, b, c, d, saved, unused;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (!(d >> 22 & 1) || !(d >> 24 & 1)) return 0; /* bfloat16, tiles */
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
+    return (saved >> 17 & 3) == 3 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
 const InstructionSet INSTRUCTION_SETS[] = {
+    {"amx", "avx2 avx512 avx512_bf16 amx", has_amx, &avx512_float64, &amx_float32, &amx_float16,
+     &amx_bfloat16},
+    {"avx512_bf16", "avx2 avx512 avx512_bf16", has_avx512_bf16, &avx512_float64, &avx512_float32,
+     &avx512_float32, &avx512_bf16_bfloat16},
     {"avx512", "avx2 avx512", has_avx512, KERNELS(avx512)},
     {"avx2", "avx2", has_avx2, KERNELS(avx2)},
     {"baseline", "", always, KERNELS(baseline)},

@@ -99,7 +99,7 @@ def getenv(str name):
 # Instruction sets ------------------------------------------------------------------------------
 
 BLOCK_KEYS = _BLOCK_KEYS
-FEATURES = ("avx2", "avx512", "avx512_bf16")  # the names that may be disabled, on any machine
+FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")  # the names that may be disabled, on any machine
 
 cdef const InstructionSet *best = NULL
 for _i in range(N_INSTRUCTION_SETS):

@@ -113,6 +113,7 @@ static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
             columns[d * PANEL + i] = (real)read_number(rows[i] + d * t->q_dim, t->format) * scale[0];
 }
 
+#ifndef PARTS
 /* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch. */
 typedef struct {
     const real *data;
@@ -131,13 +132,14 @@ static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     return (View){s->values + key % BLOCK_KEYS * t->value_dim, t->value_dim, 1};
 }
 
-#ifndef PARTS
 /* float: 96 queries in a tile, double: 48, a whole number of panels for every instruction set.
  * Twice as many as fill the widest registers, because each tile reads all of K and V: 48 floats
  * lost 5 % to the third-level cache at 4096 keys. */
 #define TILE_QUERIES ((int)(384 / sizeof(real)))
 #define PANELS (TILE_QUERIES / PANEL)
 #define GRAIN 1 /* keys that a product takes at once */
+#define OPEN_TILES()
+#define CLOSE_TILES()
 #define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
 
 static void ready_queries(Tile *t, const Scratch *s, int p) {

@@ -144,6 +144,10 @@ INLINE vec choose(ivec condition, vec yes, vec no) {
 
 INLINE vec magnitude(vec x) { return (vec)((ivec)x & ~splat_int((lane_int)1 << (LANE_BITS - 1))); }
 INLINE vec with_sign_of(vec x, vec sign) {
+#if defined(__AVX512F__) && !defined(REAL_IS_DOUBLE)
+    __m512i bit_512 = _mm512_set1_epi32(INT32_MIN);
+    return (vec)_mm512_ternarylogic_epi32(bit_512, (__m512i)sign, (__m512i)x, 0xca);
+#endif
     ivec bit = splat_int((lane_int)1 << (LANE_BITS - 1));
     return (vec)(((ivec)x & ~bit) | ((ivec)sign & bit));
 }
@@ -191,6 +195,17 @@ INLINE vec larger(vec a, vec b) {
     return _mm_max_ps(a, b);
 #else
     return choose(a > b, a, b);
+#endif
+}
+
+/* The smaller of two; `b` where one is a NaN. */
+INLINE vec smaller(vec a, vec b) {
+#if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
+    return _mm512_min_pd(a, b);
+#elif defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#else
+    return -larger(-a, -b);
 #endif
 }
 
@@ -313,7 +328,7 @@ INLINE vec tanh_vec(vec x) {
     const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
     const vec magic = splat((real)(3ull << (MANTISSA_BITS - 1)));
     vec a = magnitude(x);
-    vec t = choose(a > saturated, saturated, a) * splat((real)-2.8853900817779268);
+    vec t = smaller(saturated, a) * splat((real)-2.8853900817779268);
     vec shifted = t + magic; /* rounds to the nearest integer, */
     vec f = t - (shifted - magic);
     vec power = (vec)(((ivec)shifted + splat_int(EXPONENT_BIAS)) << MANTISSA_BITS); /* of 2 */
@@ -338,6 +353,6 @@ INLINE vec tanh_vec(vec x) {
     y = y * f + 0.693147187912f;
 #endif
     vec m = power * (y * f) + (power - (real)1);
-    return choose(x == x, with_sign_of(quotient(-m, (real)2 + m), x), x);
+    return with_sign_of(quotient(-m, (real)2 + m), x);
 }
 #endif

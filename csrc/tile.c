@@ -203,6 +203,7 @@ static int score_block(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     PanelBlock blocks[PANELS];
+    OPEN_TILES();
     int strips = score_block(t, &s, begin, end, blocks);
     ready_values(t, &s, begin, end);
     for (int p = 0; p < t->panels; p++) {
@@ -215,6 +216,7 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         join_block(b, t->panel[p].vecs, t->value_dim, s.row_sum + p * PANEL, block_out, out);
         t->panel[p].started = 1;
     }
+    CLOSE_TILES();
 }
 
 /* Is some sum of values not finite although the sum of its weights is, or has some maximum left
@@ -281,10 +283,12 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     PanelBlock blocks[PANELS];
+    OPEN_TILES();
     int strips = score_block(t, &s, begin, end, blocks);
     for (int p = 0; p < t->panels; p++)
         for (int i = 0; i < strips; i++)
             if (blocks[p].strips[i].seen != SEE_NONE) store_weights(t, &s, p, &blocks[p].strips[i]);
+    CLOSE_TILES();
 }
 
 const TileKernels TABLE = {TILE_QUERIES, scratch_bytes, begin, attend, finish, weights, peak};

@@ -1,0 +1,429 @@
+/* Both products of attention on bfloat16 hardware, for bfloat16, float16 and float32.
+ *
+ * A float16 is the sum of two bfloat16s and a float32 that of three, exactly; the product of two
+ * such sums is that of their PARTS, less those terms that are smaller than the rounding of a
+ * float32 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype
+ * For Higher-Precision Computations"). Sums are kept in float32. With PARTS = 1 weights are rounded
+ * to bfloat16.
+ *
+ * The hardware multiplies pairs, so head dims and keys go two by two: an operand with queries in its
+ * lanes is [part][pair][PANEL] pairs, the other one [part][chunk][row][CHUNK] numbers. Numbers that
+ * parts cannot express are left out and brought in afterwards, lane by lane: where they stand does
+ * not touch anyone else's bits.
+ */
+#ifndef FASTATTN_PARTS_H
+#define FASTATTN_PARTS_H
+
+#include <immintrin.h>
+
+#include "product.h"
+
+/* Keys and values are packed anew for each tile: many queries make that cheap. */
+#define TILE_QUERIES MAX_QUERIES
+#define PANELS (TILE_QUERIES / PANEL)
+#define GRAIN CHUNK
+#define EXACT_QUERIES (PARTS < 3)
+#define PAIRS (CHUNK / 2)
+
+typedef uint16_t bfloat;
+typedef uint32_t pair;
+
+/* Lanes that parts cannot express: NaN and Inf, and of three parts the smallest may be too small. */
+INLINE __mmask16 outside(vec x) {
+    __m512i size = _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff));
+    __mmask16 bits = _mm512_cmpge_epu32_mask(size, _mm512_set1_epi32(0x7f800000));
+#if PARTS == 3
+    const __m512i least = _mm512_set1_epi32((127 - 100) << 23), one = _mm512_set1_epi32(1);
+    bits |= _mm512_cmplt_epu32_mask(_mm512_sub_epi32(size, one), _mm512_sub_epi32(least, one));
+#endif
+    return bits;
+}
+
+/* The leading part of each number, in the upper half of its lane. */
+INLINE vec leading(vec x) {
+    return (vec)_mm512_and_si512((__m512i)x, _mm512_set1_epi32((int)0xffff0000));
+}
+
+/* parts[i] = the i-th part of 32 numbers, in sequence. */
+INLINE void split_sequence(vec first, vec second, __m512i parts[PARTS]) {
+    const __m512i upper = _mm512_add_epi16(
+        _mm512_set1_epi16(1), _mm512_slli_epi16((__m512i){0x0003000200010000, 0x0007000600050004,
+                                                         0x000b000a00090008, 0x000f000e000d000c,
+                                                         0x0013001200110010, 0x0017001600150014,
+                                                         0x001b001a00190018, 0x001f001e001d001c}, 1));
+#pragma GCC unroll 3
+    for (int i = 0; i < PARTS - 1; i++) {
+        vec a = leading(first), b = leading(second);
+        parts[i] = _mm512_permutex2var_epi16((__m512i)a, upper, (__m512i)b);
+        first -= a;
+        second -= b;
+    }
+    parts[PARTS - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+}
+
+/* Two rows of 16 bfloat16 in the lower and the upper half, as 16 pairs. */
+INLINE __m512i interleave(__m512i rows) {
+    const __m512i order = {0x0011000100100000, 0x0013000300120002, 0x0015000500140004,
+                           0x0017000700160006, 0x0019000900180008, 0x001b000b001a000a,
+                           0x001d000d001c000c, 0x001f000f001e000e};
+    return _mm512_permutexvar_epi16(order, rows);
+}
+
+/* parts[i] = the i-th parts of 16 pairs. */
+INLINE void split_pairs(vec first, vec second, __m512i parts[PARTS]) {
+#pragma GCC unroll 3
+    for (int i = 0; i < PARTS - 1; i++) {
+        vec a = leading(first), b = leading(second);
+        parts[i] = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
+        first -= a;
+        second -= b;
+    }
+    parts[PARTS - 1] = interleave((__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+/* The dims [d, d + LANES) of a row, 0 from `dims` on. */
+INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims,
+                     NumberFormat format, float scale) {
+    if (dim == format.bytes && d + LANES <= dims) return load_numbers(row + d * dim, format) * scale;
+    vec x = {0};
+    for (int i = 0; i < LANES && d + i < dims; i++)
+        x[i] = (float)read_number(row + (d + i) * dim, format) * scale;
+    return x;
+}
+
+static void ready_queries(Tile *t, const Scratch *s, int p) {
+    ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, part = t->panels * pairs * PANEL;
+    t->panel[p].outside = 0;
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        pair *to = s->q_parts + p * pairs * PANEL + n * LANES;
+        load_queries(t, p * PANEL + n * LANES, s->q + n * LANES);
+        __mmask16 out = 0;
+        for (ptrdiff_t d = 0; d < 2 * pairs; d += 2, to += PANEL) {
+            vec even = d < t->head_dim ? load(s->q + d * PANEL + n * LANES) : splat(0);
+            vec odd = d + 1 < t->head_dim ? load(s->q + (d + 1) * PANEL + n * LANES) : splat(0);
+            __m512i parts[PARTS];
+            split_pairs(even, odd, parts);
+#pragma GCC unroll 3
+            for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
+            out |= outside(even) | outside(odd);
+        }
+        t->panel[p].outside |= (uint64_t)out << n * LANES;
+    }
+}
+
+/* key_parts[part][chunk of dims][key][CHUNK]. */
+static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
+    ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = STRIP_KEYS * dims;
+    uint64_t odd = 0;
+    for (int j = 0; j < keys; j++) {
+        const char *row = t->k + (key + j) * t->k_key;
+        float scale = t->k_scales ? t->k_scales[key + j] : 1;
+        bfloat *to = s->key_parts + j * CHUNK;
+        __mmask16 out = 0;
+        for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += STRIP_KEYS * CHUNK) {
+            __m512i parts[PARTS];
+            if (PARTS == 1 && t->kv_format.kind == 'b' && t->k_dim == 2 && d + CHUNK <= t->head_dim) {
+                parts[0] = _mm512_loadu_si512(row + d * 2);
+            } else {
+                vec a = load_dims(row, t->k_dim, d, t->head_dim, t->kv_format, scale);
+                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, t->kv_format, scale);
+                split_sequence(a, b, parts);
+                out |= outside(a) | outside(b);
+            }
+#pragma GCC unroll 3
+            for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
+        }
+        if (PARTS > 1 && out) odd |= (uint64_t)1 << j; /* one part follows the rules of float32 */
+    }
+    *s->outside = odd;
+}
+
+/* Which of up to CHUNK values from `row` on have numbers that parts cannot express? */
+static uint32_t odd_values(const Tile *t, const char *row, const float *scales, int keys) {
+    uint32_t odd = 0;
+    for (int j = 0; j < keys; j++, row += t->v_key) {
+        float scale = scales ? scales[j] : 1;
+        uint32_t out = 0;
+        for (ptrdiff_t d = 0; d < t->value_dim; d += LANES)
+            out |= outside(load_dims(row, t->v_dim, d, t->value_dim, t->kv_format, scale));
+        odd |= (uint32_t)(out != 0) << j;
+    }
+    return odd;
+}
+
+/* value_parts[part][chunk of keys][value dim][CHUNK]. A value that parts cannot express is 0. */
+static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    ptrdiff_t part = s->out_rows * round_up(t->block_keys, CHUNK);
+    memset(s->outside + 1, 0, STRIPS * sizeof *s->outside);
+    for (ptrdiff_t key = begin; key < end; key += CHUNK) {
+        int keys = fewer(end - key, CHUNK);
+        const char *rows = t->v + key * t->v_key;
+        const float *scales = t->v_scales ? t->v_scales + key : NULL;
+        uint32_t odd = odd_values(t, rows, scales, keys);
+        s->outside[1 + key % BLOCK_KEYS / STRIP_KEYS] |= (uint64_t)odd << key % STRIP_KEYS;
+        odd |= ~(uint32_t)first_bits(keys);
+        for (ptrdiff_t d = 0; d < t->value_dim; d += LANES) {
+            vec columns[PARTS][LANES]; /* of pairs */
+            for (int j = 0; j < PAIRS; j++) {
+                vec x[2];
+                __m512i parts[PARTS];
+                for (int i = 0; i < 2; i++)
+                    x[i] = odd >> (2 * j + i) & 1
+                               ? splat(0)
+                               : load_dims(rows + (2 * j + i) * t->v_key, t->v_dim, d, t->value_dim,
+                                           t->kv_format, scales ? scales[2 * j + i] : 1);
+                split_pairs(x[0], x[1], parts);
+#pragma GCC unroll 3
+                for (int i = 0; i < PARTS; i++) columns[i][j] = (vec)parts[i];
+            }
+            bfloat *to = s->value_parts + (key % BLOCK_KEYS * s->out_rows + d * CHUNK);
+            for (int i = 0; i < PARTS; i++) {
+                transpose(columns[i]);
+                for (int lane = 0; lane < LANES; lane++)
+                    store((real *)(to + i * part + lane * CHUNK), columns[i][lane]);
+            }
+        }
+    }
+}
+
+/* Where the parts of an operand lie: elements between parts and between chunks. */
+typedef struct {
+    const bfloat *data; /* [row][CHUNK] */
+    ptrdiff_t part, chunk;
+} Rows;
+typedef struct {
+    const pair *data; /* [pair][PANEL] */
+    ptrdiff_t part, chunk;
+} Lanes;
+
+#ifdef __AMX_TILE__
+/* Eight tile registers of 16 rows of 64 bytes: 0 to 2 sums, 3 to 5 queries, 6 rows. */
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+#define OPEN_TILES() _tile_loadconfig(&TILES)
+#define CLOSE_TILES() _tile_release()
+
+/* c[row][lane] of 16 rows, in steps of a chunk. Smaller parts first. */
+INLINE void multiply_rows(const int vecs, Rows a, Lanes b, int chunks, real *c, bool accumulate) {
+    const int stride = PANEL * 4;
+    if (accumulate) {
+        _tile_loadd(0, c, stride);
+        if (vecs > 1) _tile_loadd(1, c + LANES, stride);
+        if (vecs > 2) _tile_loadd(2, c + 2 * LANES, stride);
+    } else {
+        _tile_zero(0);
+        if (vecs > 1) _tile_zero(1);
+        if (vecs > 2) _tile_zero(2);
+    }
+    for (int chunk = 0; chunk < chunks; chunk++, a.data += a.chunk, b.data += b.chunk)
+#pragma GCC unroll 3
+        for (int j = PARTS - 1; j >= 0; j--) {
+            const pair *lanes = b.data + j * b.part;
+            _tile_loadd(3, lanes, stride);
+            if (vecs > 1) _tile_loadd(4, lanes + LANES, stride);
+            if (vecs > 2) _tile_loadd(5, lanes + 2 * LANES, stride);
+#pragma GCC unroll 3
+            for (int i = PARTS - 1 - j; i >= 0; i--) {
+                _tile_loadd(6, a.data + i * a.part, CHUNK * 2);
+                _tile_dpbf16ps(0, 6, 3);
+                if (vecs > 1) _tile_dpbf16ps(1, 6, 4);
+                if (vecs > 2) _tile_dpbf16ps(2, 6, 5);
+            }
+        }
+    _tile_stored(0, c, stride);
+    if (vecs > 1) _tile_stored(1, c + LANES, stride);
+    if (vecs > 2) _tile_stored(2, c + 2 * LANES, stride);
+}
+
+static double peak(ptrdiff_t rounds) {
+    OPEN_TILES();
+    _tile_zero(4);
+    _tile_zero(5);
+    for (ptrdiff_t i = 0; i < rounds; i++) {
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 5);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    CLOSE_TILES();
+    return 2.0 * 4 * 16 * LANES * CHUNK * (double)rounds;
+}
+
+#else
+#define OPEN_TILES()
+#define CLOSE_TILES()
+
+/* c[row][lane] of 16 rows, in steps of a chunk, by dot products of pairs in vectors. */
+INLINE void multiply_rows(const int vecs, Rows a, Lanes b, int chunks, real *c, bool accumulate) {
+    _Static_assert(PARTS == 1, "without tiles, parts are slower than float32");
+    for (int first = 0; first < ROW_GRAIN; first += TILE_ROWS) {
+        vec sum[TILE_ROWS][TILE_VECS];
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 3
+            for (int n = 0; n < vecs; n++)
+                sum[r][n] = accumulate ? load(c + (first + r) * PANEL + n * LANES) : splat(0);
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            const int *rows = (const int *)(a.data + chunk * a.chunk + first * CHUNK);
+            const pair *lanes = b.data + chunk * b.chunk;
+            for (int t = 0; t < PAIRS; t++) {
+                __m512bh operand[TILE_VECS];
+#pragma GCC unroll 3
+                for (int n = 0; n < vecs; n++)
+                    operand[n] = (__m512bh)_mm512_load_si512(lanes + t * PANEL + n * LANES);
+#pragma GCC unroll 8
+                for (int r = 0; r < TILE_ROWS; r++) {
+                    __m512bh factor = (__m512bh)_mm512_set1_epi32(rows[r * PAIRS + t]);
+#pragma GCC unroll 3
+                    for (int n = 0; n < vecs; n++)
+                        sum[r][n] = _mm512_dpbf16_ps(sum[r][n], factor, operand[n]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 3
+            for (int n = 0; n < vecs; n++) store(c + (first + r) * PANEL + n * LANES, sum[r][n]);
+    }
+}
+
+static double peak(ptrdiff_t rounds) {
+    __m512bh factor = (__m512bh)_mm512_setzero_si512();
+    vec sum[TILE_ROWS][TILE_VECS] = {{{0}}};
+    HIDE_VALUE(factor);
+    for (ptrdiff_t i = 0; i < rounds; i++)
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 3
+            for (int n = 0; n < TILE_VECS; n++) {
+                sum[r][n] = _mm512_dpbf16_ps(sum[r][n], factor, factor);
+                HIDE_VALUE(sum[r][n]);
+            }
+    return 4.0 * (double)rounds * TILE_ROWS * TILE_VECS * LANES;
+}
+#endif
+
+/* c[row][lane] (+)= sum over chunks; rows in whole ROW_GRAINs. */
+static void multiply(int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks, real *c,
+                     bool accumulate) {
+    __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read memory */
+    for (; rows > 0; rows -= ROW_GRAIN, a.data += ROW_GRAIN * CHUNK, c += ROW_GRAIN * PANEL)
+        switch (vecs) {
+        case 1: multiply_rows(1, a, b, chunks, c, accumulate); break;
+        case 2: multiply_rows(2, a, b, chunks, c, accumulate); break;
+        case 3: multiply_rows(3, a, b, chunks, c, accumulate); break;
+        }
+}
+
+/* The scores of keys or queries that parts cannot express, by the product of real numbers. */
+static void patch_scores(const Tile *t, const Scratch *s, int p, const Strip *strip, uint64_t odd) {
+    int vecs = t->panel[p].vecs;
+    real row[PANEL] __attribute__((aligned(64)));
+    for (int n = 0; n < vecs; n++) load_queries(t, p * PANEL + n * LANES, s->q + n * LANES);
+    for (int j = 0; j < strip->keys; j++) {
+        uint64_t lanes = odd >> j & 1 ? ~(uint64_t)0 : t->panel[p].outside;
+        if (!lanes) continue;
+        widen(t->k + (strip->key + j) * t->k_key, t->k_key, t->k_dim, t->kv_format,
+              t->k_scales ? t->k_scales + strip->key + j : NULL, 1, t->head_dim, s->keys);
+        product(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
+        for (int i = 0; i < vecs * LANES; i++)
+            if (lanes >> i & 1) strip->scores[j * PANEL + i] = row[i];
+    }
+}
+
+static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
+    ptrdiff_t dims = round_up(t->head_dim, CHUNK);
+    Rows k = {s->key_parts + strip->key % STRIP_KEYS * CHUNK, STRIP_KEYS * dims, STRIP_KEYS * CHUNK};
+    Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
+    multiply(t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
+    uint64_t odd = *s->outside >> strip->key % STRIP_KEYS;
+    if (odd | t->panel[p].outside) patch_scores(t, s, p, strip, odd);
+    take_max(t->panel[p].vecs, strip, top);
+}
+
+INLINE void weigh_vecs(const int vecs, const Strip *strip, vec exponent, const vec *top, vec *sum,
+                       pair *to, ptrdiff_t part) {
+    vec shift[TILE_VECS], total[TILE_VECS];
+#pragma GCC unroll 3
+    for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
+    for (int j = 0; j < round_up(strip->keys, CHUNK); j += 2, to += PANEL) {
+#pragma GCC unroll 3
+        for (int n = 0; n < vecs; n++) {
+            const real *scores = strip->scores + j * PANEL + n * LANES;
+            __m512i parts[PARTS];
+            vec even = splat(0), odd = splat(0);
+            if (j < strip->keys) even = weight_from(load(scores), shift[n], exponent);
+            if (j + 1 < strip->keys) odd = weight_from(load(scores + PANEL), shift[n], exponent);
+            total[n] += even;
+            total[n] += odd;
+            split_pairs(even, odd, parts);
+#pragma GCC unroll 3
+            for (int i = 0; i < PARTS; i++)
+                _mm512_store_si512(to + i * part + n * LANES, parts[i]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int n = 0; n < vecs; n++) sum[n] = total[n];
+}
+
+/* Scores to parts of weights; their sum is added to `sum`. */
+static void weigh(int vecs, double exponent, const Strip *strip, const vec *top, vec *sum, pair *to,
+                  ptrdiff_t part) {
+    vec factor = splat((real)exponent);
+    switch (vecs) {
+    case 1: weigh_vecs(1, strip, factor, top, sum, to, part); break;
+    case 2: weigh_vecs(2, strip, factor, top, sum, to, part); break;
+    case 3: weigh_vecs(3, strip, factor, top, sum, to, part); break;
+    }
+}
+
+/* Add the values that parts cannot express, for the queries that see them. */
+static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBlock *b,
+                           const Strip *strip, real *out) {
+    uint64_t odd = s->outside[1 + strip->key % BLOCK_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
+    vec exponent = splat((real)t->exponent);
+    for (int j = 0; j < strip->keys; j++) {
+        if (!(odd >> j & 1)) continue;
+        widen(t->v + (strip->key + j) * t->v_key, t->v_key, t->v_dim, t->kv_format,
+              t->v_scales ? t->v_scales + strip->key + j : NULL, 1, t->value_dim, s->values);
+        for (int n = 0; n < t->panel[p].vecs; n++) {
+            vec score = load(strip->scores + j * PANEL + n * LANES);
+            vec weight = weight_from(score, b->top[n], exponent);
+            for (ptrdiff_t d = 0; d < t->value_dim; d++) {
+                real *o = out + d * PANEL + n * LANES;
+                store(o, choose(sees(strip, n, j), weight * s->values[d] + load(o), load(o)));
+            }
+        }
+    }
+}
+
+/* The panel's weights of a block, and the weighted sum of its values. */
+static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, int strips, real *out) {
+    ptrdiff_t keys = round_up(t->block_keys, CHUNK), part = keys / 2 * PANEL;
+    bool begun = false;
+    for (int i = 0; i < strips;) {
+        ptrdiff_t first = b->strips[i].key % BLOCK_KEYS / CHUNK, last = first;
+        /* Strips without a gap between them make one product. */
+        for (; i < strips && b->strips[i].seen != SEE_NONE &&
+               b->strips[i].key % BLOCK_KEYS / CHUNK == last; i++) {
+            weigh(t->panel[p].vecs, t->exponent, &b->strips[i], b->top, b->sum,
+                  s->weight_parts + last * PAIRS * PANEL, part);
+            last += round_up(b->strips[i].keys, CHUNK) / CHUNK;
+        }
+        if (last == first) {
+            i++;
+            continue;
+        }
+        Rows v = {s->value_parts + first * CHUNK * s->out_rows, keys * s->out_rows, CHUNK * s->out_rows};
+        Lanes w = {s->weight_parts + first * PAIRS * PANEL, part, PAIRS * PANEL};
+        multiply(t->panel[p].vecs, s->out_rows, v, w, (int)(last - first), out, begun);
+        begun = true;
+    }
+    for (int i = 0; i < strips; i++)
+        if (b->strips[i].seen != SEE_NONE) add_odd_values(t, s, p, b, &b->strips[i], out);
+}
+#endif
