@@ -13,25 +13,25 @@ static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
 }
 static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
-/* Everything by panel, [panel][row][PANEL], so that a panel is contiguous; rows of scores and of
- * sums are padded to a multiple of ROW_GRAIN. */
+/* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
+ * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */
 #define ROW_GRAIN 16
 typedef struct {
     real *row_max, *row_sum; /* [panel][PANEL] */
     lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
-    lane_int *seen;          /* [panel][strip of the block][WORDS][PANEL]: see Seen */
+    lane_int *seen;          /* [strip of the block][WORDS][PANEL]: see Seen */
     real *out;               /* [panel][value_dim][PANEL], the running sum */
-    real *block_out;         /* [panel][value_dim][PANEL], the sum of one block */
-    real *scores;            /* [panel][keys of the block][PANEL], then the weights */
-    real *bias;              /* [STRIP_KEYS][PANEL], of one panel */
+    real *block_out;         /* [value_dim][PANEL], the sum of one block */
+    real *scores;            /* [keys of the block][PANEL], then the weights */
+    real *bias;              /* [STRIP_KEYS][PANEL] */
     real *q;                 /* [panel][head_dim][PANEL], times q_scale */
-    real *keys, *values;     /* [STRIP_KEYS][head_dim], [BLOCK_KEYS][value_dim]: widened ones */
+    real *keys, *values;     /* [keys of the block][dim]: widened ones */
 #ifdef PARTS
     uint32_t *q_parts;      /* see parts.h */
     uint16_t *key_parts;
     uint16_t *value_parts;
     uint32_t *weight_parts;
-    uint64_t *outside; /* [1 + STRIPS]: keys of the strip, values of each, that parts cannot express */
+    uint64_t *odd_keys, *odd_values; /* [strip of the block]: bits of those that parts cannot express */
 #endif
     ptrdiff_t out_rows, score_rows; /* of one panel */
 } Scratch;
@@ -51,24 +51,25 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(row_sum, row)
     TAKE(saw, row)
     TAKE(out, row * s->out_rows)
-    TAKE(block_out, row * s->out_rows)
+    TAKE(block_out, PANEL * s->out_rows)
     TAKE(bias, t->has_bias ? STRIP_KEYS * PANEL : 0)
-    TAKE(seen, row * STRIPS * WORDS)
+    TAKE(seen, STRIPS * WORDS * PANEL)
 #ifdef PARTS
     TAKE(q, PANEL * t->head_dim)
     TAKE(keys, t->head_dim)
     TAKE(values, t->value_dim)
     TAKE(q_parts, PARTS * row * round_up(t->head_dim, CHUNK) / 2)
-    TAKE(key_parts, PARTS * STRIP_KEYS * round_up(t->head_dim, CHUNK))
+    TAKE(key_parts, PARTS * s->score_rows * round_up(t->head_dim, CHUNK))
     TAKE(value_parts, PARTS * s->out_rows * round_up(block_keys, CHUNK))
     TAKE(weight_parts, PARTS * PANEL * round_up(block_keys, CHUNK) / 2)
-    TAKE(outside, 1 + STRIPS)
+    TAKE(odd_keys, STRIPS)
+    TAKE(odd_values, STRIPS)
 #else
     TAKE(q, row * t->head_dim)
-    TAKE(keys, direct(t) ? 0 : STRIP_KEYS * t->head_dim)
+    TAKE(keys, direct(t) ? 0 : block_keys * t->head_dim)
     TAKE(values, direct(t) ? 0 : block_keys * t->value_dim)
 #endif
-    TAKE(scores, row * s->score_rows)
+    TAKE(scores, PANEL * s->score_rows)
 #undef TAKE
     return bytes;
 }

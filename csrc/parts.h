@@ -112,15 +112,15 @@ static void ready_queries(Tile *t, const Scratch *s, int p) {
 }
 
 /* key_parts[part][chunk of dims][key][CHUNK]. */
-static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
-    ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = STRIP_KEYS * dims;
-    uint64_t odd = 0;
-    for (int j = 0; j < keys; j++) {
-        const char *row = t->k + (key + j) * t->k_key;
-        float scale = t->k_scales ? t->k_scales[key + j] : 1;
-        bfloat *to = s->key_parts + j * CHUNK;
+static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = s->score_rows * dims;
+    memset(s->odd_keys, 0, STRIPS * sizeof *s->odd_keys);
+    for (ptrdiff_t key = begin; key < end; key++) {
+        const char *row = t->k + key * t->k_key;
+        float scale = t->k_scales ? t->k_scales[key] : 1;
+        bfloat *to = s->key_parts + key % BLOCK_KEYS * CHUNK;
         __mmask16 out = 0;
-        for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += STRIP_KEYS * CHUNK) {
+        for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->score_rows * CHUNK) {
             __m512i parts[PARTS];
             if (PARTS == 1 && t->kv_format.kind == 'b' && t->k_dim == 2 && d + CHUNK <= t->head_dim) {
                 parts[0] = _mm512_loadu_si512(row + d * 2);
@@ -133,9 +133,15 @@ static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys)
 #pragma GCC unroll 3
             for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
         }
-        if (PARTS > 1 && out) odd |= (uint64_t)1 << j; /* one part follows the rules of float32 */
+        /* One part follows the rules of float32. */
+        if (PARTS > 1 && out)
+            s->odd_keys[key % BLOCK_KEYS / STRIP_KEYS] |= (uint64_t)1 << key % STRIP_KEYS;
     }
-    *s->outside = odd;
+}
+
+/* The bits of a strip's keys among those of the whole strip. */
+static uint64_t bits_of(const uint64_t *bits, const Strip *strip) {
+    return bits[strip->key % BLOCK_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
 }
 
 /* Which of up to CHUNK values from `row` on have numbers that parts cannot express? */
@@ -154,13 +160,13 @@ static uint32_t odd_values(const Tile *t, const char *row, const float *scales, 
 /* value_parts[part][chunk of keys][value dim][CHUNK]. A value that parts cannot express is 0. */
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t part = s->out_rows * round_up(t->block_keys, CHUNK);
-    memset(s->outside + 1, 0, STRIPS * sizeof *s->outside);
+    memset(s->odd_values, 0, STRIPS * sizeof *s->odd_values);
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         int keys = fewer(end - key, CHUNK);
         const char *rows = t->v + key * t->v_key;
         const float *scales = t->v_scales ? t->v_scales + key : NULL;
         uint32_t odd = odd_values(t, rows, scales, keys);
-        s->outside[1 + key % BLOCK_KEYS / STRIP_KEYS] |= (uint64_t)odd << key % STRIP_KEYS;
+        s->odd_values[key % BLOCK_KEYS / STRIP_KEYS] |= (uint64_t)odd << key % STRIP_KEYS;
         odd |= ~(uint32_t)first_bits(keys);
         for (ptrdiff_t d = 0; d < t->value_dim; d += LANES) {
             vec columns[PARTS][LANES]; /* of pairs */
@@ -337,10 +343,10 @@ static void patch_scores(const Tile *t, const Scratch *s, int p, const Strip *st
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
-    Rows k = {s->key_parts + strip->key % STRIP_KEYS * CHUNK, STRIP_KEYS * dims, STRIP_KEYS * CHUNK};
+    Rows k = {s->key_parts + strip->key % BLOCK_KEYS * CHUNK, s->score_rows * dims, s->score_rows * CHUNK};
     Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
     multiply(t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
-    uint64_t odd = *s->outside >> strip->key % STRIP_KEYS;
+    uint64_t odd = bits_of(s->odd_keys, strip);
     if (odd | t->panel[p].outside) patch_scores(t, s, p, strip, odd);
     take_max(t->panel[p].vecs, strip, top);
 }
@@ -384,7 +390,7 @@ static void weigh(int vecs, double exponent, const Strip *strip, const vec *top,
 /* Add the values that parts cannot express, for the queries that see them. */
 static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBlock *b,
                            const Strip *strip, real *out) {
-    uint64_t odd = s->outside[1 + strip->key % BLOCK_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
+    uint64_t odd = bits_of(s->odd_values, strip);
     vec exponent = splat((real)t->exponent);
     for (int j = 0; j < strip->keys; j++) {
         if (!(odd >> j & 1)) continue;

@@ -125,7 +125,7 @@ static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
 }
 static View keys_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     if (direct(t)) return view(t->k + key * t->k_key, t->k_key, t->k_dim);
-    return (View){s->keys + key % STRIP_KEYS * t->head_dim, t->head_dim, 1};
+    return (View){s->keys + key % BLOCK_KEYS * t->head_dim, t->head_dim, 1};
 }
 static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     if (direct(t)) return view(t->v + key * t->v_key, t->v_key, t->v_dim);
@@ -147,11 +147,11 @@ static void ready_queries(Tile *t, const Scratch *s, int p) {
         load_queries(t, p * PANEL + n * LANES, s->q + p * PANEL * t->head_dim + n * LANES);
 }
 
-static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
+static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (!direct(t))
-        widen(t->k + key * t->k_key, t->k_key, t->k_dim, t->kv_format,
-              t->k_scales ? t->k_scales + key : NULL, keys, t->head_dim,
-              s->keys + key % STRIP_KEYS * t->head_dim);
+        widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->kv_format,
+              t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
+              s->keys + begin % BLOCK_KEYS * t->head_dim);
 }
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {

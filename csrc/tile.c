@@ -149,8 +149,8 @@ static void open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, 
         b->strips[i] = (Strip){
             .key = from,
             .keys = to > from ? (int)(to - from) : 0,
-            .scores = s->scores + (p * s->score_rows + (from - begin)) * PANEL,
-            .words = s->seen + (p * STRIPS + i) * WORDS * PANEL,
+            .scores = s->scores + (from - begin) * PANEL,
+            .words = s->seen + i * WORDS * PANEL,
             .seen = SEE_NONE,
         };
     }
@@ -183,37 +183,34 @@ static void join_block(const PanelBlock *b, int vecs, ptrdiff_t value_dim, real 
     }
 }
 
-/* Scores of a block for all panels, strip by strip, so that panels share a strip in the cache. */
-static int score_block(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end,
-                       PanelBlock *blocks) {
+/* The panel's scores of a block. Returns the number of its strips. */
+static int score_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
+                       PanelBlock *b) {
     int strips = (int)((end - begin + STRIP_KEYS - 1) / STRIP_KEYS);
-    for (int p = 0; p < t->panels; p++) open_block(t, s, p, begin, end, &blocks[p]);
+    open_block(t, s, p, begin, end, b);
     for (int i = 0; i < strips; i++) {
-        ready_keys(t, s, begin + i * STRIP_KEYS, fewer(end - begin - i * STRIP_KEYS, STRIP_KEYS));
-        for (int p = 0; p < t->panels; p++) {
-            Strip *strip = &blocks[p].strips[i];
-            if (strip->keys == 0) continue;
-            score(t, s, p, strip, blocks[p].top);
-            if (strip->seen != SEE_NONE) blocks[p].live = true;
-        }
+        Strip *strip = &b->strips[i];
+        if (strip->keys == 0) continue;
+        score(t, s, p, strip, b->top);
+        if (strip->seen != SEE_NONE) b->live = true;
     }
     return strips;
 }
 
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
-    PanelBlock blocks[PANELS];
     OPEN_TILES();
-    int strips = score_block(t, &s, begin, end, blocks);
+    ready_keys(t, &s, begin, end);
     ready_values(t, &s, begin, end);
     for (int p = 0; p < t->panels; p++) {
-        PanelBlock *b = &blocks[p];
-        if (!b->live) continue;
+        PanelBlock b;
+        int strips = score_block(t, &s, p, begin, end, &b);
+        if (!b.live) continue;
         real *out = s.out + p * PANEL * s.out_rows;
-        real *block_out = t->panel[p].started ? s.block_out + p * PANEL * s.out_rows : out;
-        raise_max(t, b, s.row_max + p * PANEL);
-        sum_values(t, &s, p, b, strips, block_out);
-        join_block(b, t->panel[p].vecs, t->value_dim, s.row_sum + p * PANEL, block_out, out);
+        real *block_out = t->panel[p].started ? s.block_out : out;
+        raise_max(t, &b, s.row_max + p * PANEL);
+        sum_values(t, &s, p, &b, strips, block_out);
+        join_block(&b, t->panel[p].vecs, t->value_dim, s.row_sum + p * PANEL, block_out, out);
         t->panel[p].started = 1;
     }
     CLOSE_TILES();
@@ -282,12 +279,14 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
 /* The weights of the keys [begin, end): their scores once more, now that the sum is known. */
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
-    PanelBlock blocks[PANELS];
     OPEN_TILES();
-    int strips = score_block(t, &s, begin, end, blocks);
-    for (int p = 0; p < t->panels; p++)
+    ready_keys(t, &s, begin, end);
+    for (int p = 0; p < t->panels; p++) {
+        PanelBlock b;
+        int strips = score_block(t, &s, p, begin, end, &b);
         for (int i = 0; i < strips; i++)
-            if (blocks[p].strips[i].seen != SEE_NONE) store_weights(t, &s, p, &blocks[p].strips[i]);
+            if (b.strips[i].seen != SEE_NONE) store_weights(t, &s, p, &b.strips[i]);
+    }
     CLOSE_TILES();
 }
 
