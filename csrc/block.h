@@ -25,25 +25,30 @@ typedef struct {
     real *scores;            /* [keys of the block][PANEL], then the weights */
     real *bias;              /* [STRIP_KEYS][PANEL] */
     real *q;                 /* [panel][head_dim][PANEL], times q_scale */
-    real *keys, *values;     /* [keys of the block][dim]: widened ones */
+    real *keys, *values;     /* [keys of the pass][dim]: widened ones */
 #ifdef PARTS
     uint32_t *q_parts;      /* see parts.h */
     uint16_t *key_parts;
     uint16_t *value_parts;
+    uint32_t *value_pairs;
     uint32_t *weight_parts;
-    uint64_t *odd_keys, *odd_values; /* [strip of the block]: bits of those that parts cannot express */
+    uint64_t *odd_keys, *odd_values; /* [strip of the pass]: bits of those that parts cannot express */
 #endif
-    ptrdiff_t out_rows, score_rows; /* of one panel */
+    ptrdiff_t out_rows, key_rows; /* of one panel, of the keys' parts */
 } Scratch;
 
+#ifndef PARTS
+/* May keys and values be read where they lie? */
 static bool direct(const Tile *t) { return is_real(t->kv_format) && !t->k_scales; }
+#endif
 
 /* Lay the scratch out from `base` on; returns its bytes. */
 static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     size_t bytes = 0;
-    ptrdiff_t row = panels * PANEL, block_keys = t->block_keys;
+    ptrdiff_t row = panels * PANEL, pass_keys = round_up(t->pass_keys, 2 * ROW_GRAIN);
+    ptrdiff_t block_keys = pass_keys < BLOCK_KEYS ? pass_keys : BLOCK_KEYS;
     s->out_rows = round_up(t->value_dim, ROW_GRAIN);
-    s->score_rows = round_up(block_keys, ROW_GRAIN);
+    s->key_rows = pass_keys;
 #define TAKE(field, count)                                                                        \
     s->field = (void *)((uintptr_t)base + bytes);                                                     \
     bytes += (size_t)round_up((ptrdiff_t)sizeof *s->field * (count), 64);
@@ -59,17 +64,18 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(keys, t->head_dim)
     TAKE(values, t->value_dim)
     TAKE(q_parts, PARTS * row * round_up(t->head_dim, CHUNK) / 2)
-    TAKE(key_parts, PARTS * s->score_rows * round_up(t->head_dim, CHUNK))
-    TAKE(value_parts, PARTS * s->out_rows * round_up(block_keys, CHUNK))
-    TAKE(weight_parts, PARTS * PANEL * round_up(block_keys, CHUNK) / 2)
-    TAKE(odd_keys, STRIPS)
-    TAKE(odd_values, STRIPS)
+    TAKE(key_parts, PARTS * pass_keys * round_up(t->head_dim, CHUNK))
+    TAKE(value_parts, PARTS * pass_keys * s->out_rows)
+    TAKE(value_pairs, PARTS * CHUNK / 2 * s->out_rows)
+    TAKE(weight_parts, PARTS * PANEL * BLOCK_KEYS / 2)
+    TAKE(odd_keys, PASS_KEYS / STRIP_KEYS)
+    TAKE(odd_values, PASS_KEYS / STRIP_KEYS)
 #else
     TAKE(q, row * t->head_dim)
-    TAKE(keys, direct(t) ? 0 : block_keys * t->head_dim)
-    TAKE(values, direct(t) ? 0 : block_keys * t->value_dim)
+    TAKE(keys, direct(t) ? 0 : pass_keys * t->head_dim)
+    TAKE(values, direct(t) ? 0 : pass_keys * t->value_dim)
 #endif
-    TAKE(scores, PANEL * s->score_rows)
+    TAKE(scores, PANEL * block_keys)
 #undef TAKE
     return bytes;
 }

@@ -25,7 +25,6 @@ cdef extern from "Python.h":
 
 cdef extern from "tile.h" nogil:
     enum:
-        _BLOCK_KEYS "BLOCK_KEYS"
         STRIP_KEYS
         MAX_QUERIES
     const double WEIGHT_UNIT
@@ -43,7 +42,7 @@ cdef extern from "tile.h" nogil:
         const float *v_scales
         NumberFormat format, kv_format
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
-        Py_ssize_t n_queries, head_dim, value_dim, block_keys
+        Py_ssize_t n_queries, head_dim, value_dim, pass_keys
         double scale, margin
         Py_ssize_t start[MAX_QUERIES]
         Py_ssize_t stop[MAX_QUERIES]
@@ -64,7 +63,7 @@ cdef extern from "tile.h" nogil:
         Py_ssize_t first, last
 
     ctypedef struct TileKernels:
-        int queries
+        int queries, pass_keys
         size_t (*scratch_bytes)(const Tile *, Py_ssize_t) noexcept nogil
         void (*begin)(Tile *) noexcept nogil
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
@@ -98,7 +97,6 @@ def getenv(str name):
 
 # Instruction sets ------------------------------------------------------------------------------
 
-BLOCK_KEYS = _BLOCK_KEYS
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")  # the names that may be disabled, on any machine
 
 cdef const InstructionSet *best = NULL
@@ -119,9 +117,9 @@ cdef const TileKernels *kernels_for(object dtype) except NULL:
     return isa.float16 if known.type_num == cnp.NPY_FLOAT16 else isa.bfloat16
 
 
-def tile_queries(dtype):
-    """How many queries of one key head a tile takes."""
-    return kernels_for(dtype).queries
+def tile_size(dtype):
+    """How many queries of one key head a tile takes, and how many keys a pass."""
+    return kernels_for(dtype).queries, kernels_for(dtype).pass_keys
 
 
 def instruction_sets():
@@ -315,16 +313,16 @@ cdef void store_lse(const Walk *walk, const Tile *tile, Py_ssize_t item) noexcep
 
 ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
-cdef bint each_block(
-    Step step, Tile *tile, bint listen, double *last_look, bint *stopped
+cdef bint each_pass(
+    Step step, Py_ssize_t keys, Tile *tile, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """Take every block of keys that the tile sees. False if a signal came in between."""
-    cdef Py_ssize_t key = tile.first // _BLOCK_KEYS * _BLOCK_KEYS
+    """Take every pass of keys that the tile sees. False if a signal came in between."""
+    cdef Py_ssize_t key = tile.first // keys * keys
     while key < tile.last:
         if stopped[0] or (listen and interrupted(last_look)):
             return False
-        step(tile, max(key, tile.first // STRIP_KEYS * STRIP_KEYS), min(key + _BLOCK_KEYS, tile.last))
-        key += _BLOCK_KEYS
+        step(tile, max(key, tile.first // STRIP_KEYS * STRIP_KEYS), min(key + keys, tile.last))
+        key += keys
     return True
 
 
@@ -332,11 +330,12 @@ cdef bint attend_tile(
     const Walk *walk, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
     """Attend from the queries of one tile. False if a signal came in between."""
+    cdef Py_ssize_t keys = walk.kernels.pass_keys
     set_tile(walk, tile, item)
     tile.margin = 0
     while True:
         walk.kernels.begin(tile)
-        if not each_block(walk.kernels.attend, tile, listen, last_look, stopped):
+        if not each_pass(walk.kernels.attend, keys, tile, listen, last_look, stopped):
             return False
         if walk.kernels.finish(tile):
             break
@@ -344,7 +343,7 @@ cdef bint attend_tile(
     if walk.lse.data is not NULL:
         store_lse(walk, tile, item)
     if walk.weights.data is not NULL:
-        return each_block(walk.kernels.weights, tile, listen, last_look, stopped)
+        return each_pass(walk.kernels.weights, keys, tile, listen, last_look, stopped)
     return True
 
 
@@ -446,7 +445,7 @@ def attend(
         tile.v_dim, tile.v_key = walk.v.dim, walk.v.row
         tile.head_dim = q.shape[q.ndim - 1]
         tile.value_dim = v.shape[v.ndim - 1]
-        tile.block_keys = min(_BLOCK_KEYS, walk.n_keys)
+        tile.pass_keys = min(walk.kernels.pass_keys, walk.n_keys)
         tile.scale = scale
         tile.softcap = softcap
         tile.has_mask = mask is not None

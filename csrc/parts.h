@@ -112,21 +112,22 @@ static void ready_queries(Tile *t, const Scratch *s, int p) {
 }
 
 /* key_parts[part][chunk of dims][key][CHUNK]. */
-static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = s->score_rows * dims;
-    memset(s->odd_keys, 0, STRIPS * sizeof *s->odd_keys);
+INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end,
+                       NumberFormat format) {
+    ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = s->key_rows * dims;
+    memset(s->odd_keys, 0, PASS_KEYS / STRIP_KEYS * sizeof *s->odd_keys);
     for (ptrdiff_t key = begin; key < end; key++) {
         const char *row = t->k + key * t->k_key;
         float scale = t->k_scales ? t->k_scales[key] : 1;
-        bfloat *to = s->key_parts + key % BLOCK_KEYS * CHUNK;
+        bfloat *to = s->key_parts + key % PASS_KEYS * CHUNK;
         __mmask16 out = 0;
-        for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->score_rows * CHUNK) {
+        for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
             __m512i parts[PARTS];
-            if (PARTS == 1 && t->kv_format.kind == 'b' && t->k_dim == 2 && d + CHUNK <= t->head_dim) {
+            if (PARTS == 1 && format.kind == 'b' && t->k_dim == 2 && d + CHUNK <= t->head_dim) {
                 parts[0] = _mm512_loadu_si512(row + d * 2);
             } else {
-                vec a = load_dims(row, t->k_dim, d, t->head_dim, t->kv_format, scale);
-                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, t->kv_format, scale);
+                vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scale);
+                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scale);
                 split_sequence(a, b, parts);
                 out |= outside(a) | outside(b);
             }
@@ -135,60 +136,86 @@ static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
         }
         /* One part follows the rules of float32. */
         if (PARTS > 1 && out)
-            s->odd_keys[key % BLOCK_KEYS / STRIP_KEYS] |= (uint64_t)1 << key % STRIP_KEYS;
+            s->odd_keys[key % PASS_KEYS / STRIP_KEYS] |= (uint64_t)1 << key % STRIP_KEYS;
+    }
+}
+
+/* Constant formats, or the choice would be made for each vector. */
+static const NumberFormat F32 = {'f', 4, 0}, F16 = {'f', 2, 0}, BF16 = {'b', 2, 0};
+
+static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    switch (t->kv_format.kind == 'b' ? 'b' : t->kv_format.bytes) {
+    case 4: split_keys(t, s, begin, end, F32); break;
+    case 2: split_keys(t, s, begin, end, F16); break;
+    case 'b': split_keys(t, s, begin, end, BF16); break;
+    default: split_keys(t, s, begin, end, t->kv_format);
     }
 }
 
 /* The bits of a strip's keys among those of the whole strip. */
 static uint64_t bits_of(const uint64_t *bits, const Strip *strip) {
-    return bits[strip->key % BLOCK_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
+    return bits[strip->key % PASS_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
 }
 
-/* Which of up to CHUNK values from `row` on have numbers that parts cannot express? */
-static uint32_t odd_values(const Tile *t, const char *row, const float *scales, int keys) {
+/* pairs[part][pair][d] of up to CHUNK values; returns the bits of those that parts cannot express.
+ * Values whose bits are not set in `use` are 0. */
+INLINE uint32_t pair_values(const Tile *t, ptrdiff_t key, NumberFormat format, uint32_t use,
+                            pair *pairs) {
+    const char *rows = t->v + key * t->v_key;
+    ptrdiff_t dims = round_up(t->value_dim, LANES);
     uint32_t odd = 0;
-    for (int j = 0; j < keys; j++, row += t->v_key) {
-        float scale = scales ? scales[j] : 1;
-        uint32_t out = 0;
-        for (ptrdiff_t d = 0; d < t->value_dim; d += LANES)
-            out |= outside(load_dims(row, t->v_dim, d, t->value_dim, t->kv_format, scale));
-        odd |= (uint32_t)(out != 0) << j;
+    for (int j = 0; j < CHUNK; j += 2, pairs += dims) {
+        __mmask16 out[2] = {0};
+        for (ptrdiff_t d = 0; d < dims; d += LANES) {
+            __m512i parts[PARTS];
+            vec x[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                x[i] = splat(0);
+                if (use >> (j + i) & 1)
+                    x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim, format,
+                                     t->v_scales ? t->v_scales[key + j + i] : 1);
+                out[i] |= outside(x[i]);
+            }
+            split_pairs(x[0], x[1], parts);
+#pragma GCC unroll 3
+            for (int i = 0; i < PARTS; i++)
+                _mm512_store_si512(pairs + i * PAIRS * dims + d, parts[i]);
+        }
+        odd |= (uint32_t)(out[0] != 0) << j | (uint32_t)(out[1] != 0) << (j + 1);
     }
     return odd;
 }
 
+static uint32_t pair_values_of_any_format(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs) {
+    switch (t->kv_format.kind == 'b' ? 'b' : t->kv_format.bytes) {
+    case 4: return pair_values(t, key, F32, use, pairs);
+    case 2: return pair_values(t, key, F16, use, pairs);
+    case 'b': return pair_values(t, key, BF16, use, pairs);
+    default: return pair_values(t, key, t->kv_format, use, pairs);
+    }
+}
+
 /* value_parts[part][chunk of keys][value dim][CHUNK]. A value that parts cannot express is 0. */
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    ptrdiff_t part = s->out_rows * round_up(t->block_keys, CHUNK);
-    memset(s->odd_values, 0, STRIPS * sizeof *s->odd_values);
+    ptrdiff_t part = s->out_rows * s->key_rows, dims = s->out_rows;
+    memset(s->odd_values, 0, PASS_KEYS / STRIP_KEYS * sizeof *s->odd_values);
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
-        int keys = fewer(end - key, CHUNK);
-        const char *rows = t->v + key * t->v_key;
-        const float *scales = t->v_scales ? t->v_scales + key : NULL;
-        uint32_t odd = odd_values(t, rows, scales, keys);
-        s->odd_values[key % BLOCK_KEYS / STRIP_KEYS] |= (uint64_t)odd << key % STRIP_KEYS;
-        odd |= ~(uint32_t)first_bits(keys);
-        for (ptrdiff_t d = 0; d < t->value_dim; d += LANES) {
-            vec columns[PARTS][LANES]; /* of pairs */
-            for (int j = 0; j < PAIRS; j++) {
-                vec x[2];
-                __m512i parts[PARTS];
-                for (int i = 0; i < 2; i++)
-                    x[i] = odd >> (2 * j + i) & 1
-                               ? splat(0)
-                               : load_dims(rows + (2 * j + i) * t->v_key, t->v_dim, d, t->value_dim,
-                                           t->kv_format, scales ? scales[2 * j + i] : 1);
-                split_pairs(x[0], x[1], parts);
-#pragma GCC unroll 3
-                for (int i = 0; i < PARTS; i++) columns[i][j] = (vec)parts[i];
+        uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
+        uint32_t odd = pair_values_of_any_format(t, key, use, s->value_pairs);
+        if (odd) pair_values_of_any_format(t, key, use & ~odd, s->value_pairs);
+        s->odd_values[key % PASS_KEYS / STRIP_KEYS] |= (uint64_t)odd << key % STRIP_KEYS;
+        for (int i = 0; i < PARTS; i++)
+            for (ptrdiff_t d = 0; d < dims; d += LANES) {
+                const real *from = (const real *)s->value_pairs + i * PAIRS * dims + d;
+                real *to = (real *)(s->value_parts + i * part + key % PASS_KEYS * dims + d * CHUNK);
+                vec x[LANES];
+#pragma GCC unroll 16
+                for (int j = 0; j < LANES; j++) x[j] = load(from + j * dims);
+                transpose(x);
+#pragma GCC unroll 16
+                for (int j = 0; j < LANES; j++) store(to + j * PAIRS, x[j]);
             }
-            bfloat *to = s->value_parts + (key % BLOCK_KEYS * s->out_rows + d * CHUNK);
-            for (int i = 0; i < PARTS; i++) {
-                transpose(columns[i]);
-                for (int lane = 0; lane < LANES; lane++)
-                    store((real *)(to + i * part + lane * CHUNK), columns[i][lane]);
-            }
-        }
     }
 }
 
@@ -203,7 +230,7 @@ typedef struct {
 } Lanes;
 
 #ifdef __AMX_TILE__
-/* Eight tile registers of 16 rows of 64 bytes: 0 to 2 sums, 3 to 5 queries, 6 rows. */
+/* Eight tile registers of 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows, 6 and 7 lanes. */
 static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -213,36 +240,43 @@ static const struct {
 #define OPEN_TILES() _tile_loadconfig(&TILES)
 #define CLOSE_TILES() _tile_release()
 
-/* c[row][lane] of 16 rows, in steps of a chunk. Smaller parts first. */
-INLINE void multiply_rows(const int vecs, Rows a, Lanes b, int chunks, real *c, bool accumulate) {
+/* c[row][lane] of `grains` times 16 rows, in steps of a chunk. Smaller parts first. */
+INLINE void multiply_rows(const int grains, const int vecs, Rows a, Lanes b, int chunks, real *c,
+                          bool accumulate) {
+    real *below = c + ROW_GRAIN * PANEL;
     const int stride = PANEL * 4;
     if (accumulate) {
         _tile_loadd(0, c, stride);
         if (vecs > 1) _tile_loadd(1, c + LANES, stride);
-        if (vecs > 2) _tile_loadd(2, c + 2 * LANES, stride);
+        if (grains > 1) _tile_loadd(2, below, stride);
+        if (grains > 1 && vecs > 1) _tile_loadd(3, below + LANES, stride);
     } else {
         _tile_zero(0);
         if (vecs > 1) _tile_zero(1);
-        if (vecs > 2) _tile_zero(2);
+        if (grains > 1) _tile_zero(2);
+        if (grains > 1 && vecs > 1) _tile_zero(3);
     }
     for (int chunk = 0; chunk < chunks; chunk++, a.data += a.chunk, b.data += b.chunk)
 #pragma GCC unroll 3
         for (int j = PARTS - 1; j >= 0; j--) {
             const pair *lanes = b.data + j * b.part;
-            _tile_loadd(3, lanes, stride);
-            if (vecs > 1) _tile_loadd(4, lanes + LANES, stride);
-            if (vecs > 2) _tile_loadd(5, lanes + 2 * LANES, stride);
+            _tile_loadd(6, lanes, stride);
+            if (vecs > 1) _tile_loadd(7, lanes + LANES, stride);
 #pragma GCC unroll 3
             for (int i = PARTS - 1 - j; i >= 0; i--) {
-                _tile_loadd(6, a.data + i * a.part, CHUNK * 2);
-                _tile_dpbf16ps(0, 6, 3);
-                if (vecs > 1) _tile_dpbf16ps(1, 6, 4);
-                if (vecs > 2) _tile_dpbf16ps(2, 6, 5);
+                const bfloat *rows = a.data + i * a.part;
+                _tile_loadd(4, rows, CHUNK * 2);
+                if (grains > 1) _tile_loadd(5, rows + ROW_GRAIN * CHUNK, CHUNK * 2);
+                _tile_dpbf16ps(0, 4, 6);
+                if (vecs > 1) _tile_dpbf16ps(1, 4, 7);
+                if (grains > 1) _tile_dpbf16ps(2, 5, 6);
+                if (grains > 1 && vecs > 1) _tile_dpbf16ps(3, 5, 7);
             }
         }
     _tile_stored(0, c, stride);
     if (vecs > 1) _tile_stored(1, c + LANES, stride);
-    if (vecs > 2) _tile_stored(2, c + 2 * LANES, stride);
+    if (grains > 1) _tile_stored(2, below, stride);
+    if (grains > 1 && vecs > 1) _tile_stored(3, below + LANES, stride);
 }
 
 static double peak(ptrdiff_t rounds) {
@@ -263,10 +297,11 @@ static double peak(ptrdiff_t rounds) {
 #define OPEN_TILES()
 #define CLOSE_TILES()
 
-/* c[row][lane] of 16 rows, in steps of a chunk, by dot products of pairs in vectors. */
-INLINE void multiply_rows(const int vecs, Rows a, Lanes b, int chunks, real *c, bool accumulate) {
+/* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
+INLINE void multiply_rows(const int grains, const int vecs, Rows a, Lanes b, int chunks, real *c,
+                          bool accumulate) {
     _Static_assert(PARTS == 1, "without tiles, parts are slower than float32");
-    for (int first = 0; first < ROW_GRAIN; first += TILE_ROWS) {
+    for (int first = 0; first < grains * ROW_GRAIN; first += TILE_ROWS) {
         vec sum[TILE_ROWS][TILE_VECS];
 #pragma GCC unroll 8
         for (int r = 0; r < TILE_ROWS; r++)
@@ -317,12 +352,18 @@ static double peak(ptrdiff_t rounds) {
 static void multiply(int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks, real *c,
                      bool accumulate) {
     __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read memory */
-    for (; rows > 0; rows -= ROW_GRAIN, a.data += ROW_GRAIN * CHUNK, c += ROW_GRAIN * PANEL)
-        switch (vecs) {
-        case 1: multiply_rows(1, a, b, chunks, c, accumulate); break;
-        case 2: multiply_rows(2, a, b, chunks, c, accumulate); break;
-        case 3: multiply_rows(3, a, b, chunks, c, accumulate); break;
-        }
+    for (int grains; rows > 0; rows -= grains * ROW_GRAIN) {
+        grains = rows > ROW_GRAIN ? 2 : 1;
+#define SIZE(g, v)                                                                                \
+    if (grains == g && vecs == v) multiply_rows(g, v, a, b, chunks, c, accumulate);
+        SIZE(2, 2) SIZE(2, 1) SIZE(1, 2) SIZE(1, 1)
+#if TILE_VECS == 3
+        SIZE(2, 3) SIZE(1, 3)
+#endif
+#undef SIZE
+        a.data += grains * ROW_GRAIN * CHUNK;
+        c += grains * ROW_GRAIN * PANEL;
+    }
 }
 
 /* The scores of keys or queries that parts cannot express, by the product of real numbers. */
@@ -343,7 +384,7 @@ static void patch_scores(const Tile *t, const Scratch *s, int p, const Strip *st
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
-    Rows k = {s->key_parts + strip->key % BLOCK_KEYS * CHUNK, s->score_rows * dims, s->score_rows * CHUNK};
+    Rows k = {s->key_parts + strip->key % PASS_KEYS * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
     multiply(t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
     uint64_t odd = bits_of(s->odd_keys, strip);
@@ -383,7 +424,9 @@ static void weigh(int vecs, double exponent, const Strip *strip, const vec *top,
     switch (vecs) {
     case 1: weigh_vecs(1, strip, factor, top, sum, to, part); break;
     case 2: weigh_vecs(2, strip, factor, top, sum, to, part); break;
+#if TILE_VECS == 3
     case 3: weigh_vecs(3, strip, factor, top, sum, to, part); break;
+#endif
     }
 }
 
@@ -409,24 +452,25 @@ static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBl
 
 /* The panel's weights of a block, and the weighted sum of its values. */
 static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, int strips, real *out) {
-    ptrdiff_t keys = round_up(t->block_keys, CHUNK), part = keys / 2 * PANEL;
+    ptrdiff_t part = BLOCK_KEYS / 2 * PANEL;
     bool begun = false;
     for (int i = 0; i < strips;) {
-        ptrdiff_t first = b->strips[i].key % BLOCK_KEYS / CHUNK, last = first;
+        ptrdiff_t key = b->strips[i].key, end = key;
+        pair *weights = s->weight_parts + key % BLOCK_KEYS / 2 * PANEL;
         /* Strips without a gap between them make one product. */
-        for (; i < strips && b->strips[i].seen != SEE_NONE &&
-               b->strips[i].key % BLOCK_KEYS / CHUNK == last; i++) {
+        for (; i < strips && b->strips[i].seen != SEE_NONE && b->strips[i].key == end; i++) {
             weigh(t->panel[p].vecs, t->exponent, &b->strips[i], b->top, b->sum,
-                  s->weight_parts + last * PAIRS * PANEL, part);
-            last += round_up(b->strips[i].keys, CHUNK) / CHUNK;
+                  weights + (end - key) / 2 * PANEL, part);
+            end += round_up(b->strips[i].keys, CHUNK);
         }
-        if (last == first) {
+        if (end == key) {
             i++;
             continue;
         }
-        Rows v = {s->value_parts + first * CHUNK * s->out_rows, keys * s->out_rows, CHUNK * s->out_rows};
-        Lanes w = {s->weight_parts + first * PAIRS * PANEL, part, PAIRS * PANEL};
-        multiply(t->panel[p].vecs, s->out_rows, v, w, (int)(last - first), out, begun);
+        Rows v = {s->value_parts + key % PASS_KEYS * s->out_rows, s->key_rows * s->out_rows,
+                  CHUNK * s->out_rows};
+        Lanes w = {weights, part, PAIRS * PANEL};
+        multiply(t->panel[p].vecs, s->out_rows, v, w, (int)((end - key) / CHUNK), out, begun);
         begun = true;
     }
     for (int i = 0; i < strips; i++)

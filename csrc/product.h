@@ -125,11 +125,11 @@ static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
 }
 static View keys_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     if (direct(t)) return view(t->k + key * t->k_key, t->k_key, t->k_dim);
-    return (View){s->keys + key % BLOCK_KEYS * t->head_dim, t->head_dim, 1};
+    return (View){s->keys + key % PASS_KEYS * t->head_dim, t->head_dim, 1};
 }
 static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     if (direct(t)) return view(t->v + key * t->v_key, t->v_key, t->v_dim);
-    return (View){s->values + key % BLOCK_KEYS * t->value_dim, t->value_dim, 1};
+    return (View){s->values + key % PASS_KEYS * t->value_dim, t->value_dim, 1};
 }
 
 /* float: 96 queries in a tile, double: 48, a whole number of panels for every instruction set.
@@ -151,7 +151,7 @@ static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     if (!direct(t))
         widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->kv_format,
               t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
-              s->keys + begin % BLOCK_KEYS * t->head_dim);
+              s->keys + begin % PASS_KEYS * t->head_dim);
 }
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
@@ -164,7 +164,7 @@ static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdi
     if (!direct(t))
         widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->kv_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
-              s->values + begin % BLOCK_KEYS * t->value_dim);
+              s->values + begin % PASS_KEYS * t->value_dim);
 }
 
 /* Is each value of these keys finite? x * 0 is 0 for finite x only. */

@@ -169,10 +169,17 @@ static void subtract_alibi(const Tile *t, int p, const Strip *strip, vec *top) {
 }
 
 static void take_max(int vecs, const Strip *strip, vec *top) {
-    for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < vecs; n++)
-            top[n] = larger(load(strip->scores + j * PANEL + n * LANES), top[n]);
+    for (int n = 0; n < vecs; n++) {
+        const real *s = strip->scores + n * LANES;
+        vec even = splat(-INFINITY), odd = even; /* two chains hide each other's latency */
+        int j = 0;
+        for (; j + 2 <= strip->keys; j += 2) {
+            even = larger(load(s + j * PANEL), even);
+            odd = larger(load(s + (j + 1) * PANEL), odd);
+        }
+        if (j < strip->keys) even = larger(load(s + j * PANEL), even);
+        top[n] = larger(even, odd);
+    }
 }
 
 /* Put -inf where a query does not see a key, and take the maximum of what is left. */

@@ -20,8 +20,12 @@
 #endif
 
 /* TILE_ROWS x TILE_VECS accumulators, TILE_VECS operands and one broadcast value fill the register
- * file of 32 or 16 vectors. */
-#if defined(__AVX512F__)
+ * file of 32 or 16 vectors; two of AMX's tiles go side by side. */
+#if defined(__AMX_TILE__)
+#define VEC_BYTES 64
+#define TILE_ROWS 8
+#define TILE_VECS 2
+#elif defined(__AVX512F__)
 #define VEC_BYTES 64
 #define TILE_ROWS 8
 #define TILE_VECS 3

@@ -10,11 +10,7 @@
 #include <stdint.h>
 
 #define MAX_QUERIES 384 /* in a tile of any kernel */
-#define MAX_PANELS 12   /* SSE2: 8 of 96 floats each */
-
-/* Keys whose scores are summed from zero before they join the running sum. One run over all keys
- * would have 3 to 25 times NumPy's rounding error; blocks of 128 make too many partial sums. */
-#define BLOCK_KEYS 512
+#define MAX_PANELS 12   /* of 32 queries (AMX), or of 8 of 96 (SSE2) */
 
 /* Keys whose weights stay in the first-level cache between the softmax and the second product.
  * Blocks and strips begin at multiples of their sizes, whatever a query sees. */
@@ -39,7 +35,7 @@ typedef struct {
     NumberFormat format, kv_format;   /* of q and out, of k and v */
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
-    ptrdiff_t block_keys; /* the most keys of one block: no more than there are */
+    ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
     double scale;
     /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact;
      * more where the weighted sum of huge values would overflow. */
@@ -79,10 +75,10 @@ typedef struct {
 
 /* One instruction set's kernels for one dtype. */
 typedef struct {
-    int queries; /* the most that a tile takes */
+    int queries, pass_keys; /* the most that a tile and one call of attend take */
     size_t (*scratch_bytes)(const Tile *, ptrdiff_t queries);
     void (*begin)(Tile *);
-    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one block, blocks in order */
+    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
     int (*finish)(Tile *); /* 0: a sum overflowed; begin again with a margin */
     void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
     /* Independent multiply-adds only: flops done, for measuring what the machine can do. */

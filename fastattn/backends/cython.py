@@ -79,11 +79,11 @@ def threads(problem: Problem) -> int:
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
-    queries = _kernels.tile_queries(p.dtype)
+    queries, keys = _kernels.tile_size(p.dtype)
     return {
         "kernel": f"queries in lanes, {p.dtype}",
         "instruction set": _kernels.instruction_set(),
-        "tile": f"{queries} queries, {_kernels.BLOCK_KEYS} keys a block",
+        "tile": f"{queries} queries, {keys} keys a pass",
         "threads": str(threads(p)),
         "skipped": f"{_share_skipped(p, queries):.0%} of the tiles"
         + (", and those that the mask hides" if p.mask is not None else ""),
