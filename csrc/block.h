@@ -26,6 +26,7 @@ typedef struct {
     real *bias;              /* [STRIP_KEYS][PANEL] */
     real *q;                 /* [panel][head_dim][PANEL], times q_scale */
     real *keys, *values;     /* [keys of the pass][dim]: widened ones */
+    real *few_rows, *few_sums; /* see few.h */
 #ifdef PARTS
     uint32_t *q_parts;      /* see parts.h */
     uint16_t *key_parts;
@@ -36,6 +37,10 @@ typedef struct {
 #endif
     ptrdiff_t out_rows, key_rows; /* of one panel, of the keys' parts */
 } Scratch;
+
+/* With queries in the lanes a key costs as much for one as for LANES of them: about ten times what
+ * it costs one query whose dimensions are in the lanes. */
+#define FEW_QUERIES (LANES < 8 ? LANES : 8)
 
 #ifndef PARTS
 /* May keys and values be read where they lie? */
@@ -71,9 +76,11 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(odd_keys, PASS_KEYS / STRIP_KEYS)
     TAKE(odd_values, PASS_KEYS / STRIP_KEYS)
 #else
-    TAKE(q, row * t->head_dim)
+    TAKE(q, row * round_up(t->head_dim, LANES))
     TAKE(keys, direct(t) ? 0 : pass_keys * t->head_dim)
     TAKE(values, direct(t) ? 0 : pass_keys * t->value_dim)
+    TAKE(few_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
+    TAKE(few_sums, FEW_QUERIES * round_up(t->value_dim, LANES))
 #endif
     TAKE(scores, PANEL * block_keys)
 #undef TAKE

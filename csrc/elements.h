@@ -130,14 +130,16 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
 
 /* Rows of numbers with any strides as rows of `real`, one behind the other, times a scale each
  * where `scales` is given. */
-static void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
+INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
                   const float *scales, int rows, ptrdiff_t dims, real *to) {
     for (int j = 0; j < rows; j++, at += row, to += dims) {
         real scale = scales ? (real)scales[j] : 1;
         ptrdiff_t d = 0;
         if (dim == format.bytes)
-            for (; d + LANES <= dims; d += LANES)
-                store_unaligned(to + d, load_numbers(at + d * dim, format) * scale);
+            for (; d + LANES <= dims; d += LANES) {
+                vec x = load_numbers(at + d * dim, format);
+                store_unaligned(to + d, scales ? x * scale : x);
+            }
         for (; d < dims; d++) to[d] = (real)read_number(at + d * dim, format) * scale;
     }
 }

@@ -4,7 +4,8 @@
 #define DECLARE(name) extern const TileKernels name##_float32, name##_float64;
 
 /* float16 and bfloat16 are widened as they are read. */
-#define KERNELS(name) &name##_float64, &name##_float32, &name##_float32, &name##_float32
+#define KERNELS(name)                                                                             \
+    &name##_float64, &name##_float32, &name##_float32, &name##_float32, &name##_float32
 
 static int always(void) { return 1; }
 
@@ -53,9 +54,9 @@ static int has_amx(void) {
 
 const InstructionSet INSTRUCTION_SETS[] = {
     {"amx", "avx2 avx512 avx512_bf16 amx", has_amx, &avx512_float64, &amx_float32, &amx_float16,
-     &amx_bfloat16},
+     &amx_bfloat16, &avx512_float32},
     {"avx512_bf16", "avx2 avx512 avx512_bf16", has_avx512_bf16, &avx512_float64, &avx512_float32,
-     &avx512_float32, &avx512_bf16_bfloat16},
+     &avx512_float32, &avx512_bf16_bfloat16, &avx512_float32},
     {"avx512", "avx2 avx512", has_avx512, KERNELS(avx512)},
     {"avx2", "avx2", has_avx2, KERNELS(avx2)},
     {"baseline", "", always, KERNELS(baseline)},

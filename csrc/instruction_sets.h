@@ -8,7 +8,8 @@ typedef struct {
     const char *name;
     const char *features; /* what it needs, by the names of FASTATTN_DISABLE_CPU_FEATURES */
     int (*runs_here)(void);
-    const TileKernels *float64, *float32, *float16, *bfloat16; /* by the dtype of the result */
+    /* By the dtype of the result, and for queries that do not fill a vector of 16 (but float64). */
+    const TileKernels *float64, *float32, *float16, *bfloat16, *few;
 } InstructionSet;
 
 extern const InstructionSet INSTRUCTION_SETS[]; /* ends in the one that always runs */

@@ -15,6 +15,7 @@ from libc.math cimport log
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.stdlib cimport getenv as c_getenv
+from libc.string cimport memcpy
 
 cnp.import_array()
 
@@ -40,7 +41,7 @@ cdef extern from "tile.h" nogil:
         const char *v
         const float *k_scales
         const float *v_scales
-        NumberFormat format, kv_format
+        NumberFormat q_format, kv_format, out_format
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
         Py_ssize_t n_queries, head_dim, value_dim, pass_keys
         double scale, margin
@@ -69,6 +70,11 @@ cdef extern from "tile.h" nogil:
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*finish)(Tile *) noexcept nogil
         void (*weights)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        double (*join)(
+            char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, char *, Py_ssize_t,
+            NumberFormat,
+        ) noexcept nogil
+        int real_bytes
         double (*peak)(Py_ssize_t) noexcept nogil
 
 cdef extern from "instruction_sets.h" nogil:
@@ -80,6 +86,7 @@ cdef extern from "instruction_sets.h" nogil:
         const TileKernels *float32
         const TileKernels *float16
         const TileKernels *bfloat16
+        const TileKernels *few
 
     const InstructionSet INSTRUCTION_SETS[]
     const int N_INSTRUCTION_SETS
@@ -106,20 +113,34 @@ for _i in range(N_INSTRUCTION_SETS):
         break
 
 
-cdef const TileKernels *kernels_for(object dtype) except NULL:
-    """The kernels in use for results of that dtype."""
+# Queries of one key head up to which packing keys for the other kernels would cost more than it saves.
+cdef enum:
+    FEW = 16
+
+# With no more queries than these a key head is one item of work, which may leave threads idle, so
+# its keys are split between them, in parts that depend on their number alone.
+cdef enum:
+    SPLIT = 32
+    PART_KEYS = 2048
+
+
+cdef const TileKernels *kernels_for(object dtype, Py_ssize_t queries=MAX_QUERIES) except NULL:
+    """The kernels in use for results of that dtype and that many queries of one key head."""
     cdef const InstructionSet *isa = chosen()
     cdef cnp.dtype known = dtype
     if known.type_num == cnp.NPY_FLOAT64:
         return isa.float64
+    if queries <= FEW:
+        return isa.few
     if known.type_num == cnp.NPY_FLOAT32:
         return isa.float32
     return isa.float16 if known.type_num == cnp.NPY_FLOAT16 else isa.bfloat16
 
 
-def tile_size(dtype):
-    """How many queries of one key head a tile takes, and how many keys a pass."""
-    return kernels_for(dtype).queries, kernels_for(dtype).pass_keys
+def tile_size(dtype, Py_ssize_t queries):
+    """How many of the queries of one key head a tile takes, and how many keys a pass."""
+    cdef const TileKernels *kernels = kernels_for(dtype, queries)
+    return min(queries, kernels.queries), kernels.pass_keys
 
 
 def instruction_sets():
@@ -206,7 +227,11 @@ cdef struct Walk:
     int n_batch
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
-    Py_ssize_t tiles  # per key head
+    Py_ssize_t tiles, parts  # of each key head's queries, of its keys
+    char *partial  # (batch, kv_heads, parts): room for what each part found
+    Py_ssize_t partial_bytes
+    NumberFormat out_format
+    const int64_t *order  # of the batch entries; NULL: as they stand
     const double *alibi  # per head; NULL: not given
     const double *sinks
 
@@ -250,38 +275,67 @@ cdef inline char *row_of(
     return at + head * operand.head + query * operand.row
 
 
-cdef void set_tile(const Walk *walk, Tile *tile, Py_ssize_t item) noexcept nogil:
-    """Point a tile at its queries, and at the keys that they read."""
-    cdef Py_ssize_t queries = walk.kernels.queries
+cdef struct Place:
+    # Which queries and keys an item of work is.
+    Py_ssize_t batch, kv_head, first, part
+
+
+cdef Place place_of(const Walk *walk, Py_ssize_t item) noexcept nogil:
+    cdef Place at
+    at.part = item % walk.parts
+    item //= walk.parts
     # The last queries first: under a causal mask they have the most to do, and a run that ends in
     # small pieces leaves no thread waiting for another.
-    cdef Py_ssize_t first = (walk.tiles - 1 - item % walk.tiles) * queries
-    cdef Py_ssize_t kv_head = (item // walk.tiles) % walk.kv_heads
-    cdef Py_ssize_t batch = item // walk.tiles // walk.kv_heads
-    cdef Py_ssize_t offset = 0, i, query, head
-    cdef char *q = entry(walk, &walk.q, batch)
-    cdef char *out = entry(walk, &walk.out, batch)
-    cdef char *start = entry(walk, &walk.start, batch)
-    cdef char *stop = entry(walk, &walk.stop, batch)
-    cdef char *mask = entry(walk, &walk.mask, batch)
-    cdef char *bias = entry(walk, &walk.bias, batch)
-    cdef char *weights = entry(walk, &walk.weights, batch)
+    at.first = (walk.tiles - 1 - item % walk.tiles) * walk.kernels.queries
+    item //= walk.tiles
+    at.kv_head = item % walk.kv_heads
+    at.batch = item // walk.kv_heads
+    if walk.order is not NULL:
+        at.batch = walk.order[at.batch]
+    return at
+
+
+cdef char *partial_of(const Walk *walk, Py_ssize_t batch, Py_ssize_t kv_head) noexcept nogil:
+    return walk.partial + (batch * walk.kv_heads + kv_head) * walk.parts * walk.partial_bytes
+
+
+cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
+    """Point a tile at its queries, and at the keys that they read."""
+    cdef Py_ssize_t offset = 0, i, query, head, first_key = 0, last_key = walk.n_keys
+    cdef char *q = entry(walk, &walk.q, at.batch)
+    cdef char *out = entry(walk, &walk.out, at.batch)
+    cdef char *start = entry(walk, &walk.start, at.batch)
+    cdef char *stop = entry(walk, &walk.stop, at.batch)
+    cdef char *mask = entry(walk, &walk.mask, at.batch)
+    cdef char *bias = entry(walk, &walk.bias, at.batch)
+    cdef char *weights = entry(walk, &walk.weights, at.batch)
+    cdef char *partial = NULL
     if walk.q_offset.data is not NULL:
-        offset = (<int64_t *>entry(walk, &walk.q_offset, batch))[0]
-    tile.n_queries = min(queries, walk.group * walk.n_queries - first)
-    tile.k = entry(walk, &walk.k, batch) + kv_head * walk.k.head
-    tile.v = entry(walk, &walk.v, batch) + kv_head * walk.v.head
+        offset = (<int64_t *>entry(walk, &walk.q_offset, at.batch))[0]
+    tile.n_queries = min(walk.kernels.queries, walk.group * walk.n_queries - at.first)
+    tile.k = entry(walk, &walk.k, at.batch) + at.kv_head * walk.k.head
+    tile.v = entry(walk, &walk.v, at.batch) + at.kv_head * walk.v.head
+    tile.has_sinks = walk.sinks is not NULL and at.part == 0
+    if walk.parts > 1:
+        first_key = at.part * PART_KEYS
+        last_key = first_key + PART_KEYS
+        partial = partial_of(walk, at.batch, at.kv_head) + at.part * walk.partial_bytes
+        partial += tile.n_queries * sizeof(double)
     # The heads of a group lie side by side, so that a tile's queries are neighbours in position.
-    query = first // walk.group
-    head = kv_head * walk.group + first % walk.group
+    query = at.first // walk.group
+    head = at.kv_head * walk.group + at.first % walk.group
     for i in range(tile.n_queries):
         tile.q[i] = row_of(&walk.q, q, head, query)
         tile.out[i] = row_of(&walk.out, out, head, query)
+        if partial is not NULL:
+            tile.out[i] = partial + i * tile.value_dim * walk.kernels.real_bytes
         tile.start[i] = 0
         tile.stop[i] = walk.n_keys
         if start is not NULL:
             tile.start[i] = (<int64_t *>row_of(&walk.start, start, head, query))[0]
             tile.stop[i] = (<int64_t *>row_of(&walk.stop, stop, head, query))[0]
+        tile.start[i] = max(tile.start[i], first_key)
+        tile.stop[i] = min(tile.stop[i], last_key)
         if mask is not NULL:
             tile.mask[i] = row_of(&walk.mask, mask, head, query)
         if bias is not NULL:
@@ -294,21 +348,40 @@ cdef void set_tile(const Walk *walk, Tile *tile, Py_ssize_t item) noexcept nogil
         if walk.sinks is not NULL:
             tile.sink[i] = walk.sinks[head]
         head += 1
-        if head == (kv_head + 1) * walk.group:
-            head = kv_head * walk.group
+        if head == (at.kv_head + 1) * walk.group:
+            head = at.kv_head * walk.group
             query += 1
 
 
-cdef void store_lse(const Walk *walk, const Tile *tile, Py_ssize_t item) noexcept nogil:
-    cdef Py_ssize_t first = (walk.tiles - 1 - item % walk.tiles) * walk.kernels.queries
-    cdef Py_ssize_t kv_head = (item // walk.tiles) % walk.kv_heads
-    cdef char *lse = entry(walk, &walk.lse, item // walk.tiles // walk.kv_heads)
-    cdef Py_ssize_t i
-    for i in range(tile.n_queries):
+cdef void store_lse(
+    const Walk *walk, Place at, Py_ssize_t row, double lse
+) noexcept nogil:
+    cdef char *to = entry(walk, &walk.lse, at.batch)
+    row += at.first
+    if to is not NULL:
         (<double *>row_of(
-            &walk.lse, lse, kv_head * walk.group + (first + i) % walk.group,
-            (first + i) // walk.group,
-        ))[0] = tile.lse[i]
+            &walk.lse, to, at.kv_head * walk.group + row % walk.group, row // walk.group
+        ))[0] = lse
+
+
+cdef void join_parts(const Walk *walk, Tile *tile) noexcept nogil:
+    """Make one of what the parts of each key head found."""
+    cdef Py_ssize_t item, i, items = walk.kv_heads, head, dim = walk.out.dim
+    cdef Py_ssize_t rows = walk.group * walk.n_queries
+    cdef char *out
+    cdef Place at
+    for i in range(walk.n_batch):
+        items *= walk.shape[i]
+    for item in range(items):
+        at = place_of(walk, item * walk.parts)
+        out = entry(walk, &walk.out, at.batch)
+        for i in range(rows):
+            head = at.kv_head * walk.group + i % walk.group
+            store_lse(walk, at, i, walk.kernels.join(
+                partial_of(walk, at.batch, at.kv_head), walk.parts, walk.partial_bytes, rows, i,
+                tile.value_dim, row_of(&walk.out, out, head, i // walk.group), dim,
+                walk.out_format,
+            ))
 
 
 ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
@@ -330,8 +403,10 @@ cdef bint attend_tile(
     const Walk *walk, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
     """Attend from the queries of one tile. False if a signal came in between."""
-    cdef Py_ssize_t keys = walk.kernels.pass_keys
-    set_tile(walk, tile, item)
+    cdef Py_ssize_t keys = walk.kernels.pass_keys, i
+    cdef Place at = place_of(walk, item)
+    cdef double *partial
+    set_tile(walk, tile, at)
     tile.margin = 0
     while True:
         walk.kernels.begin(tile)
@@ -340,8 +415,14 @@ cdef bint attend_tile(
         if walk.kernels.finish(tile):
             break
         tile.margin = log(2 * walk.n_keys * WEIGHT_UNIT)
-    if walk.lse.data is not NULL:
-        store_lse(walk, tile, item)
+    if walk.parts > 1:
+        partial = <double *>(
+            partial_of(walk, at.batch, at.kv_head) + at.part * walk.partial_bytes
+        )
+        memcpy(partial, tile.lse, tile.n_queries * sizeof(double))
+        return True
+    for i in range(tile.n_queries if walk.lse.data is not NULL else 0):
+        store_lse(walk, at, i, tile.lse[i])
     if walk.weights.data is not NULL:
         return each_pass(walk.kernels.weights, keys, tile, listen, last_look, stopped)
     return True
@@ -368,6 +449,8 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
                         walk, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
                     ):
                         stopped = True
+        if walk.parts > 1 and not stopped:
+            join_parts(walk, tiles)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -391,20 +474,21 @@ def attend(
     cnp.ndarray out not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale,
     double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
     cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
-    cnp.ndarray lse, cnp.ndarray weights, cnp.dtype product, int threads,
+    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, cnp.dtype product, int threads,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
     `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
-    A `softcap` of 0 is none. `product` is the dtype whose kernels multiply. All must have been validated: nothing is checked here.
+    `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
+    `product` is the dtype whose kernels multiply. All must have been validated: nothing is checked
+    here.
     """
     cdef Walk walk
     cdef Tile *tiles
     cdef Tile *tile
     cdef char *scratch = NULL
-    cdef Py_ssize_t items = kv_heads, i, scratch_bytes
-    walk.kernels = kernels_for(product)
+    cdef Py_ssize_t items = kv_heads, i, scratch_bytes, total_bytes
     walk.n_batch = len(batch)
     for i in range(walk.n_batch):
         walk.shape[i] = batch[i]
@@ -426,20 +510,27 @@ def attend(
     walk.group = heads // kv_heads if kv_heads else 1
     walk.n_queries = q.shape[q.ndim - 2]
     walk.n_keys = k.shape[k.ndim - 2]
+    walk.kernels = kernels_for(product, walk.group * walk.n_queries)
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
-    items *= walk.tiles
+    walk.parts = 1
+    if walk.group * walk.n_queries <= SPLIT and weights is None and walk.n_keys >= 2 * PART_KEYS:
+        walk.parts = (walk.n_keys + PART_KEYS - 1) // PART_KEYS
+    items *= walk.tiles * walk.parts
     if items == 0:
         return
     threads = 1 if alone else min(threads, items)
 
+    walk.out_format = number_format(out)
+    walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
         tile = &tiles[0]
         tile.k_scales = tile.v_scales = NULL
-        tile.format = number_format(q)
+        tile.q_format = number_format(q)
         tile.kv_format = number_format(k)
+        tile.out_format = walk.out_format
         tile.q_dim, tile.out_dim = walk.q.dim, walk.out.dim
         tile.k_dim, tile.k_key = walk.k.dim, walk.k.row
         tile.v_dim, tile.v_key = walk.v.dim, walk.v.row
@@ -458,12 +549,23 @@ def attend(
             tile.bias_format = number_format(bias)
         tile.weights_key = walk.weights.dim
         tile.want_lse = lse is not None
+        if walk.parts > 1:
+            tile.want_lse = True
+            tile.out_format.kind, tile.out_format.swapped = ord("f"), False
+            tile.out_format.bytes = tile.out_dim = walk.kernels.real_bytes
+            walk.partial_bytes = (
+                walk.group * walk.n_queries
+                * (<Py_ssize_t>sizeof(double) + tile.value_dim * walk.kernels.real_bytes)
+            )
+            walk.partial_bytes = (walk.partial_bytes + 63) // 64 * 64
         scratch_bytes = walk.kernels.scratch_bytes(
             tile, min(walk.kernels.queries, walk.group * walk.n_queries)
         )
-        scratch = <char *>malloc(threads * scratch_bytes + 64)
+        total_bytes = threads * scratch_bytes + 64 + (items * walk.partial_bytes if walk.parts > 1 else 0)
+        scratch = <char *>malloc(total_bytes)
         if scratch is NULL:
-            raise MemoryError(f"{threads * scratch_bytes} bytes of scratch")
+            raise MemoryError(f"{total_bytes} bytes of scratch")
+        walk.partial = scratch + (-<uintptr_t>scratch) % 64 + threads * scratch_bytes
         for i in range(threads):
             if i > 0:
                 tiles[i] = tile[0]

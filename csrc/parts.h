@@ -240,9 +240,10 @@ static const struct {
 #define OPEN_TILES() _tile_loadconfig(&TILES)
 #define CLOSE_TILES() _tile_release()
 
-/* c[row][lane] of `grains` times 16 rows, in steps of a chunk. Smaller parts first. */
-INLINE void multiply_rows(const int grains, const int vecs, Rows a, Lanes b, int chunks, real *c,
-                          bool accumulate) {
+/* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of parts i and j with
+ * i + j <= order, smaller ones first. */
+INLINE void multiply_rows(const int order, const int grains, const int vecs, Rows a, Lanes b,
+                          int chunks, real *c, bool accumulate) {
     real *below = c + ROW_GRAIN * PANEL;
     const int stride = PANEL * 4;
     if (accumulate) {
@@ -263,7 +264,7 @@ INLINE void multiply_rows(const int grains, const int vecs, Rows a, Lanes b, int
             _tile_loadd(6, lanes, stride);
             if (vecs > 1) _tile_loadd(7, lanes + LANES, stride);
 #pragma GCC unroll 3
-            for (int i = PARTS - 1 - j; i >= 0; i--) {
+            for (int i = order - j < PARTS ? order - j : PARTS - 1; i >= 0; i--) {
                 const bfloat *rows = a.data + i * a.part;
                 _tile_loadd(4, rows, CHUNK * 2);
                 if (grains > 1) _tile_loadd(5, rows + ROW_GRAIN * CHUNK, CHUNK * 2);
@@ -298,8 +299,9 @@ static double peak(ptrdiff_t rounds) {
 #define CLOSE_TILES()
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
-INLINE void multiply_rows(const int grains, const int vecs, Rows a, Lanes b, int chunks, real *c,
-                          bool accumulate) {
+INLINE void multiply_rows(const int order, const int grains, const int vecs, Rows a, Lanes b,
+                          int chunks, real *c, bool accumulate) {
+    (void)order;
     _Static_assert(PARTS == 1, "without tiles, parts are slower than float32");
     for (int first = 0; first < grains * ROW_GRAIN; first += TILE_ROWS) {
         vec sum[TILE_ROWS][TILE_VECS];
@@ -349,13 +351,13 @@ static double peak(ptrdiff_t rounds) {
 #endif
 
 /* c[row][lane] (+)= sum over chunks; rows in whole ROW_GRAINs. */
-static void multiply(int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks, real *c,
+INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks, real *c,
                      bool accumulate) {
     __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read memory */
     for (int grains; rows > 0; rows -= grains * ROW_GRAIN) {
         grains = rows > ROW_GRAIN ? 2 : 1;
 #define SIZE(g, v)                                                                                \
-    if (grains == g && vecs == v) multiply_rows(g, v, a, b, chunks, c, accumulate);
+    if (grains == g && vecs == v) multiply_rows(order, g, v, a, b, chunks, c, accumulate);
         SIZE(2, 2) SIZE(2, 1) SIZE(1, 2) SIZE(1, 1)
 #if TILE_VECS == 3
         SIZE(2, 3) SIZE(1, 3)
@@ -386,7 +388,8 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
     Rows k = {s->key_parts + strip->key % PASS_KEYS * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
-    multiply(t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
+    /* All products of a float16, so that scores are exact; less than float32 rounds of three parts. */
+    multiply(2, t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
     uint64_t odd = bits_of(s->odd_keys, strip);
     if (odd | t->panel[p].outside) patch_scores(t, s, p, strip, odd);
     take_max(t->panel[p].vecs, strip, top);
@@ -470,7 +473,7 @@ static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, in
         Rows v = {s->value_parts + key % PASS_KEYS * s->out_rows, s->key_rows * s->out_rows,
                   CHUNK * s->out_rows};
         Lanes w = {weights, part, PAIRS * PANEL};
-        multiply(t->panel[p].vecs, s->out_rows, v, w, (int)((end - key) / CHUNK), out, begun);
+        multiply(PARTS - 1, t->panel[p].vecs, s->out_rows, v, w, (int)((end - key) / CHUNK), out, begun);
         begun = true;
     }
     for (int i = 0; i < strips; i++)

@@ -6,7 +6,7 @@
 #ifndef FASTATTN_PRODUCT_H
 #define FASTATTN_PRODUCT_H
 
-#include "scores.h"
+#include "few.h"
 
 /* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] * b[t][lane],
  * and where `top` is given top[lane] = max(top[lane], c[r][lane]). Constant `rows`, `vecs` and one
@@ -99,18 +99,18 @@ static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
     for (int i = 0; i < LANES; i++) /* a lane without a query repeats the last one */
         rows[i] = t->q[first + i < t->n_queries ? first + i : t->n_queries - 1];
     vec scale = splat((real)t->q_scale);
-    if (t->q_dim == t->format.bytes)
+    if (t->q_dim == t->q_format.bytes)
         for (; d + LANES <= t->head_dim; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * t->q_dim, t->format);
+            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * t->q_dim, t->q_format);
             transpose(x);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * scale);
         }
     for (; d < t->head_dim; d++)
         for (int i = 0; i < LANES; i++)
-            columns[d * PANEL + i] = (real)read_number(rows[i] + d * t->q_dim, t->format) * scale[0];
+            columns[d * PANEL + i] = (real)read_number(rows[i] + d * t->q_dim, t->q_format) * scale[0];
 }
 
 #ifndef PARTS
@@ -143,25 +143,34 @@ static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
 #define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
 
 static void ready_queries(Tile *t, const Scratch *s, int p) {
+    if (few(t)) {
+        ready_few_queries(t, s);
+        return;
+    }
     for (int n = 0; n < t->panel[p].vecs; n++)
         load_queries(t, p * PANEL + n * LANES, s->q + p * PANEL * t->head_dim + n * LANES);
 }
 
 static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (!direct(t))
+    if (!direct(t) && !few(t))
         widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->kv_format,
               t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
               s->keys + begin % PASS_KEYS * t->head_dim);
 }
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
+    if (few(t)) {
+        WITH_FORMAT(t->kv_format, multiply_few, t, s, strip);
+        take_max(1, strip, top);
+        return;
+    }
     View k = keys_from(t, s, strip->key);
     product(t->panel[p].vecs, strip->keys, k.data, k.row, k.dim, t->head_dim,
             s->q + p * PANEL * t->head_dim, strip->scores, false, top);
 }
 
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (!direct(t))
+    if (!direct(t) && !few(t))
         widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->kv_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
               s->values + begin % PASS_KEYS * t->value_dim);
@@ -235,8 +244,23 @@ static void weigh(int vecs, double exponent, const Strip *strip, const vec *top,
 #undef VECS
 }
 
+static void sum_few_values(const Tile *t, const Scratch *s, PanelBlock *b, int strips, real *out) {
+    memset(s->few_sums, 0, sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
+    for (int i = 0; i < strips; i++) {
+        const Strip *strip = &b->strips[i];
+        if (strip->seen == SEE_NONE) continue;
+        weigh(1, t->exponent, strip, b->top, b->sum);
+        WITH_FORMAT(t->kv_format, add_few_values, t, s, strip);
+    }
+    transpose_few(t, s, out);
+}
+
 /* The panel's weights of a block, and the weighted sum of its values. */
 static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, int strips, real *out) {
+    if (few(t)) {
+        sum_few_values(t, s, b, strips, out);
+        return;
+    }
     bool begun = false;
     int vecs = t->panel[p].vecs;
     for (int i = 0; i < strips; i++) {

@@ -95,11 +95,19 @@ INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
 typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2)));
 typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
 INLINE vec load_bfloats(const char *p) {
+#if defined(__AVX512F__) /* GCC converts by halves */
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return (vec)_mm512_slli_epi32(x, 16);
+#else
     half_lanes x;
     __builtin_memcpy(&x, p, sizeof x);
     return (vec)(__builtin_convertvector(x, uvec) << 16);
+#endif
 }
 INLINE vec load_bytes(const char *p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#endif
     byte_lanes x;
     __builtin_memcpy(&x, p, sizeof x);
     return __builtin_convertvector(__builtin_convertvector(x, ivec), vec);

@@ -84,7 +84,7 @@ static void bound_panel(Tile *t, int p) {
 static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec share, ivec saw) {
     int rows = fewer(t->n_queries - first, LANES);
     ptrdiff_t d = 0;
-    if (t->out_dim == t->format.bytes)
+    if (t->out_dim == t->out_format.bytes)
         for (; d + LANES <= t->value_dim; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
@@ -92,12 +92,12 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
                 x[i] = choose(saw, load(columns + (d + i) * PANEL) * share, splat(0));
             transpose(x);
             for (int i = 0; i < rows; i++)
-                store_numbers(t->out[first + i] + d * t->out_dim, t->format, x[i]);
+                store_numbers(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
         }
     for (; d < t->value_dim; d++) {
         vec x = choose(saw, load(columns + d * PANEL) * share, splat(0));
         for (int i = 0; i < rows; i++)
-            write_number(t->out[first + i] + d * t->out_dim, t->format, x[i]);
+            write_number(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
     }
 }
 
@@ -289,7 +289,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
                 ptrdiff_t row = p * PANEL + n * LANES + i;
                 if (row >= t->n_queries) break;
                 char *at = t->weights[row] + (strip->key + j) * t->weights_key;
-                if (seen[i] < 0) write_number(at, t->format, weight[i]);
+                if (seen[i] < 0) write_number(at, t->out_format, weight[i]);
             }
         }
     }
@@ -310,4 +310,28 @@ static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     CLOSE_TILES();
 }
 
-const TileKernels TABLE = {TILE_QUERIES, PASS_KEYS, scratch_bytes, begin, attend, finish, weights, peak};
+static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
+                   ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format) {
+    double top = -INFINITY, sum = 0;
+#define SHARE(part) ((double *)(partial + (part) * bytes))[row]
+    for (ptrdiff_t i = 0; i < parts; i++)
+        if (SHARE(i) > top) top = SHARE(i);
+    for (ptrdiff_t i = 0; i < parts; i++) {
+        SHARE(i) = SHARE(i) == top ? 1 : exp(SHARE(i) - top); /* the top may be infinite */
+        sum += SHARE(i);
+    }
+    for (ptrdiff_t d = 0; d < value_dim; d++) {
+        double total = 0;
+        for (ptrdiff_t i = 0; i < parts; i++) {
+            const real *results = (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
+            /* A part whose scores are all -inf is NaN, and nothing to a part with others. */
+            if (SHARE(i) != 0) total += SHARE(i) * results[row * value_dim + d];
+        }
+        write_number(out + d * out_dim, format, (real)(total / sum));
+    }
+#undef SHARE
+    return top + log(sum);
+}
+
+const TileKernels TABLE = {TILE_QUERIES, PASS_KEYS, scratch_bytes, begin,       attend,
+                           finish,       weights,   join,          sizeof(real), peak};

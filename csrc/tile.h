@@ -32,7 +32,7 @@ typedef struct {
     char *out[MAX_QUERIES];
     const char *k, *v; /* of the one key head that these queries read */
     const float *k_scales, *v_scales; /* one per key that its numbers are multiplied by; or NULL */
-    NumberFormat format, kv_format;   /* of q and out, of k and v */
+    NumberFormat q_format, kv_format, out_format; /* kv_format of k and v, out_format also of weights */
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
@@ -81,6 +81,11 @@ typedef struct {
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
     int (*finish)(Tile *); /* 0: a sum overflowed; begin again with a margin */
     void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
+    /* One row of attention to all keys from `parts` of them, each at partial + part * bytes: an lse
+     * for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of all. */
+    double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
+                   ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format);
+    int real_bytes;
     /* Independent multiply-adds only: flops done, for measuring what the machine can do. */
     double (*peak)(ptrdiff_t rounds);
 } TileKernels;

@@ -50,14 +50,25 @@ def run(problem: Problem):
     lse = np.empty(p.rows()) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
+    order = None if stop is None else _longest_first(p, start, stop)
     _kernels.attend(
         p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
-        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, product_dtype(p), threads(p),
+        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order, product_dtype(p), threads(p),
     )  # fmt: skip
     if lse is not None:
         with np.errstate(over="ignore"):
             lse = lse.astype(p.accumulator, copy=False)
     return lse, weights
+
+
+def _longest_first(p: Problem, start, stop):
+    """The flattened batch entries in the order of what they see, or None where all see the same:
+    a run that ends in small pieces leaves no thread waiting for another.
+    """
+    if start.ndim < 3 and stop.ndim < 3:
+        return None
+    seen = (stop - start).max(axis=(-2, -1), initial=0)
+    return np.argsort(-np.broadcast_to(seen, p.batch).ravel(), kind="stable")
 
 
 def product_dtype(problem: Problem) -> np.dtype:
@@ -79,7 +90,7 @@ def threads(problem: Problem) -> int:
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
-    queries, keys = _kernels.tile_size(p.dtype)
+    queries, keys = _kernels.tile_size(p.dtype, max(1, p.group * p.n_queries))
     return {
         "kernel": f"queries in lanes, {p.dtype}",
         "instruction set": _kernels.instruction_set(),
