@@ -225,7 +225,8 @@ INLINE void transpose(vec rows[LANES]) {
     }
 }
 
-/* WEIGHT_UNIT * exp(x) for x <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. */
+/* WEIGHT_UNIT * exp(x) for x <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. The
+ * relative error is at most 1.6 epsilon * (1 + |x|), in float64 0.9: tests/exp_tanh_check.c. */
 INLINE vec weight_of(vec x) {
     vec t = x * splat((real)1.4426950408889634);
     vec f = fraction(t);
@@ -254,7 +255,8 @@ INLINE vec weight_of(vec x) {
 }
 
 /* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
- * so that small x meet the polynomial without its constant term. */
+ * so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth, in
+ * float64 3.9: tests/exp_tanh_check.c. */
 INLINE vec tanh_vec(vec x) {
     const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
     const vec magic = splat((real)(3ull << (MANTISSA_BITS - 1)));
