@@ -101,10 +101,10 @@ INLINE vec choose(ivec condition, vec yes, vec no) {
 #endif
 }
 
-INLINE vec magnitude(vec x) { return (vec)((ivec)x & ~splat_int((lane_int)1 << (LANE_BITS - 1))); }
+#define SIGN_BIT splat_int((lane_int)((lane_uint)1 << (LANE_BITS - 1)))
+INLINE vec magnitude(vec x) { return (vec)((ivec)x & ~SIGN_BIT); }
 INLINE vec with_sign_of(vec x, vec sign) {
-    ivec bit = splat_int((lane_int)1 << (LANE_BITS - 1));
-    return (vec)(((ivec)x & ~bit) | ((ivec)sign & bit));
+    return (vec)(((ivec)x & ~SIGN_BIT) | ((ivec)sign & SIGN_BIT));
 }
 
 /* Bit j of the result: is byte j not 0? */
