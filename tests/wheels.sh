@@ -19,7 +19,7 @@ for python in "${@:-python3}"; do
     mkdir "$work/source"
     git -C "$root" archive HEAD | tar -x -C "$work/source"
     "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work/raw" "$work/source"
-    PATH="$work/tools/bin:$PATH" auditwheel --quiet repair --wheel-dir "$work/wheels" "$work"/raw/*.whl
+    PATH="$work/tools/bin:$PATH" auditwheel repair --wheel-dir "$work/wheels" "$work"/raw/*.whl
     basename "$work"/wheels/*.whl
     "$python" -m venv "$work/plain"
     "$work/plain/bin/pip" install --quiet "numpy${NUMPY:+==$NUMPY}" "$work"/wheels/*.whl
