@@ -87,9 +87,13 @@ class BuildKernels(build_ext):
 def kernels():
     if os.environ.get("FASTATTN_NO_EXTENSION", "0") not in ("", "0"):
         return []
+    import Cython
     import numpy
     from Cython.Build import cythonize
 
+    # Generated C fits the Cython and the NumPy that it was made with, and is not made again when
+    # only these change.
+    made_with = f"cython-{Cython.__version__}-numpy-{numpy.__version__}"
     return cythonize(
         Extension(
             "fastattn._kernels",
@@ -98,7 +102,7 @@ def kernels():
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
             depends=HEADERS,
         ),
-        build_dir="build",
+        build_dir=str(Path("build") / made_with),
     )
 
 

@@ -154,14 +154,14 @@ INLINE vec choose(ivec condition, vec yes, vec no) {
 #endif
 }
 
-INLINE vec magnitude(vec x) { return (vec)((ivec)x & ~splat_int((lane_int)1 << (LANE_BITS - 1))); }
+#define SIGN_BIT splat_int((lane_int)((lane_uint)1 << (LANE_BITS - 1)))
+INLINE vec magnitude(vec x) { return (vec)((ivec)x & ~SIGN_BIT); }
 INLINE vec with_sign_of(vec x, vec sign) {
-#if defined(__AVX512F__) && !defined(REAL_IS_DOUBLE)
-    __m512i bit_512 = _mm512_set1_epi32(INT32_MIN);
-    return (vec)_mm512_ternarylogic_epi32(bit_512, (__m512i)sign, (__m512i)x, 0xca);
+#if defined(__AVX512F__)
+    return (vec)_mm512_ternarylogic_epi64((__m512i)SIGN_BIT, (__m512i)sign, (__m512i)x, 0xca);
+#else
+    return (vec)(((ivec)x & ~SIGN_BIT) | ((ivec)sign & SIGN_BIT));
 #endif
-    ivec bit = splat_int((lane_int)1 << (LANE_BITS - 1));
-    return (vec)(((ivec)x & ~bit) | ((ivec)sign & bit));
 }
 
 /* Bit j of the result: is byte j not 0? */
@@ -295,7 +295,9 @@ INLINE void transpose(vec rows[LANES]) {
 
 #define LOG2_E 1.4426950408889634
 
-/* WEIGHT_UNIT * 2**t for t <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. */
+/* WEIGHT_UNIT * 2**t for t <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. Of a
+ * t = x * LOG2_E the relative error is at most 1.6 epsilon * (1 + |x|), in float64 0.9:
+ * tests/exp_tanh_check.c. */
 INLINE vec weight_of(vec t) {
     vec f = fraction(t);
     const real UNIT = (real)WEIGHT_UNIT;
@@ -335,7 +337,8 @@ INLINE vec quotient(vec n, vec d) {
 }
 
 /* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
- * so that small x meet the polynomial without its constant term. */
+ * so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth, in
+ * float64 3.9: tests/exp_tanh_check.c. */
 INLINE vec tanh_vec(vec x) {
     const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
     const vec magic = splat((real)(3ull << (MANTISSA_BITS - 1)));

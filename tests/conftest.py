@@ -9,10 +9,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import fastattn
 from fastattn.dispatch import BACKENDS, named
 from fastattn.problem import pose
+
+# The same examples in every run; `pytest --hypothesis-profile=long` draws many new ones.
+settings.register_profile(
+    "quick",
+    max_examples=50,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile(
+    "long", settings.get_profile("quick"), max_examples=3000, derandomize=False, print_blob=True
+)
+settings.load_profile("quick")
 
 # Backends that promise the same bits for any threads and slices (promise 4).
 BITWISE = ("cython", "numba")

@@ -3,18 +3,11 @@
 import numpy as np
 import pytest
 from cases import DTYPES, INTERVAL_OPTIONS, SCORE_OPTIONS, Shape, check, options
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 
 EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")
-
-deterministic = settings(
-    max_examples=50,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 @st.composite
@@ -36,14 +29,24 @@ def subsets(names):
     return st.lists(st.sampled_from(names), unique=True)
 
 
-@deterministic
+layouts = st.sampled_from([name for name in LAYOUTS if name != "list"])
+BIAS_TYPES = [
+    lambda x: x,
+    lambda x: x.astype(np.float64),
+    lambda x: x.astype(np.float16),
+    lambda x: x.astype(">f4"),
+    lambda x: x.astype(np.longdouble),
+    lambda x: np.where(np.isfinite(x), 3 * x, 9).astype(np.int8),
+    lambda x: np.where(np.isfinite(x), abs(x), 0).astype(">u2"),
+]
+
+
 @given(shape=shapes(), names=subsets((*INTERVAL_OPTIONS, "scale")), seed=st.integers(0, 2**16),
        dtype=st.sampled_from(DTYPES[:2]))  # fmt: skip
 def test_interval_options(target, shape, names, dtype, seed):
     check(target, *shape.arrays(dtype, seed), **options(names, shape, seed))
 
 
-@deterministic
 @given(shape=shapes(), names=subsets(EVERY_OPTION), seed=st.integers(0, 2**16),
        dtype=st.sampled_from(DTYPES[:2]), return_weights=st.booleans())  # fmt: skip
 def test_every_option(target, shape, names, seed, dtype, return_weights):
@@ -51,8 +54,40 @@ def test_every_option(target, shape, names, seed, dtype, return_weights):
     check(target, *arrays, return_weights=return_weights, **options(names, shape, seed))
 
 
+@given(st.data())
+def test_everything_mixed(target, data):
+    """Every option, broadcasting and layout, at sizes of several tiles and blocks too."""
+    draw = data.draw
+    seed, dtype = draw(st.integers(0, 2**16)), draw(st.sampled_from(DTYPES[:2]))
+    shape = draw(shapes())._replace(value_dim=draw(st.integers(16, 40)))  # for the same reason
+    if draw(st.booleans()):
+        n_queries, n_keys = draw(st.integers(1, 230)), draw(st.integers(1, 1200))
+        shape = shape._replace(n_queries=n_queries, n_keys=n_keys, batch=2)
+    given = dict(zip("qkv", shape.arrays(dtype, seed), strict=True))
+    given["q"] *= draw(st.sampled_from([1, 1, 4]))
+    given |= options(draw(subsets(EVERY_OPTION)), shape, seed)
+    if "bias" in given:
+        given["bias"] = draw(st.sampled_from(BIAS_TYPES))(given["bias"])
+    whole = draw(st.sampled_from("qkv"))  # has every axis of the batch
+    for name in sorted(given.keys() & {"q", "k", "v", "mask", "bias"}):
+        x = given[name]
+        for axis in may_broadcast(name, shape):
+            if draw(st.integers(0, 3)) == 0 and (name, axis) != (whole, 0):
+                x = x.take([0], axis)
+        x = LAYOUTS[draw(layouts)](x)
+        given[name] = x[0] if x.shape[0] == 1 and name != whole else x
+    given["return_weights"] = draw(st.booleans())
+    check(target, **given)
+
+
+def may_broadcast(name, shape):
+    """The axes of an operand that may have length 1 whatever the others have."""
+    if name in ("mask", "bias"):
+        return range(4)
+    return (0, 1) if name == "v" or (name == "q" and shape.heads == shape.kv_heads) else (0,)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[2:])
-@deterministic
 @given(shape=shapes(), names=subsets(EVERY_OPTION), seed=st.integers(0, 2**16))
 def test_half_precision(target, dtype, shape, names, seed):
     check(target, *shape.arrays(dtype, seed), **options(names, shape, seed))

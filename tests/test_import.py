@@ -1,5 +1,6 @@
 """Promise 6: importing starts no thread, changes no floating-point mode and is quick."""
 
+import platform
 import sys
 
 import pytest
@@ -39,6 +40,32 @@ assert modes() == before
 print("fine")
 """
     assert run_python(program).strip() == "fine"
+
+
+@linux
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="layout of fenv_t")
+def test_floating_point_mode(run_python, target):
+    """Rounding, traps, flushing of subnormals, x87 precision: as they were, to the bit."""
+    program = """
+import ctypes, platform, sys
+import numpy as np
+libm = ctypes.CDLL("libm.so.6")
+def mode():
+    environment = (ctypes.c_uint32 * 8)()
+    assert libm.fegetenv(environment) == 0
+    if platform.machine() == "aarch64":
+        return environment[0]  # FPCR
+    return environment[0] & 0xffff, environment[7] & ~0x3f  # x87 control, MXCSR without its flags
+before = mode()
+import fastattn
+assert mode() == before
+q = np.ones((300, 64), np.float32)
+for bias in (0, -np.inf, 1e300):
+    fastattn.scaled_dot(q, q, q, bias=bias, softcap=3, threads=2, backend=sys.argv[1])
+    assert mode() == before
+print("fine")
+"""
+    assert run_python(program, target.backend).strip() == "fine"
 
 
 OPTIONAL = ["ml_dtypes", "threadpoolctl", "numba", "torch", "jax", "dask", "transformers", "cupy",

@@ -1,8 +1,9 @@
 """Promise 4: the same bits for any threads, any slice of batch or heads, run after run."""
 
+import cases
 import numpy as np
 import pytest
-from cases import Shape, same_bits
+from cases import SCORE_OPTIONS, Shape, same_bits
 from layouts import LAYOUTS
 
 SHAPES = {
@@ -12,15 +13,20 @@ SHAPES = {
     "few queries": Shape(3, 4, 5, 1300, 24, kv_heads=4),
 }
 OPTIONS = {
-    "plain": {},
-    "causal": {"causal": True},
-    "window": {"window": (100, 20)},
-    "lengths": {"kv_lengths": np.array([3, 140, 131]), "causal": True, "q_offset": [2, 1, 0]},
-    "sinks": {"sinks": np.arange(8) / 4},
-    "alibi": {"alibi": np.arange(8) / 40},
+    "plain": (),
+    "causal": ("causal",),
+    "window": ("window", "q_offset"),
+    "lengths": ("kv_lengths", "causal", "q_offset"),
+    "sinks": ("sinks",),
+    "alibi": ("alibi",),
+    "mask": ("mask",),
+    "bias": ("-inf", "bias"),
+    "softcap": ("softcap", "scale"),
+    "everything": ("window", "kv_lengths", "spans", "mask", "-inf", *SCORE_OPTIONS),
 }
-PER_BATCH = ("kv_lengths", "q_offset")
-PER_HEAD = ("sinks", "alibi")
+BATCH_AXIS = {"kv_lengths": 0, "q_offset": 0, "spans": 0, "mask": 0, "bias": 0}
+HEAD_AXIS = {"alibi": 0, "sinks": 0, "spans": 1, "mask": 1, "bias": 1}
+ALL = {"return_lse": True, "return_weights": True}
 
 
 @pytest.fixture(params=SHAPES, ids=lambda n: n.replace(" ", "-"))
@@ -30,8 +36,20 @@ def shape(request):
 
 @pytest.fixture(params=OPTIONS)
 def options(request, shape):
-    chosen = dict(OPTIONS[request.param])
-    return {n: x[: shape.heads] if n in PER_HEAD else x for n, x in chosen.items()}
+    return cases.options(OPTIONS[request.param], shape)
+
+
+def sliced(options, axes, part):
+    """The options of a slice of the batch or of the heads, that being their `axes`."""
+
+    def cut(name, x):
+        if name not in axes or np.ndim(x) == 0:
+            return x
+        if name == "spans":
+            return tuple(side[(slice(None),) * axes[name] + (part,)] for side in x)
+        return x[(slice(None),) * axes[name] + (part,)]
+
+    return {name: cut(name, x) for name, x in options.items()}
 
 
 @pytest.fixture
@@ -49,17 +67,17 @@ def assert_same_bits(results, wanted):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_threads(bitwise, shape, options, dtype):
     arrays = shape.arrays(dtype)
-    one = bitwise.attend(*arrays, threads=1, return_lse=True, **options)
+    one = bitwise.attend(*arrays, threads=1, **ALL, **options)
     for threads in (2, 3, None):
-        results = bitwise.attend(*arrays, threads=threads, return_lse=True, **options)
+        results = bitwise.attend(*arrays, threads=threads, **ALL, **options)
         assert_same_bits(results, one)
 
 
 def test_runs(bitwise, shape, options):
     arrays = shape.arrays()
-    first = bitwise.attend(*arrays, threads=2, return_lse=True, **options)
+    first = bitwise.attend(*arrays, threads=2, **ALL, **options)
     for _ in range(3):
-        results = bitwise.attend(*arrays, threads=2, return_lse=True, **options)
+        results = bitwise.attend(*arrays, threads=2, **ALL, **options)
         assert_same_bits(results, first)
 
 
@@ -68,21 +86,21 @@ def test_runs(bitwise, shape, options):
 )
 def test_slices_of_the_batch(bitwise, shape, options, batch):
     q, k, v = shape.arrays()
-    whole = bitwise.attend(q, k, v, threads=2, return_lse=True, **options)
-    part = {n: np.asarray(x)[batch] if n in PER_BATCH else x for n, x in options.items()}
-    results = bitwise.attend(q[batch], k[batch], v[batch], threads=1, return_lse=True, **part)
+    whole = bitwise.attend(q, k, v, threads=2, **ALL, **options)
+    part = sliced(options, BATCH_AXIS, batch)
+    results = bitwise.attend(q[batch], k[batch], v[batch], threads=1, **ALL, **part)
     assert_same_bits(results, [x[batch] for x in whole])
 
 
 def test_slices_of_heads_that_keep_groups_whole(bitwise, shape, options):
     q, k, v = shape.arrays()
-    whole = bitwise.attend(q, k, v, threads=2, return_lse=True, **options)
+    whole = bitwise.attend(q, k, v, threads=2, **ALL, **options)
     kv_heads = k.shape[1]
     group = shape.heads // kv_heads
     for first, last in ((0, 1), (1, 2), (kv_heads - 1, kv_heads), (1, kv_heads)):
         kv, heads = slice(first, last), slice(first * group, last * group)
-        part = {n: x[heads] if n in PER_HEAD else x for n, x in options.items()}
-        results = bitwise.attend(q[:, heads], k[:, kv], v[:, kv], return_lse=True, **part)
+        part = sliced(options, HEAD_AXIS, heads)
+        results = bitwise.attend(q[:, heads], k[:, kv], v[:, kv], **ALL, **part)
         assert_same_bits(results, [x[:, heads] for x in whole])
 
 
@@ -90,14 +108,14 @@ def test_slices_of_heads_that_keep_groups_whole(bitwise, shape, options):
 def test_layouts(bitwise, shape, options, layout):
     """Sizes, dtype and options alone decide, so how the arrays lie in memory does not."""
     arrays = shape.arrays()
-    plain = bitwise.attend(*arrays, return_lse=True, **options)
-    results = bitwise.attend(*map(LAYOUTS[layout], arrays), return_lse=True, **options)
+    plain = bitwise.attend(*arrays, **ALL, **options)
+    results = bitwise.attend(*map(LAYOUTS[layout], arrays), **ALL, **options)
     assert_same_bits(results, plain)
 
 
 def test_what_else_is_returned_and_where(bitwise, shape, options):
     arrays = shape.arrays()
-    out, _ = bitwise.attend(*arrays, return_lse=True, **options)
+    out, *_ = bitwise.attend(*arrays, **ALL, **options)
     assert same_bits(bitwise.attend(*arrays, **options), out)
     elsewhere = LAYOUTS["backwards"](np.empty_like(out))
     assert same_bits(bitwise.attend(*arrays, out=elsewhere, **options), out)

@@ -4,7 +4,6 @@ import sys
 
 import numpy as np
 import pytest
-from cases import Shape
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -29,6 +28,12 @@ options = {
     "spans": {"spans": (np.arange(n_queries), n_keys - np.arange(n_queries))},
     "mask": {"mask": rng.random(n_keys) < 0.9},
     "bias": {"bias": rng.standard_normal((1, n_keys))},
+    "dense mask": {"mask": np.broadcast_to(rng.random(n_keys) < 0.9, (n_queries, n_keys)).copy()},
+    "dense bias": {"bias": np.zeros((n_queries, n_keys), np.int8)},
+    "every score option": {
+        "bias": np.zeros((n_queries, n_keys), np.float16), "softcap": 3, "alibi": [1],
+        "sinks": [1], "mask": np.arange(n_keys) % 7 > 0, "return_lse": True,
+    },
     "transposed": {},
 }[case]
 if case == "transposed":
@@ -47,16 +52,10 @@ print(max(0, after - max(before, top)) + (top - before if after > top else 0))
 
 
 @linux
-@pytest.mark.parametrize("case", ["plain", "causal", "spans", "mask", "bias", "transposed"])
+@pytest.mark.parametrize("case", ["plain", "causal", "spans", "mask", "bias", "dense mask",
+                                  "dense bias", "every score option", "transposed"])  # fmt: skip
 def test_no_array_of_queries_by_keys(target, run_python, case):
     """512 x 65536 scores would be 128 MiB (32 as bools); a few tiles are less than 24."""
-    q, k, v = Shape(1, 1, 4, 5, 8).arrays()
-    reason = None
-    if case in ("mask", "bias"):
-        option = {"mask": np.ones(5, bool), "bias": np.zeros(5)}[case]
-        reason = target.unsupported(q, k, v, **{case: option})
-    if reason is not None:
-        pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     assert float(run_python(PROGRAM, target.backend, "512", case)) < 24
 
 
@@ -77,6 +76,13 @@ def test_out_of_memory_for_the_weights(target):
         target.attend(q, k, k, return_weights=True)
 
 
+def test_out_of_memory_for_the_scratch(target):
+    """A head_dim of 2**45, through a stride of 0."""
+    q = np.broadcast_to(np.float32(1), (3, 1 << 45))
+    with pytest.raises(MemoryError):
+        target.attend(q, q, np.ones((3, 4), np.float32))
+
+
 LEAKS = """
 import sys
 import numpy as np
@@ -89,6 +95,11 @@ def held():
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((4, 200, 64), np.float32) for _ in range(3))
 wrong = np.empty(3, np.float32)
+wide = np.broadcast_to(np.float32(1), (3, 1 << 45))
+options = {
+    "mask": rng.random((40, 200)) < 0.9, "bias": rng.standard_normal((40, 200)), "softcap": 2,
+    "return_weights": True, "return_lse": True, "kv_lengths": 150,
+}
 
 def calls(n):
     for _ in range(n):
@@ -96,6 +107,11 @@ def calls(n):
         try:
             fastattn.scaled_dot(q, k, v, out=wrong, backend=sys.argv[1])
         except ValueError:
+            pass
+        fastattn.scaled_dot(q[:, :40], k, v, backend=sys.argv[1], threads=2, **options)
+        try:
+            fastattn.scaled_dot(wide, wide, wide[:, :5], backend=sys.argv[1])
+        except MemoryError:
             pass
 
 calls(20)
@@ -107,5 +123,5 @@ print(held() - before)
 
 @linux
 def test_calls_leak_nothing(target, run_python):
-    """200 results of 0.2 MiB would be 40 MiB."""
+    """200 results of 0.2 MiB would be 40 MiB, 200 weights of 0.12 MiB 25 MiB."""
     assert float(run_python(LEAKS, target.backend)) < 8

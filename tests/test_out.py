@@ -113,8 +113,13 @@ def test_that_overlaps_small_options(target):
     spans[...] = np.arange(18)
     lengths = out[1, 0, 0, :2].view(np.int64)
     lengths[...] = [7, 15]
-    p = pose(q, k, v, sinks=sinks.copy(), spans=(0, spans.copy()), kv_lengths=lengths.copy())
-    target.attend(q, k, v, sinks=sinks, spans=(0, spans), kv_lengths=lengths, out=out)
+    alibi = out[1, 2, 1, :4]
+    alibi[...] = [0.5, 0.25, 0.1, 0]
+    offset = out[1, 0, 1, :2].view(np.int64)
+    offset[...] = [3, -4]
+    small = {"sinks": sinks, "kv_lengths": lengths, "alibi": alibi, "q_offset": offset}
+    p = pose(q, k, v, spans=(0, spans.copy()), **{n: x.copy() for n, x in small.items()})
+    target.attend(q, k, v, spans=(0, spans), **small, out=out)
     assert_solves(out, p)
 
 

@@ -100,7 +100,8 @@ def test_many_python_threads(target):
     for seed in range(24):
         shape = Shape(1 + seed % 3, 4, 20 + 7 * seed, 300 - 9 * seed, 8 + seed, kv_heads=2)
         arrays = shape.arrays("float64" if seed % 4 == 0 else "float32", seed)
-        opts = options(["causal", "kv_lengths"] if seed % 2 else [], shape, seed)
+        names = [["causal", "kv_lengths"], [], ["mask", "softcap", "sinks"], ["-inf", "alibi"]]
+        opts = options(names[seed % 4], shape, seed)
         problems.append((arrays, {**opts, "threads": 1 + seed % 3, "return_lse": True}))
     alone = [target.attend(*arrays, **opts) for arrays, opts in problems]
     start = threading.Barrier(8)

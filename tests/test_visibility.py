@@ -146,6 +146,34 @@ def test_query_that_sees_no_key_has_no_weights(target, options):
     np.testing.assert_array_equal(weights, 0)
 
 
+BLOCKS = {
+    "first": [(0, 512)], "middle": [(512, 1024)], "last": [(1024, 1600)],
+    "all but the last key": [(0, 1599)], "all but the first": [(1, 1600)],
+    "every other strip": [(n, n + 64) for n in range(0, 1600, 128)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ["all", "some"])
+@pytest.mark.parametrize("by", ["mask", "bias", "bias beside alibi and sinks"])
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("n_queries", [1, 3, 100])
+def test_unseen_blocks(target, n_queries, blocks, by, rows):
+    """Whole blocks of keys hidden: first, middle, last, from all queries or from every third."""
+    q, k, v = Shape(2, 2, n_queries, 1600, 8, kv_heads=1).arrays()
+    seen = np.ones((n_queries, 1600), bool)
+    for first, last in blocks:
+        seen[:: 3 if rows == "some" else 1, first:last] = False
+        if rows == "all":
+            k[:, :, first:last] = np.nan
+            v[:, :, first:last] = np.inf
+    if by == "mask":
+        out, _ = check(target, q, k, v, mask=seen)
+    else:
+        options = {} if by == "bias" else {"alibi": [0.1, 0.01], "sinks": [1.0, -2.0]}
+        out, _ = check(target, q, k, v, bias=np.where(seen, 0, -np.inf), **options)
+    assert np.isfinite(out).all()
+
+
 def test_some_queries_see_no_key(target):
     """Empty rows among others, in the same tile."""
     spans = np.zeros(40, int), np.where(np.arange(40) % 3 == 0, 0, 9)

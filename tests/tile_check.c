@@ -1,7 +1,14 @@
-/* One instruction set's tile kernels against a double loop, without Python: for cross compilers. */
+/* One instruction set's tile kernels against a double loop, without Python: for sanitizers, which is
+ * why each row has memory of its own, and for cross compilers. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+
+#ifdef PARTS
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "tile.h"
 
@@ -9,72 +16,160 @@ extern const TileKernels kernels;
 
 #ifdef REAL_IS_DOUBLE
 typedef double real;
-#define TOLERANCE 4e-15
+#define TOLERANCE 8e-15 /* 4 ulp of an lse of 10 */
 #else
 typedef float real;
-#define TOLERANCE 2e-6 /* 4 ulp of an lse of 6.5 */
+#define TOLERANCE 4e-6 /* 4 ulp of an lse of 10 */
 #endif
 
-enum { N_KEYS = 700, HEAD_DIM = 40, VALUE_DIM = 19 };
+enum { N_KEYS = 700, HEAD_DIM = 40, VALUE_DIM = 19, HIDDEN_KEY = 100 };
+enum { MASK = 1, BIAS = 2, ALIBI = 4, SOFTCAP = 8, SINKS = 16, ALL_OPTIONS = 32 };
 
-static real q[MAX_QUERIES][HEAD_DIM], k[N_KEYS][HEAD_DIM], v[N_KEYS][VALUE_DIM];
-static real out[MAX_QUERIES][VALUE_DIM];
+static const NumberFormat FORMATS[] = {
+    {'f', sizeof(real), 0}, {'f', 2, 0}, {'f', 8, 1}, {'i', 1, 0}, {'u', 2, 1}, {'b', 2, 0}, {'f', 4, 0},
+};
+enum { N_FORMATS = sizeof FORMATS / sizeof FORMATS[0] };
 
-static void fill(real *x, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] = (real)(2.0 * rand() / RAND_MAX - 1);
+static real *rows_of(int n) { /* n numbers between -1 and 1 */
+    real *x = malloc(sizeof(real) * (size_t)n);
+    for (int i = 0; i < n; i++) x[i] = (real)(2.0 * rand() / RAND_MAX - 1);
+    return x;
 }
 
-/* The largest error of one query's result and lse. */
+static double bias[MAX_QUERIES][N_KEYS]; /* as it will be read: -2 to 2, or -INFINITY */
+
+static void write_number(double x, NumberFormat format, char *at) {
+    static const unsigned short half[] = {0xc000, 0xbc00, 0, 0x3c00, 0x4000, 0xfc00};
+    float single = (float)x;
+    signed char byte = (signed char)(isinf(x) ? 0 : x);
+    unsigned short two = (unsigned short)byte;
+    char bytes[8];
+    if (format.kind == 'i') memcpy(bytes, &byte, 1);
+    else if (format.kind == 'u') memcpy(bytes, &two, 2);
+    else if (format.kind == 'b') memcpy(bytes, (char *)&single + 2, 2); /* little-endian */
+    else if (format.bytes == 2) memcpy(bytes, &half[isinf(x) ? 5 : (int)x + 2], 2);
+    else if (format.bytes == 4) memcpy(bytes, &single, 4);
+    else memcpy(bytes, &x, 8);
+    for (int i = 0; i < format.bytes; i++) at[i] = bytes[format.swapped ? format.bytes - 1 - i : i];
+}
+
+static char *bias_row(int query, NumberFormat format) {
+    char *row = malloc((size_t)(N_KEYS * format.bytes));
+    for (int j = 0; j < N_KEYS; j++) {
+        double x = rand() % 6 - 2;
+        if (x == 3) x = strchr("iu", format.kind) ? 0 : -INFINITY;
+        bias[query][j] = format.kind == 'u' ? fabs(x) : x;
+        write_number(bias[query][j], format, row + j * format.bytes);
+    }
+    return row;
+}
+
+static char *mask_row(int stride) {
+    char *row = malloc((size_t)((N_KEYS - 1) * stride + 1));
+    for (int j = 0; j < (N_KEYS - 1) * stride + 1; j++) row[j] = rand() % 4 != 0;
+    row[HIDDEN_KEY * stride] = 0; /* of a mask of stride 0: every key */
+    return row;
+}
+
+static double worse(double a, double b) { return !(b <= a) ? b : a; } /* a NaN is worst */
+
+/* The largest error of one query's result, lse and weights. */
 static double error_of(const Tile *t, int i) {
-    double weight[N_KEYS], total = 0, worst = 0;
-    for (ptrdiff_t j = t->start[i]; j < t->stop[i]; j++) {
+    static double weight[N_KEYS];
+    double total = t->has_sinks ? exp(t->sink[i]) : 0, worst = 0;
+    const real *q = (const real *)t->q[i], *k = (const real *)t->k, *v = (const real *)t->v,
+               *out = (const real *)t->out[i], *weights = (const real *)t->weights[i];
+    for (ptrdiff_t j = 0; j < N_KEYS; j++) {
         double s = 0;
-        for (int d = 0; d < HEAD_DIM; d++) s += (double)q[i][d] * (double)k[j][d];
-        total += weight[j] = exp(s * t->scale);
+        for (int d = 0; d < HEAD_DIM; d++) s += (double)q[d] * (double)k[j * HEAD_DIM + d];
+        s *= t->scale;
+        if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
+        if (t->has_bias) s += bias[i][j];
+        if (t->has_alibi) s -= t->slope[i] * fabs((double)(t->position[i] - j));
+        if (j < t->start[i] || j >= t->stop[i] || (t->has_mask && !t->mask[i][j * t->mask_key]))
+            s = -INFINITY;
+        total += weight[j] = exp(s);
     }
     for (int d = 0; d < VALUE_DIM; d++) {
         double sum = 0;
-        for (ptrdiff_t j = t->start[i]; j < t->stop[i]; j++) sum += weight[j] * (double)v[j][d];
-        worst = fmax(worst, fabs((total > 0 ? sum / total : 0) - (double)out[i][d]));
+        for (ptrdiff_t j = 0; j < N_KEYS; j++)
+            if (weight[j] > 0) sum += weight[j] * (double)v[j * VALUE_DIM + d];
+        worst = worse(worst, fabs((total > 0 ? sum / total : 0) - (double)out[d]));
     }
-    if (t->lse[i] != log(total)) worst = fmax(worst, fabs(t->lse[i] - log(total)));
+    for (ptrdiff_t j = 0; j < N_KEYS; j++)
+        worst = worse(worst, fabs((total > 0 ? weight[j] / total : 0) - (double)weights[j]));
+    return t->lse[i] == log(total) ? worst : worse(worst, fabs(t->lse[i] - log(total)));
+}
+
+static void each_pass(Tile *t, void (*step)(Tile *, ptrdiff_t, ptrdiff_t)) {
+    const ptrdiff_t keys = kernels.pass_keys, first = t->first / STRIP_KEYS * STRIP_KEYS;
+    for (ptrdiff_t key = t->first / keys * keys; key < t->last; key += keys)
+        step(t, key > first ? key : first, key + keys < t->last ? key + keys : t->last);
+}
+
+static double run(Tile *t) {
+    size_t bytes = kernels.scratch_bytes(t, t->n_queries);
+    double worst = 0;
+    t->scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    kernels.begin(t);
+    each_pass(t, kernels.attend);
+    if (!kernels.finish(t)) worst = INFINITY;
+    each_pass(t, kernels.weights);
+    for (int i = 0; i < t->n_queries; i++) worst = worse(worst, error_of(t, i));
+    free(t->scratch);
     return worst;
 }
 
-static double run(Tile *t, int n_queries) {
-    double worst = 0;
-    t->n_queries = n_queries;
-    t->margin = 0;
-    kernels.begin(t);
-    for (ptrdiff_t key = t->first / BLOCK_KEYS * BLOCK_KEYS; key < t->last; key += BLOCK_KEYS)
-        kernels.attend(t, key > t->first ? key : t->first,
-                       key + BLOCK_KEYS < t->last ? key + BLOCK_KEYS : t->last);
-    if (!kernels.finish(t)) return INFINITY;
-    for (int i = 0; i < n_queries; i++) worst = fmax(worst, error_of(t, i));
+static double check(int n_queries, int causal, int options, NumberFormat format) {
+    static Tile t;
+    real *k = rows_of(N_KEYS * HEAD_DIM), *v = rows_of(N_KEYS * VALUE_DIM);
+    memset(&t, 0, sizeof t);
+    t.k = (char *)k, t.v = (char *)v;
+    t.q_format = t.kv_format = t.out_format = (NumberFormat){'f', sizeof(real), 0};
+    t.pass_keys = kernels.pass_keys < N_KEYS ? kernels.pass_keys : N_KEYS;
+    t.n_queries = n_queries;
+    t.q_dim = t.k_dim = t.v_dim = t.out_dim = t.weights_key = sizeof(real);
+    t.head_dim = HEAD_DIM, t.k_key = HEAD_DIM * sizeof(real);
+    t.value_dim = VALUE_DIM, t.v_key = VALUE_DIM * sizeof(real);
+    t.scale = 1 / sqrt(HEAD_DIM);
+    t.want_lse = 1;
+    t.has_mask = options & MASK, t.has_bias = options & BIAS, t.has_alibi = options & ALIBI;
+    t.softcap = options & SOFTCAP ? 0.5 : 0;
+    t.has_sinks = options & SINKS;
+    t.mask_key = n_queries % 4 ? n_queries % 3 : 1;
+    t.bias_format = format;
+    t.bias_key = format.bytes;
+    if (options & MASK) v[HIDDEN_KEY * VALUE_DIM + 3] = NAN;
+    for (int i = 0; i < n_queries; i++) {
+        t.start[i] = causal && i % 7 == 3 ? 600 : 0; /* some see nothing, or little */
+        t.stop[i] = causal ? 590 + i % 100 : N_KEYS;
+        t.position[i] = 590 + i % 100;
+        t.slope[i] = 0.01 * i / n_queries;
+        t.sink[i] = i % 5 ? i % 11 : -INFINITY;
+        t.q[i] = (char *)rows_of(HEAD_DIM);
+        t.out[i] = (char *)rows_of(VALUE_DIM);
+        t.weights[i] = calloc(N_KEYS, sizeof(real));
+        if (options & MASK) t.mask[i] = mask_row((int)t.mask_key);
+        if (options & BIAS) t.bias[i] = bias_row(i, format);
+    }
+    double worst = run(&t);
+    for (int i = 0; i < n_queries; i++) {
+        free((void *)t.q[i]), free(t.out[i]), free(t.weights[i]);
+        free((void *)t.mask[i]), free((void *)t.bias[i]);
+    }
+    free(k), free(v);
     return worst;
 }
 
 int main(void) {
-    static Tile t;
     double worst = 0;
-    fill(&q[0][0], sizeof q / sizeof(real));
-    fill(&k[0][0], sizeof k / sizeof(real));
-    fill(&v[0][0], sizeof v / sizeof(real));
-    t.k = k, t.v = v;
-    t.q_dim = t.k_dim = t.v_dim = t.out_dim = 1;
-    t.k_key = t.head_dim = HEAD_DIM;
-    t.v_key = t.value_dim = VALUE_DIM;
-    t.scale = 1 / sqrt(HEAD_DIM);
-    t.want_lse = 1;
-    t.scratch = aligned_alloc(64, (kernels.scratch_bytes(kernels.queries, HEAD_DIM, VALUE_DIM, N_KEYS) + 63) / 64 * 64);
-    for (int i = 0; i < kernels.queries; i++) t.q[i] = q[i], t.out[i] = out[i];
-    for (int n = 1; n <= kernels.queries; n++)
+#ifdef PARTS
+    if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return puts("tiles are not to be had here"), 0;
+#endif
+    for (int n = 1; n <= kernels.queries; n += 1 + n / 64)
         for (int causal = 0; causal < 2; causal++) {
-            for (int i = 0; i < n; i++) {
-                t.start[i] = causal && i % 7 == 3 ? 600 : 0; /* some see nothing, or little */
-                t.stop[i] = causal ? 590 + i : N_KEYS;
-            }
-            worst = fmax(worst, run(&t, n));
+            int options = (5 * n + 16 * causal) % ALL_OPTIONS;
+            worst = worse(worst, check(n, causal, options, FORMATS[n % N_FORMATS]));
         }
     printf("%d-byte reals, %d queries a tile: largest error %.2e\n", (int)sizeof(real),
            kernels.queries, worst);

@@ -156,7 +156,9 @@ def _key_blocks(p: Problem, h: _Heads, queries: slice):
         first = start.min(where=some, initial=p.n_keys)
         last = stop.max(where=some, initial=0)
     for begin in range(first // BLOCK_K * BLOCK_K, last, BLOCK_K):
-        yield slice(begin, min(begin + BLOCK_K, p.n_keys))
+        keys = slice(begin, min(begin + BLOCK_K, p.n_keys))
+        if h.mask is None or h.mask[:, :, queries, keys].any():
+            yield keys
 
 
 def _scores(p: Problem, h: _Heads, q, queries: slice, keys: slice):
