@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .dispatch import select
 from .problem import pose
 
 __all__ = ["scaled_dot"]
+
+_ndarray = np.ndarray
 
 
 def scaled_dot(
@@ -126,15 +130,19 @@ def scaled_dot(
         return_lse, return_weights, out, threads, precision,
     )  # fmt: skip
     lse, weights = select(problem, backend).run(problem)
-    result = problem.result
+    result = out
+    if out is None or problem.out is not None:
+        result = problem.result
+        if type(result) is not _ndarray:
+            result = result.owner  # of a DeviceArray
+        if problem.one_head:
+            result = result[0]
+        if out is not None:
+            out[...] = result
+            result = out
     if problem.one_head:
-        result = result[0]
         lse = None if lse is None else lse[0]
         weights = None if weights is None else weights[0]
-    if out is not None:
-        if problem.out is not None:
-            out[...] = result
-        result = out
     if lse is None and weights is None:
         return result
     return (result, *(x for x in (lse, weights) if x is not None))

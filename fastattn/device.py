@@ -6,6 +6,7 @@ that it needs. What their library is, is asked here and nowhere else.
 
 from __future__ import annotations
 
+import math
 import sys
 from importlib import import_module
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ class DeviceArray:
     Attributes
     ----------
     owner : object
-        The array that was given; it keeps the memory alive.
+        The array that was given, which keeps the memory alive; None if it is yet to be allocated.
     address : int
         Of the first element, on the device.
     shape, strides, dtype
@@ -57,7 +58,7 @@ class DeviceArray:
 
     @property
     def flags(self) -> SimpleNamespace:
-        """What `pose` asks: the short ways that it takes for packed NumPy arrays are not for this."""
+        """What `pose` asks; its short ways for packed NumPy arrays are not for this."""
         return SimpleNamespace(aligned=True, c_contiguous=False, writeable=not self.readonly)
 
     @property
@@ -70,7 +71,7 @@ class DeviceArray:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def view(self, shape, strides) -> DeviceArray:
         """The same memory with another shape."""
@@ -106,24 +107,36 @@ class DeviceArray:
         other_low, other_high = other.bounds()
         return low < other_high and other_low < high
 
-    def empty(self, shape, dtype, like: bool = False):
-        """A new array of the library that this one is of, on the same device; a Numba device array
-        if the library is not known. With `like`, its axes lie in memory in the order of these.
+    def planned(self, shape, dtype) -> DeviceArray:
+        """One without an owner, to be allocated: its axes in memory in the order of these."""
+        new = len(shape) - self.ndim
+        # Axes without a stride of their own, broadcast or new, come first.
+        steps = [abs(stride) or math.inf for stride in self.strides]
+        own = sorted(range(self.ndim), key=steps.__getitem__, reverse=True)
+        order = [*range(new), *(axis + new for axis in own)]
+        strides = packed([shape[axis] for axis in order], dtype.itemsize)
+        other = self.view(shape, [strides[order.index(axis)] for axis in range(len(shape))])
+        other.__dict__.update(owner=None, address=0, dtype=dtype, readonly=False)
+        return other
+
+    def allocate(self, shape, strides, dtype) -> Any:
+        """A new array on the same device, of the library that this one is of, or of Numba's if that
+        is not known.
         """
-        order = _order(self, shape) if like else tuple(range(len(shape)))
-        packed = tuple(shape[axis] for axis in order)
-        back = tuple(int(axis) for axis in np.argsort(order))
         library = self._library()
         if library == "torch":
             torch = import_module("torch")
-            made = torch.empty(packed, dtype=getattr(torch, dtype.name), device=self.owner.device)
-            return made.permute(back)
+            elements = [stride // dtype.itemsize for stride in strides]
+            kind = getattr(torch, dtype.name)
+            return torch.empty_strided(shape, elements, dtype=kind, device=self.owner.device)
         if library == "cupy":
+            cupy = import_module("cupy")
             with self.owner.device:
-                return import_module("cupy").empty(packed, dtype).transpose(back)
-        strides = packed(packed, dtype.itemsize)
-        cuda = import_module("numba.cuda")
-        return cuda.device_array(tuple(shape), dtype, strides=tuple(strides[axis] for axis in back))
+                memory = cupy.empty(math.prod(shape), dtype).data
+                return cupy.ndarray(shape, dtype, memory, strides)
+        return import_module("numba.cuda").device_array(
+            tuple(shape), dtype=dtype, strides=tuple(strides)
+        )
 
     def place(self) -> tuple[int | None, int]:
         """``(device, stream)``: the number of the device, None for the current one, and the address
@@ -159,10 +172,3 @@ def packed(shape, itemsize: int) -> tuple[int, ...]:
         strides.append(itemsize)
         itemsize *= max(n, 1)
     return tuple(reversed(strides))
-
-
-def _order(x: DeviceArray, shape) -> tuple[int, ...]:
-    """The axes of `shape` from the slowest to the quickest, in the order of those of `x`."""
-    new = len(shape) - x.ndim
-    own = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-    return (*range(new), *(axis + new for axis in own))

@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     @property
     def on_device(self) -> bool:
         """Do the arrays lie on a CUDA device? Then q, k, v, bias and mask are `DeviceArray`, with
-        dtypes of their own, and `result` is one or an array of the library that q is of.
+        dtypes of their own, and so is `result`, which the backend allocates if it has no owner.
         """
         return isinstance(self.q, DeviceArray)
 
@@ -411,7 +411,7 @@ def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
 def _empty_like(q, shape, dtype):
     """An array of `shape` whose axes lie in memory in the order of q's."""
     if isinstance(q, DeviceArray):
-        return q.empty(shape, dtype, like=True)
+        return q.planned(shape, dtype)
     lead = len(shape) - q.ndim
     q = q.reshape((1,) * lead + q.shape) if lead else q
     return np.empty_like(q, dtype, shape=shape, subok=False)
@@ -437,7 +437,7 @@ def _out(out, shape, dtype, one_head, inputs):
     writable = x.dtype.isnative and x.flags.aligned and type(x) in (np.ndarray, DeviceArray)
     if writable and not any(_may_overlap(x, y) for y in inputs if y is not None):
         return (x[None] if one_head else x), None
-    return (q.empty if isinstance(q, DeviceArray) else np.empty)(shape, dtype), out
+    return _empty_like(q, shape, dtype), out
 
 
 def _overlaps_itself(x) -> bool:

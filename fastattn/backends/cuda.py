@@ -39,8 +39,8 @@ def missing() -> str | None:
         return "numba-cuda is not installed"
     cuda = import_module("numba.cuda")
     if not cuda.is_available():
-        error = cuda.cuda_error()
-        return "no CUDA device" + (f" ({' '.join(str(error).split())})" if error else "")
+        detail = " ".join(str(cuda.cuda_error() or "").split()).partition(".")[0]
+        return "no CUDA device" + (f" ({detail})" if detail else "")
     return None
 
 
@@ -92,7 +92,7 @@ def _run(p: Problem, cuda, stream):
     nothing = cuda.to_device(np.zeros(1, real), stream)
 
     def operand(x, group=1):
-        if x is None:
+        if x is None or x.size == 0:
             return _Operand(nothing, 0)
         elements, strides, first = _memory(x, cuda) if p.on_device else _copy(x, cuda, stream)
         return _locate(elements, x.shape, strides, first, rows, group)
@@ -143,10 +143,13 @@ class _Result:
     def __init__(self, p: Problem, shape, dtype, cuda, target=None):
         self.shape, self.dtype, self.target, self.on_device = shape, dtype, target, p.on_device
         if p.on_device:
-            self.target = p.q.empty(shape, dtype) if target is None else target
-            known = isinstance(self.target, DeviceArray)
-            array = self.target if known else DeviceArray("out", self.target)
-            self.elements, self.strides, self.first = _memory(array, cuda)
+            if target is None or target.owner is None:
+                strides = packed(shape, dtype.itemsize) if target is None else target.strides
+                self.target = p.q.allocate(shape, strides, dtype)
+                if target is not None:
+                    target.owner = self.target
+                target = DeviceArray("out", self.target)
+            self.elements, self.strides, self.first = _memory(target, cuda)
         else:
             self.elements = cuda.device_array(max(1, math.prod(shape)), stored(dtype))
             self.strides, self.first = packed(shape, 1), 0

@@ -1,11 +1,11 @@
 """The CUDA kernel: a tile of queries per thread block, in the words of Numba.
 
 One pass over the keys with an online softmax, as FlashAttention does it (Dao et al. 2022,
-algorithm 1; Dao 2023, section 3). A block of threads is a grid of ``ty`` x ``tx``: thread (ty, tx)
-holds the scores of the queries ``ty, ty + TY, ...`` and the keys ``tx, tx + TX, ...`` of a tile, and
-the sums of the same queries for its own columns of v, all in registers. Neighbours along a warp read
-neighbouring rows of shared memory, whose length is an odd multiple of four words: so each reads four
-words at once and none waits for a bank.
+algorithm 1; Dao 2023, section 3). A block of threads is a grid of ``TY`` x ``TX``: thread (ty, tx)
+holds the scores of the queries ``ty, ty + TY, ...`` and the keys ``tx, tx + TX, ...`` of a tile,
+and the sums of the same queries for its own columns of v, all in registers. Neighbours in a warp
+read neighbouring rows of shared memory, whose length is an odd multiple of four words: so each
+reads four words at once and none waits for a bank.
 
 Nothing here may depend on what the simulator does differently: all loops that index local arrays
 have constant bounds (they are registers only if unrolled), `syncthreads` stands only where the
@@ -15,7 +15,7 @@ whole block goes, and no literal makes a float32 a float64.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +103,7 @@ def ceil_div(n: int, by: int) -> int:
     return -(-n // by)
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(spec: Spec):
     """The kernel of `spec`, to be launched with ``[(tiles, slices), threads]``."""
     real = np.dtype(spec.real).type
@@ -115,7 +115,7 @@ def compiled(spec: Spec):
     HEAD_DIM = spec.head_dim
     CHUNKS = ceil_div(HEAD_DIM, tile.chunk)
     CHUNK = 4 * ceil_div(ceil_div(HEAD_DIM, CHUNKS), 4)
-    RESIDENT = HEAD_DIM <= tile.resident
+    RESIDENT = tile.resident >= HEAD_DIM
     Q_DIMS = CHUNK * CHUNKS if RESIDENT else CHUNK
     Q_ROW, K_ROW, P_ROW = padded(Q_DIMS), padded(CHUNK), padded(BLOCK_K)
     SLICE = slice_of(spec)
@@ -130,8 +130,8 @@ def compiled(spec: Spec):
     SOFTCAP, BIASED, ALIBI = spec.softcap, spec.bias, spec.alibi
     SINKS, MASKED, LSE, WEIGHTS = spec.sinks, spec.mask, spec.lse, spec.weights
     ALIGNMENT = None if spec.simulated else 16
-    # What an index is masked with tells the compiler that it is neither negative nor odd, and so that
-    # it may read several words at once without counting from the end.
+    # Masked with these, an index is known to be neither negative nor odd: the compiler reads
+    # several words at once and does not count from the end.
     FOURS = 0x10000 - 4
     COLUMNS = 0x10000 - math.gcd(4, DIMS)
     FOLD = max(1, 512 // BLOCK_K)
@@ -470,6 +470,8 @@ def compiled(spec: Spec):
                         for n in range(DIMS):
                             d = (part * TX + tx) * DIMS + n
                             x = acc[r, part * DIMS + n] * share
+                            if margin != ZERO and abs(acc[r, part * DIMS + n]) <= MOST:
+                                x = min(max(x, -MOST), MOST)  # a mean of such may be rounded up
                             if row_saw[row] == 0:
                                 x = ZERO
                             if d < n_cols:
