@@ -47,7 +47,7 @@ def missing() -> str | None:
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    device, stream_address = p.q.place() if p.on_device else (None, 0)
+    device, stream_address = p.q.place() if isinstance(p.q, DeviceArray) else (None, 0)
     cuda = import_module("numba.cuda")
     with cuda.gpus[device] if device is not None else nullcontext():
         stream = cuda.external_stream(stream_address) if stream_address else cuda.default_stream()
@@ -140,9 +140,15 @@ def _run(p: Problem, cuda, stream):
 class _Result:
     """A result on the device, and then where the caller has it."""
 
+    elements: Any
+    strides: tuple[int, ...]
+    first: int
+    target: Any
+
     def __init__(self, p: Problem, shape, dtype, cuda, target=None):
-        self.shape, self.dtype, self.target, self.on_device = shape, dtype, target, p.on_device
-        if p.on_device:
+        self.shape, self.dtype, self.on_device = shape, dtype, p.on_device
+        self.target = target
+        if isinstance(p.q, DeviceArray):
             if target is None or target.owner is None:
                 strides = packed(shape, dtype.itemsize) if target is None else target.strides
                 self.target = p.q.allocate(shape, strides, dtype)
@@ -226,7 +232,7 @@ def _memory(x: DeviceArray, cuda):
 def _copy(x: np.ndarray, cuda, stream):
     """The same of one in the host's memory, copied; axes that are broadcast only once."""
     once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
-    once = np.require(_representable(once), requirements="CA")
+    once = np.require(_representable(once), requirements=("C", "A"))
     strides = tuple(
         0 if n < m else stride
         for n, m, stride in zip(once.shape, x.shape, packed(once.shape, 1), strict=True)
