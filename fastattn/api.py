@@ -66,9 +66,10 @@ def scaled_dot(
         Also return the softmax weights, the only Sq x Sk array that is ever made.
     out : ndarray, (..., Hq, Sq, Dv), optional
         Filled and returned; of the promoted dtype. It may overlap the inputs, not itself.
-    backend : {"cython", "numpy", "reference"}, optional
+    backend : {"cython", "cuda", "numpy", "reference"}, optional
         Use that one, or fail saying why it cannot serve. By default the environment's
-        ``FASTATTN_BACKEND``, else the first that can.
+        ``FASTATTN_BACKEND``, else the first that can; ``cuda``, which copies NumPy arrays to a GPU
+        and the results back, only if named.
     threads : int, optional
         How many to use at most. By default the environment's ``FASTATTN_NUM_THREADS``, else the
         least of the OpenMP setting, the CPU affinity and the cgroup's quota. The result does not
@@ -99,6 +100,12 @@ def scaled_dot(
     query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A key that a query does not
     see never touches its result, whatever NaN or Inf it holds. There is no dropout: it belongs to
     training losses that this function does not know; drop whole heads or positions outside it.
+
+    Arrays on a CUDA device (of torch, CuPy, Numba: what has ``__cuda_array_interface__``) are read
+    there by the ``cuda`` backend. `q`, `k`, `v`, `mask`, `bias` and `out` must all be there or all
+    in the host's memory, where the other arguments belong. The results are arrays of torch or CuPy
+    if `q` is, of Numba otherwise; as in those libraries, the call may return before they are
+    computed, and what is done next on the same stream waits.
 
     Attention is Vaswani et al. (2017), "Attention Is All You Need", equation 1; grouped heads are
     Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3. It is computed block

@@ -173,6 +173,14 @@ def test_rows_that_see_nothing():
 
 
 @runs
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_score_that_is_not_finite(value):
+    q, k, v = SMALL.arrays()
+    k[..., 2, 0] = value
+    check(TARGET, q, k, v, return_weights=True)
+
+
+@runs
 def test_huge_numbers():
     q, k, v = SMALL.arrays()
     out, _ = check(TARGET, q, k, np.full_like(v, np.finfo(np.float32).max))
@@ -391,6 +399,21 @@ def test_mistakes_on_the_device():
     fails(ValueError, r"^backend: 'numpy' given.*on a CUDA device", backend="numpy")
     if backend.missing():
         fails(ValueError, rf"^q: on a CUDA device.*{backend.missing().split(' (')[0]}")
+
+
+def test_results_are_torchs():
+    """The allocation alone, in the host's memory."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Tensor(Described):
+        __module__ = "torch"
+        device = torch.device("cpu")
+
+    q = LAYOUTS["sequence first"](np.zeros((2, 3, 5, 4), np.float16))
+    p = pose(*[Tensor(q)] * 3)
+    made = p.q.allocate(p.result.shape, p.result.strides, p.result.dtype)
+    assert (made.shape, made.dtype) == ((2, 3, 5, 4), torch.float16)
+    assert tuple(2 * n for n in made.stride()) == q.strides
 
 
 # ------------------------------------------------------------------------------ the compiler

@@ -26,6 +26,9 @@ name = "cuda"
 LAUNCH_FLOPS = 5_000_000_000
 LAUNCH_TILES = 8
 
+# Numba warns of fewer blocks of threads in a launch.
+WARNED_BLOCKS = 128
+
 
 def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot serve `problem`, or None."""
@@ -38,10 +41,12 @@ def missing() -> str | None:
     if find_spec("numba") is None or find_spec("numba_cuda") is None:
         return "numba-cuda is not installed"
     cuda = import_module("numba.cuda")
-    if not cuda.is_available():
-        detail = " ".join(str(cuda.cuda_error() or "").split()).partition(".")[0]
-        return "no CUDA device" + (f" ({detail})" if detail else "")
-    return None
+    if cuda.is_available():
+        return None
+    error = cuda.cuda_error()
+    if error is None:
+        return "no CUDA toolkit for Numba; numba-cuda[cu12] or [cu13] installs one"
+    return f"no CUDA device ({' '.join(str(error).split()).partition('.')[0]})"
 
 
 def run(problem: Problem):
@@ -69,7 +74,7 @@ def plan(problem: Problem) -> dict[str, str]:
     tiles = _tiles(p, tile)
     return {
         "kernel": f"Numba, {spec.real} sums of {p.dtype}",
-        "device": "the simulator" if spec.simulated else str(device.name, "utf-8"),
+        "device": getattr(device, "name", "the simulator"),
         "tile": f"{tile.queries} queries, {tile.keys} keys a block, {tile.threads} threads",
         "launches": str(math.ceil(tiles / _tiles_per_launch(p, tile))),
     }
@@ -131,7 +136,10 @@ def _run(p: Problem, cuda, stream):
     for first in range(0, tiles, at_once):
         if first:
             stream.synchronize()  # Ctrl-C is heard before there is a queue of launches
-        grid = (min(at_once, tiles - first), slices)
+        blocks = min(at_once, tiles - first)
+        # Numba warns of small grids; blocks that end at once are there to be counted.
+        idle = 1 if spec.simulated else math.ceil(WARNED_BLOCKS / (blocks * slices))
+        grid = (blocks, slices, idle)
         attend[grid, tile.threads, stream](*arguments, first)
     out.deliver(stream)
     return tuple(None if x is None else x.deliver(stream) for x in (lse, weights))

@@ -105,7 +105,9 @@ def ceil_div(n: int, by: int) -> int:
 
 @cache
 def compiled(spec: Spec):
-    """The kernel of `spec`, to be launched with ``[(tiles, slices), threads]``."""
+    """The kernel of `spec`, to be launched with ``[(tiles, slices, 1), threads]``; blocks of
+    threads beyond the first along the third axis do nothing.
+    """
     real = np.dtype(spec.real).type
     tile = tile_for(spec)
     TY, TX, ROWS, COLS = tile.ty, tile.tx, tile.rows, tile.cols
@@ -154,6 +156,8 @@ def compiled(spec: Spec):
         q, k, v, out, mask, bias, start, stop, lse, weights, slopes, sinks, at, strides,
         scale, softcap, wide_margin, n_queries, n_keys, value_dim, heads, first_tile,
     ):  # fmt: skip
+        if cuda.blockIdx.z != 0:
+            return
         qs = cuda.shared.array(QS, real, ALIGNMENT)
         kv = cuda.shared.array(KV, real, ALIGNMENT)  # a chunk of k, then some keys of v
         ps = cuda.shared.array(PS, real, ALIGNMENT)  # the weights of the tile
@@ -255,7 +259,7 @@ def compiled(spec: Spec):
                             sees = low <= key and key < high
                             if MASKED and sees:
                                 i, j = first_row + row, begin + key
-                                sees = mask[mask_at + i * mask_row + j * mask_key] != 0
+                                sees = mask[(mask_at + i * mask_row + j * mask_key) & POSITIVE] != 0
                             if sees:
                                 seen |= 1 << r * COLS + c
                     if not cuda.syncthreads_or(np.int32(seen != 0)):
@@ -275,14 +279,13 @@ def compiled(spec: Spec):
                 n_here = min(BLOCK_K, n_keys - begin)
                 for chunk in range(CHUNKS):
                     cuda.syncthreads()
-                    d = chunk * CHUNK
-                    fetch_k(k, k_at + d * k_dim, k_row, k_dim, n_here, HEAD_DIM - d, ONE, kv, t)
+                    done = chunk * CHUNK
+                    left = HEAD_DIM - done
+                    fetch_k(k, k_at + done * k_dim, k_row, k_dim, n_here, left, ONE, kv, t)
                     if not RESIDENT:
-                        fetch_q(
-                            q, q_at + d * q_dim, q_row, q_dim, n_rows, HEAD_DIM - d, scale, qs, t
-                        )
+                        fetch_q(q, q_at + done * q_dim, q_row, q_dim, n_rows, left, scale, qs, t)
                     cuda.syncthreads()
-                    q_from = d if RESIDENT else 0
+                    q_from = done if RESIDENT else 0
                     for d in range(0, CHUNK, 4):
                         from_q = ty * Q_ROW + q_from + d & FOURS
                         from_k = tx * K_ROW + d & FOURS
@@ -338,7 +341,9 @@ def compiled(spec: Spec):
                             key = begin + c * TX + tx
                             x = ZERO
                             if seen >> r * COLS + c & 1:
-                                x = real(math.exp(s[r, c] - shift)) / row_rescale[row]
+                                x = real(math.exp(s[r, c] - shift))
+                                if shift != INF:  # else 0, or a NaN beside which others are 0
+                                    x /= row_rescale[row]
                             if row < n_rows and key < n_keys and first_dim == 0:
                                 write_out(weights, grid_at + row * n_keys + key, x)
                     continue
