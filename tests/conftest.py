@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import simulator
 
 import fastattn
 from fastattn.dispatch import BACKENDS, named
@@ -107,10 +108,9 @@ def child_environment(**more) -> dict[str, str]:
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")  # the contract: no call warns
     if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
-        # There a number of the device is a NumPy scalar, which warns, and its threads are Python's,
-        # which wait for each other by asking again and again.
+        # There a number of the device is a NumPy scalar, which warns.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
-        sys.setswitchinterval(1e-4)
+        simulator.prepare()
 
 
 def pytest_report_header():
