@@ -142,12 +142,12 @@ def scaled_dot(
         result = problem.result
         if type(result) is not _ndarray:
             result = result.owner  # of a DeviceArray
-        if problem.one_head:
+        elif problem.one_head:
             result = result[0]
         if out is not None:
-            out[...] = result
+            out[:] = result
             result = out
-    if problem.one_head:
+    if problem.one_head and not problem.on_device:
         lse = None if lse is None else lse[0]
         weights = None if weights is None else weights[0]
     if lse is None and weights is None:

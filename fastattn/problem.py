@@ -56,7 +56,8 @@ class Problem(NamedTuple):
     return_weights: bool
     result: np.ndarray  # (batch, heads, queries, value_dim): to be filled, overlaps no input
     out: np.ndarray | None  # where the caller wants a copy of it; None if it lies there already
-    one_head: bool  # all operands were two-dimensional: drop the head axis on return
+    one_head: bool  # all operands were two-dimensional: drop the head axis on return; on a
+    # device, what is allocated there has none
     threads: int | None
     precision: str | None
     copied: tuple[str, ...]  # operands that had to be copied, for `explain`

@@ -188,6 +188,8 @@ def test_huge_numbers():
     check(TARGET, q, k, v, bias=np.full((5, 11), np.finfo(np.float32).min))
     check(TARGET, q, k, v, bias=np.full((5, 11), -1e300), return_lse=False)
     check(TARGET, q * 1e15, k * 1e15, v)
+    most = np.full((5, 11), np.finfo(np.float32).max)
+    assert np.isfinite(TARGET.attend(q * 1e19, k * 1e19, v, bias=most)).all()
 
 
 # ---------------------------------------------------------------------------------- launches
@@ -345,12 +347,13 @@ def test_out_on_the_device(device):
 
 @runs
 def test_out_that_is_an_input_on_the_device(device):
-    arrays = Shape(1, 2, 5, 5, 8).arrays()
     cuda = importlib.import_module("numba.cuda")
-    for place in range(3):
-        there = [cuda.to_device(x) for x in arrays]
-        assert fastattn.scaled_dot(*there, out=there[place]) is there[place]
-        assert_solves(read(there[place]), pose(*arrays))
+    heads = Shape(1, 2, 5, 5, 8).arrays()
+    for arrays in (heads, [x[0, 0] for x in heads]):
+        for place in range(3):
+            there = [cuda.to_device(x) for x in arrays]
+            assert fastattn.scaled_dot(*there, out=there[place]) is there[place]
+            assert_solves(read(there[place]), pose(*arrays))
 
 
 class Described:

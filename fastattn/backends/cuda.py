@@ -159,10 +159,12 @@ class _Result:
         if isinstance(p.q, DeviceArray):
             if target is None or target.owner is None:
                 strides = packed(shape, dtype.itemsize) if target is None else target.strides
-                self.target = p.q.allocate(shape, strides, dtype)
+                axes = slice(1, None) if p.one_head else slice(None)
+                self.target = p.q.allocate(shape[axes], strides[axes], dtype)
                 if target is not None:
                     target.owner = self.target
                 target = DeviceArray("out", self.target)
+                target = target[None] if p.one_head else target
             self.elements, self.strides, self.first = _memory(target, cuda)
         else:
             self.elements = cuda.device_array(max(1, math.prod(shape)), stored(dtype))
@@ -172,6 +174,7 @@ class _Result:
         if self.on_device:
             return self.target
         flat = self.elements.copy_to_host(stream=stream)[: math.prod(self.shape)]
+        stream.synchronize()
         values = flat.view(self.dtype).reshape(self.shape)
         if self.target is None:
             return values
