@@ -89,8 +89,20 @@ def test_causal_on_several_tiles():
 
 @runs
 def test_long_rows():
-    """More keys than are summed at once."""
-    check(TARGET, *Shape(1, 1, 1, 1100, 4).arrays())
+    """More keys than are summed at once, and a maximum that rises all the time."""
+    q, k, v = Shape(1, 1, 1, 1100, 4).arrays()
+    k[...] = np.linspace(0, 10, 1100)[:, None]
+    check(TARGET, np.ones_like(q), k, v)
+
+
+@runs
+def test_bfloat16_is_rounded_to_nearest():
+    """Ties to even: the mean of two neighbours."""
+    one, ulp = np.float32(1), np.float32(2**-7)
+    v = np.array([[one, one + ulp], [one + ulp, one + 2 * ulp]]).astype(float_type("bfloat16"))
+    q = np.zeros((1, 4), v.dtype)
+    out = fastattn.scaled_dot(q, np.zeros((2, 4), v.dtype), v, backend="cuda")
+    assert out.astype(np.float32).tolist() == [[1, 1 + 2 * ulp]]
 
 
 @runs
@@ -196,9 +208,10 @@ def test_huge_numbers():
 
 
 @runs
-def test_launches_are_cut(monkeypatch):
+def test_launches_are_cut(monkeypatch, device):
     arrays = Shape(1, 2, 17, 9, 4).arrays()
     whole = fastattn.scaled_dot(*arrays, causal=True, backend="cuda")
+    out = device(np.full_like(whole, np.nan))
     count = fastattn.explain(*arrays, causal=True, backend="cuda").plan["launches"]
     monkeypatch.setattr(backend, "LAUNCH_TILES", 1)
     monkeypatch.setattr(backend, "LAUNCH_FLOPS", 1)
@@ -206,7 +219,8 @@ def test_launches_are_cut(monkeypatch):
     assert int(cut) >= int(count)
     if SIMULATED:
         assert int(cut) > 4  # a GPU has as many tiles at once as multiprocessors
-    assert same_bits(fastattn.scaled_dot(*arrays, causal=True, backend="cuda"), whole)
+    fastattn.scaled_dot(*map(device, arrays), causal=True, out=out)
+    assert same_bits(out.host().view(np.float32).reshape(whole.shape), whole)
 
 
 @runs
