@@ -49,8 +49,7 @@ class DeviceArray:
         self.address, self.readonly = interface["data"]
         self.shape = tuple(interface["shape"])
         self.dtype = _dtype(name, interface["typestr"])
-        strides = interface.get("strides")
-        self.strides = packed(self.shape, self.dtype.itemsize) if strides is None else strides
+        self.strides = tuple(interface.get("strides") or packed(self.shape, self.dtype.itemsize))
         if any(stride % self.dtype.itemsize for stride in self.strides):
             raise ValueError(
                 f"{name}: strides {self.strides} given, multiples of the item's wanted"
