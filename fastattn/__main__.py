@@ -103,11 +103,11 @@ def wanted_cases(parser: argparse.ArgumentParser, chosen: argparse.Namespace) ->
 
 
 def wanted_contestants(chosen: argparse.Namespace) -> list[Contestant]:
-    """Backends and peers: all of a kind, unless some of that kind are named."""
+    """Backends and peers: all of a kind but those on a GPU, unless some of that kind are named."""
 
     def wanted(names: list[str], ours: bool) -> list[Contestant]:
         kind = [c for c in CONTESTANTS if c.ours == ours]
-        return [c for c in kind if short_name(c) in names] if names else kind
+        return [c for c in kind if (short_name(c) in names if names else not c.only_named)]
 
     return wanted(chosen.backend, True) + wanted(chosen.peer, False)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .dispatch import select
 from .problem import pose
 
 __all__ = ["scaled_dot"]
+
+_ndarray = np.ndarray
 
 
 def scaled_dot(
@@ -62,9 +66,10 @@ def scaled_dot(
         Also return the softmax weights, the only Sq x Sk array that is ever made.
     out : ndarray, (..., Hq, Sq, Dv), optional
         Filled and returned; of the promoted dtype. It may overlap the inputs, not itself.
-    backend : {"cython", "numpy", "reference"}, optional
+    backend : {"cython", "cuda", "numpy", "reference"}, optional
         Use that one, or fail saying why it cannot serve. By default the environment's
-        ``FASTATTN_BACKEND``, else the first that can.
+        ``FASTATTN_BACKEND``, else the first that can; ``cuda``, which copies NumPy arrays to a GPU
+        and the results back, only if named.
     threads : int, optional
         How many to use at most. By default the environment's ``FASTATTN_NUM_THREADS``, else the
         least of the OpenMP setting, the CPU affinity and the cgroup's quota. The result does not
@@ -96,6 +101,12 @@ def scaled_dot(
     see never touches its result, whatever NaN or Inf it holds. There is no dropout: it belongs to
     training losses that this function does not know; drop whole heads or positions outside it.
 
+    Arrays on a CUDA device (of torch, CuPy, Numba: what has ``__cuda_array_interface__``) are read
+    there by the ``cuda`` backend. `q`, `k`, `v`, `mask`, `bias` and `out` must all be there or all
+    in the host's memory, where the other arguments belong. The results are arrays of torch or CuPy
+    if `q` is, of Numba otherwise; as in those libraries, the call may return before they are
+    computed, and what is done next on the same stream waits.
+
     Attention is Vaswani et al. (2017), "Attention Is All You Need", equation 1; grouped heads are
     Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3. It is computed block
     by block as in Dao et al. (2022), "FlashAttention", algorithm 1.
@@ -126,15 +137,19 @@ def scaled_dot(
         return_lse, return_weights, out, threads, precision,
     )  # fmt: skip
     lse, weights = select(problem, backend).run(problem)
-    result = problem.result
-    if problem.one_head:
-        result = result[0]
+    result = out
+    if out is None or problem.out is not None:
+        result = problem.result
+        if type(result) is not _ndarray:
+            result = result.owner  # of a DeviceArray
+        elif problem.one_head:
+            result = result[0]
+        if out is not None:
+            out[:] = result
+            result = out
+    if problem.one_head and not problem.on_device:
         lse = None if lse is None else lse[0]
         weights = None if weights is None else weights[0]
-    if out is not None:
-        if problem.out is not None:
-            out[...] = result
-        result = out
     if lse is None and weights is None:
         return result
     return (result, *(x for x in (lse, weights) if x is not None))

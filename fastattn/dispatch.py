@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from . import reference
-from .backends import cython, numpy
+from .backends import cuda, cython, numpy
 from .environment import getenv
 from .problem import Problem
 
-__all__ = ["BACKENDS", "NAMED_ONLY", "named", "select"]
+__all__ = ["BACKENDS", "NAMED_ONLY", "ON_HOST", "named", "select", "unsupported"]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
 # serve, in words, or None, `run(problem)`, which fills `problem.result` -> (lse, weights), and
 # `plan(problem)`, what it says of itself to `explain`.
-BACKENDS = (cython, numpy)
+BACKENDS = (cython, cuda, numpy)
+
+# Those that arrays in the host's memory are given to; copying them to a device is for the user to
+# decide. Arrays that are on a device are given to nobody but `cuda`.
+ON_HOST = tuple(backend for backend in BACKENDS if backend is not cuda)
+
+_ndarray = np.ndarray
 
 # The reference makes queries x keys arrays, so it runs only where somebody asks for it.
 NAMED_ONLY = (reference,)
@@ -28,19 +36,31 @@ def select(problem: Problem, backend: str | None = None):
     if backend is None:
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
-        for candidate in BACKENDS[:-1]:
+        if type(problem.q) is not _ndarray:
+            reason = cuda.unsupported(problem)
+            if reason is not None:
+                raise ValueError(f"q: on a CUDA device, where nothing can run: {reason}")
+            return cuda
+        for candidate in ON_HOST[:-1]:
             if candidate.unsupported(problem) is None:
                 return candidate
-        return BACKENDS[-1]  # serves everything
+        return ON_HOST[-1]  # serves everything
     chosen = named(backend, origin)
-    reason = chosen.unsupported(problem)
+    reason = unsupported(chosen, problem)
     if reason is not None:
-        able = [b.name for b in BACKENDS if b.unsupported(problem) is None]
+        able = [b.name for b in BACKENDS if unsupported(b, problem) is None]
         raise ValueError(
             f"{origin}: {chosen.name!r} given, which cannot serve this call: {reason}; "
-            f"these can: {', '.join(able)}"
+            f"these can: {', '.join(able) or 'none'}"
         )
     return chosen
+
+
+def unsupported(backend, problem: Problem) -> str | None:
+    """Why `backend` cannot serve `problem`, in words, or None."""
+    if problem.on_device and backend is not cuda:
+        return "the arrays are on a CUDA device"
+    return backend.unsupported(problem)
 
 
 def named(backend: str, origin: str = "backend"):

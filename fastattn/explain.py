@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .dispatch import BACKENDS, NAMED_ONLY, select
+from .dispatch import BACKENDS, NAMED_ONLY, ON_HOST, select, unsupported
 from .problem import pose
 
 __all__ = ["Explanation", "available_backends", "explain"]
@@ -70,9 +70,11 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
     order = BACKENDS + NAMED_ONLY
     for place, other in enumerate(BACKENDS):
         if other is not chosen:
-            later = place > order.index(chosen)
-            unasked = "comes later" if later else "another was named"
-            passed_over[other.name] = other.unsupported(problem) or unasked
+            if other not in ON_HOST:
+                unasked = "only when named, or for arrays on a CUDA device"
+            else:
+                unasked = "comes later" if place > order.index(chosen) else "another was named"
+            passed_over[other.name] = unsupported(other, problem) or unasked
     copies = problem.copied + (("out",) if problem.out is not None else ())
     return Explanation(chosen.name, chosen.plan(problem), copies, passed_over)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .device import DeviceArray, on_device
+
 __all__ = ["Problem", "pose"]
 
 _ndarray = np.ndarray
@@ -54,10 +56,18 @@ class Problem(NamedTuple):
     return_weights: bool
     result: np.ndarray  # (batch, heads, queries, value_dim): to be filled, overlaps no input
     out: np.ndarray | None  # where the caller wants a copy of it; None if it lies there already
-    one_head: bool  # all operands were two-dimensional: drop the head axis on return
+    one_head: bool  # all operands were two-dimensional: drop the head axis on return; on a
+    # device, what is allocated there has none
     threads: int | None
     precision: str | None
     copied: tuple[str, ...]  # operands that had to be copied, for `explain`
+
+    @property
+    def on_device(self) -> bool:
+        """Do the arrays lie on a CUDA device? Then q, k, v, bias and mask are `DeviceArray`, with
+        dtypes of their own, and so is `result`, which the backend allocates if it has no owner.
+        """
+        return isinstance(self.q, DeviceArray)
 
     @property
     def accumulator(self) -> np.dtype:
@@ -116,7 +126,8 @@ def pose(
         The message begins with the name of the offending argument.
     """
     if not (type(q) is _ndarray and type(k) is _ndarray and type(v) is _ndarray):
-        q, k, v = _plain("q", q), _plain("k", k), _plain("v", v)
+        q = _operand("q", q)
+        k, v = _operand("k", k, q), _operand("v", v, q)
     one_head = False
     if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
         one_head = q.ndim == k.ndim == v.ndim == 2
@@ -130,9 +141,9 @@ def pose(
     ):  # fmt: skip
         dtype = _promote(q, k, v)
         originals = (q, k, v)
-        q, k, v = (np.require(x, dtype, "A") for x in originals)
+        q, k, v = (_readable(x, dtype) for x in originals)
         pairs = zip("qkv", originals, (q, k, v), strict=True)
-        copied = tuple(name for name, old, new in pairs if not np.may_share_memory(old, new))
+        copied = tuple(name for name, old, new in pairs if not _may_overlap(old, new))
 
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     batch = q_shape[:-3]
@@ -164,9 +175,9 @@ def pose(
         if not 0 < softcap < np.inf:
             raise ValueError(f"softcap: {softcap} given, a finite number > 0 wanted")
     if bias is not None:
-        bias = _bias(bias, (*rows, n_keys))
+        bias = _bias(bias, (*rows, n_keys), q)
     if mask is not None:
-        mask = _mask(mask, (*rows, n_keys))
+        mask = _mask(mask, (*rows, n_keys), q)
     if alibi is not None:
         alibi = _per_head("alibi", alibi, heads)
     if sinks is not None:
@@ -201,7 +212,7 @@ def pose(
     elif q.flags.c_contiguous:
         result = np.empty(shape, dtype)
     else:
-        result = _empty_like(q, shape)
+        result = _empty_like(q, shape, dtype)
     return Problem._make((  # the quickest way to a named tuple
         q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
         scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
@@ -217,7 +228,20 @@ def count(name: str, value) -> int:
     return n
 
 
+def _operand(name, value, q=None):
+    """`value` as an array, which must lie where `q` does."""
+    if type(value) is not _ndarray and on_device(value):
+        if q is not None and not isinstance(q, DeviceArray):
+            raise TypeError(f"{name}: on a CUDA device, one in the host's memory like q wanted")
+        return DeviceArray(name, value)
+    if isinstance(q, DeviceArray):
+        raise TypeError(f"{name}: in the host's memory, one on the CUDA device like q wanted")
+    return _plain(name, value)
+
+
 def _plain(name, value) -> np.ndarray:
+    if type(value) is not _ndarray and on_device(value):
+        raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
     try:
@@ -226,7 +250,16 @@ def _plain(name, value) -> np.ndarray:
         raise ValueError(f"{name}: not an array: {error}") from None
 
 
-def _with_heads(name, x) -> np.ndarray:
+def _readable(x, dtype):
+    """`x` as backends read it: native, aligned, of that dtype; on a device the kernel converts."""
+    return x if isinstance(x, DeviceArray) else np.require(x, dtype, "A")
+
+
+def _may_overlap(x, y) -> bool:
+    return x.may_overlap(y) if isinstance(x, DeviceArray) else np.may_share_memory(x, y)
+
+
+def _with_heads(name, x):
     if x.ndim < 2:
         raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
     return x[None] if x.ndim == 2 else x
@@ -302,17 +335,17 @@ def integers(name: str, value) -> np.ndarray:
     return np.asarray(np.clip(x, -_FAR, _FAR)).astype(np.int64)
 
 
-def _broadcast(name, x, shape, axes) -> np.ndarray:
+def _broadcast(name, x, shape, axes):
     try:
-        return np.broadcast_to(x, shape)
+        return x.broadcast_to(shape) if isinstance(x, DeviceArray) else np.broadcast_to(x, shape)
     except ValueError:
         raise ValueError(
             f"{name}: shape {x.shape} given, one that broadcasts to {axes} = {shape} wanted"
         ) from None
 
 
-def _bias(value, shape) -> np.ndarray:
-    x = _plain("bias", value)
+def _bias(value, shape, q):
+    x = _operand("bias", value, q)
     if x.dtype.kind == "b":
         raise TypeError("bias: bool given, numbers wanted; pass which keys are seen as mask=")
     if not _is_real(x.dtype):
@@ -320,8 +353,8 @@ def _bias(value, shape) -> np.ndarray:
     return _broadcast("bias", x, shape, "(..., heads, queries, keys)")
 
 
-def _mask(value, shape) -> np.ndarray:
-    x = _plain("mask", value)
+def _mask(value, shape, q):
+    x = _operand("mask", value, q)
     if x.dtype.kind != "b":
         raise TypeError(f"mask: {x.dtype} given, bool wanted; pass scores to add as bias=")
     return _broadcast("mask", x, shape, "(..., heads, queries, keys)")
@@ -376,32 +409,36 @@ def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
 
 
-def _empty_like(q, shape) -> np.ndarray:
+def _empty_like(q, shape, dtype):
     """An array of `shape` whose axes lie in memory in the order of q's."""
+    if isinstance(q, DeviceArray):
+        return q.planned(shape, dtype)
     lead = len(shape) - q.ndim
     q = q.reshape((1,) * lead + q.shape) if lead else q
-    return np.empty_like(q, shape=shape, subok=False)
+    return np.empty_like(q, dtype, shape=shape, subok=False)
 
 
-def _out(out, shape, dtype, one_head, inputs) -> tuple[np.ndarray, np.ndarray | None]:
+def _out(out, shape, dtype, one_head, inputs):
     """Where a backend may write, and `out` if that is elsewhere because `out` itself would do
     harm (it overlaps an input) or cannot be written by a kernel.
     """
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    q = inputs[0]
+    x = _operand("out", out, q) if isinstance(q, DeviceArray) else out
+    if not isinstance(x, (np.ndarray, DeviceArray)) or isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"out: {type(out).__name__} given, a plain NumPy array wanted")
     wanted = shape[1:] if one_head else shape
-    if out.shape != wanted:
-        raise ValueError(f"out: shape {out.shape} given, {wanted} wanted")
-    if out.dtype.newbyteorder("=") != dtype:
-        raise ValueError(f"out: {out.dtype} given, {dtype} wanted")
-    if not out.flags.writeable:
+    if x.shape != wanted:
+        raise ValueError(f"out: shape {x.shape} given, {wanted} wanted")
+    if x.dtype.newbyteorder("=") != dtype:
+        raise ValueError(f"out: {x.dtype} given, {dtype} wanted")
+    if not x.flags.writeable:
         raise ValueError("out: read-only array given, a writeable one wanted")
-    if _overlaps_itself(out):
+    if _overlaps_itself(x):
         raise ValueError("out: overlaps itself in memory, every element of its own wanted")
-    writable = out.dtype.isnative and out.flags.aligned and type(out) is np.ndarray
-    if writable and not any(np.may_share_memory(out, x) for x in inputs if x is not None):
-        return (out[None] if one_head else out), None
-    return np.empty(shape, dtype), out
+    writable = x.dtype.isnative and x.flags.aligned and type(x) in (np.ndarray, DeviceArray)
+    if writable and not any(_may_overlap(x, y) for y in inputs if y is not None):
+        return (x[None] if one_head else x), None
+    return _empty_like(q, shape, dtype), out
 
 
 def _overlaps_itself(x) -> bool:

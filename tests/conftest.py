@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import simulator
 from hypothesis import HealthCheck, settings
 
 import fastattn
@@ -71,6 +72,8 @@ def instruction_sets() -> tuple[str, ...]:
 
 def targets():
     for backend in BACKENDS:
+        if backend.name == "cuda" and backend.missing():
+            continue  # test_cuda.py says so, and runs it in the simulator
         if backend.name != "cython":
             yield Target(backend.name)
             continue
@@ -119,6 +122,10 @@ def child_environment(**more) -> dict[str, str]:
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")  # the contract: no call warns
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+        # There a number of the device is a NumPy scalar, which warns.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
+        simulator.prepare()
 
 
 def pytest_report_header():

@@ -57,4 +57,6 @@ print("fine")
 @pytest.mark.parametrize("program", [FORK, GRANDCHILD, POOL], ids=["fork", "grandchild", "pool"])
 def test_child_works(target, run_python, program):
     """After the parent has used its threads; in time, too: a child that hangs fails here."""
+    if target.backend == "cuda":
+        pytest.skip("CUDA works in no forked child once its parent has used it")
     assert run_python(COMMON + program, target.backend, timeout=30).strip() == "fine"

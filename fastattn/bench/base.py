@@ -33,6 +33,8 @@ class Contestant:
         As the tables, the command line and the JSON call it.
     ours : bool
         Is it a backend of fastattn?
+    only_named : bool
+        Does it take part only where it is named? Those on a GPU: they are a ranking of their own.
     packages : tuple of str
         What must be installed; the first gives the version.
     dtypes : tuple of str
@@ -41,6 +43,7 @@ class Contestant:
 
     name: str
     ours = False
+    only_named = False
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "float64")
     grouped = True

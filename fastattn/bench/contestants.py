@@ -12,12 +12,13 @@ import numpy as np
 
 import fastattn
 
+from ..backends import cuda
 from ..dispatch import BACKENDS
 from ..problem import pose
 from .base import Contestant, Prepared
 from .cases import Case
 from .machine import default_threads, threadpoolctl
-from .peers import PEERS
+from .peers import PEERS, TorchCuda
 
 __all__ = ["CONTESTANTS", "named"]
 
@@ -51,6 +52,25 @@ class Fastattn(Contestant):
             )  # fmt: skip
 
         return Prepared(call, np.asarray)
+
+
+class FastattnCuda(Fastattn):
+    """The same on torch's tensors on a GPU, beside `TorchCuda`."""
+
+    only_named = True
+
+    def unavailable(self, case: Case, threads: int) -> str | None:
+        return super().unavailable(case, threads) or TorchCuda().missing()
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        tensors = [TorchCuda().tensor(x) for x in (q, k, v)]
+
+        def call():
+            out = fastattn.scaled_dot(*tensors, causal=case.causal, window=case.window)
+            TorchCuda.finish()
+            return out
+
+        return Prepared(call, TorchCuda.read)
 
 
 class PlainNumpy(Contestant):
@@ -100,7 +120,8 @@ def cannot_limit_blas(threads: int) -> str | None:
     return "the threads of NumPy's BLAS cannot be set without threadpoolctl"
 
 
-CONTESTANTS: tuple[Contestant, ...] = (*(Fastattn(b) for b in BACKENDS), PlainNumpy(), *PEERS)
+OURS = (FastattnCuda(b) if b is cuda else Fastattn(b) for b in BACKENDS)
+CONTESTANTS: tuple[Contestant, ...] = (*OURS, PlainNumpy(), *PEERS)
 
 
 def named(name: str) -> Contestant:

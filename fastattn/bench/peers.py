@@ -22,26 +22,22 @@ class Torch(Contestant):
     name = "torch"
     packages = ("torch",)
     dtypes = ("float32", "float64", "float16", "bfloat16")
+    device = "cpu"
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         import torch
         from torch.nn.functional import scaled_dot_product_attention
 
-        def tensor(x):
-            if x.dtype.name == "bfloat16":  # torch reads NumPy's own dtypes only
-                return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-            return torch.from_numpy(x)
-
         torch.set_num_threads(threads)
-        query, key, value = tensor(q), tensor(k), tensor(v)
+        query, key, value = (self.tensor(x) for x in (q, k, v))
         # `is_causal` is its fast way, but starts at the first key; a mask says all else.
         is_causal = case.causal and case.window is None and case.n_queries == case.n_keys
         seen = None if is_causal else case.mask()
-        mask = None if seen is None else torch.from_numpy(seen)
+        mask = None if seen is None else self.tensor(seen)
 
         def call():
             with torch.inference_mode():
-                return scaled_dot_product_attention(
+                out = scaled_dot_product_attention(
                     query,
                     key,
                     value,
@@ -49,11 +45,51 @@ class Torch(Contestant):
                     is_causal=is_causal,
                     enable_gqa=case.grouped,
                 )
+            self.finish()
+            return out
 
-        def read(out):  # nor does NumPy know bfloat16
-            return out.to(torch.promote_types(out.dtype, torch.float32)).numpy()
+        return Prepared(call, self.read)
 
-        return Prepared(call, read)
+    def tensor(self, x):
+        """`x` as a tensor where this one computes."""
+        import torch
+
+        if x.dtype.name == "bfloat16":  # torch reads NumPy's own dtypes only
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self.device)
+        return torch.from_numpy(x).to(self.device)
+
+    @staticmethod
+    def finish() -> None:
+        """Wait until the result is there."""
+
+    @staticmethod
+    def read(out) -> np.ndarray:
+        import torch
+
+        # Nor does NumPy know bfloat16.
+        return out.to(torch.promote_types(out.dtype, torch.float32)).cpu().numpy()
+
+
+class TorchCuda(Torch):
+    """The same on a GPU, where it takes whichever of its kernels it thinks the best."""
+
+    name = "torch-cuda"
+    only_named = True
+    device = "cuda"
+
+    def missing(self) -> str | None:
+        absent = super().missing()
+        if absent is None:
+            import torch
+
+            absent = None if torch.cuda.is_available() else "torch finds no CUDA device"
+        return absent
+
+    @staticmethod
+    def finish() -> None:
+        import torch
+
+        torch.cuda.synchronize()
 
 
 class OnnxRuntime(Contestant):
@@ -179,4 +215,4 @@ class OpenVino(Contestant):
         return Prepared(call, np.asarray)
 
 
-PEERS: tuple[Contestant, ...] = (Torch(), OnnxRuntime(), Jax(), OpenVino())
+PEERS: tuple[Contestant, ...] = (Torch(), TorchCuda(), OnnxRuntime(), Jax(), OpenVino())
