@@ -124,23 +124,38 @@ cdef enum:
     PART_KEYS = 2048
 
 
-cdef const TileKernels *kernels_for(object dtype, Py_ssize_t queries=MAX_QUERIES) except NULL:
-    """The kernels in use for results of that dtype and that many queries of one key head."""
+cdef const TileKernels *kernels_for(str product, Py_ssize_t queries=MAX_QUERIES) except NULL:
+    """The kernels in use for products of that kind and that many queries of one key head.
+
+    `product` is a dtype by NumPy's character: d, f, e, or E, which is ml_dtypes' for bfloat16.
+    """
     cdef const InstructionSet *isa = chosen()
-    cdef cnp.dtype known = dtype
-    if known.type_num == cnp.NPY_FLOAT64:
+    if product == "d":
         return isa.float64
     if queries <= FEW:
         return isa.few
-    if known.type_num == cnp.NPY_FLOAT32:
+    if product == "f":
         return isa.float32
-    return isa.float16 if known.type_num == cnp.NPY_FLOAT16 else isa.bfloat16
+    return isa.float16 if product == "e" else isa.bfloat16
 
 
-def tile_size(dtype, Py_ssize_t queries):
+def tile_size(str product, Py_ssize_t queries):
     """How many of the queries of one key head a tile takes, and how many keys a pass."""
-    cdef const TileKernels *kernels = kernels_for(dtype, queries)
+    cdef const TileKernels *kernels = kernels_for(product, queries)
     return min(queries, kernels.queries), kernels.pass_keys
+
+
+def multiplied_as(str product, Py_ssize_t queries):
+    """What the kernels for that kind of products and that many queries multiply, in words."""
+    cdef const InstructionSet *isa = chosen()
+    cdef const TileKernels *kernels = kernels_for(product, queries)
+    if kernels is isa.float64:
+        return "float64"
+    if kernels is isa.few:
+        return "float32"
+    if kernels is isa.bfloat16:
+        return "bfloat16"
+    return "two bfloat16 parts" if kernels is isa.float16 else "three bfloat16 parts"
 
 
 def instruction_sets():
@@ -223,7 +238,7 @@ cdef struct Operand:
 cdef struct Walk:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
-    Operand q, k, v, out, start, stop, q_offset, mask, bias, weights, lse
+    Operand q, k, v, k_scales, v_scales, out, start, stop, q_offset, mask, bias, weights, lse
     int n_batch
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
@@ -315,6 +330,13 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
     tile.n_queries = min(walk.kernels.queries, walk.group * walk.n_queries - at.first)
     tile.k = entry(walk, &walk.k, at.batch) + at.kv_head * walk.k.head
     tile.v = entry(walk, &walk.v, at.batch) + at.kv_head * walk.v.head
+    if walk.k_scales.data is not NULL:
+        tile.k_scales = <float *>(
+            entry(walk, &walk.k_scales, at.batch) + at.kv_head * walk.k_scales.head
+        )
+        tile.v_scales = <float *>(
+            entry(walk, &walk.v_scales, at.batch) + at.kv_head * walk.v_scales.head
+        )
     tile.has_sinks = walk.sinks is not NULL and at.part == 0
     if walk.parts > 1:
         first_key = at.part * PART_KEYS
@@ -471,17 +493,19 @@ cdef const double *doubles(cnp.ndarray array):
 
 def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray out not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale,
+    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale,
     double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
     cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
-    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, cnp.dtype product, int threads,
+    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
+    `k` and `v` have one dtype: float16, bfloat16, that of the kernels, or int8 with `k_scales` and
+    `v_scales`, float32 (batch, kv_heads, keys) without gaps between the keys.
     `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
-    `product` is the dtype whose kernels multiply. All must have been validated: nothing is checked
+    `product` says whose kernels multiply, as in `kernels_for`. All must have been validated: nothing is checked
     here.
     """
     cdef Walk walk
@@ -496,6 +520,8 @@ def attend(
     describe(&walk, &walk.q, q, 3)
     describe(&walk, &walk.k, k, 3)
     describe(&walk, &walk.v, v, 3)
+    describe(&walk, &walk.k_scales, k_scales, 2)
+    describe(&walk, &walk.v_scales, v_scales, 2)
     describe(&walk, &walk.out, out, 3)
     describe(&walk, &walk.start, start, 2)
     describe(&walk, &walk.stop, stop, 2)
@@ -578,7 +604,7 @@ def attend(
 
 def peak_flops(dtype, int threads, Py_ssize_t rounds=2_000_000):
     """Flop/s of multiply-adds that never leave the registers: the roof over every kernel."""
-    cdef const TileKernels *kernels = kernels_for(np.dtype(dtype))
+    cdef const TileKernels *kernels = kernels_for(np.dtype(dtype).char)
     cdef double flops = 0, began = seconds()
     cdef int i
     for i in prange(threads, nogil=True, num_threads=threads, schedule="static"):

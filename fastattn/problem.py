@@ -33,7 +33,9 @@ class Problem(NamedTuple):
     q: np.ndarray  # (batch, heads, queries, head_dim), any strides, native and aligned
     k: np.ndarray  # (batch, kv_heads, keys, head_dim)
     v: np.ndarray  # (batch, kv_heads, keys, value_dim)
-    dtype: np.dtype  # of the result; q, k and v already have it
+    k_scales: np.ndarray | None  # (batch, kv_heads, keys), float32, packed keys: k and v are int8
+    v_scales: np.ndarray | None  # then, and each of their rows is multiplied by its number here
+    dtype: np.dtype  # of the result and of q; k and v have it too, or both a narrower float dtype
     batch: tuple[int, ...]
     heads: int
     kv_heads: int
@@ -117,8 +119,11 @@ def pose(
     q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
+    *, k_scales=None, v_scales=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` and state the problem they pose.
+
+    The scales of int8 keys and values are a `KVCache`'s own, and not checked.
 
     Raises
     ------
@@ -139,9 +144,13 @@ def pose(
         and k.dtype is dtype and v.dtype is dtype
         and q.flags.aligned and k.flags.aligned and v.flags.aligned
     ):  # fmt: skip
-        dtype = _promote(q, k, v)
         originals = (q, k, v)
-        q, k, v = (_readable(x, dtype) for x in originals)
+        if k_scales is None:
+            dtype = _promote(q, k, v)
+            kv_dtype = k.dtype if _widened(k, v, dtype) else dtype
+        else:
+            dtype, kv_dtype = _promote(q), k.dtype
+        q, k, v = _readable(q, dtype), _readable(k, kv_dtype), _readable(v, kv_dtype)
         pairs = zip("qkv", originals, (q, k, v), strict=True)
         copied = tuple(name for name, old, new in pairs if not _may_overlap(old, new))
 
@@ -214,7 +223,7 @@ def pose(
     else:
         result = _empty_like(q, shape, dtype)
     return Problem._make((  # the quickest way to a named tuple
-        q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
+        q, k, v, k_scales, v_scales, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
         scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, result, out, one_head, threads, precision, copied,
     ))  # fmt: skip
@@ -236,10 +245,10 @@ def _operand(name, value, q=None):
         return DeviceArray(name, value)
     if isinstance(q, DeviceArray):
         raise TypeError(f"{name}: in the host's memory, one on the CUDA device like q wanted")
-    return _plain(name, value)
+    return plain(name, value)
 
 
-def _plain(name, value) -> np.ndarray:
+def plain(name, value) -> np.ndarray:
     if type(value) is not _ndarray and on_device(value):
         raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
     if isinstance(value, np.ma.MaskedArray):
@@ -273,9 +282,14 @@ def _is_real(dtype) -> bool:
     return dtype.kind in "fiu" or _is_bfloat16(dtype)
 
 
+def _widened(k, v, dtype) -> bool:
+    """Do backends read `k` and `v` as they lie, though narrower than the result's `dtype`?"""
+    return dtype is _FLOAT32 and k.dtype == v.dtype and k.dtype.isnative
+
+
 def _promote(*operands) -> np.dtype:
     wanted = set()
-    for name, x in zip("qkv", operands, strict=True):
+    for name, x in zip("qkv", operands, strict=False):
         if x.dtype.kind in "biu":
             wanted.add(_FLOAT64)
         elif x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
@@ -300,6 +314,12 @@ def _broadcast_batch(q_batch, k_batch, v_batch):
     return batch
 
 
+def as_real(x, scales, real):
+    """Keys or values in the dtype `real`, each row times its number in `scales` where given."""
+    x = x.astype(real)
+    return x if scales is None else x * scales[..., None].astype(real)
+
+
 def _flag(name, value) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
@@ -307,7 +327,7 @@ def _flag(name, value) -> bool:
 
 
 def _number(name, value) -> float:
-    x = _plain(name, value)
+    x = plain(name, value)
     if x.ndim or not _is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
         raise TypeError(f"{name}: {what} given, a real number wanted")
@@ -325,7 +345,7 @@ def _integer(name, value) -> int:
 
 def integers(name: str, value) -> np.ndarray:
     """`value` as int64, far values drawn in to +-2**61."""
-    x = _plain(name, value)
+    x = plain(name, value)
     if x.dtype.kind == "O" and all(isinstance(item, int) for item in x.flat):
         pass  # Python integers too large for int64
     elif x.dtype.kind not in "iu" and x.size:
@@ -361,7 +381,7 @@ def _mask(value, shape, q):
 
 
 def _per_head(name, value, heads) -> np.ndarray:
-    x = _plain(name, value)
+    x = plain(name, value)
     if not _is_real(x.dtype):
         raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
     if x.shape != (heads,):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .problem import Problem
+from .problem import Problem, as_real
 
 name = "reference"
 
@@ -44,7 +44,7 @@ def attend(problem: Problem, real=np.float64):
         s = scores(problem, real)
         seen = visible(problem)
         weights, lse = softmax(s, seen, problem.sinks)
-        v = per_query_head(problem.v.astype(real), problem)
+        v = per_query_head(as_real(problem.v, problem.v_scales, real), problem)
         # A weight of 0 on an unseen key must not meet a NaN in v: leave the key out of the sum.
         if np.isfinite(v).all():
             out = weights @ v
@@ -57,7 +57,7 @@ def attend(problem: Problem, real=np.float64):
 def scores(p: Problem, real=np.float64) -> np.ndarray:
     """``s[i, j]`` of every query and key: (batch, heads, queries, keys)."""
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
-    k = per_query_head(p.k.astype(real), p)
+    k = per_query_head(as_real(p.k, p.k_scales, real), p)
     s = real(p.scale) * (q @ k.swapaxes(-1, -2))
     if p.softcap is not None:
         s = p.softcap * np.tanh(s / p.softcap)

@@ -32,6 +32,8 @@ WARNED_BLOCKS = 128
 
 def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot serve `problem`, or None."""
+    if problem.k_scales is not None:
+        return "no kernel for int8 keys and values"
     return missing()
 
 

@@ -52,8 +52,9 @@ def run(problem: Problem):
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
     order = None if stop is None else _longest_first(p, start, stop)
     _kernels.attend(
-        p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
-        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order, product_dtype(p), threads(p),
+        p.q, p.k, p.v, p.k_scales, p.v_scales, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
+        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order, product(p),
+        threads(p),
     )  # fmt: skip
     if lse is not None:
         with np.errstate(over="ignore"):
@@ -71,9 +72,14 @@ def _longest_first(p: Problem, start, stop):
     return np.argsort(-np.broadcast_to(seen, p.batch).ravel(), kind="stable")
 
 
-def product_dtype(problem: Problem) -> np.dtype:
-    """Whose kernels multiply."""
-    return problem.dtype
+def product(problem: Problem) -> str:
+    """Whose kernels multiply, as the character of a dtype."""
+    p = problem
+    if p.dtype.char == "f" and p.precision == "bfloat16":
+        return "E"
+    if p.k_scales is not None and p.dtype.char != "d":
+        return "f"  # scaled numbers are no halves
+    return p.dtype.char
 
 
 def threads(problem: Problem) -> int:
@@ -90,9 +96,10 @@ def threads(problem: Problem) -> int:
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
-    queries, keys = _kernels.tile_size(p.dtype, max(1, p.group * p.n_queries))
+    together = max(1, p.group * p.n_queries)
+    queries, keys = _kernels.tile_size(product(p), together)
     return {
-        "kernel": f"queries in lanes, {p.dtype}",
+        "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(product(p), together)}",
         "instruction set": _kernels.instruction_set(),
         "tile": f"{queries} queries, {keys} keys a pass",
         "threads": str(threads(p)),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..problem import Problem
+from ..problem import Problem, as_real
 
 name = "numpy"
 
@@ -62,6 +62,8 @@ class _Heads(NamedTuple):
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
+    k_scales: np.ndarray | None
+    v_scales: np.ndarray | None
     bias: np.ndarray | None
     mask: np.ndarray | None
     alibi: np.ndarray | None
@@ -75,8 +77,10 @@ def _heads(p: Problem, intervals, batch, kv: slice) -> _Heads:
         x = np.broadcast_to(x, (*p.batch, p.heads, *rest))[batch]
         return x.reshape(p.kv_heads, p.group, *rest)[kv]
 
-    def shared(x):
-        return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-2:]))[batch][kv][:, None]
+    def shared(x, rest=2):
+        if x is None:
+            return None
+        return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-rest:]))[batch][kv][:, None]
 
     def per_head(x):
         return None if x is None else x.astype(p.accumulator).reshape(p.kv_heads, p.group, 1)[kv]
@@ -88,6 +92,8 @@ def _heads(p: Problem, intervals, batch, kv: slice) -> _Heads:
         q=grouped(p.q, p.n_queries, p.head_dim),
         k=shared(p.k),
         v=shared(p.v),
+        k_scales=shared(p.k_scales, 1),
+        v_scales=shared(p.v_scales, 1),
         bias=None if p.bias is None else grouped(p.bias, *full),
         mask=None if p.mask is None else grouped(p.mask, *full),
         alibi=per_head(p.alibi),
@@ -121,7 +127,7 @@ def _attend(p: Problem, h: _Heads, queries: slice, lse, weights, margin=0.0) -> 
         weight = np.exp(s - shift[..., None])
         rescale = np.where(old_top == -np.inf, 0, np.exp(old_shift - shift))
         total = total * rescale + weight.sum(axis=-1)
-        out = out * rescale[..., None] + _product(weight, seen, h.v[:, :, keys].astype(real))
+        out = out * rescale[..., None] + _product(weight, seen, _rows(h.v, h.v_scales, keys, real))
         some |= True if seen is None else seen.any(axis=-1)
     if margin == 0 and not np.isfinite(out[np.isfinite(total)]).all():
         return _attend(p, h, queries, lse, weights, margin=np.log(2 * p.n_keys))
@@ -147,6 +153,10 @@ def _attend(p: Problem, h: _Heads, queries: slice, lse, weights, margin=0.0) -> 
             view[..., keys] = w.reshape(h.shape[0] * h.shape[1], *w.shape[2:])
 
 
+def _rows(x, scales, keys: slice, real):
+    return as_real(x[:, :, keys], None if scales is None else scales[:, :, keys], real)
+
+
 def _key_blocks(p: Problem, h: _Heads, queries: slice):
     """The blocks of keys, at fixed places, that some query of the block sees."""
     first, last = 0, p.n_keys
@@ -164,7 +174,7 @@ def _key_blocks(p: Problem, h: _Heads, queries: slice):
 def _scores(p: Problem, h: _Heads, q, queries: slice, keys: slice):
     """``(s, seen)`` of one tile: the score, -inf where unseen; `seen` is None if all are seen."""
     real = p.accumulator.type
-    s = q @ h.k[:, :, keys].astype(real).swapaxes(-1, -2)
+    s = q @ _rows(h.k, h.k_scales, keys, real).swapaxes(-1, -2)
     if p.softcap is not None:
         cap = real(p.softcap)
         s = cap * np.tanh(s / cap)
