@@ -7,7 +7,7 @@ import numpy as np
 from .dispatch import select
 from .problem import pose
 
-__all__ = ["scaled_dot"]
+__all__ = ["scaled_dot", "solve"]
 
 _ndarray = np.ndarray
 
@@ -136,6 +136,11 @@ def scaled_dot(
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, out, threads, precision,
     )  # fmt: skip
+    return solve(problem, backend, out)
+
+
+def solve(problem, backend, out):
+    """What `scaled_dot` returns for `problem`, which was posed with that `out`."""
     lse, weights = select(problem, backend).run(problem)
     result = out
     if out is None or problem.out is not None:

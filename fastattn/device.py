@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .dtypes import float_type
+
 __all__ = ["DeviceArray", "on_device", "packed"]
 
 
@@ -155,7 +157,7 @@ class DeviceArray:
 def _dtype(name: str, typestr: str) -> np.dtype:
     if typestr == "<V2":  # as torch and ml_dtypes call it
         try:
-            return np.dtype(import_module("ml_dtypes").bfloat16)
+            return float_type("bfloat16")
         except ImportError:
             raise TypeError(f"{name}: bfloat16 given, which needs the package ml_dtypes") from None
     dtype = np.dtype(typestr)

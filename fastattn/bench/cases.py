@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import reference
+from ..dtypes import float_type
 from ..problem import pose
 
-__all__ = ["CASES", "Case", "float_type", "parse_shape"]
+__all__ = ["CASES", "Case", "parse_shape"]
 
 # The error is measured on this many queries of every head: the exact result of all of them would
 # take longer than the ranking. Float64 is judged in long double, which no BLAS speeds up.
@@ -98,15 +99,6 @@ class Case(NamedTuple):
         problem = pose(q[..., rows, :], k, v, spans=(start[rows], stop[rows]))
         real = np.longdouble if self.dtype == "float64" else np.float64
         return rows, reference.attend(problem, real)[0]
-
-
-def float_type(name: str) -> np.dtype:
-    """The dtype called `name`; bfloat16 needs ``ml_dtypes``."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
 
 
 def parse_shape(text: str, **options) -> Case:

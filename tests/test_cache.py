@@ -1,0 +1,315 @@
+"""`KVCache`: the same as `scaled_dot` on all that was appended (contract, section 3)."""
+
+import sys
+
+import numpy as np
+import pytest
+from cases import DTYPES, Shape, assert_solves, check, float_type, same_bits
+
+import fastattn
+from fastattn import KVCache
+from fastattn.problem import pose
+
+STORED = (*DTYPES, "int8")
+BATCH, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 40, 24
+
+
+def new(dtype, **options):
+    float_type(dtype)  # skips where ml_dtypes is not installed
+    return KVCache(BATCH, KV_HEADS, HEAD_DIM, value_dim=VALUE_DIM, dtype=dtype, **options)
+
+
+def draw(n, dtype="float32", seed=0):
+    """``(q, k, v)`` of `n` new tokens."""
+    return Shape(BATCH, HEADS, n, n, HEAD_DIM, KV_HEADS, VALUE_DIM).arrays(dtype, [seed, n])
+
+
+def stored(x, dtype, real=np.float32):
+    """`x` as a cache of that dtype holds it, as floats; int8 in the precision `real`."""
+    if dtype != "int8":
+        return x.astype(float_type(dtype))
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.rint(x / scale).astype(real) * scale
+
+
+def joined(parts):
+    return np.concatenate(parts, axis=2)
+
+
+def attend(target, cache, q, causal=True, **options):
+    if target.backend == "cuda" and cache.dtype == np.int8:
+        pytest.skip("cuda cannot serve this call: no kernel for int8 keys and values")
+    return cache.attend(q, causal, backend=target.backend, return_lse=True, **options)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("capacity", [1, 256])
+def test_prompt_and_steps(target, dtype, capacity):
+    cache = new(dtype, capacity=capacity)
+    keys, values = [], []
+    for seed, n in enumerate((150, 1, 1, 5, 40, 1)):
+        q, k, v = draw(n, seed=seed)
+        cache.append(k, v)
+        keys.append(stored(k, dtype))
+        values.append(stored(v, dtype))
+        options = {"causal": True, "return_lse": True}
+        problem = pose(q, joined(keys), joined(values), **options)
+        assert_solves(attend(target, cache, q), problem)
+    assert (cache.lengths == 198).all() and cache.lengths.dtype == np.int64
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("n", [1, 33])
+def test_queries_of_any_dtype(target, dtype, name, n):
+    """The widest of the queries' and what is stored is the result's; int8 widens nothing."""
+    cache = new(dtype)
+    q, k, v = draw(70)
+    q = q[:, :, -n:].astype(float_type(name))
+    cache.append(k, v)
+    k, v = (stored(x, dtype, np.float64) for x in (k, v))
+    if dtype == "int8":
+        out, lse = attend(target, cache, q)
+        wanted = pose(q.astype(np.float64), k, v, causal=True, return_lse=True)
+        assert out.dtype == q.dtype
+        exact, exact_lse, _ = fastattn.reference.attend(wanted)
+        eps = {"float64": 1e-15, "float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}[name]
+        assert np.abs(out.astype(float) - exact).max() <= 4 * eps * np.abs(exact).max()
+        assert np.abs(lse - exact_lse).max() <= (1e-14 if name == "float64" else 1e-5)
+    else:
+        problem = pose(q, k, v, causal=True, return_lse=True)
+        assert_solves(attend(target, cache, q), problem)
+
+
+OPTIONS = {
+    "window": (1, {"window": (20, None)}),
+    "not causal": (9, {"causal": False}),
+    "alibi and sinks": (1, {"alibi": np.linspace(0.01, 0.5, HEADS), "sinks": np.zeros(HEADS)}),
+    "softcap and scale": (9, {"softcap": 2.0, "scale": 0.5}),
+}
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize(("n", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_ragged(target, dtype, n, options):
+    """Each sequence by itself; what follows its tokens is never seen, NaN or not."""
+    cache = new(dtype, capacity=16)
+    (_, k, v), last = draw(90), draw(n, seed=1)
+    counts = np.array([90, 31])
+    k[1, :, 31:] = v[1, :, 31:] = np.nan
+    cache.append(k, v, counts=counts)
+    cache.append(*last[1:])
+    assert (cache.lengths == counts + n).all()
+    out, lse = attend(target, cache, last[0], **options)
+    for b, count in enumerate(counts):
+        whole = (stored(joined([x[b : b + 1, :, :count], y[b : b + 1]]), dtype)
+                 for x, y in zip((k, v), last[1:], strict=True))  # fmt: skip
+        problem = pose(last[0][b : b + 1], *whole, **{"causal": True, **options}, return_lse=True)
+        assert_solves((out[b : b + 1], lse[b : b + 1]), problem)
+
+
+def test_one_token_more_for_some(target):
+    cache = new("float32")
+    q, k, v = draw(1)
+    cache.append(*draw(8)[1:])
+    cache.append(k, v, counts=[0, 1])
+    assert cache.lengths.tolist() == [8, 9]
+    out, _ = attend(target, cache, q)
+    alone = check(target, q[:1], *(x[:1] for x in draw(8)[1:]), causal=True)
+    np.testing.assert_allclose(out[:1], alone[0], atol=1e-6)
+
+
+def test_a_sequence_shorter_than_the_queries(target):
+    """What would be before its first token sees nothing."""
+    cache = new("float32")
+    q, k, v = draw(5)
+    cache.append(k, v, counts=[5, 2])
+    out, lse = attend(target, cache, q)
+    assert (out[1, :, :3] == 0).all() and (lse[1, :, :3] == -np.inf).all()
+    check(target, q[1, :, 3:], k[1, :, :2], v[1, :, :2], causal=True)
+    alone = target.attend(q[1, :, 3:], k[1, :, :2], v[1, :, :2], causal=True)
+    np.testing.assert_allclose(out[1, :, 3:], alone, atol=1e-6)
+
+
+def test_without_a_token(target):
+    out, lse = attend(target, new("float32"), draw(2)[0])
+    assert (out == 0).all() and (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_truncate(target, dtype):
+    """What is appended afterwards takes the place of what was dropped."""
+    cache, other = new(dtype), new(dtype)
+    first, dropped, last = draw(20), draw(30, seed=1), draw(3, seed=2)
+    cache.append(*first[1:])
+    cache.append(*dropped[1:])
+    cache.truncate([20, 60])
+    assert cache.lengths.tolist() == [20, 50]
+    cache.truncate(20)
+    other.append(*first[1:])
+    for x in (cache, other):
+        x.append(*last[1:])
+    assert same_bits(attend(target, cache, last[0])[0], attend(target, other, last[0])[0])
+    cache.truncate(0)
+    assert cache.lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_growth_loses_nothing(dtype):
+    small, large = new(dtype, capacity=1), new(dtype, capacity=300)
+    for seed in range(40):
+        q, k, v = draw(1 + seed % 7, seed=seed)
+        counts = [k.shape[2], seed % 2]
+        for cache in (small, large):
+            cache.append(k, v, counts=counts)
+        np.testing.assert_allclose(small.attend(q), large.attend(q), atol=1e-6)
+    assert large.capacity == 300
+    assert small.lengths.max() <= small.capacity < 2 * small.lengths.max()
+
+
+def test_growth_is_rare_and_limited():
+    cache = new("float32", capacity=4, max_tokens=100)
+    capacities = []
+    for _ in range(100):
+        cache.append(*draw(1)[1:])
+        capacities.append(cache.capacity)
+    assert sorted(set(capacities)) == [4, 8, 16, 32, 64, 100]
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_threads_and_heads_change_no_bit(target, dtype):
+    """Keys are split between threads by their number alone (promise 4)."""
+    if not target.bitwise:
+        pytest.skip(f"{target.backend} does not promise the same bits")
+    float_type(dtype)
+    q, k, v = Shape(2, 4, 1, 5000, 32, 2).arrays()
+    cache, half = KVCache(2, 2, 32, dtype=dtype), KVCache(1, 1, 32, dtype=dtype)
+    cache.append(k, v)
+    half.append(k[1:, 1:], v[1:, 1:])
+    one = cache.attend(q, backend=target.backend, threads=1)
+    assert same_bits(one, cache.attend(q, backend=target.backend, threads=2))
+    assert same_bits(one[1:, 2:], half.attend(q[1:, 2:], backend=target.backend))
+
+
+def test_int8_is_near():
+    """One scale per token and head: off by half a step of 1/127 of the largest, at most."""
+    cache = new("int8")
+    _, k, v = draw(50)
+    k[0, 0, 3] = 0  # no scale
+    v[1, 1, 5] *= 1e-30
+    cache.append(k, v)
+    weights = np.eye(50, dtype=bool)  # each query sees one key, so it gets its value
+    out = cache.attend(np.zeros((BATCH, KV_HEADS, 50, HEAD_DIM), np.float32), mask=weights)
+    step = np.abs(v).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(out - v) <= 0.501 * step).all()
+    assert np.abs(out - v).max() > 0.4 * step.min()
+
+
+ERRORS = {
+    "k: shape": lambda c, k, v: c.append(k[:, :1], v),
+    "k: shape (2": lambda c, k, v: c.append(k[..., :-1], v),
+    "k: shape (3": lambda c, k, v: c.append(k[0, 0], v),
+    "v: shape": lambda c, k, v: c.append(k, k),
+    "v: 2 tokens differ from k's 3": lambda c, k, v: c.append(k, v[:, :, :2]),
+    "k: int64 given": lambda c, k, v: c.append(k.astype(int), v),
+    "v: complex64 given": lambda c, k, v: c.append(k, v.astype("complex64")),
+    "k: masked array": lambda c, k, v: c.append(np.ma.array(k), v),
+    "counts: shape": lambda c, k, v: c.append(k, v, counts=3),
+    "counts: 4 given": lambda c, k, v: c.append(k, v, counts=[1, 4]),
+    "counts: -1 given": lambda c, k, v: c.append(k, v, counts=[-1, 3]),
+    "counts: float64": lambda c, k, v: c.append(k, v, counts=[1.0, 2.0]),
+    "k: 3 tokens given, but": lambda c, k, v: c.append(k, v, counts=[3, 0]),
+    "k: a NaN": lambda c, k, v: c.append(np.full_like(k, np.nan), v, counts=[1, 1]),
+    "v: a NaN, an Inf": lambda c, k, v: c.append(k, np.full_like(v, np.inf), counts=[1, 1]),
+    "n: -1 given": lambda c, k, v: c.truncate(-1),
+    "n: shape": lambda c, k, v: c.truncate([1, 2, 3]),
+    "n: float64": lambda c, k, v: c.truncate(1.5),
+    "q: shape": lambda c, k, v: c.attend(k[0]),
+    "q: shape (1": lambda c, k, v: c.attend(k[:1]),
+    "k: head_dim 40 differs": lambda c, k, v: c.attend(v),
+    "k: 2 heads given": lambda c, k, v: c.attend(np.zeros((BATCH, 3, 1, HEAD_DIM))),
+    "kv_lengths: given": lambda c, k, v: c.attend(k, kv_lengths=3),
+    "q_offset: given": lambda c, k, v: c.attend(k, q_offset=3),
+    "causal: ": lambda c, k, v: c.attend(k, causal=1),
+    "mask: shape": lambda c, k, v: c.attend(k, mask=np.ones((3, 99), bool)),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_leave_everything_as_it_was(message):
+    cache = new("int8", capacity=2, max_tokens=10)
+    cache.append(*draw(8)[1:])
+    q, k, v = draw(3, seed=3)
+    before, state = cache.attend(q), repr(cache)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        ERRORS[message](cache, k, v)
+    assert str(caught.value).startswith(message)
+    assert repr(cache) == state and cache.lengths.tolist() == [8, 8]
+    assert same_bits(cache.attend(q), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch", 0), ("kv_heads", 1.0), ("head_dim", -1), ("value_dim", 0), ("capacity", 0),
+     ("max_tokens", 100), ("dtype", "float8"), ("dtype", "int16"), ("dtype", np.uint8)],
+)  # fmt: skip
+def test_wrong_sizes(name, value):
+    sizes = {"batch": 1, "kv_heads": 1, "head_dim": 8, name: value}
+    with pytest.raises((TypeError, ValueError), match=r"^(?:%s|capacity): " % name):
+        KVCache(**sizes)
+
+
+def test_lengths_are_a_copy():
+    cache = new("float32")
+    cache.lengths[:] = 7
+    assert cache.lengths.tolist() == [0, 0]
+
+
+def test_repr():
+    cache = KVCache(2, 1, 8, value_dim=4, capacity=16, max_tokens=32, dtype=np.float16)
+    cache.append(*(np.zeros((2, 1, 3, n)) for n in (8, 4)), counts=[1, 3])
+    assert repr(cache) == (
+        "KVCache(float16, batch 2, kv_heads 1, head_dim 8, value_dim 4, lengths 1..3, "
+        "capacity 16, max_tokens 32, 0.00 MiB)"
+    )
+
+
+def test_rounds_to_infinity_without_a_word():
+    """As `astype` does, but for the warning."""
+    cache = KVCache(1, 1, 4, dtype="float16")
+    cache.append(np.zeros((1, 1, 1, 4)), np.full((1, 1, 1, 4), 1e9))
+    assert np.isposinf(cache.attend(np.zeros((1, 1, 1, 4), np.float32))).all()
+
+
+# Prints by how many MiB attention to 2 x 8 MiB of int8 raises the peak of the process.
+PROGRAM = """
+import sys
+import numpy as np
+import fastattn
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+backend, n = sys.argv[1], int(sys.argv[2])
+cache = fastattn.KVCache(1, 2, 128, capacity=32768, dtype="int8")
+rng = np.random.default_rng(0)
+for _ in range(16):
+    cache.append(*rng.standard_normal((2, 1, 2, 2048, 128), np.float32))
+q = rng.standard_normal((1, 4, n, 128), np.float32)
+cache.attend(q[:, :, :1], backend=backend, threads=2, window=(9, 0))  # whatever is made once
+before = status("VmRSS")
+top = status("VmHWM")
+cache.attend(q, backend=backend, threads=2)
+print(max(0, status("VmHWM") - max(before, top)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("n", [1, 20])
+def test_int8_is_never_an_array_of_floats(target, run_python, n):
+    """The keys alone would be 32 MiB of float32; some tiles are less than 24."""
+    if target.backend == "cuda":
+        pytest.skip("cuda cannot serve this call: no kernel for int8 keys and values")
+    assert float(run_python(PROGRAM, target.backend, str(n))) < 24
