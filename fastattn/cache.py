@@ -312,7 +312,7 @@ def _quantised(name, x, seen):
     with np.errstate(all="ignore"):
         scales = (np.abs(x).max(axis=-1) / real(_INT8_MAX)).astype(np.float32)
         if not np.isfinite(scales).all():
-            raise ValueError(f"{name}: a NaN, an Inf or more than float32 given, not int8's to hold")
+            raise ValueError(f"{name}: a NaN, an Inf or more than float32 holds, not for int8")
         steps = x / np.where(scales == 0, np.float32(1), scales)[..., None]
     np.rint(steps, out=steps)
     # Only a subnormal scale, which is coarse, makes more steps than there are.

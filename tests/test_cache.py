@@ -256,7 +256,7 @@ def test_errors_leave_everything_as_it_was(message):
 )  # fmt: skip
 def test_wrong_sizes(name, value):
     sizes = {"batch": 1, "kv_heads": 1, "head_dim": 8, name: value}
-    with pytest.raises((TypeError, ValueError), match=r"^(?:%s|capacity): " % name):
+    with pytest.raises((TypeError, ValueError), match=rf"^({name}|capacity): "):
         KVCache(**sizes)
 
 

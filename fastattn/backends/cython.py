@@ -52,8 +52,8 @@ def run(problem: Problem):
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
     order = None if stop is None else _longest_first(p, start, stop)
     _kernels.attend(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
-        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order, product(p),
+        p.q, p.k, p.v, p.k_scales, p.v_scales, p.result, p.batch, p.heads, p.kv_heads,
+        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order, product(p),
         threads(p),
     )  # fmt: skip
     if lse is not None:
