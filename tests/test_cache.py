@@ -313,3 +313,30 @@ def test_int8_is_never_an_array_of_floats(target, run_python, n):
     if target.backend == "cuda":
         pytest.skip("cuda cannot serve this call: no kernel for int8 keys and values")
     assert float(run_python(PROGRAM, target.backend, str(n))) < 24
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float32", "bfloat16")])
+def test_narrower_keys_and_values_are_not_copied(target, dtypes):
+    q, k, v = (x.astype(float_type(n)) for x, n in zip(draw(70), (*dtypes, dtypes[1]), strict=True))
+    assert pose(q, k, v).copied == ()
+    assert pose(q, k.astype(dtypes[0]), v).copied == ("v",)  # a kernel reads both alike
+    check(target, q, k, v)
+
+
+@pytest.mark.parametrize("n", [1, 100])
+def test_float32_multiplied_as_bfloat16(target, n):
+    """As far off as plain NumPy with the inputs and the weights rounded to bfloat16."""
+    float_type("bfloat16")
+    q, k, v = draw(300)
+    q = q[:, :, -n:]
+    exact = target.attend(q, k, v)
+    out = target.attend(q, k, v, precision="bfloat16")
+    assert out.dtype == np.float32
+    rounded = fastattn.reference.attend(pose(*(x.astype(float_type("bfloat16")) for x in (q, k, v))))
+    error = np.sqrt(np.mean((out - exact) ** 2))
+    assert error <= 2 * np.sqrt(np.mean((rounded[0] - exact) ** 2))
+    plan = fastattn.explain(q, k, v, precision="bfloat16", backend=target.backend).plan
+    if "multiplied as bfloat16" in plan["kernel"]:
+        assert error > 1e-5
+    else:
+        assert same_bits(out, exact)
