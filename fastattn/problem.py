@@ -223,8 +223,9 @@ def pose(
     else:
         result = _empty_like(q, shape, dtype)
     return Problem._make((  # the quickest way to a named tuple
-        q, k, v, k_scales, v_scales, dtype,
-        batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim, scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
+        q, k, v, k_scales, v_scales, dtype, batch, heads, kv_heads, n_queries, n_keys,
+        head_dim, value_dim, scale, softcap, bias, alibi, sinks,
+        causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, result, out, one_head, threads, precision, copied,
     ))  # fmt: skip
 

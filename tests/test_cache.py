@@ -332,7 +332,9 @@ def test_float32_multiplied_as_bfloat16(target, n):
     exact = target.attend(q, k, v)
     out = target.attend(q, k, v, precision="bfloat16")
     assert out.dtype == np.float32
-    rounded = fastattn.reference.attend(pose(*(x.astype(float_type("bfloat16")) for x in (q, k, v))))
+    rounded = fastattn.reference.attend(
+        pose(*(x.astype(float_type("bfloat16")) for x in (q, k, v)))
+    )
     error = np.sqrt(np.mean((out - exact) ** 2))
     assert error <= 2 * np.sqrt(np.mean((rounded[0] - exact) ** 2))
     plan = fastattn.explain(q, k, v, precision="bfloat16", backend=target.backend).plan

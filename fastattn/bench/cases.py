@@ -59,6 +59,17 @@ class Case(NamedTuple):
         return 4 * self.head_dim * pairs * self.batch * self.heads
 
     @property
+    def bytes(self) -> int:
+        """What one pass over the keys and values reads."""
+        numbers = 2 * self.batch * (self.kv_heads or self.heads) * self.n_keys * self.head_dim
+        return numbers * float_type(self.dtype).itemsize
+
+    @property
+    def decodes(self) -> bool:
+        """Is there one query, so that memory sets the pace?"""
+        return self.n_queries == 1
+
+    @property
     def grid_bytes(self) -> int:
         """The size of one array with an entry for each query and key."""
         itemsize = float_type(self.dtype).itemsize
@@ -138,4 +149,19 @@ CASES: dict[str, Case] = {
     "cross": Case(1, 6, 1000, 3000, 96),
     "odd": Case(2, 6, 777, 777, 80),
     "window": Case(1, 8, 4096, 4096, 64, window=(256, 256)),
+    **{
+        f"{dtype}{suffix}": Case(1, 8, 4096, 4096, dim, causal=suffix == "-causal", dtype=dtype)
+        for dtype in ("bfloat16", "float16")
+        for suffix, dim in (("", 64), ("-causal", 64), ("-d128", 128))
+    },
+    **{
+        f"decode{suffix}": Case(1, 32, 1, 8192, 128, kv_heads=kv_heads, dtype=dtype)
+        for suffix, kv_heads, dtype in (
+            ("", 32, "float32"),
+            ("-grouped", 8, "float32"),
+            ("-bfloat16", 8, "bfloat16"),
+            ("-float16", 8, "float16"),
+        )
+    },
+    "decode-odd": Case(1, 14, 1, 5000, 80, kv_heads=2),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..dtypes import float_type
 from . import machine, memory, timing
 from .cases import Case
 from .contestants import Contestant
@@ -70,6 +71,8 @@ def rank(
         "case": str(case),
         **case._asdict(),
         "flops": case.flops,
+        "bytes": case.bytes,
+        "decodes": case.decodes,
         "peak": peak,
         "entries": entries,
         "absent": absent,
@@ -100,16 +103,20 @@ def rms_error(out: np.ndarray, rows: np.ndarray, exact: np.ndarray) -> float:
 
 
 def _peak(case: Case, threads: int) -> list[float]:
-    """The flop/s of multiply-adds in registers, the roof over every kernel, if it can be told."""
+    """The roof over every kernel, if it can be told: the bytes per second that memory gives where
+    the case decodes, else the flop/s of multiply-adds in registers.
+    """
     compiled = machine.kernels()
     if compiled is None:
         return []
-    dtype = np.dtype("float64" if case.dtype == "float64" else "float32")
-    return [compiled.peak_flops(dtype, threads, PEAK_ROUNDS)]
+    if case.decodes:
+        return [compiled.read_bandwidth(threads)]
+    return [compiled.peak_flops(float_type(case.dtype), threads, PEAK_ROUNDS)]
 
 
 def _entry(contestant: Contestant, case: Case, times: timing.Times, peak) -> dict[str, Any]:
     rate = case.flops / times.median
+    read = case.bytes / times.median
     return {
         "name": contestant.name,
         "version": contestant.version(),
@@ -118,7 +125,8 @@ def _entry(contestant: Contestant, case: Case, times: timing.Times, peak) -> dic
         "best": times.best,
         "samples": times.samples,
         "flops per second": rate,
-        "share of peak": rate / peak if peak else None,
+        "bytes per second": read,
+        "share of peak": (read if case.decodes else rate) / peak if peak else None,
     }
 
 

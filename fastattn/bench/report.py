@@ -141,16 +141,19 @@ def headline(conditions: dict[str, Any]) -> str:
 
 def print_ranking(ranking: dict[str, Any], repeat: int) -> None:
     """Print one result of `fastattn.bench.ranking.rank`."""
-    title = [ranking["case"], f"{ranking['flops'] / 1e9:.3g} GFLOP", f"median of {repeat}"]
+    work, unit, roof = ("bytes", "GB", "read bandwidth")
+    if not ranking["decodes"]:
+        work, unit, roof = ("flops", "GFLOP", "FMA peak")
+    title = [ranking["case"], f"{ranking[work] / 1e9:.3g} {unit}", f"median of {repeat}"]
     if ranking["peak"]:
-        title.append(f"FMA peak {ranking['peak'] / 1e9:.0f} GFLOP/s")
+        title.append(f"{roof} {ranking['peak'] / 1e9:.0f} {unit}/s")
     entries = ranking["entries"]
-    headers = ("", "time", "GFLOP/s", "of peak", "memory", "error", "ratio")
+    headers = ("", "time", f"{unit}/s", "of peak", "memory", "error", "ratio")
     rows = [
         (
             entry["name"] if entry["ours"] else f"{entry['name']} {entry['version']}",
             duration(entry["median"]),
-            f"{entry['flops per second'] / 1e9:.1f}",
+            f"{entry[f'{work} per second'] / 1e9:.1f}",
             _maybe(entry["share of peak"], "{:.0%}".format),
             _maybe(entry["memory"], size),
             f"{entry['error']:.1e}",
