@@ -22,11 +22,13 @@
 #endif
 
 #include "product.h"
+#define LN2 0.69314718055994530942
+
 #ifdef PARTS
 #include "parts.h"
+#else
+#include "gradient.h"
 #endif
-
-#define LN2 0.69314718055994530942
 
 static int panels_for(ptrdiff_t queries) { return (int)((queries + PANEL - 1) / PANEL); }
 
@@ -37,7 +39,7 @@ static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
 
 static Scratch scratch_of(const Tile *t) {
     Scratch s;
-    lay_out(t, t->panels, t->scratch, &s);
+    lay_out(t, t->differentiating ? PANELS : t->panels, t->scratch, &s);
     return s;
 }
 
@@ -333,5 +335,13 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
     return top + log(sum);
 }
 
-const TileKernels TABLE = {TILE_QUERIES, PASS_KEYS, scratch_bytes, begin,       attend,
-                           finish,       weights,   join,          sizeof(real), peak};
+#ifdef PARTS
+#define GRADIENT NULL
+#else
+static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_keys, differentiate,
+                                                 add_grad_q, close_keys};
+#define GRADIENT &GRADIENT_KERNELS
+#endif
+
+const TileKernels TABLE = {TILE_QUERIES, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
+                           weights,      join,      sizeof(real),  GRADIENT,     peak};
