@@ -77,7 +77,7 @@ cdef extern from "tile.h" nogil:
         void (*close)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
     ctypedef struct TileKernels:
-        int queries, pass_keys
+        int queries, panel, pass_keys
         size_t (*scratch_bytes)(const Tile *, Py_ssize_t) noexcept nogil
         void (*begin)(Tile *) noexcept nogil
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
@@ -157,9 +157,9 @@ cdef const TileKernels *kernels_for(object dtype, Py_ssize_t queries=MAX_QUERIES
 
 
 def tile_size(dtype, Py_ssize_t queries):
-    """How many of the queries of one key head a tile takes, and how many keys a pass."""
+    """How many of the queries of one key head a tile and a panel take, and how many keys a pass."""
     cdef const TileKernels *kernels = kernels_for(dtype, queries)
-    return min(queries, kernels.queries), kernels.pass_keys
+    return min(queries, kernels.queries), min(queries, kernels.panel), kernels.pass_keys
 
 
 def instruction_sets():

@@ -52,12 +52,14 @@ static void settle_units(Tile *t) {
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);
-    if (EXACT_QUERIES && t->margin == 0 && size > 0 && size < INFINITY) {
-        t->q_scale = t->scale < 0 ? -1 : 1;
+    if (EXACT_QUERIES && size > 0 && size < INFINITY) {
+        /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */
+        double power = exp2(floor(log2(size)));
+        t->q_scale = t->scale < 0 ? -power : power;
         if (natural || t->softcap > 0)
-            t->score_scale = size;
+            t->score_scale = size / power;
         else
-            t->exponent = size * LOG2_E;
+            t->exponent = size / power * LOG2_E;
     }
 }
 
@@ -343,5 +345,5 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_ke
 #define GRADIENT &GRADIENT_KERNELS
 #endif
 
-const TileKernels TABLE = {TILE_QUERIES, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
+const TileKernels TABLE = {TILE_QUERIES, PANEL, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
                            weights,      join,      sizeof(real),  GRADIENT,     peak};

@@ -93,7 +93,7 @@ typedef struct {
 
 /* One instruction set's kernels for one dtype. */
 typedef struct {
-    int queries, pass_keys; /* the most that a tile and one call of attend take */
+    int queries, panel, pass_keys; /* the most that a tile, a panel and one call of attend take */
     size_t (*scratch_bytes)(const Tile *, ptrdiff_t queries);
     void (*begin)(Tile *);
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */

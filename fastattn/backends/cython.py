@@ -90,19 +90,19 @@ def threads(problem: Problem) -> int:
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
-    queries, keys = _kernels.tile_size(p.dtype, max(1, p.group * p.n_queries))
+    queries, panel, keys = _kernels.tile_size(p.dtype, max(1, p.group * p.n_queries))
     return {
         "kernel": f"queries in lanes, {p.dtype}",
         "instruction set": _kernels.instruction_set(),
         "tile": f"{queries} queries, {keys} keys a pass",
         "threads": str(threads(p)),
-        "skipped": f"{_share_skipped(p, queries):.0%} of the tiles"
+        "skipped": f"{_share_skipped(p, panel):.0%} of the tiles"
         + (", and those that the mask hides" if p.mask is not None else ""),
     }
 
 
 def _share_skipped(p: Problem, queries: int) -> float:
-    """The share of the square that lies outside the intervals of whole tiles."""
+    """The share of the square that lies outside the intervals of whole panels of queries."""
     intervals = p.intervals()
     if intervals is None or not p.n_queries or not p.n_keys:
         return 0.0
