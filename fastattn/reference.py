@@ -103,12 +103,12 @@ def softmax(s, seen, sinks=None):
         sinks = sinks.astype(s.dtype)[:, None, None]
         top = np.maximum(top, sinks)
     shift = np.where(np.isfinite(top), top, 0)
-    total = np.exp(s - shift).sum(axis=-1, keepdims=True)
+    powers = np.exp(s - shift)
+    total = powers.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks - shift)
-    lse = shift + np.log(total)
-    weights = np.where(seen, np.exp(s - lse), 0)
-    return weights, lse[..., 0]
+    weights = np.where(seen, powers / total, 0)  # exact where lse is too large to hold log(total)
+    return weights, (shift + np.log(total))[..., 0]
 
 
 def positions(p: Problem):

@@ -128,20 +128,19 @@ def _attend(p: Problem, h: _Heads, queries: slice, lse, weights, margin=0.0) -> 
     # A row that sees nothing has a total of 0 and gets 0; one that sees only -inf gets 0 / 0.
     unseen = ~some
     out = out / np.where(unseen & (total == 0), 1, total)[..., None]
-    row_lse = shift + np.log(total)
 
     def deliver(target, values):  # (kv_heads, group, queries, ...) -> (heads, queries, ...)
         target[h.where][:, queries] = values.reshape(h.shape[0] * h.shape[1], *values.shape[2:])
 
     deliver(p.result, out)
     if lse is not None:
-        deliver(lse, row_lse)
+        deliver(lse, shift + np.log(total))
     if weights is not None:
         view = weights[h.where][:, queries]
         view[...] = 0
         for keys in _key_blocks(p, h, queries):
             s, seen = _scores(p, h, q, queries, keys)
-            w = np.exp(s - row_lse[..., None])
+            w = np.exp(s - shift[..., None]) / total[..., None]
             if seen is not None:
                 w = np.where(seen, w, 0)
             view[..., keys] = w.reshape(h.shape[0] * h.shape[1], *w.shape[2:])
