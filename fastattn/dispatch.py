@@ -7,19 +7,33 @@ from .backends import cython, numpy
 from .environment import getenv
 from .problem import Problem
 
-__all__ = ["BACKENDS", "NAMED_ONLY", "named", "select"]
+__all__ = ["BACKENDS", "NAMED_ONLY", "named", "select", "unsupported", "unsupported_backward"]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
 # serve, in words, or None, `run(problem)`, which fills `problem.result` -> (lse, weights), and
-# `plan(problem)`, what it says of itself to `explain`.
+# `plan(problem)`, what it says of itself to `explain`. One that computes gradients has besides
+# `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
+# with each axis along which the argument broadcasts either in full or summed already.
 BACKENDS = (cython, numpy)
 
 # The reference makes queries x keys arrays, so it runs only where somebody asks for it.
 NAMED_ONLY = (reference,)
 
 
-def select(problem: Problem, backend: str | None = None):
-    """The backend module for `problem`.
+def unsupported(backend, problem: Problem) -> str | None:
+    """Why the module `backend` cannot serve `problem`, or None."""
+    return backend.unsupported(problem)
+
+
+def unsupported_backward(backend, problem: Problem) -> str | None:
+    """Why the module `backend` cannot compute the gradients of `problem`, or None."""
+    if not hasattr(backend, "run_backward"):
+        return "it computes no gradients"
+    return backend.unsupported_backward(problem)
+
+
+def select(problem: Problem, backend: str | None = None, unsupported=unsupported):
+    """The backend module for `problem`, forward or, by `unsupported_backward`, backward.
 
     ``backend`` wins, then the environment's ``FASTATTN_BACKEND``, then the order of `BACKENDS`.
     A backend that is named and cannot serve is an error, never a silent fall-back.
@@ -29,13 +43,13 @@ def select(problem: Problem, backend: str | None = None):
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
         for candidate in BACKENDS[:-1]:
-            if candidate.unsupported(problem) is None:
+            if unsupported(candidate, problem) is None:
                 return candidate
         return BACKENDS[-1]  # serves everything
     chosen = named(backend, origin)
-    reason = chosen.unsupported(problem)
+    reason = unsupported(chosen, problem)
     if reason is not None:
-        able = [b.name for b in BACKENDS if b.unsupported(problem) is None]
+        able = [b.name for b in BACKENDS if unsupported(b, problem) is None]
         raise ValueError(
             f"{origin}: {chosen.name!r} given, which cannot serve this call: {reason}; "
             f"these can: {', '.join(able)}"

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Problem", "pose"]
+__all__ = ["Gradient", "Problem", "pose"]
 
 _ndarray = np.ndarray
 _FLOAT32 = np.dtype(np.float32)
@@ -19,6 +20,14 @@ _FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become floa
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
 _FAR = 1 << 61
+
+
+class Gradient(NamedTuple):
+    """One gradient that a backward pass is to return."""
+
+    name: str  # of the argument
+    shape: tuple[int, ...]  # of the argument as it was given
+    dtype: np.dtype  # the wider of the argument's and the result's
 
 
 class Problem(NamedTuple):
@@ -58,6 +67,7 @@ class Problem(NamedTuple):
     threads: int | None
     precision: str | None
     copied: tuple[str, ...]  # operands that had to be copied, for `explain`
+    gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
 
     @property
     def accumulator(self) -> np.dtype:
@@ -106,9 +116,12 @@ class Problem(NamedTuple):
 def pose(
     q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
-    return_lse=False, return_weights=False, out=None, threads=None, precision=None,
+    return_lse=False, return_weights=False, out=None, threads=None, precision=None, wrt=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` and state the problem they pose.
+
+    ``wrt`` names the options whose gradients a backward pass returns after those of `q`, `k` and
+    `v`; None if there is none to come.
 
     Raises
     ------
@@ -116,7 +129,10 @@ def pose(
         The message begins with the name of the offending argument.
     """
     if not (type(q) is _ndarray and type(k) is _ndarray and type(v) is _ndarray):
-        q, k, v = _plain("q", q), _plain("k", k), _plain("v", v)
+        q, k, v = plain("q", q), plain("k", k), plain("v", v)
+    given = None
+    if wrt is not None:
+        given = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
     one_head = False
     if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
         one_head = q.ndim == k.ndim == v.ndim == 2
@@ -194,6 +210,7 @@ def pose(
         threads = count("threads", threads)
     if precision is not None and precision != "bfloat16":
         raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
+    gradients = () if given is None else _gradients(wrt, given, dtype)
 
     shape = (*rows, value_dim)
     if out is not None:
@@ -201,11 +218,11 @@ def pose(
     elif q.flags.c_contiguous:
         result = np.empty(shape, dtype)
     else:
-        result = _empty_like(q, shape)
+        result = empty_like(q, shape)
     return Problem._make((  # the quickest way to a named tuple
         q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
         scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, result, out, one_head, threads, precision, copied,
+        return_lse, return_weights, result, out, one_head, threads, precision, copied, gradients,
     ))  # fmt: skip
 
 
@@ -217,7 +234,7 @@ def count(name: str, value) -> int:
     return n
 
 
-def _plain(name, value) -> np.ndarray:
+def plain(name, value) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
     try:
@@ -240,15 +257,20 @@ def _is_real(dtype) -> bool:
     return dtype.kind in "fiu" or _is_bfloat16(dtype)
 
 
-def _promote(*operands) -> np.dtype:
-    wanted = set()
-    for name, x in zip("qkv", operands, strict=True):
-        if x.dtype.kind in "biu":
-            wanted.add(_FLOAT64)
-        elif x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
-            wanted.add(x.dtype.newbyteorder("="))
-        else:
-            raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+def float_dtype(name: str, x: np.ndarray) -> np.dtype:
+    """The dtype that `x` is computed in, or an error that names the argument."""
+    if x.dtype.kind in "biu":
+        return _FLOAT64
+    if x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
+        return x.dtype.newbyteorder("=")
+    raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+
+
+def _promote(q, k, v) -> np.dtype:
+    return _widest({float_dtype("q", q), float_dtype("k", k), float_dtype("v", v)})
+
+
+def _widest(wanted: set) -> np.dtype:
     for dtype in (_FLOAT64, _FLOAT32):
         if dtype in wanted:
             return dtype
@@ -274,7 +296,7 @@ def _flag(name, value) -> bool:
 
 
 def _number(name, value) -> float:
-    x = _plain(name, value)
+    x = plain(name, value)
     if x.ndim or not _is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
         raise TypeError(f"{name}: {what} given, a real number wanted")
@@ -292,7 +314,7 @@ def _integer(name, value) -> int:
 
 def integers(name: str, value) -> np.ndarray:
     """`value` as int64, far values drawn in to +-2**61."""
-    x = _plain(name, value)
+    x = plain(name, value)
     if x.dtype.kind == "O" and all(isinstance(item, int) for item in x.flat):
         pass  # Python integers too large for int64
     elif x.dtype.kind not in "iu" and x.size:
@@ -312,7 +334,7 @@ def _broadcast(name, x, shape, axes) -> np.ndarray:
 
 
 def _bias(value, shape) -> np.ndarray:
-    x = _plain("bias", value)
+    x = plain("bias", value)
     if x.dtype.kind == "b":
         raise TypeError("bias: bool given, numbers wanted; pass which keys are seen as mask=")
     if not _is_real(x.dtype):
@@ -321,14 +343,14 @@ def _bias(value, shape) -> np.ndarray:
 
 
 def _mask(value, shape) -> np.ndarray:
-    x = _plain("mask", value)
+    x = plain("mask", value)
     if x.dtype.kind != "b":
         raise TypeError(f"mask: {x.dtype} given, bool wanted; pass scores to add as bias=")
     return _broadcast("mask", x, shape, "(..., heads, queries, keys)")
 
 
 def _per_head(name, value, heads) -> np.ndarray:
-    x = _plain(name, value)
+    x = plain(name, value)
     if not _is_real(x.dtype):
         raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
     if x.shape != (heads,):
@@ -376,11 +398,29 @@ def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
 
 
-def _empty_like(q, shape) -> np.ndarray:
-    """An array of `shape` whose axes lie in memory in the order of q's."""
-    lead = len(shape) - q.ndim
-    q = q.reshape((1,) * lead + q.shape) if lead else q
-    return np.empty_like(q, shape=shape, subok=False)
+def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:
+    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+        raise TypeError(f"wrt: {type(wrt).__name__} given, a tuple of names wanted")
+    for name in wrt:
+        if name not in ("bias", "alibi", "sinks"):
+            raise ValueError(f"wrt: {name!r} given, some of 'bias', 'alibi', 'sinks' wanted")
+        if given[name] is None:
+            raise ValueError(f"wrt: {name!r} given, but no {name}=")
+    arrays = [(name, np.asarray(given[name])) for name in ("q", "k", "v", *wrt)]
+    return tuple(Gradient(name, x.shape, _with(dtype, x.dtype)) for name, x in arrays)
+
+
+def _with(dtype, other) -> np.dtype:
+    """The wider of `dtype` and the real dtype `other`; long double counts as float64."""
+    short = (other.kind == "f" and other.itemsize < 8) or _is_bfloat16(other)
+    return _widest({dtype, other.newbyteorder("=") if short else _FLOAT64})
+
+
+def empty_like(x: np.ndarray, shape, dtype=None) -> np.ndarray:
+    """An array of `shape` whose axes lie in memory in the order of x's."""
+    lead = len(shape) - x.ndim
+    x = x.reshape((1,) * lead + x.shape) if lead else x
+    return np.empty_like(x, dtype, shape=shape, subok=False)
 
 
 def _out(out, shape, dtype, one_head, inputs) -> tuple[np.ndarray, np.ndarray | None]:

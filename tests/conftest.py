@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 import fastattn
-from fastattn.dispatch import BACKENDS, named
+from fastattn.dispatch import BACKENDS, named, unsupported_backward
 from fastattn.problem import pose
 
 # Backends that promise the same bits for any threads and slices (promise 4).
@@ -34,6 +34,10 @@ class Target(NamedTuple):
         """Why the backend cannot serve this call, in its own words."""
         return named(self.backend).unsupported(pose(q, k, v, **options))
 
+    def unsupported_backward(self, q, k, v, **options) -> str | None:
+        """Why the backend cannot compute the gradients of this call, in its own words."""
+        return unsupported_backward(named(self.backend), pose(q, k, v, wrt=(), **options))
+
     def attend(self, q, k, v, **options):
         """`fastattn.scaled_dot` on this backend; skips the test where that cannot serve."""
         try:
@@ -43,6 +47,14 @@ class Target(NamedTuple):
         if reason is not None:
             pytest.skip(f"{self.backend} cannot serve this call: {reason}")
         return fastattn.scaled_dot(q, k, v, backend=self.backend, **options)
+
+    def vjp(self, q, k, v, **options):
+        """`fastattn.vjp` of `scaled_dot` on this backend; skips where that has no gradients."""
+        wanted = {"wrt": (), **options}
+        reason = unsupported_backward(named(self.backend), pose(q, k, v, **wanted))
+        if reason is not None:
+            pytest.skip(f"{self.backend} cannot serve this call: {reason}")
+        return fastattn.vjp(fastattn.scaled_dot, q, k, v, backend=self.backend, **options)
 
 
 def instruction_sets() -> tuple[str, ...]:
