@@ -84,14 +84,14 @@ def scaled_dot_backward(
     problem = pose(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
-        threads=threads, precision=precision, wrt=wrt,
+        threads=threads, precision=precision, gradients=True, wrt=wrt,
     )  # fmt: skip
     backward = pose_backward(problem, grad_out, out, lse, grad_lse)
     found = select(problem, backend, unsupported_backward).run_backward(backward)
-    return tuple(_of_its_array(found[gradient.name], gradient) for gradient in problem.gradients)
+    return tuple(of_its_array(found[gradient.name], gradient) for gradient in problem.gradients)
 
 
-def _of_its_array(x: np.ndarray, gradient: Gradient) -> np.ndarray:
+def of_its_array(x: np.ndarray, gradient: Gradient) -> np.ndarray:
     """`x` summed over the axes along which its array broadcast, in its dtype."""
     lead = x.ndim - len(gradient.shape)
     shape = (1,) * lead + gradient.shape

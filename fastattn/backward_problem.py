@@ -54,6 +54,7 @@ def _array(name, value, p: Problem, shape, dtype) -> np.ndarray:
     wanted = shape[1:] if p.one_head else shape
     if x.shape != wanted:
         raise ValueError(f"{name}: shape {x.shape} given, {wanted} wanted")
-    with np.errstate(all="ignore"):
-        x = np.require(x, dtype, "A")
+    if x.dtype is not dtype or not x.flags.aligned:
+        with np.errstate(all="ignore"):
+            x = np.require(x, dtype, "A")
     return x[None] if p.one_head else x

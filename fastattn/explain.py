@@ -68,7 +68,7 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
     >>> fastattn.explain(q, k, v, causal=True, backend="numpy").backend
     'numpy'
     """
-    problem = pose(q, k, v, wrt=(), **options)
+    problem = pose(q, k, v, gradients=True, **options)
     chosen = select(problem, backend)
     passed_over = {}
     order = BACKENDS + NAMED_ONLY

@@ -116,12 +116,12 @@ class Problem(NamedTuple):
 def pose(
     q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
-    return_lse=False, return_weights=False, out=None, threads=None, precision=None, wrt=None,
+    return_lse=False, return_weights=False, out=None, threads=None, precision=None,
+    gradients=False, wrt=(),
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` and state the problem they pose.
 
-    ``wrt`` names the options whose gradients a backward pass returns after those of `q`, `k` and
-    `v`; None if there is none to come.
+    With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def pose(
     if not (type(q) is _ndarray and type(k) is _ndarray and type(v) is _ndarray):
         q, k, v = plain("q", q), plain("k", k), plain("v", v)
     given = None
-    if wrt is not None:
+    if gradients:
         given = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
     one_head = False
     if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
@@ -194,7 +194,7 @@ def pose(
         return_lse = _flag("return_lse", return_lse)
     if return_weights is not False:
         return_weights = _flag("return_weights", return_weights)
-    window = (None, None) if window is None else _window(window)
+    window = (None, None) if window is None else window_sides(window)
     if kv_lengths is not None:
         kv_lengths = _kv_lengths(kv_lengths, batch, n_keys)
         positional = causal or alibi is not None or window != (None, None)
@@ -210,7 +210,7 @@ def pose(
         threads = count("threads", threads)
     if precision is not None and precision != "bfloat16":
         raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
-    gradients = () if given is None else _gradients(wrt, given, dtype)
+    wanted = () if given is None else _gradients(wrt, given, dtype)
 
     shape = (*rows, value_dim)
     if out is not None:
@@ -222,7 +222,7 @@ def pose(
     return Problem._make((  # the quickest way to a named tuple
         q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
         scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, result, out, one_head, threads, precision, copied, gradients,
+        return_lse, return_weights, result, out, one_head, threads, precision, copied, wanted,
     ))  # fmt: skip
 
 
@@ -259,6 +259,8 @@ def _is_real(dtype) -> bool:
 
 def float_dtype(name: str, x: np.ndarray) -> np.dtype:
     """The dtype that `x` is computed in, or an error that names the argument."""
+    if x.dtype is _FLOAT32 or x.dtype is _FLOAT64:
+        return x.dtype  # a name takes 2 us
     if x.dtype.kind in "biu":
         return _FLOAT64
     if x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
@@ -358,7 +360,7 @@ def _per_head(name, value, heads) -> np.ndarray:
     return x.astype(np.float64)
 
 
-def _window(value) -> tuple[int | None, int | None]:
+def window_sides(value) -> tuple[int | None, int | None]:
     if isinstance(value, (tuple, list)):
         sides = tuple(value)
         if len(sides) != 2:

@@ -108,7 +108,7 @@ def _scaled_dot(q, k, v, *, wrt, backend=None, return_lse=False, return_weights=
     if options.get("out") is not None:
         raise ValueError("out: array given, None wanted: the gradients need the result as it was")
     # What is wrong with the gradients is an error now, not after the forward pass.
-    problem = pose(q, k, v, wrt=wrt, **options)
+    problem = pose(q, k, v, gradients=True, wrt=wrt, **options)
     select(problem, backend, unsupported_backward)
     out, lse, *weights = scaled_dot(
         q, k, v, backend=backend, return_lse=True, return_weights=return_weights, **options

@@ -36,7 +36,7 @@ class Target(NamedTuple):
 
     def unsupported_backward(self, q, k, v, **options) -> str | None:
         """Why the backend cannot compute the gradients of this call, in its own words."""
-        return unsupported_backward(named(self.backend), pose(q, k, v, wrt=(), **options))
+        return unsupported_backward(named(self.backend), pose(q, k, v, gradients=True, **options))
 
     def attend(self, q, k, v, **options):
         """`fastattn.scaled_dot` on this backend; skips the test where that cannot serve."""
@@ -50,8 +50,7 @@ class Target(NamedTuple):
 
     def vjp(self, q, k, v, **options):
         """`fastattn.vjp` of `scaled_dot` on this backend; skips where that has no gradients."""
-        wanted = {"wrt": (), **options}
-        reason = unsupported_backward(named(self.backend), pose(q, k, v, **wanted))
+        reason = self.unsupported_backward(q, k, v, **options)
         if reason is not None:
             pytest.skip(f"{self.backend} cannot serve this call: {reason}")
         return fastattn.vjp(fastattn.scaled_dot, q, k, v, backend=self.backend, **options)

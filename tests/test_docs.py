@@ -12,7 +12,7 @@ import fastattn
 README = Path(__file__).parent.parent / "README.md"
 
 
-@pytest.mark.parametrize("module", ["api", "explain", "merge", "spans"])
+@pytest.mark.parametrize("module", ["api", "backward", "explain", "merge", "spans", "vjp"])
 def test_docstrings(module):
     failed, attempted = doctest.testmod(import_module(f"fastattn.{module}"))
     assert attempted > 0
