@@ -24,7 +24,7 @@ def make_parameters(rng, length):
     shapes = {
         "letters": (LETTERS, WIDTH),
         "places": (length, WIDTH),
-        **{name: (WIDTH, WIDTH) for name in ("query", "key", "value", "mixed")},
+        **dict.fromkeys(("query", "key", "value", "mixed"), (WIDTH, WIDTH)),
         "logits": (WIDTH, LETTERS),
     }
     return {

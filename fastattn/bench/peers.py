@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class Torch(Contestant):
     name = "torch"
     packages = ("torch",)
     dtypes = ("float32", "float64", "float16", "bfloat16")
+    gradients = True
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         import torch
@@ -39,21 +41,29 @@ class Torch(Contestant):
         seen = None if is_causal else case.mask()
         mask = None if seen is None else torch.from_numpy(seen)
 
-        def call():
-            with torch.inference_mode():
-                return scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    attn_mask=mask,
-                    is_causal=is_causal,
-                    enable_gqa=case.grouped,
-                )
+        def attend():
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=case.grouped
+            )
 
         def read(out):  # nor does NumPy know bfloat16
             return out.to(torch.promote_types(out.dtype, torch.float32)).numpy()
 
-        return Prepared(call, read)
+        if case.work == "forward":
+            return Prepared(torch.inference_mode()(attend), read)
+        sources = [x.requires_grad_() for x in (query, key, value)]
+        grad_out = tensor(case.grad_out())
+
+        def train():
+            return torch.autograd.grad(attend(), sources, grad_out)
+
+        out = attend()
+
+        def differentiate():
+            return torch.autograd.grad(out, sources, grad_out, retain_graph=True)
+
+        call = train if case.work == "training step" else differentiate
+        return Prepared(call, lambda gradients: read(gradients[0]))
 
 
 class OnnxRuntime(Contestant):
@@ -114,6 +124,7 @@ class Jax(Contestant):
     name = "jax"
     packages = ("jax", "jaxlib")
     dtypes = ("float32",)  # its softmax is float32 whatever comes in
+    gradients = True
     causal_at_the_end = False
 
     def unavailable(self, case: Case, threads: int) -> str | None:
@@ -122,7 +133,7 @@ class Jax(Contestant):
         return super().unavailable(case, threads)
 
     def grids(self, case: Case) -> int:
-        return 2
+        return 2 if case.work == "forward" else 4
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         os.environ["NPROC"] = str(threads)  # how XLA is told, before it starts
@@ -135,12 +146,27 @@ class Jax(Contestant):
                 q, k, v, is_causal=case.causal, local_window_size=case.window
             )
 
-        arrays = [jax.numpy.asarray(np.ascontiguousarray(x.swapaxes(1, 2))) for x in (q, k, v)]
-        compiled = jax.jit(attend).lower(*arrays).compile()
-        return Prepared(
-            lambda: compiled(*arrays).block_until_ready(),
-            lambda out: np.asarray(out).swapaxes(1, 2),
-        )
+        def array(x):
+            return jax.numpy.asarray(np.ascontiguousarray(x.swapaxes(1, 2)))
+
+        def train(q, k, v, grad_out):
+            return jax.vjp(attend, q, k, v)[1](grad_out)
+
+        arrays = [array(x) for x in (q, k, v)]
+        function: Callable = attend
+        arguments: list = arrays
+        if case.work != "forward":
+            function, arguments = train, [*arrays, array(case.grad_out())]
+        if case.work == "backward":
+            pullback = jax.jit(lambda *x: jax.vjp(attend, *x)[1])(*arrays)
+            function, arguments = jax.tree_util.Partial.__call__, [pullback, arguments[3]]
+        compiled = jax.jit(function).lower(*arguments).compile()
+
+        def read(found):
+            found = found if case.work == "forward" else found[0]
+            return np.asarray(found).swapaxes(1, 2)
+
+        return Prepared(lambda: jax.block_until_ready(compiled(*arguments)), read)
 
 
 class OpenVino(Contestant):
