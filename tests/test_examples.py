@@ -1,6 +1,5 @@
 """The examples run, and what they train learns its task."""
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ def test_training(name, package):
         pytest.skip(f"{package} is not installed")
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), "--short"],
-        env=child_environment(**{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}),
+        env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
         timeout=300,
         check=True,
         stdout=subprocess.PIPE,
