@@ -361,6 +361,7 @@ def _per_head(name, value, heads) -> np.ndarray:
 
 
 def window_sides(value) -> tuple[int | None, int | None]:
+    """``(left, right)`` of a window, or an error."""
     if isinstance(value, (tuple, list)):
         sides = tuple(value)
         if len(sides) != 2:
@@ -390,12 +391,17 @@ def _q_offset(value, batch) -> int | np.ndarray:
     return int(x) if x.ndim == 0 else _broadcast("q_offset", x, batch, "the leading axes")
 
 
-def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
+def span_sides(value) -> tuple:
+    """``(start, stop)`` as given, or an error."""
     try:
         start, stop = value
     except (TypeError, ValueError):
         raise TypeError(f"spans: {type(value).__name__} given, (start, stop) wanted") from None
-    start, stop = (np.clip(integers("spans", side), 0, n_keys) for side in (start, stop))
+    return start, stop
+
+
+def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
+    start, stop = (np.clip(integers("spans", x), 0, n_keys) for x in span_sides(value))
     axes = "(..., heads, queries)"
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
 

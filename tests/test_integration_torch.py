@@ -175,6 +175,8 @@ def test_backend_threads_and_precision_are_passed_on():
         scaled_dot(*arrays, precision="x")
     with pytest.raises(ValueError, match=r"^window: 3 sides given"):
         scaled_dot(*arrays, window=(1, 2, 3))
+    with pytest.raises(TypeError, match=r"^spans: tuple given, \(start, stop\) wanted"):
+        scaled_dot(*arrays, spans=(1, 2, 3))
     out = scaled_dot(*arrays, backend="reference", threads=1)
     torch.testing.assert_close(out, scaled_dot(*arrays), rtol=0, atol=1e-6)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastattn
 
-from ..problem import window_sides
+from ..problem import span_sides, window_sides
 
 __all__ = ["scaled_dot", "scaled_dot_product_attention"]
 
@@ -127,7 +127,7 @@ def scaled_dot(
     torch.Size([8])
     """
     left, right = (None, None) if window is None else window_sides(window)
-    start, stop = (None, None) if spans is None else spans
+    start, stop = (None, None) if spans is None else span_sides(spans)
     offset, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
     tensors = (
         None if x is None else _as_tensor(x)
@@ -192,7 +192,7 @@ def _forward(q, k, v, *tensors, return_lse=False, **options):
         _array(q), _array(k), _array(v), return_lse=return_lse, **_options(tensors, options)
     )
     out = _tensor(found[0] if return_lse else found)
-    if not q.is_contiguous() and (q.stride(-1) != 1 or out.stride() != q.stride()):
+    if not q.is_contiguous() and (q.stride(-1) != 1 or not _alike(out, q)):
         out = _laid_out(out, _empty_result(q, k, v))
     return out, _tensor(found[1]) if return_lse else out.new_empty(0, dtype=_sums(out))
 
@@ -217,8 +217,8 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
     sources = _sources(q, k, v, tensors, wrt)
     found = []
     for grad, source in zip(map(_tensor, grads), sources, strict=True):
-        alike = grad.dtype == source.dtype and grad.stride() == source.stride()
-        found.append(grad if alike else _laid_out(grad, torch.empty_like(source)))
+        same = _alike(grad, source)
+        found.append(grad if same else _laid_out(grad, torch.empty_like(source)))
     return found
 
 
@@ -343,6 +343,10 @@ def _sources(q, k, v, tensors, wrt) -> list[Tensor]:
 
 
 def _laid_out(x: Tensor, wanted: Tensor) -> Tensor:
-    if x.dtype == wanted.dtype and x.stride() == wanted.stride():
-        return x
-    return wanted.copy_(x)
+    return x if _alike(x, wanted) else wanted.copy_(x)
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Of the same dtype, shape and memory order? The stride of an axis of 1 means nothing."""
+    steps = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return x.dtype == y.dtype and x.shape == y.shape and all(n < 2 or a == b for n, a, b in steps)
