@@ -200,7 +200,7 @@ def test_no_tensor_is_copied(monkeypatch, dtype):
         seen.append([q, k, v, out])
         return out
 
-    monkeypatch.setattr(integration.fastattn, "scaled_dot", attend)
+    monkeypatch.setattr(fastattn, "scaled_dot", attend)
     arrays = [x.transpose(1, 2) for x in tensors(n_keys=20, dtype=dtype)]
     out = ours(*arrays)
     ours_too = [x.__array_interface__["data"][0] for x in seen[0]]
