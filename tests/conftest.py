@@ -13,7 +13,7 @@ import simulator
 from hypothesis import HealthCheck, settings
 
 import fastattn
-from fastattn.dispatch import BACKENDS, named
+from fastattn.dispatch import BACKENDS, named, unsupported_backward
 from fastattn.problem import pose
 
 # The same examples in every run; `pytest --hypothesis-profile=long` draws many new ones.
@@ -50,6 +50,10 @@ class Target(NamedTuple):
         """Why the backend cannot serve this call, in its own words."""
         return named(self.backend).unsupported(pose(q, k, v, **options))
 
+    def unsupported_backward(self, q, k, v, **options) -> str | None:
+        """Why the backend cannot compute the gradients of this call, in its own words."""
+        return unsupported_backward(named(self.backend), pose(q, k, v, gradients=True, **options))
+
     def attend(self, q, k, v, **options):
         """`fastattn.scaled_dot` on this backend; skips the test where that cannot serve."""
         try:
@@ -59,6 +63,13 @@ class Target(NamedTuple):
         if reason is not None:
             pytest.skip(f"{self.backend} cannot serve this call: {reason}")
         return fastattn.scaled_dot(q, k, v, backend=self.backend, **options)
+
+    def vjp(self, q, k, v, **options):
+        """`fastattn.vjp` of `scaled_dot` on this backend; skips where that has no gradients."""
+        reason = self.unsupported_backward(q, k, v, **options)
+        if reason is not None:
+            pytest.skip(f"{self.backend} cannot serve this call: {reason}")
+        return fastattn.vjp(fastattn.scaled_dot, q, k, v, backend=self.backend, **options)
 
 
 def instruction_sets() -> tuple[str, ...]:

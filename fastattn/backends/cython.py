@@ -53,7 +53,8 @@ def run(problem: Problem):
     order = None if stop is None else _longest_first(p, start, stop)
     _kernels.attend(
         p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
-        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order, product_dtype(p), threads(p),
+        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order,
+        product_dtype(p), threads(p),
     )  # fmt: skip
     if lse is not None:
         with np.errstate(over="ignore"):
