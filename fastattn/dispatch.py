@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import reference
-from .backends import cython, numpy
+from .backends import cython, numba, numpy
 from .environment import getenv
 from .problem import Problem
 
@@ -12,7 +12,7 @@ __all__ = ["BACKENDS", "NAMED_ONLY", "named", "select"]
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
 # serve, in words, or None, `run(problem)`, which fills `problem.result` -> (lse, weights), and
 # `plan(problem)`, what it says of itself to `explain`.
-BACKENDS = (cython, numpy)
+BACKENDS = (cython, numba, numpy)
 
 # The reference makes queries x keys arrays, so it runs only where somebody asks for it.
 NAMED_ONLY = (reference,)
