@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .dispatch import select
-from .problem import pose
+from .problem import Problem, pose
 
-__all__ = ["scaled_dot"]
+__all__ = ["answer", "scaled_dot"]
 
 
 def scaled_dot(
@@ -62,7 +62,7 @@ def scaled_dot(
         Also return the softmax weights, the only Sq x Sk array that is ever made.
     out : ndarray, (..., Hq, Sq, Dv), optional
         Filled and returned; of the promoted dtype. It may overlap the inputs, not itself.
-    backend : {"cython", "numpy", "reference"}, optional
+    backend : {"cython", "numba", "numpy", "reference"}, optional
         Use that one, or fail saying why it cannot serve. By default the environment's
         ``FASTATTN_BACKEND``, else the first that can.
     threads : int, optional
@@ -125,6 +125,11 @@ def scaled_dot(
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, out, threads, precision,
     )  # fmt: skip
+    return answer(problem, backend, out)
+
+
+def answer(problem: Problem, backend: str | None, out):
+    """Solve a problem; the results in their order of return, in the caller's `out` if given."""
     lse, weights = select(problem, backend).run(problem)
     result = problem.result
     if problem.one_head:

@@ -28,14 +28,17 @@ def select(problem: Problem, backend: str | None = None):
     if backend is None:
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
-        for candidate in BACKENDS[:-1]:
-            if candidate.unsupported(problem) is None:
+        reasons = {}
+        for candidate in BACKENDS:
+            reasons[candidate.name] = reason = candidate.unsupported(problem)
+            if reason is None:
                 return candidate
-        return BACKENDS[-1]  # serves everything
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"backend: none can serve this call: {told}")
     chosen = named(backend, origin)
     reason = chosen.unsupported(problem)
     if reason is not None:
-        able = [b.name for b in BACKENDS if b.unsupported(problem) is None]
+        able = [b.name for b in BACKENDS + NAMED_ONLY if b.unsupported(problem) is None]
         raise ValueError(
             f"{origin}: {chosen.name!r} given, which cannot serve this call: {reason}; "
             f"these can: {', '.join(able)}"

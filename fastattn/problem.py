@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
+from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
+
+from .blockmask import BlockMask
 
 __all__ = ["Problem", "pose"]
 
@@ -58,6 +63,9 @@ class Problem(NamedTuple):
     threads: int | None
     precision: str | None
     copied: tuple[str, ...]  # operands that had to be copied, for `explain`
+    score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
+    mask_mod: Callable | None  # (batch, head, i, j) -> bool
+    block_mask: BlockMask | None  # of that mask_mod
 
     @property
     def accumulator(self) -> np.dtype:
@@ -107,8 +115,10 @@ def pose(
     q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
+    score_mod=None, mask_mod=None, block_mask=None,
 ) -> Problem:  # fmt: skip
-    """Check the arguments of `fastattn.scaled_dot` and state the problem they pose.
+    """Check the arguments of `fastattn.scaled_dot`, or of `fastattn.flex`, and state the problem
+    they pose.
 
     Raises
     ------
@@ -194,6 +204,13 @@ def pose(
         threads = count("threads", threads)
     if precision is not None and precision != "bfloat16":
         raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
+    if score_mod is not None:
+        function("score_mod", score_mod)
+    if mask_mod is not None:
+        function("mask_mod", mask_mod)
+    if block_mask is not None:
+        _block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
+        mask_mod = block_mask.mask_mod
 
     shape = (*rows, value_dim)
     if out is not None:
@@ -206,6 +223,7 @@ def pose(
         q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
         scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, result, out, one_head, threads, precision, copied,
+        score_mod, mask_mod, block_mask,
     ))  # fmt: skip
 
 
@@ -215,6 +233,12 @@ def count(name: str, value) -> int:
     if n < 1:
         raise ValueError(f"{name}: {n} given, at least 1 wanted")
     return n
+
+
+def function(name: str, value) -> None:
+    """A Python function, or a compiled one that was made of it; else an error that names it."""
+    if not isinstance(getattr(value, "py_func", value), FunctionType):
+        raise TypeError(f"{name}: {type(value).__name__} given, a function wanted")
 
 
 def _plain(name, value) -> np.ndarray:
@@ -374,6 +398,21 @@ def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
     start, stop = (np.clip(integers("spans", side), 0, n_keys) for side in (start, stop))
     axes = "(..., heads, queries)"
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
+
+
+def _block_mask(value, mask_mod, grid) -> None:
+    if not isinstance(value, BlockMask):
+        raise TypeError(
+            f"block_mask: {type(value).__name__} given, the result of fastattn.block_mask wanted"
+        )
+    if mask_mod is not None and mask_mod is not value.mask_mod:
+        raise ValueError("block_mask: made from another mask_mod than the one given")
+    made_for = (*value.blocks.shape[:2], value.n_queries, value.n_keys)
+    fits = all(made in (1, n) for made, n in zip(made_for[:2], grid, strict=False))
+    if not fits or made_for[2:] != grid[2:]:
+        raise ValueError(
+            f"block_mask: made for (batch, heads, n_queries, n_keys) {made_for}, {grid} wanted"
+        )
 
 
 def _empty_like(q, shape) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from numba import njit
 
 from .tile import attend
 
-__all__ = ["launch", "launcher"]
+__all__ = ["launcher"]
 
 
 def _digest() -> int:
@@ -29,16 +30,28 @@ def _entry():
     return launch
 
 
-def launcher(cache: bool):
-    """A launcher that compiles itself for the types of its arguments, functions included."""
+def _compiled(cache: bool):
     return njit(nogil=True, error_model="numpy", cache=cache)(_entry())
 
 
 def _cached():
     try:
-        return launcher(cache=True)
+        return _compiled(cache=True)
     except RuntimeError:  # nowhere to write: neither beside this file nor in the user's cache
-        return launcher(cache=False)
+        return _compiled(cache=False)
 
 
-launch = _cached()
+_plain = _cached()
+
+
+def launcher(score_mod, mask_mod):
+    """``launch(address, begin, end, scale, score_mod, mask_mod)`` for these functions, or None: it
+    compiles itself at its first call with numbers of a type.
+    """
+    return _plain if score_mod is None and mask_mod is None else _with(score_mod, mask_mod)
+
+
+@lru_cache(32)
+def _with(score_mod, mask_mod):
+    # Not on disk, where a function of the user's would be a new one in each process.
+    return _compiled(cache=False)

@@ -18,6 +18,7 @@ from math import inf, log, nan
 import numpy as np
 from numba import from_dtype, njit
 
+from .. import blockmask
 from .exponential import WEIGHT_UNIT, exp, tanh, weight_of
 from .numbers import BFLOAT16, HALF, REAL, bfloat16, finite_most, half, read, rounded, widen
 from .vectors import (
@@ -46,7 +47,7 @@ from .vectors import (
     with_sign_of,
 )
 
-__all__ = ["BLOCK_KEYS", "MASK_QUERIES", "STRIP_KEYS", "TILE", "TILE_BYTES", "attend", "scratch"]
+__all__ = ["BLOCK_KEYS", "TILE", "TILE_BYTES", "attend", "scratch"]
 
 # Queries in a tile, as bytes of one row: a whole number of panels for every instruction set. Twice
 # as many as fill the widest registers, because each tile reads all of K and V.
@@ -57,13 +58,12 @@ PANEL_BYTES = TILE_VECS * VECTOR_BYTES
 # would have 3 to 25 times NumPy's rounding error; blocks of 128 make too many partial sums.
 BLOCK_KEYS = 512
 # Keys whose weights stay in the first-level cache between the softmax and the second product.
-STRIP_KEYS = 64
+STRIP_KEYS = blockmask.BLOCK_KEYS
 STRIPS = BLOCK_KEYS // STRIP_KEYS
 
-# What a panel sees of a strip, and anybody of a block of a block mask.
-SEE_NONE, SEE_SOME, SEE_ALL = 0, 1, 2
-# Queries in a block of a block mask; its keys are a strip.
-MASK_QUERIES = 16
+# What a panel sees of a strip, and anybody of a block of a block mask, whose keys are a strip.
+SEE_NONE, SEE_SOME, SEE_ALL = blockmask.NONE, blockmask.SOME, blockmask.ALL
+MASK_QUERIES = blockmask.BLOCK_QUERIES
 
 # Arrays, by the address of a table of where each head's rows begin and by strides in bytes; a table
 # of 0 stands for an array that was not given.
@@ -102,7 +102,7 @@ tile_of_1, tile_of_2, tile_of_3 = (register_tile(n + 1) for n in range(3))
 
 # Numba optimises a function anew, with all that it calls, for every function that calls it: what has
 # one caller and calls much is made part of that.
-compiled = njit(error_model="numpy")
+compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
 inlined = njit(error_model="numpy", inline="always")
 
 
@@ -303,7 +303,7 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
         if state == SEE_NONE:
             return state
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
-    product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, False)
+    product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
     if t.bias != 0:
@@ -337,6 +337,7 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
 def product(vecs, a, a_row, a_step, rows, steps, b, c, accumulate):
     """The register tile over any number of rows."""
     size = TILE_VECS * lanes(c[0])
+    accumulate = accumulate != 0
     for row in range(0, rows, TILE_ROWS):
         count, to = min(rows - row, TILE_ROWS), ahead(c, row * size)
         at = a + row * a_row
@@ -478,8 +479,13 @@ def take_max(vecs, keys, scores, tops, scale):
     size = TILE_VECS * lanes(scale)
     for n in range(vecs):
         top = load(ahead(tops, n * lanes(scale)))
-        for j in range(keys):
-            top = larger(load(ahead(scores, j * size + n * lanes(scale))), top)
+        column = ahead(scores, n * lanes(scale))
+        # In pairs of pairs, or the latency of one chain would be the time of the loop.
+        for j in range(0, keys, 4):
+            a, b = load(ahead(column, j * size)), load(ahead(column, min(j + 1, keys - 1) * size))
+            c = load(ahead(column, min(j + 2, keys - 1) * size))
+            d = load(ahead(column, min(j + 3, keys - 1) * size))
+            top = larger(larger(larger(a, b), larger(c, d)), top)
         store(ahead(tops, n * lanes(scale)), top)
 
 
@@ -511,7 +517,7 @@ def attend_block(t, begin, scale):
             total = reals(t.block_total if panel[STARTED] else t.total, scale)
             seen = seen_in_block(t, scale, p, key - begin)
             at, total = v + (key - first) * v_row, ahead(total, p * size * t.value_dim)
-            begun = panel[BEGUN] != 0
+            begun = panel[BEGUN]
             panel[BEGUN] = 1
             if state == SEE_SOME and not all_finite(t, at, v_row, v_dim, stop - key, scale):
                 add_seen(t, at, v_row, v_dim, stop - key, seen, weights, total, begun, scale)

@@ -304,7 +304,6 @@ def _generic(name, arity):
 
 
 magnitude = _generic("llvm.fabs", 1)
-nearest = _generic("llvm.rint", 1)  # integer
 with_sign_of = _generic("llvm.copysign", 2)
 multiply_add = _generic("llvm.fmuladd", 3)  # one instruction where there is one, else two
 
@@ -364,24 +363,21 @@ def from_bits(typingctx, bits, like):
 
 
 @intrinsic
-def power_of_two(typingctx, n):
-    """2**n for an integer within the exponents of normal numbers. Generic."""
+def to_exponent(typingctx, sum):
+    """2**n of a sum 1.5 * 2**mantissa + bias + n, whose lowest bits are the exponent. Generic."""
 
     def emit(context, builder, sig, args):
         kind = args[0].type
-        item = kind.element if isinstance(kind, ir.VectorType) else kind
-        double = isinstance(item, ir.DoubleType)
-        bits, mantissa, bias = (64, 52, 1023) if double else (32, 23, 127)
+        vector = isinstance(kind, ir.VectorType)
+        item = kind.element if vector else kind
+        bits, mantissa = (64, 52) if isinstance(item, ir.DoubleType) else (32, 23)
         whole = ir.IntType(bits)
-        if isinstance(kind, ir.VectorType):
+        if vector:
             whole = ir.VectorType(whole, kind.count)
-        # Adding 1.5 * 2**mantissa leaves n in the lowest bits: no conversion is needed.
-        magic = _splat(builder, item(1.5 * 2**mantissa + bias), kind)
-        low = builder.bitcast(builder.fadd(args[0], magic), whole)
         shift = _splat(builder, ir.IntType(bits)(mantissa), whole)
-        return builder.bitcast(builder.shl(low, shift), kind)
+        return builder.bitcast(builder.shl(builder.bitcast(args[0], whole), shift), kind)
 
-    return n(n), emit
+    return sum(sum), emit
 
 
 # csrc/minimax.py: 2**f - 1 = f * polynomial(f) for |f| <= 1/2, highest power first.

@@ -30,6 +30,8 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if _kernels is None:
         return _missing
+    if p.score_mod is not None or p.mask_mod is not None:
+        return "a score_mod or mask_mod cannot be compiled into it"
     if p.dtype.char not in "fd":
         return f"no kernel for {p.dtype}"
     if p.bias is not None and not _readable(p.bias.dtype):

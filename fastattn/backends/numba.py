@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 
 import numpy as np
 
+from ..parallel import share
 from ..problem import Problem
 from ..threads import affinity, thread_count
 
@@ -54,9 +54,8 @@ def run(problem: Problem):
     result = np.empty(p.rows(p.value_dim), real) if halves else p.result
     lse = np.empty(p.rows()) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), real) if p.return_weights else None
-    if result.size or lse is not None and lse.size:
+    with np.errstate(all="ignore"):
         _Call(p, result, lse, weights).run()
-    with np.errstate(over="ignore"):
         if halves:
             p.result[...] = result
             weights = None if weights is None else weights.astype(p.dtype)
@@ -69,15 +68,20 @@ class _Call:
     """One call: the record that its tiles start from, and who carries them out."""
 
     def __init__(self, p: Problem, result, lse, weights):
-        from .._numba import launch, numbers, tile
+        from .._numba import hooks, launch, numbers, tile
 
-        self.kernel = launch.launch
+        self.hooks = (
+            hooks.score_function(p.score_mod, p.accumulator.itemsize),
+            hooks.mask_function(p.mask_mod),
+        )
+        self.kernel = launch.launcher(*self.hooks)
         self.scale = p.accumulator.type(p.scale)
         self.threads = threads(p)
         self.sizes = tile.scratch(p.accumulator.itemsize, p.head_dim, p.value_dim)
         self.record = t = np.zeros(1, tile.TILE)
         self.keep: list[np.ndarray] = []  # what the record points to
-        fold = p.group
+        # Functions of the user's get one head and neighbouring queries, which vectorises best.
+        fold = p.group if self.hooks == (None, None) else 1
         t["heads"], t["kv_heads"], t["group"], t["fold"] = p.heads, p.kv_heads, p.group, fold
         t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
@@ -103,13 +107,20 @@ class _Call:
             direct = p.bias.dtype == p.accumulator and p.bias.flags.aligned
             t["bias_format"] = numbers.REAL if direct else numbers.format_of(p.bias.dtype)
             t["bias_swapped"] = not p.bias.dtype.isnative
+        if p.block_mask is not None:
+            blocks = p.block_mask.blocks
+            batched = blocks.shape[0] > 1
+            shape = p.batch if batched else (1,) * len(p.batch)
+            self.point(p, "blocks", blocks.reshape(*shape, *blocks.shape[1:]))
         if weights is not None:
             self.point(p, "weights", weights)
         if lse is not None:
             self.point(p, "lse", lse[..., None])
         if p.alibi is not None:
             t["alibi"] = self.address(p.alibi)
-            t["q_offset"] = self.address(np.array(np.broadcast_to(p.q_offset, p.batch), np.int64))
+            t["q_offset"] = self.address(
+                np.ascontiguousarray(np.broadcast_to(p.q_offset, p.batch), np.int64)
+            )
         if p.sinks is not None:
             t["sinks"] = self.address(p.sinks)
 
@@ -120,7 +131,8 @@ class _Call:
     def point(self, p: Problem, operand: str, array: np.ndarray) -> None:
         """Let the record find an array of (batch, heads, rows, dims), whose axes may broadcast."""
         heads = p.kv_heads if operand in ("k", "v") else p.heads
-        rows = array.shape[-2] if operand in ("k", "v") else p.n_queries
+        shared = operand in ("k", "v", "blocks")
+        rows = array.shape[-2] if shared else p.n_queries
         array = np.broadcast_to(array, (*p.batch, heads, rows, array.shape[-1]))
         table = np.array(self.address(array), np.int64)
         for n, stride in zip(array.shape[:-2], array.strides[:-2], strict=True):
@@ -130,67 +142,22 @@ class _Call:
 
     def run(self) -> None:
         """Carry out all tiles, on this thread and on others."""
-        begins = deque(range(0, self.items, self.step))
+        self.launch(self.record, 0, 0)  # compiles, where that is to be done, on this thread alone
+        share(self.items, self.step, self.threads, self.start)
 
-        def work() -> None:
-            tile, scratch = self.own_tile()
-            try:
-                while begins:
-                    begin = begins.popleft()
-                    end = min(begin + self.step, self.items)
-                    self.kernel(tile.ctypes.data, begin, end, self.scale, None, None)
-            except IndexError:  # somebody else took the last
-                pass
-            except BaseException:
-                begins.clear()
-                raise
+    def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
+        self.kernel(tile.ctypes.data, begin, end, self.scale, *self.hooks)
 
-        in_parallel(work, min(self.threads, len(begins)))
-
-    def own_tile(self) -> tuple[np.ndarray, np.ndarray]:
-        """The record with a scratch of its own."""
+    def start(self) -> Callable[[int, int], None]:
+        """A thread's own launch, with a scratch of its own."""
         tile = self.record.copy()
         sizes = {part: -(-size // 64) * 64 for part, size in self.sizes.items()}
         scratch = np.empty(sum(sizes.values()) + 64, np.uint8)
-        at = -(-scratch.ctypes.data // 64) * 64
+        at = -(-self.address(scratch) // 64) * 64
         for part, size in sizes.items():
             tile[part] = at
             at += size
-        return tile, scratch
-
-
-# Threads ---------------------------------------------------------------------------------------
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a child has none of its parent's threads
-
-
-def in_parallel(work, threads: int) -> None:
-    """Call `work` on that many threads, one of which is the caller's; raise what one raises.
-
-    Numba's own parallel loops are not used: they need a threading layer, and the one that is always
-    there may not be entered from two threads.
-    """
-    global _pool
-    if threads == 1:
-        return work()
-    if _pool is None:
-        _pool = ThreadPoolExecutor(256, "fastattn")
-    helpers = [_pool.submit(work) for _ in range(threads - 1)]
-    try:
-        work()
-    finally:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+        return partial(self.launch, tile)
 
 
 def threads(problem: Problem) -> int:

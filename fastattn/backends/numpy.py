@@ -22,7 +22,9 @@ TILE_ELEMENTS = 1 << 20
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Why this backend cannot serve `problem`: never."""
+    """Why this backend cannot serve `problem`, or None."""
+    if problem.score_mod is not None or problem.mask_mod is not None:
+        return "a score_mod or mask_mod would be called for every score"
     return None
 
 
