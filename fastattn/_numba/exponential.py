@@ -8,6 +8,7 @@ from numba import njit
 
 from .vectors import (
     choose,
+    compiled,
     constant,
     magnitude,
     multiply_add,
@@ -33,7 +34,7 @@ most = per_type(89.0, 710.0)  # exp overflows above
 saturated = per_type(10.0, 20.0)  # tanh rounds to 1 from there on
 
 
-@njit(error_model="numpy")
+@compiled
 def split(x, log2_unit):
     """``(power, m)`` with 2**log2_unit * exp(x) = power * (1 + m), |m| < 1/2, `power` one of 2 and
     within the normal numbers.
@@ -46,7 +47,7 @@ def split(x, log2_unit):
     return to_exponent(shifted), f * polynomial(f)
 
 
-@njit(error_model="numpy")
+@compiled
 def weight_of(x):
     """WEIGHT_UNIT * exp(x) for x <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf and where exp
     is subnormal, NaN for NaN.

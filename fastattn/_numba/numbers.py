@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import copysign, inf, isinf, ldexp
 
 import numpy as np
-from numba import njit
 
 from .vectors import (
+    compiled,
     constant,
     from_bits,
     halfwords,
@@ -34,7 +34,6 @@ if np.finfo(np.longdouble).nmant == 63 and np.dtype(np.longdouble).itemsize == 1
     FORMATS.setdefault(np.dtype(np.longdouble).name, X87)
 
 finite_most = per_type(float(np.finfo(np.float32).max), float(np.finfo(np.float64).max))
-compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
 
 
 def format_of(dtype: np.dtype) -> int | None:

@@ -20,7 +20,7 @@ from numba import from_dtype, njit
 
 from .. import blockmask
 from .exponential import WEIGHT_UNIT, exp, tanh, weight_of
-from .numbers import BFLOAT16, HALF, REAL, bfloat16, finite_most, half, read, rounded, widen
+from .numbers import REAL, finite_most, read, rounded, widen
 from .vectors import (
     TILE_ROWS,
     TILE_VECS,
@@ -28,6 +28,8 @@ from .vectors import (
     ahead,
     any_lane,
     choose,
+    compiled,
+    columns_to_rows,
     constant,
     doubles,
     flags,
@@ -36,14 +38,18 @@ from .vectors import (
     larger,
     load,
     load_flags,
+    load_unaligned,
     magnitude,
     multiply_add,
-    peek_uint16,
+    nonzero_bytes,
     reals,
     record_of,
     register_tile,
+    rows_to_columns,
     splat,
     store,
+    uint64s,
+    widest_vectors,
     with_sign_of,
 )
 
@@ -77,6 +83,8 @@ NUMBERS = (
     "tile_rows", "tiles", "rows", "panels", "batch", "k_head", "v_head", "first", "last",
     # Per row: its query, the index of its head in the tables, and the keys start <= j < stop.
     "row_query", "row_head", "row_start", "row_stop",
+    # Of the panel at hand, a word per lane: the keys of a strip as bits, or addresses.
+    "words",
     # Per panel PANEL_FIELDS integers, and what it sees of each strip of the block.
     "panel", "strip",
     # The scratch, [panel][row][lane] throughout, so that a panel is contiguous.
@@ -98,11 +106,10 @@ ATTEND, ATTEND_WITH_MARGIN, WEIGH, DONE = range(4)
 FIRST, LAST, INNER_FIRST, INNER_LAST, VECS, STARTED, LIVE, BEGUN = range(8)
 PANEL_FIELDS = 8
 
-tile_of_1, tile_of_2, tile_of_3 = (register_tile(n + 1) for n in range(3))
+narrow_tile, whole_tile = register_tile(1), register_tile(TILE_VECS)
 
 # Numba optimises a function anew, with all that it calls, for every function that calls it: what has
 # one caller and calls much is made part of that.
-compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
 inlined = njit(error_model="numpy", inline="always")
 
 
@@ -111,7 +118,7 @@ def scratch(itemsize: int, head_dim: int, value_dim: int) -> dict[str, int]:
     rows = TILE_BYTES // itemsize
     panels = TILE_BYTES // PANEL_BYTES
     whole = {"row_query": rows, "row_head": rows, "row_start": rows, "row_stop": rows,
-             "panel": panels * PANEL_FIELDS, "strip": panels * STRIPS}  # fmt: skip
+             "words": rows, "panel": panels * PANEL_FIELDS, "strip": panels * STRIPS}  # fmt: skip
     per_row = {"row_max": 1, "row_sum": 1, "top": 1, "rescale": 1, "block_sum": 1,
                "queries": head_dim, "total": value_dim, "block_total": value_dim,
                "scores": BLOCK_KEYS, "bias_tile": STRIP_KEYS}  # fmt: skip
@@ -199,7 +206,9 @@ def bound_panels(t, scale):
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         panel[FIRST], panel[LAST] = first, last
         panel[INNER_FIRST], panel[INNER_LAST] = inner_first, inner_last
-        panel[VECS] = min(TILE_VECS, (t.rows - p * size + lanes(scale) - 1) // lanes(scale))
+        # One vector for the few queries of a decoding step, else all: other numbers of them would
+        # be more code to compile.
+        panel[VECS] = 1 if t.rows - p * size <= lanes(scale) else TILE_VECS
         t.first = min(t.first, first)
         t.last = max(t.last, last)
 
@@ -208,8 +217,7 @@ def bound_panels(t, scale):
 def start_rows(t, scale):
     """Load the queries; a row starts with its sink, a score without a value, or with nothing."""
     size = TILE_VECS * lanes(scale)
-    tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
-    saw, columns = flags(t.saw), reals(t.queries, scale)
+    tops, sums, saw = reals(t.row_max, scale), reals(t.row_sum, scale), flags(t.saw)
     for i in range(t.panels * size):
         sink = -inf
         if t.sinks != 0:
@@ -221,22 +229,32 @@ def start_rows(t, scale):
         elif sink != -inf:
             sums[i] = WEIGHT_UNIT * exp(sink - (sink + t.margin))
         saw[i] = 0
-        source = row_of(t, t.q, t.q_row, i)
-        column = ahead(columns, i // size * size * t.head_dim + i % size)
-        for d in range(t.head_dim):
-            column[d * size] = scale * element(source + d * t.q_dim, t.format, scale)
     for p in range(t.panels):
         ints(t.panel + 8 * PANEL_FIELDS * p)[STARTED] = 0
+        load_queries(t, p, ahead(reals(t.queries, scale), p * size * t.head_dim), scale)
 
 
 @compiled
-def element(address, format, like):
-    """A number of q."""
-    if format == HALF:
-        return constant(half(np.int64(peek_uint16(address))), like)
-    if format == BFLOAT16:
-        return constant(np.float64(bfloat16(np.int64(peek_uint16(address)))), like)
-    return reals(address, like)[0]
+def load_queries(t, p, columns, scale):
+    """columns[d][lane] = scale * q."""
+    size, width = TILE_VECS * lanes(scale), lanes(scale)
+    rows, done = ints(t.words), 0
+    for i in range(size):
+        rows[i] = row_of(t, t.q, t.q_row, p * size + i)
+    if t.format == REAL and t.q_dim * width == VECTOR_BYTES:
+        done = t.head_dim // width * width
+        for n in range(0, size, width):
+            for d in range(0, done, width):
+                rows_to_columns(ahead(rows, n), d * t.q_dim, ahead(columns, d * size + n))
+    for i in range(size):
+        q, step = rows[i], t.q_dim
+        if t.format != REAL:
+            widen(q, 0, step, 1, t.head_dim, t.format, reals(t.widened, scale))
+            q, step = t.widened, 4
+        for d in range(done, t.head_dim):
+            columns[d * size + i] = reals(q + d * step, scale)[0]
+    for x in range(0, t.head_dim * size, width):
+        store(ahead(columns, x), load(ahead(columns, x)) * splat(scale))
 
 
 # ------------------------------------------------------------------------------ the scores
@@ -298,10 +316,12 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
     scores, seen = in_block(t.scores, scale, p, key - begin), seen_in_block(t, scale, p, key - begin)
     state = SEE_ALL
     inside = panel[INNER_FIRST] <= key and key + keys <= panel[INNER_LAST]
-    if not inside or t.mask != 0 or mask_mod is not None:
-        state = look(t, p, key, keys, seen, scale, mask_mod)
-        if state == SEE_NONE:
-            return state
+    if not inside or t.mask != 0:
+        state = look(t, p, key, keys, seen, scale)
+    if mask_mod is not None and state != SEE_NONE:
+        state = call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod)
+    if state == SEE_NONE:
+        return state
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
     product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
     if t.softcap > 0:
@@ -316,6 +336,7 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
     if score_mod is not None:
         head, query = ints(t.row_head)[p * size] % t.heads, ints(t.row_query)[p * size]
         rows = min(size, t.rows - p * size)
+        widest_vectors()
         for j in range(keys):
             row = ahead(scores, j * size)
             for i in range(rows):
@@ -324,8 +345,9 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
     tops, saw = ahead(reals(t.top, scale), p * size), ahead(flags(t.saw), p * size)
     if state == SEE_SOME:
         hide(vecs, keys, seen, scores, scale)
-        for x in range(keys * size):
-            saw[x % size] |= seen[x]
+        for j in range(keys):
+            for i in range(size):
+                saw[i] |= seen[j * size + i]
     else:
         for i in range(size):
             saw[i] = 1
@@ -342,58 +364,97 @@ def product(vecs, a, a_row, a_step, rows, steps, b, c, accumulate):
         count, to = min(rows - row, TILE_ROWS), ahead(c, row * size)
         at = a + row * a_row
         if vecs == 1:
-            tile_of_1(at, a_row, a_step, count, steps, b, to, accumulate)
-        elif vecs == 2:
-            tile_of_2(at, a_row, a_step, count, steps, b, to, accumulate)
-        elif TILE_VECS == 3:
-            tile_of_3(at, a_row, a_step, count, steps, b, to, accumulate)
+            narrow_tile(at, a_row, a_step, count, steps, b, to, accumulate)
+        else:
+            whole_tile(at, a_row, a_step, count, steps, b, to, accumulate)
 
 
 @compiled
-def look(t, p, key, keys, seen, scale, mask_mod):
-    """Set seen[key][lane], biases of -inf aside. Returns what the panel sees."""
+def look(t, p, key, keys, seen, scale):
+    """What the panel sees by intervals and mask; where that is some keys, set seen[key][lane]."""
     size = TILE_VECS * lanes(scale)
-    starts, stops = ahead(ints(t.row_start), p * size), ahead(ints(t.row_stop), p * size)
+    words = uint64s(t.words)
+    every, any_bit = first_bits(keys), np.uint64(0)
+    common, masked, masked_row = every, every, 0
+    for i in range(size):
+        row = p * size + i
+        start, stop = ints(t.row_start)[row] - key, ints(t.row_stop)[row] - key
+        bits = first_bits(stop) & ~first_bits(start) & every
+        if t.mask != 0:
+            at = row_of(t, t.mask, t.mask_row, row) + key * t.mask_dim
+            if at != masked_row:
+                masked_row, masked = at, mask_bits(at, t.mask_dim, keys)
+            bits &= masked
+        words[i] = bits
+        any_bit |= bits
+        common &= bits
+    if any_bit == 0:
+        return SEE_NONE
+    if common == every:
+        return SEE_ALL
     for j in range(keys):
         for i in range(size):
-            seen[j * size + i] = (starts[i] <= key + j) & (key + j < stops[i])
-    if t.mask != 0:
-        for i in range(size):
-            row = flags(row_of(t, t.mask, t.mask_row, p * size + i) + key * t.mask_dim)
-            for j in range(keys):
-                seen[j * size + i] &= row[j * t.mask_dim] != 0
-    if mask_mod is not None:
-        blocks = look_at_blocks(t, p, key, scale)
-        if blocks == SEE_NONE:
-            return SEE_NONE
-        if blocks == SEE_SOME:
-            head, query = ints(t.row_head)[p * size] % t.heads, ints(t.row_query)[p * size]
-            rows = min(size, t.rows - p * size)
-            for j in range(keys):
-                row = ahead(seen, j * size)
-                for i in range(rows):
-                    row[i] &= np.uint8(bool(mask_mod(t.batch, head, query + i, key + j)))
-    count = 0
-    for x in range(keys * size):
-        count += seen[x]
-    return SEE_NONE if count == 0 else SEE_ALL if count == keys * size else SEE_SOME
+            seen[j * size + i] = (words[i] >> np.uint64(j)) & np.uint64(1)
+    return SEE_SOME
 
 
 @compiled
-def look_at_blocks(t, p, key, scale):
-    """What the blocks of the block mask say of a panel and a strip."""
-    if t.blocks == 0:
-        return SEE_SOME
+def first_bits(count):
+    if count <= 0:
+        return np.uint64(0)
+    return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
+
+
+@compiled
+def mask_bits(at, stride, keys):
+    """Bit j: does a row of the mask show key j?"""
+    if stride == 1 and keys == 64:
+        return nonzero_bytes(at)
+    bits = np.uint64(0)
+    for j in range(keys):
+        bits |= np.uint64(flags(at)[j * stride] != 0) << np.uint64(j)
+    return bits
+
+
+@compiled
+def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
+    """Take the keys that the function hides out of `seen`. Returns what the panel sees then."""
     size = TILE_VECS * lanes(scale)
-    first = ints(t.row_query)[p * size] // MASK_QUERIES
-    last = ints(t.row_query)[(p + 1) * size - 1] // MASK_QUERIES
-    column = ints(t.blocks)[ints(t.row_head)[p * size]] + key // STRIP_KEYS * t.blocks_dim
-    none, every = True, True
+    head, query = ints(t.row_head)[p * size] % t.heads, ints(t.row_query)[p * size]
+    rows = min(size, t.rows - p * size)
+    widest_vectors()
+    some = t.blocks == 0  # is there a block to ask about?
+    none, every = not some, not some
+    first, last = query // MASK_QUERIES, (query + rows - 1) // MASK_QUERIES
+    column = 0
+    if t.blocks != 0:
+        column = ints(t.blocks)[ints(t.row_head)[p * size]] + key // STRIP_KEYS * t.blocks_dim
+        for row in range(first, last + 1):
+            block = flags(column + row * t.blocks_row)[0]
+            none &= block == SEE_NONE
+            every &= block == SEE_ALL
+    if none or every:
+        return SEE_NONE if none else state
+    if state == SEE_ALL:
+        for x in range(keys * size):
+            seen[x] = 1
     for row in range(first, last + 1):
-        block = flags(column + row * t.blocks_row)[0]
-        none &= block == SEE_NONE
-        every &= block == SEE_ALL
-    return SEE_NONE if none else SEE_ALL if every else SEE_SOME
+        begin = max(row * MASK_QUERIES - query, 0)
+        end = min((row + 1) * MASK_QUERIES - query, rows)
+        block = SEE_SOME if some else flags(column + row * t.blocks_row)[0]
+        for j in range(keys):
+            at = ahead(seen, j * size)
+            if block == SEE_NONE:
+                for i in range(begin, end):
+                    at[i] = 0
+            elif block == SEE_SOME:
+                for i in range(begin, end):
+                    at[i] &= np.uint8(bool(mask_mod(t.batch, head, query + i, key + j)))
+    count = 0
+    for j in range(keys):
+        for i in range(rows):
+            count += seen[j * size + i]
+    return SEE_NONE if count == 0 else SEE_ALL if count == keys * rows else SEE_SOME
 
 
 @compiled
@@ -410,14 +471,22 @@ def cap(softcap, vecs, keys, scores, scale):
 def load_bias(t, p, key, keys, tile, scale):
     """tile[key][lane] = the bias, whatever its type."""
     size = TILE_VECS * lanes(scale)
+    rows = ints(t.words)
     for i in range(size):
-        at = row_of(t, t.bias, t.bias_row, p * size + i) + key * t.bias_dim
-        if t.bias_format == REAL:
-            for j in range(keys):
-                tile[j * size + i] = reals(at + j * t.bias_dim, scale)[0]
-        else:
-            for j in range(keys):
-                bias = read(at + j * t.bias_dim, t.bias_format, t.bias_swapped)
+        rows[i] = row_of(t, t.bias, t.bias_row, p * size + i) + key * t.bias_dim
+    done = 0
+    if t.bias_format == REAL and t.bias_dim * lanes(scale) == VECTOR_BYTES:
+        done = keys // lanes(scale) * lanes(scale)
+        for n in range(0, size, lanes(scale)):
+            for j in range(0, done, lanes(scale)):
+                rows_to_columns(ahead(rows, n), j * t.bias_dim, ahead(tile, j * size + n))
+    for i in range(size):
+        for j in range(done, keys):
+            at = rows[i] + j * t.bias_dim
+            if t.bias_format == REAL:
+                tile[j * size + i] = reals(at, scale)[0]
+            else:
+                bias = read(at, t.bias_format, t.bias_swapped)
                 tile[j * size + i] = rounded(bias, scale)
 
 
@@ -572,14 +641,20 @@ def weigh(t, p, vecs, keys, scores, scale):
 
 @compiled
 def all_finite(t, v, v_row, v_dim, keys, scale):
-    """Is each value of these keys finite?"""
-    most, step = finite_most(scale), v_dim * lanes(scale) // VECTOR_BYTES
-    wild = 0
+    """Is each value of these keys finite? x - x is a NaN where x is not."""
+    zero, done, rest = splat(constant(0.0, scale)), 0, False
+    wild = zero < zero
+    if v_dim * lanes(scale) == VECTOR_BYTES:
+        done = t.value_dim // lanes(scale) * lanes(scale)
     for j in range(keys):
-        row = reals(v + j * v_row, scale)
-        for d in range(t.value_dim):
-            wild += not (abs(row[d * step]) <= most)
-    return wild == 0
+        row = v + j * v_row
+        for d in range(0, done, lanes(scale)):
+            x = load_unaligned(reals(row + d * v_dim, scale))
+            wild = wild | (x - x != zero)
+        for d in range(done, t.value_dim):
+            x = reals(row + d * v_dim, scale)[0]
+            rest |= x - x != 0
+    return not (rest or any_lane(wild))
 
 
 @compiled
@@ -652,22 +727,50 @@ def overflowed(t, scale):
 
 @compiled
 def store_rows(t, scale):
-    """Write the rows' results: 0 where one saw nothing, whatever is in its column."""
+    """Write the rows' results."""
+    size, width = TILE_VECS * lanes(scale), lanes(scale)
+    tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
+    for p in range(t.panels):
+        for n in range(0, size, width):
+            divide(t, p, n, scale)
+        store_panel(t, p, ahead(reals(t.total, scale), p * size * t.value_dim), scale)
+    for i in range(t.rows if t.lse != 0 else 0):
+        # log(NaN) where the top is Inf: Inf - Inf was weighed
+        top = np.float64(tops[i])
+        lse = top if top == inf else top + log(np.float64(sums[i]) / WEIGHT_UNIT)
+        doubles(row_of(t, t.lse, t.lse_row, i))[0] = lse
+
+
+@compiled
+def divide(t, p, n, scale):
+    """Weighted sums to means; 0 where a row saw nothing, whatever is in its column."""
     size = TILE_VECS * lanes(scale)
-    tops, sums, saw = reals(t.row_max, scale), reals(t.row_sum, scale), flags(t.saw)
-    for i in range(t.rows):
-        # A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says.
-        share = constant(nan if sums[i] == 0 else 1.0, scale) / sums[i]
-        column = ahead(reals(t.total, scale), i // size * size * t.value_dim + i % size)
-        target = row_of(t, t.out, t.out_row, i)
-        for d in range(t.value_dim):
-            value = column[d * size] * share if saw[i] else constant(0.0, scale)
-            reals(target + d * t.out_dim, scale)[0] = value
-        if t.lse != 0:
-            # log(NaN) where the top is Inf: Inf - Inf was weighed
-            top = np.float64(tops[i])
-            lse = top if top == inf else top + log(np.float64(sums[i]) / WEIGHT_UNIT)
-            doubles(row_of(t, t.lse, t.lse_row, i))[0] = lse
+    zero, one = splat(constant(0.0, scale)), splat(constant(1.0, scale))
+    sums = load(ahead(reals(t.row_sum, scale), p * size + n))
+    # A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says.
+    share = choose(sums == zero, splat(constant(nan, scale)), one / sums)
+    saw = load_flags(ahead(flags(t.saw), p * size + n), sums)
+    column = ahead(reals(t.total, scale), p * size * t.value_dim + n)
+    for d in range(t.value_dim):
+        at = ahead(column, d * size)
+        store(at, choose(saw, load(at) * share, zero))
+
+
+@compiled
+def store_panel(t, p, columns, scale):
+    """out = columns[d][lane]."""
+    size, width = TILE_VECS * lanes(scale), lanes(scale)
+    rows, done = ints(t.words), 0
+    for i in range(size):
+        rows[i] = row_of(t, t.out, t.out_row, p * size + i)
+    if t.out_dim * width == VECTOR_BYTES and t.rows >= (p + 1) * size:
+        done = t.value_dim // width * width
+        for n in range(0, size, width):
+            for d in range(0, done, width):
+                columns_to_rows(ahead(rows, n), d * t.out_dim, ahead(columns, d * size + n))
+    for i in range(min(size, t.rows - p * size)):
+        for d in range(done, t.value_dim):
+            reals(rows[i] + d * t.out_dim, scale)[0] = columns[d * size + i]
 
 
 @compiled

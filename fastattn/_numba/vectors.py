@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
@@ -36,6 +36,10 @@ def _instruction_set() -> tuple[str, int, int, int]:
 
 
 INSTRUCTION_SET, VECTOR_BYTES, TILE_ROWS, TILE_VECS = _instruction_set()
+
+
+# How a function is compiled that only other compiled ones call: its wrappers would take as long.
+compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
 
 
 class Vector(types.Type):
@@ -123,6 +127,7 @@ def _pointer_intrinsic(item):
 
 
 ints = _pointer_intrinsic(types.int64)
+uint64s = _pointer_intrinsic(types.uint64)
 doubles = _pointer_intrinsic(types.float64)
 flags = _pointer_intrinsic(types.uint8)
 halfwords = _pointer_intrinsic(types.uint16)
@@ -186,18 +191,26 @@ def _as_vector_pointer(builder, pointer, vector):
     return builder.bitcast(pointer, vector.as_pointer())
 
 
-@intrinsic
-def load(typingctx, pointer):
-    """A vector of the numbers that begin there, at a multiple of a vector's size."""
-    vector = vector_of(pointer.dtype)
+def _load_intrinsic(align):
+    """``f(pointer)``: a vector of the numbers that begin there."""
 
-    def emit(context, builder, sig, args):
-        kind = context.get_value_type(vector)
-        loaded = builder.load(_as_vector_pointer(builder, args[0], kind))
-        loaded.align = VECTOR_BYTES
-        return loaded
+    @intrinsic
+    def load(typingctx, pointer):
+        vector = vector_of(pointer.dtype)
 
-    return vector(pointer), emit
+        def emit(context, builder, sig, args):
+            kind = context.get_value_type(vector)
+            loaded = builder.load(_as_vector_pointer(builder, args[0], kind))
+            loaded.align = align
+            return loaded
+
+        return vector(pointer), emit
+
+    return load
+
+
+load = _load_intrinsic(VECTOR_BYTES)
+load_unaligned = _load_intrinsic(1)
 
 
 @intrinsic
@@ -223,6 +236,68 @@ def load_flags(typingctx, pointer, like):
         return builder.icmp_unsigned("!=", loaded, kind(None))
 
     return wanted(pointer, like), emit
+
+
+@intrinsic
+def nonzero_bytes(typingctx, address):
+    """Bit j: is byte j not 0? Of 64 bytes."""
+
+    def emit(context, builder, sig, args):
+        kind = ir.VectorType(ir.IntType(8), 64)
+        loaded = builder.load(builder.inttoptr(args[0], kind.as_pointer()))
+        loaded.align = 1
+        return builder.bitcast(builder.icmp_unsigned("!=", loaded, kind(None)), ir.IntType(64))
+
+    return types.uint64(types.int64), emit
+
+
+def _transpose_intrinsic(from_rows: bool):
+    """``f(rows, offset, columns)``: copy a square of as many rows as a vector has lanes, `offset`
+    bytes behind the addresses `rows`, to columns that lie TILE_VECS vectors apart; or back.
+    """
+
+    @intrinsic
+    def transpose(typingctx, rows, offset, columns):
+        vector = vector_of(columns.dtype)
+
+        def emit(context, builder, sig, args):
+            rows, offset, columns = args
+            kind = context.get_value_type(vector)
+            at_rows, at_columns = [], []
+            for i in range(vector.lanes):
+                row = builder.load(builder.gep(rows, [ir.IntType(64)(i)]))
+                at_rows.append(builder.inttoptr(builder.add(row, offset), kind.as_pointer()))
+                column = builder.gep(columns, [ir.IntType(64)(i * TILE_VECS * vector.lanes)])
+                at_columns.append(_as_vector_pointer(builder, column, kind))
+            source, target = (at_rows, at_columns) if from_rows else (at_columns, at_rows)
+            square = [builder.load(at) for at in source]
+            for x in square:
+                x.align = 1
+            for at, x in zip(target, _transposed(builder, square), strict=True):
+                builder.store(x, at).align = 1
+            return context.get_dummy_value()
+
+        return types.void(rows, types.int64, columns), emit
+
+    return transpose
+
+
+def _transposed(builder, square):
+    """Rows to columns: log2(lanes) rounds in which row i is zipped with row i + lanes / 2."""
+    lanes, index = len(square), ir.IntType(32)
+    low = [n for i in range(lanes // 2) for n in (i, i + lanes)]
+    masks = [
+        ir.Constant(ir.VectorType(index, lanes), [n + shift for n in low])
+        for shift in (0, lanes // 2)
+    ]
+    for _ in range(lanes.bit_length() - 1):
+        pairs = zip(square[: lanes // 2], square[lanes // 2 :], strict=True)
+        square = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
+    return square
+
+
+rows_to_columns = _transpose_intrinsic(True)
+columns_to_rows = _transpose_intrinsic(False)
 
 
 # ------------------------------------------------------------------------------- arithmetic
@@ -505,3 +580,18 @@ def _emit_register_tile(
         for address, value in zip(row, new, strict=True):
             stored = builder.store(value, at(address))
             stored.align = VECTOR_BYTES
+
+
+@intrinsic
+def widest_vectors(typingctx):
+    """Let LLVM use vectors of this width in the plain loops of the function where this stands; for
+    AVX-512 it prefers half of it.
+    """
+
+    def emit(context, builder, sig, args):
+        # `add` of the set itself: llvmlite's own knows only attributes without a value.
+        width = f'"prefer-vector-width"="{8 * VECTOR_BYTES}"'
+        set.add(builder.function.attributes, width)
+        return context.get_dummy_value()
+
+    return types.void(), emit
