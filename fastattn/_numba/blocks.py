@@ -9,7 +9,7 @@ from numba import njit
 
 from ..blockmask import ALL, BLOCK_KEYS, BLOCK_QUERIES, NONE, SOME
 from ..parallel import share
-from ..threads import affinity, thread_count
+from ..threads import openmp_setting, thread_count
 from .hooks import mask_function
 
 # Pairs of a launch: some 10 ms.
@@ -29,7 +29,7 @@ def look(mask_mod, batch: int, heads: int, n_queries: int, n_keys: int) -> np.nd
         return lambda begin, end: fill(begin, end, *args)
 
     step = max(1, LAUNCH_PAIRS // (BLOCK_QUERIES * n_keys))
-    share(batch * heads * per_head, step, thread_count(None, affinity()), start)
+    share(batch * heads * per_head, step, thread_count(None, openmp_setting()), start)
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""exp and tanh of vectors and of scalars, without branches, so that LLVM vectorises their callers."""
+"""exp and tanh of vectors and scalars, without branches, so that LLVM vectorises their callers."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ def weight_of(x):
 @njit(error_model="numpy")
 def exp(x):
     """e**x of a float32 or float64 within 2 ulp."""
-    # Neither the power of 2 of the largest results nor that of the smallest is a normal number.
+    # Neither the power of 2 of the largest results nor that of the smallest is a normal number:
+    # the exponent is moved by 64, and back by a product that rounds.
     large = x > constant(0.0, x)
-    power, m = split(x, choose(large, constant(-LOG2_UNIT, x), constant(LOG2_UNIT, x)))
-    unit = choose(large, constant(WEIGHT_UNIT, x), constant(1 / WEIGHT_UNIT, x))
+    power, m = split(x, choose(large, constant(-64.0, x), constant(64.0, x)))
+    unit = choose(large, constant(2.0**64, x), constant(2.0**-64, x))
     value = choose(x < least(x), constant(0.0, x), multiply_add(power, m, power) * unit)
     return choose(x > most(x), constant(inf, x), value)
 

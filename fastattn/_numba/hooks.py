@@ -21,7 +21,9 @@ def score_function(function, itemsize: int):
 
 def mask_function(function):
     """A `mask_mod`, or None."""
-    return function and _compiled("mask_mod", function, (int64,) * 4, (types.Boolean, types.Integer))
+    return function and _compiled(
+        "mask_mod", function, (int64,) * 4, (types.Boolean, types.Integer)
+    )
 
 
 @lru_cache(64)
@@ -30,7 +32,9 @@ def _compiled(name: str, function, arguments, wanted):
     called = getattr(function, "__name__", "?")
     try:
         context = cpu_target.typing_context
-        result = types.Dispatcher(compiled).get_call_type(context, arguments, {}).return_type
+        result = context.resolve_function_type(
+            types.Dispatcher(compiled), arguments, {}
+        ).return_type
     except (NumbaError, TypeError) as error:
         raise TypeError(f"{name}: {called!r} cannot be compiled by Numba: {error}") from error
     if not isinstance(result, wanted):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from numba import njit
 
-from .tile import attend
+from .scores import score_block
+from .tile import ATTEND, BLOCK_KEYS, DONE, WEIGH, open_tile, start_rows, tile_at
+from .values import attend_block, finish, store_weights
 
 __all__ = ["launcher"]
 
@@ -24,8 +26,22 @@ def _entry():
     digest = _digest()
 
     def launch(address, begin, end, scale, score_mod, mask_mod):
+        """Attend from the queries of the tiles begin <= item < end."""
         digest  # noqa: B018  a closure's variables are part of the key of the disk cache
-        attend(address, begin, end, scale, score_mod, mask_mod)
+        t = tile_at(address)
+        for item in range(begin, end):
+            open_tile(t, item, scale)
+            step = ATTEND
+            while step != DONE:
+                if step != WEIGH:
+                    start_rows(t, scale)
+                for block in range(t.first // BLOCK_KEYS * BLOCK_KEYS, t.last, BLOCK_KEYS):
+                    score_block(t, block, scale, score_mod, mask_mod)
+                    if step == WEIGH:
+                        store_weights(t, block, scale)
+                    else:
+                        attend_block(t, block, scale)
+                step = finish(t, step, scale)
 
     return launch
 

@@ -6,18 +6,8 @@ from math import copysign, inf, isinf, ldexp
 
 import numpy as np
 
-from .vectors import (
-    compiled,
-    constant,
-    from_bits,
-    halfwords,
-    peek_uint8,
-    peek_uint16,
-    peek_uint32,
-    peek_uint64,
-    per_type,
-    swap_bytes,
-)
+from .memory import halfwords, peek_uint8, peek_uint16, peek_uint32, peek_uint64
+from .vectors import compiled, constant, from_bits, per_type, swap_bytes
 
 __all__ = ["FORMATS", "REAL", "finite_most", "format_of", "read", "rounded", "widen"]
 

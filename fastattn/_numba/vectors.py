@@ -1,4 +1,4 @@
-"""Vectors as a Numba type, the operations that Numba lacks, and the register tile.
+"""Vectors as a Numba type, and the operations that Numba lacks.
 
 LLVM finds neither the register tile nor most of the softmax in plain loops, so these are emitted as
 vector instructions. What stands here depends on the instruction set; nothing else does.
@@ -16,7 +16,7 @@ from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-__all__ = ["INSTRUCTION_SET", "TILE_VECS", "VECTOR_BYTES", "Vector"]
+__all__ = ["INSTRUCTION_SET", "TILE_ROWS", "TILE_VECS", "VECTOR_BYTES", "Vector"]
 
 
 def _instruction_set() -> tuple[str, int, int, int]:
@@ -39,7 +39,9 @@ INSTRUCTION_SET, VECTOR_BYTES, TILE_ROWS, TILE_VECS = _instruction_set()
 
 
 # How a function is compiled that only other compiled ones call: its wrappers would take as long.
-compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
+compiled = njit(  # type: ignore[call-overload]
+    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False
+)
 
 
 class Vector(types.Type):
@@ -77,7 +79,7 @@ def _operator(function, emit, result=lambda vector: vector):
         return emit(builder, *args)
 
 
-def _as_flags(vector):
+def flags_of(vector):
     return Vector(types.boolean, vector.lanes)
 
 
@@ -95,8 +97,8 @@ for _symbol, _emit in {
 for _symbol, _text in {
     operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.eq: "=="
 }.items():  # fmt: skip
-    _operator(_symbol, lambda b, x, y, text=_text: b.fcmp_ordered(text, x, y), _as_flags)
-_operator(operator.ne, lambda b, x, y: b.fcmp_unordered("!=", x, y), _as_flags)
+    _operator(_symbol, lambda b, x, y, text=_text: b.fcmp_ordered(text, x, y), flags_of)
+_operator(operator.ne, lambda b, x, y: b.fcmp_unordered("!=", x, y), flags_of)
 
 
 @infer_global(operator.neg)
@@ -110,200 +112,7 @@ def _negative(context, builder, sig, args):
     return builder.fneg(*args)
 
 
-# ----------------------------------------------------------------------------------- memory
-
-
-def _pointer_intrinsic(item):
-    """``f(address)``: the address, an int64, as a pointer that can be indexed."""
-
-    @intrinsic
-    def pointer(typingctx, address):
-        def emit(context, builder, sig, args):
-            return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
-
-        return types.CPointer(item)(types.int64), emit
-
-    return pointer
-
-
-ints = _pointer_intrinsic(types.int64)
-uint64s = _pointer_intrinsic(types.uint64)
-doubles = _pointer_intrinsic(types.float64)
-flags = _pointer_intrinsic(types.uint8)
-halfwords = _pointer_intrinsic(types.uint16)
-
-
-@intrinsic
-def reals(typingctx, address, like):
-    """The address as a pointer to numbers of the type of `like`, a scalar."""
-
-    def emit(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
-
-    return types.CPointer(like)(types.int64, like), emit
-
-
-def record_of(kind):
-    """``f(address)``: the record of that type that lies there."""
-
-    @intrinsic
-    def at(typingctx, address):
-        def emit(context, builder, sig, args):
-            return builder.inttoptr(args[0], context.get_value_type(kind))
-
-        return kind(types.int64), emit
-
-    return at
-
-
-@intrinsic
-def ahead(typingctx, pointer, count):
-    """The pointer, `count` items further on."""
-
-    def emit(context, builder, sig, args):
-        return builder.gep(args[0], [args[1]])
-
-    return pointer(pointer, types.intp), emit
-
-
-def _peek_intrinsic(item):
-    """``f(address)``: the number of that type that lies there, aligned or not."""
-
-    @intrinsic
-    def peek(typingctx, address):
-        def emit(context, builder, sig, args):
-            value = context.get_value_type(item)
-            loaded = builder.load(builder.inttoptr(args[0], value.as_pointer()))
-            loaded.align = 1
-            return loaded
-
-        return item(types.int64), emit
-
-    return peek
-
-
-peek_uint8, peek_uint16, peek_uint32, peek_uint64 = (
-    _peek_intrinsic(x) for x in (types.uint8, types.uint16, types.uint32, types.uint64)
-)
-
-
-def _as_vector_pointer(builder, pointer, vector):
-    return builder.bitcast(pointer, vector.as_pointer())
-
-
-def _load_intrinsic(align):
-    """``f(pointer)``: a vector of the numbers that begin there."""
-
-    @intrinsic
-    def load(typingctx, pointer):
-        vector = vector_of(pointer.dtype)
-
-        def emit(context, builder, sig, args):
-            kind = context.get_value_type(vector)
-            loaded = builder.load(_as_vector_pointer(builder, args[0], kind))
-            loaded.align = align
-            return loaded
-
-        return vector(pointer), emit
-
-    return load
-
-
-load = _load_intrinsic(VECTOR_BYTES)
-load_unaligned = _load_intrinsic(1)
-
-
-@intrinsic
-def store(typingctx, pointer, value):
-    def emit(context, builder, sig, args):
-        pointer, value = args
-        stored = builder.store(value, _as_vector_pointer(builder, pointer, value.type))
-        stored.align = VECTOR_BYTES
-        return context.get_dummy_value()
-
-    return types.void(pointer, value), emit
-
-
-@intrinsic
-def load_flags(typingctx, pointer, like):
-    """Which of the bytes that begin there are not 0, for as many lanes as `like` has."""
-    wanted = _as_flags(like)
-
-    def emit(context, builder, sig, args):
-        kind = ir.VectorType(ir.IntType(8), wanted.lanes)
-        loaded = builder.load(_as_vector_pointer(builder, args[0], kind))
-        loaded.align = 1
-        return builder.icmp_unsigned("!=", loaded, kind(None))
-
-    return wanted(pointer, like), emit
-
-
-@intrinsic
-def nonzero_bytes(typingctx, address):
-    """Bit j: is byte j not 0? Of 64 bytes."""
-
-    def emit(context, builder, sig, args):
-        kind = ir.VectorType(ir.IntType(8), 64)
-        loaded = builder.load(builder.inttoptr(args[0], kind.as_pointer()))
-        loaded.align = 1
-        return builder.bitcast(builder.icmp_unsigned("!=", loaded, kind(None)), ir.IntType(64))
-
-    return types.uint64(types.int64), emit
-
-
-def _transpose_intrinsic(from_rows: bool):
-    """``f(rows, offset, columns)``: copy a square of as many rows as a vector has lanes, `offset`
-    bytes behind the addresses `rows`, to columns that lie TILE_VECS vectors apart; or back.
-    """
-
-    @intrinsic
-    def transpose(typingctx, rows, offset, columns):
-        vector = vector_of(columns.dtype)
-
-        def emit(context, builder, sig, args):
-            rows, offset, columns = args
-            kind = context.get_value_type(vector)
-            at_rows, at_columns = [], []
-            for i in range(vector.lanes):
-                row = builder.load(builder.gep(rows, [ir.IntType(64)(i)]))
-                at_rows.append(builder.inttoptr(builder.add(row, offset), kind.as_pointer()))
-                column = builder.gep(columns, [ir.IntType(64)(i * TILE_VECS * vector.lanes)])
-                at_columns.append(_as_vector_pointer(builder, column, kind))
-            source, target = (at_rows, at_columns) if from_rows else (at_columns, at_rows)
-            square = [builder.load(at) for at in source]
-            for x in square:
-                x.align = 1
-            for at, x in zip(target, _transposed(builder, square), strict=True):
-                builder.store(x, at).align = 1
-            return context.get_dummy_value()
-
-        return types.void(rows, types.int64, columns), emit
-
-    return transpose
-
-
-def _transposed(builder, square):
-    """Rows to columns: log2(lanes) rounds in which row i is zipped with row i + lanes / 2."""
-    lanes, index = len(square), ir.IntType(32)
-    low = [n for i in range(lanes // 2) for n in (i, i + lanes)]
-    masks = [
-        ir.Constant(ir.VectorType(index, lanes), [n + shift for n in low])
-        for shift in (0, lanes // 2)
-    ]
-    for _ in range(lanes.bit_length() - 1):
-        pairs = zip(square[: lanes // 2], square[lanes // 2 :], strict=True)
-        square = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
-    return square
-
-
-rows_to_columns = _transpose_intrinsic(True)
-columns_to_rows = _transpose_intrinsic(False)
-
-
-# ------------------------------------------------------------------------------- arithmetic
-
-
-def _splat(builder, value, kind):
+def emit_splat(builder, value, kind):
     if not isinstance(kind, ir.VectorType):
         return value
     first = builder.insert_element(kind(ir.Undefined), value, ir.IntType(32)(0))
@@ -311,7 +120,7 @@ def _splat(builder, value, kind):
     return builder.shuffle_vector(first, kind(ir.Undefined), lanes(None))
 
 
-def _llvm(builder, name, *args):
+def emit_llvm(builder, name, *args):
     """Call the LLVM intrinsic of that name and of the type of its first argument."""
     kind = args[0].type
     vector = isinstance(kind, ir.VectorType)
@@ -328,7 +137,7 @@ def splat(typingctx, number):
     vector = vector_of(number)
 
     def emit(context, builder, sig, args):
-        return _splat(builder, args[0], context.get_value_type(vector))
+        return emit_splat(builder, args[0], context.get_value_type(vector))
 
     return vector(number), emit
 
@@ -342,7 +151,7 @@ def per_type(float32: float, float64: float):
             kind = args[0].type
             item = kind.element if isinstance(kind, ir.VectorType) else kind
             value = float64 if isinstance(item, ir.DoubleType) else float32
-            return _splat(builder, item(value), kind)
+            return emit_splat(builder, item(value), kind)
 
         return like(like), emit
 
@@ -357,7 +166,7 @@ def constant(typingctx, value, like):
         kind = args[1].type
         item = kind.element if isinstance(kind, ir.VectorType) else kind
         value = args[0] if isinstance(item, ir.DoubleType) else builder.fptrunc(args[0], item)
-        return _splat(builder, value, kind)
+        return emit_splat(builder, value, kind)
 
     return like(types.float64, like), emit
 
@@ -365,15 +174,15 @@ def constant(typingctx, value, like):
 def _generic(name, arity):
     @intrinsic
     def unary(typingctx, a):
-        return a(a), lambda context, builder, sig, args: _llvm(builder, name, *args)
+        return a(a), lambda context, builder, sig, args: emit_llvm(builder, name, *args)
 
     @intrinsic
     def binary(typingctx, a, b):
-        return a(a, a), lambda context, builder, sig, args: _llvm(builder, name, *args)
+        return a(a, a), lambda context, builder, sig, args: emit_llvm(builder, name, *args)
 
     @intrinsic
     def ternary(typingctx, a, b, c):
-        return a(a, a, a), lambda context, builder, sig, args: _llvm(builder, name, *args)
+        return a(a, a, a), lambda context, builder, sig, args: emit_llvm(builder, name, *args)
 
     return (unary, binary, ternary)[arity - 1]
 
@@ -449,7 +258,7 @@ def to_exponent(typingctx, sum):
         whole = ir.IntType(bits)
         if vector:
             whole = ir.VectorType(whole, kind.count)
-        shift = _splat(builder, ir.IntType(bits)(mantissa), whole)
+        shift = emit_splat(builder, ir.IntType(bits)(mantissa), whole)
         return builder.bitcast(builder.shl(builder.bitcast(args[0], whole), shift), kind)
 
     return sum(sum), emit
@@ -478,108 +287,13 @@ def polynomial(typingctx, f):
     def emit(context, builder, sig, args):
         kind = args[0].type
         item = kind.element if isinstance(kind, ir.VectorType) else kind
-        terms = [_splat(builder, item(c), kind) for c in coefficients]
+        terms = [emit_splat(builder, item(c), kind) for c in coefficients]
         value = terms[0]
         for term in terms[1:]:
-            value = _llvm(builder, "llvm.fmuladd", value, args[0], term)
+            value = emit_llvm(builder, "llvm.fmuladd", value, args[0], term)
         return value
 
     return f(f), emit
-
-
-# ---------------------------------------------------------------------------- register tile
-
-
-def register_tile(vecs: int):
-    """The product of up to TILE_ROWS rows with `vecs` vectors, accumulated in registers.
-
-    ``c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r, t] * b[t][lane]``, where
-    ``a[r, t]`` lies at ``a + r * a_row + t * a_step`` bytes, and rows of `b` and `c` are TILE_VECS
-    vectors apart. Both products of attention have this form. Rows from `rows` on repeat the last
-    one: the same code serves any number of them.
-    """
-
-    @intrinsic
-    def tile(typingctx, a, a_row, a_step, rows, steps, b, c, accumulate):
-        vector = vector_of(b.dtype)
-
-        def emit(context, builder, sig, args):
-            _emit_register_tile(context, builder, vector, vecs, *args)
-            return context.get_dummy_value()
-
-        whole = types.int64
-        args = (whole, whole, whole, whole, whole, b, b, types.boolean)
-        return types.void(*args), emit
-
-    return tile
-
-
-def _emit_register_tile(
-    context, builder, vector, vecs, a, a_row, a_step, rows, steps, b, c, accumulate
-):
-    whole = ir.IntType(64)
-    kind = context.get_value_type(vector)
-    pitch = TILE_VECS * VECTOR_BYTES
-    last = builder.sub(rows, whole(1))
-    row_of = []
-    for r in range(TILE_ROWS):
-        inside = builder.icmp_signed("<", whole(r), last)
-        row_of.append(builder.select(inside, whole(r), last))
-    a_rows = [builder.add(a, builder.mul(r, a_row)) for r in row_of]
-    c_start = builder.ptrtoint(c, whole)
-    targets = []
-    for r in row_of:
-        row = builder.add(c_start, builder.mul(r, whole(pitch)))
-        targets.append([builder.add(row, whole(n * VECTOR_BYTES)) for n in range(vecs)])
-
-    def at(address):
-        return builder.inttoptr(address, kind.as_pointer())
-
-    def loaded(address):
-        value = builder.load(at(address))
-        value.align = VECTOR_BYTES
-        return value
-
-    starts = [[builder.select(accumulate, loaded(x), kind(None)) for x in row] for row in targets]
-
-    b_start = builder.ptrtoint(b, whole)
-    before = builder.block
-    body = builder.append_basic_block("product")
-    after = builder.append_basic_block("product.end")
-    builder.branch(body)
-    builder.position_at_end(body)
-    step, offset, operand_at = (builder.phi(whole) for _ in range(3))
-    step.add_incoming(whole(0), before)
-    offset.add_incoming(whole(0), before)
-    operand_at.add_incoming(b_start, before)
-    sums = [[builder.phi(kind) for _ in row] for row in starts]
-    for row, start in zip(sums, starts, strict=True):
-        for phi, value in zip(row, start, strict=True):
-            phi.add_incoming(value, before)
-    operands = [loaded(builder.add(operand_at, whole(n * VECTOR_BYTES))) for n in range(vecs)]
-    nexts = []
-    for r in range(TILE_ROWS):
-        address = builder.inttoptr(builder.add(a_rows[r], offset), kind.element.as_pointer())
-        factor = _splat(builder, builder.load(address), kind)
-        nexts.append(
-            [
-                _llvm(builder, "llvm.fmuladd", factor, x, total)
-                for x, total in zip(operands, sums[r], strict=True)
-            ]
-        )
-    for row, new in zip(sums, nexts, strict=True):
-        for phi, value in zip(row, new, strict=True):
-            phi.add_incoming(value, body)
-    next_step = builder.add(step, whole(1))
-    step.add_incoming(next_step, body)
-    offset.add_incoming(builder.add(offset, a_step), body)
-    operand_at.add_incoming(builder.add(operand_at, whole(pitch)), body)
-    builder.cbranch(builder.icmp_signed("<", next_step, steps), body, after)
-    builder.position_at_end(after)
-    for row, new in zip(targets, nexts, strict=True):
-        for address, value in zip(row, new, strict=True):
-            stored = builder.store(value, at(address))
-            stored.align = VECTOR_BYTES
 
 
 @intrinsic

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..parallel import share
 from ..problem import Problem
-from ..threads import affinity, thread_count
+from ..threads import openmp_setting, thread_count
 
 name = "numba"
 
@@ -168,7 +168,7 @@ def threads(problem: Problem) -> int:
         flops *= n
     if flops < ONE_THREAD_FLOPS:
         return 1
-    return thread_count(p.threads, affinity())
+    return thread_count(p.threads, openmp_setting())
 
 
 def plan(problem: Problem) -> dict[str, str]:
