@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import reference
-from .backends import cuda, cython, numpy
+from .backends import cuda, cython, numba, numpy
 from .environment import getenv
 from .problem import Problem
 
@@ -24,7 +24,7 @@ __all__ = [
 # `plan(problem)`, what it says of itself to `explain`. One that computes gradients has besides
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
 # with each axis along which the argument broadcasts either in full or summed already.
-BACKENDS = (cython, cuda, numpy)
+BACKENDS = (cython, cuda, numba, numpy)
 
 # Those that arrays in the host's memory are given to; copying them to a device is for the user to
 # decide. Arrays that are on a device are given to nobody but `cuda`.
@@ -47,6 +47,8 @@ def unsupported_backward(backend, problem: Problem) -> str | None:
     """Why the module `backend` cannot compute the gradients of `problem`, or None."""
     if not hasattr(backend, "run_backward"):
         return "it computes no gradients"
+    if problem.is_flex:
+        return "flex has no gradients"
     if type(problem.q) is not _ndarray and backend is not cuda:
         return "the arrays are on a CUDA device"
     return backend.unsupported_backward(problem)
@@ -72,7 +74,7 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
     chosen = named(backend, origin)
     reason = unsupported(chosen, problem)
     if reason is not None:
-        able = [b.name for b in BACKENDS if unsupported(b, problem) is None]
+        able = [b.name for b in BACKENDS + NAMED_ONLY if unsupported(b, problem) is None]
         raise ValueError(
             f"{origin}: {chosen.name!r} given, which cannot serve this call: {reason}; "
             f"these can: {', '.join(able) or 'none'}"

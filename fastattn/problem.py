@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
 
+from .blockmask import BlockMask
 from .device import DeviceArray, on_device
 
 __all__ = ["Gradient", "Problem", "pose"]
@@ -71,6 +74,14 @@ class Problem(NamedTuple):
     precision: str | None
     copied: tuple[str, ...]  # operands that had to be copied, for `explain`
     gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
+    score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
+    mask_mod: Callable | None  # (batch, head, i, j) -> bool
+    block_mask: BlockMask | None  # of that mask_mod
+
+    @property
+    def is_flex(self) -> bool:
+        """Are there functions of the user's in it, which must be compiled or called?"""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def on_device(self) -> bool:
@@ -127,9 +138,10 @@ def pose(
     q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
-    gradients=False, wrt=(),
+    gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
 ) -> Problem:  # fmt: skip
-    """Check the arguments of `fastattn.scaled_dot` and state the problem they pose.
+    """Check the arguments of `fastattn.scaled_dot`, or of `fastattn.flex`, and state the problem
+    they pose.
 
     With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
@@ -222,6 +234,13 @@ def pose(
     if precision is not None and precision != "bfloat16":
         raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
     wanted = () if given is None else _gradients(wrt, given, dtype)
+    if score_mod is not None:
+        function("score_mod", score_mod)
+    if mask_mod is not None:
+        function("mask_mod", mask_mod)
+    if block_mask is not None:
+        _block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
+        mask_mod = block_mask.mask_mod
 
     shape = (*rows, value_dim)
     if out is not None:
@@ -233,7 +252,8 @@ def pose(
     return Problem._make((  # the quickest way to a named tuple
         q, k, v, dtype, batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim,
         scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, result, out, one_head, threads, precision, copied, wanted,
+        return_lse, return_weights, result, out, one_head, threads, precision, copied,
+        wanted, score_mod, mask_mod, block_mask,
     ))  # fmt: skip
 
 
@@ -243,6 +263,12 @@ def count(name: str, value) -> int:
     if n < 1:
         raise ValueError(f"{name}: {n} given, at least 1 wanted")
     return n
+
+
+def function(name: str, value) -> None:
+    """A Python function, or a compiled one that was made of it; else an error that names it."""
+    if not isinstance(getattr(value, "py_func", value), FunctionType):
+        raise TypeError(f"{name}: {type(value).__name__} given, a function wanted")
 
 
 def _operand(name, value, q=None):
@@ -438,6 +464,21 @@ def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
     start, stop = (np.clip(integers("spans", x), 0, n_keys) for x in span_sides(value))
     axes = "(..., heads, queries)"
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
+
+
+def _block_mask(value, mask_mod, grid) -> None:
+    if not isinstance(value, BlockMask):
+        raise TypeError(
+            f"block_mask: {type(value).__name__} given, the result of fastattn.block_mask wanted"
+        )
+    if mask_mod is not None and mask_mod is not value.mask_mod:
+        raise ValueError("block_mask: made from another mask_mod than the one given")
+    made_for = (*value.blocks.shape[:2], value.n_queries, value.n_keys)
+    fits = all(made in (1, n) for made, n in zip(made_for[:2], grid, strict=False))
+    if not fits or made_for[2:] != grid[2:]:
+        raise ValueError(
+            f"block_mask: made for (batch, heads, n_queries, n_keys) {made_for}, {grid} wanted"
+        )
 
 
 def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:

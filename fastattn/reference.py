@@ -7,6 +7,8 @@ queries x keys, so it is for short sequences and for reading.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from .backward_problem import Backward
@@ -55,6 +57,8 @@ def attend(problem: Problem, real=np.float64):
     with np.errstate(all="ignore"):
         s = scores(problem, real)
         seen = visible(problem)
+        if problem.score_mod is not None:
+            seen &= s != -np.inf
         weights, lse = softmax(s, seen, problem.sinks)
         out = weighted_sum(weights, seen, per_query_head(problem.v.astype(real), problem))
     return out, lse, weights
@@ -108,6 +112,8 @@ def scores(p: Problem, real=np.float64, products=None) -> np.ndarray:
     if p.alibi is not None:
         i, j = positions(p)
         s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j)
+    if p.score_mod is not None:
+        s = on_grid(p, p.score_mod, s.astype(np.float64)).astype(real)
     return s
 
 
@@ -139,6 +145,8 @@ def visible(p: Problem) -> np.ndarray:
         seen &= (start[..., None] <= j) & (j < stop[..., None])
     if p.bias is not None:
         seen &= p.bias != -np.inf
+    if p.mask_mod is not None:
+        seen &= on_grid(p, p.mask_mod).astype(bool)
     return seen
 
 
@@ -193,6 +201,16 @@ def positions(p: Problem):
     if isinstance(offset, np.ndarray):
         offset = offset[..., None, None, None]
     return np.arange(p.n_queries)[:, None] + offset, np.arange(p.n_keys)
+
+
+def on_grid(p: Problem, function, *first) -> np.ndarray:
+    """``function(*first, batch, head, i, j)`` everywhere: (batch, heads, queries, keys)."""
+    shape = (*p.rows(), p.n_keys)
+    batch, *rest = np.indices((math.prod(p.batch), *shape[-3:]))
+    function = getattr(function, "py_func", function)
+    grid = np.frompyfunc(function, 4 + len(first), 1)
+    values = grid(*(x.reshape(batch.shape) for x in first), batch, *rest)
+    return values.astype(np.float64).reshape(shape)
 
 
 def per_query_head(x, p: Problem) -> np.ndarray:

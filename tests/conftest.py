@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import simulator
 from hypothesis import HealthCheck, settings
@@ -93,8 +95,18 @@ def targets():
             yield Target(backend.name, isa, " ".join(sets[:n]))
 
 
+@cache
+def compile_numba_kernels():
+    """On disk they are found by the programs that tests start, which have a time limit."""
+    for dtype in ("float32", "float64"):
+        q = np.ones((1, 1, 1), dtype)
+        fastattn.scaled_dot(q, q, q, backend="numba")
+
+
 @pytest.fixture(params=targets(), ids=str)
 def target(request, monkeypatch) -> Target:
+    if request.param.backend == "numba" and "numba" in fastattn.available_backends():
+        compile_numba_kernels()
     monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", request.param.disabled)
     return request.param
 

@@ -27,7 +27,9 @@ name = "numpy"
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Why this backend cannot serve `problem`: never."""
+    """Why this backend cannot serve `problem`, or None."""
+    if problem.is_flex:
+        return "a score_mod or mask_mod would be called for every score"
     return None
 
 
