@@ -32,6 +32,8 @@ WARNED_BLOCKS = 128
 
 def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot serve `problem`, or None."""
+    if problem.is_flex:
+        return "a score_mod or mask_mod cannot be compiled into it"
     return missing()
 
 

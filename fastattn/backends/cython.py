@@ -30,6 +30,8 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if _kernels is None:
         return _missing
+    if p.is_flex:
+        return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -53,7 +55,8 @@ def run(problem: Problem):
     order = None if stop is None else _longest_first(p, start, stop)
     _kernels.attend(
         p.q, p.k, p.v, p.result, p.batch, p.heads, p.kv_heads, p.scale, p.softcap or 0.0,
-        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order, product_dtype(p), threads(p),
+        p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse, weights, order,
+        product_dtype(p), threads(p),
     )  # fmt: skip
     if lse is not None:
         with np.errstate(over="ignore"):
