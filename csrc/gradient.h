@@ -27,7 +27,7 @@ typedef struct {
     real *q_rows, *grad_out_rows;    /* [dim panel][query][PANEL dims] */
     real *strip_k, *strip_v;         /* [dim panel][STRIP_KEYS][PANEL dims], of one tile */
     real *grad_k, *grad_v;           /* [dim panel][keys of the block][PANEL dims] */
-    real *lse, *delta;               /* [panel][PANEL] */
+    real *lse, *lse_rest, *delta;    /* [panel][PANEL]; lse in units of scores, and what it was rounded by */
     bool *finite;                    /* [panel]: are its queries and their gradients finite? */
 } GradientScratch;
 
@@ -49,6 +49,7 @@ static size_t lay_out_gradient(const Tile *t, GradientScratch *g) {
     TAKE(grad_k, PASS_KEYS * k)
     TAKE(grad_v, PASS_KEYS * v)
     TAKE(lse, row)
+    TAKE(lse_rest, row)
     TAKE(delta, row)
     TAKE(finite, PANELS)
 #undef TAKE
@@ -100,7 +101,9 @@ static void open_queries(Tile *t, const GradientScratch *g) {
     double unit = t->exponent == LOG2_E ? 1 : 1 / (t->exponent * LN2);
     for (ptrdiff_t i = 0; i < t->panels * PANEL; i++) {
         bool real_query = i < t->n_queries;
-        g->lse[i] = !real_query ? INFINITY : t->lse[i] == -INFINITY ? 0 : (real)(t->lse[i] * unit);
+        double lse = !real_query ? INFINITY : t->lse[i] == -INFINITY ? 0 : t->lse[i] * unit;
+        g->lse[i] = (real)lse;
+        g->lse_rest[i] = isfinite(lse) ? (real)(lse - g->lse[i]) : 0;
         g->delta[i] = real_query ? (real)t->delta[i] : 0;
     }
     for (int p = 0; p < t->panels; p++) {
@@ -141,10 +144,11 @@ static void sum_queries_carefully(ptrdiff_t dims, const Strip *strip, int querie
 static void differentiate_scores(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < t->panel[p].vecs; n++) {
-        vec lse = load(g->lse + p * PANEL + n * LANES), delta = load(g->delta + p * PANEL + n * LANES);
+        ptrdiff_t lane = p * PANEL + n * LANES;
+        vec lse = load(g->lse + lane), rest = load(g->lse_rest + lane), delta = load(g->delta + lane);
         for (int j = 0; j < strip->keys; j++) {
             ptrdiff_t at = j * PANEL + n * LANES;
-            vec weight = weight_from(load(strip->scores + at), lse, exponent);
+            vec weight = weight_from(load(strip->scores + at) - lse, rest, exponent);
             vec grad = weight * (load(g->grad_scores + at) - delta);
             if (t->softcap > 0) grad *= load(g->slope + at);
             if (strip->seen == SEE_SOME) {

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 from cases import Shape
 from test_skipping import CASES
@@ -46,7 +47,11 @@ print(max(after - max(before, top), 0) - sum(x.nbytes for x in found) / 2**20)
 def test_no_array_of_queries_by_keys(target, run_python, case, n_queries, n_keys):
     """512 x 32768 scores would be 64 MiB; a few tiles are less than 24."""
     q, k, v = Shape(1, 1, 4, 5, 8).arrays()
-    reason = target.unsupported_backward(q, k, v)
+    options = {
+        "bias": {"bias": np.zeros((1, 5)), "wrt": ("bias",)},
+        "sinks": {"sinks": np.zeros(1), "alibi": np.ones(1), "wrt": ("sinks", "alibi")},
+    }.get(case, {})
+    reason = target.unsupported_backward(q, k, v, **options)
     if reason is not None:
         pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     extra = run_python(PROGRAM, target.backend, str(n_queries), str(n_keys), case)
