@@ -493,13 +493,15 @@ def attend(
     double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
     cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, cnp.dtype product, int threads,
+    bint for_gradients=False,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
     `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
-    `product` is the dtype whose kernels multiply. All must have been validated: nothing is checked
+    `product` is the dtype whose kernels multiply; `for_gradients` makes scores bit for bit as
+    `differentiate` does. All must have been validated: nothing is checked
     here.
     """
     cdef Walk walk
@@ -512,7 +514,7 @@ def attend(
     describe(&walk, &walk.weights, weights, 3)
     describe(&walk, &walk.lse, lse, 2)
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
-    walk.kernels = kernels_for(product, walk.group * walk.n_queries)
+    walk.kernels = kernels_for(product, 1 if for_gradients else walk.group * walk.n_queries)
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     if walk.group * walk.n_queries <= SPLIT and weights is None and walk.n_keys >= 2 * PART_KEYS:
         walk.parts = (walk.n_keys + PART_KEYS - 1) // PART_KEYS
@@ -528,6 +530,7 @@ def attend(
         describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
         tiles.weights_key = walk.weights.dim
         tiles.want_lse = lse is not None
+        tiles.differentiating = for_gradients  # no other layout for few queries
         if walk.parts > 1:
             tiles.want_lse = True
             tiles.out_format.kind, tiles.out_format.swapped = ord("f"), False

@@ -34,7 +34,7 @@ static int panels_for(ptrdiff_t queries) { return (int)((queries + PANEL - 1) / 
 
 static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
     Scratch s;
-    return lay_out(t, panels_for(queries), NULL, &s);
+    return lay_out(t, t->differentiating ? PANELS : panels_for(queries), NULL, &s);
 }
 
 static Scratch scratch_of(const Tile *t) {

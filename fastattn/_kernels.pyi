@@ -31,6 +31,7 @@ def attend(
     order: np.ndarray | None,
     product: np.dtype,
     threads: int,
+    for_gradients: bool = ...,
 ) -> None: ...
 def differentiate(
     q: np.ndarray,

@@ -23,6 +23,10 @@ name = "cython"
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
 
+# Of an lse beyond this, float32 has so few digits that the weights made again from it are off by more
+# than their own rounding: the lse is made again too, in float64, at the price of a forward pass.
+LARGE_LSE = 256.0
+
 if _kernels is not None:
     _kernels.instruction_set()  # a wrong FASTATTN_DISABLE_CPU_FEATURES is an error from the start
 
@@ -127,6 +131,12 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
             rest = (*range(len(p.batch)), -1)
             found["sinks"] = -(weights * delta).sum(axis=rest).astype(p.accumulator)
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
+    if np.any(np.abs(lse) > LARGE_LSE, where=np.isfinite(lse)):
+        _kernels.attend(
+            p.q, p.k, p.v, np.empty(p.rows(p.value_dim), p.dtype), p.batch, p.heads, p.kv_heads,
+            p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, lse,
+            None, None, p.accumulator, threads(p), True,
+        )  # fmt: skip
     _kernels.differentiate(
         p.q, p.k, p.v, b.grad_out, lse, delta, found["q"], found["k"], found["v"], p.batch, p.heads,
         p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop,
