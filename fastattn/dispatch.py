@@ -45,10 +45,10 @@ def unsupported(backend, problem: Problem) -> str | None:
 
 def unsupported_backward(backend, problem: Problem) -> str | None:
     """Why the module `backend` cannot compute the gradients of `problem`, or None."""
-    if not hasattr(backend, "run_backward"):
-        return "it computes no gradients"
     if problem.is_flex:
         return "flex has no gradients"
+    if not hasattr(backend, "run_backward"):
+        return "it computes no gradients"
     if type(problem.q) is not _ndarray and backend is not cuda:
         return "the arrays are on a CUDA device"
     return backend.unsupported_backward(problem)
@@ -65,12 +65,13 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
         reasons = []
-        for candidate in ON_HOST if type(problem.q) is _ndarray else BACKENDS:
+        for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
             reason = unsupported(candidate, problem)
             if reason is None:
                 return candidate
             reasons.append(f"{candidate.name}: {reason}")
-        raise ValueError(f"backend: none can serve this call: {'; '.join(reasons)}")
+        subject = "q: on a CUDA device, where" if problem.on_device else "backend:"
+        raise ValueError(f"{subject} none can serve this call: {'; '.join(reasons)}")
     chosen = named(backend, origin)
     reason = unsupported(chosen, problem)
     if reason is not None:
