@@ -92,8 +92,8 @@ static void open_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     lay_out_gradient(t, &g);
     memset(g.grad_k, 0, sizeof(real) * (size_t)(PASS_KEYS * dim_panels(t->head_dim) * PANEL));
     memset(g.grad_v, 0, sizeof(real) * (size_t)(PASS_KEYS * dim_panels(t->value_dim) * PANEL));
-    ready_keys(t, &g.forward, begin, end);
-    ready_values(t, &g.forward, begin, end);
+    (void)begin;
+    *g.forward.ready = (Ready){.end = end};
 }
 
 /* Read what the tile's queries bring along. */
@@ -224,6 +224,8 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
             if (key >= t->panel[p].last || key + keys <= t->panel[p].first) continue;
             strip.seen = look(t, p, &strip);
             if (strip.seen == SEE_NONE) continue;
+            need_keys(t, &g.forward, key);
+            need_values(t, &g.forward, key);
             differentiate_strip(t, &g, p, &strip, begun[p], begun_keys);
             begun[p] = begun_keys = any = true;
         }

@@ -26,8 +26,6 @@
 
 #ifdef PARTS
 #include "parts.h"
-#else
-#include "gradient.h"
 #endif
 
 static int panels_for(ptrdiff_t queries) { return (int)((queries + PANEL - 1) / PANEL); }
@@ -129,6 +127,20 @@ static void begin(Tile *t) {
     }
 }
 
+/* Make the keys of a strip ready for the product, or its values, unless they are. */
+static void need_keys(const Tile *t, const Scratch *s, ptrdiff_t key) {
+    ptrdiff_t begin = key / STRIP_KEYS * STRIP_KEYS, end = begin + STRIP_KEYS;
+    uint64_t bit = (uint64_t)1 << begin % PASS_KEYS / STRIP_KEYS;
+    if (!(s->ready->keys & bit)) ready_keys(t, s, begin, end < s->ready->end ? end : s->ready->end);
+    s->ready->keys |= bit;
+}
+static void need_values(const Tile *t, const Scratch *s, ptrdiff_t key) {
+    ptrdiff_t begin = key / STRIP_KEYS * STRIP_KEYS, end = begin + STRIP_KEYS;
+    uint64_t bit = (uint64_t)1 << begin % PASS_KEYS / STRIP_KEYS;
+    if (!(s->ready->values & bit)) ready_values(t, s, begin, end < s->ready->end ? end : s->ready->end);
+    s->ready->values |= bit;
+}
+
 /* One panel's scores for a strip, -inf where unseen; `top` takes part in their maximum. */
 static void score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top) {
     int vecs = t->panel[p].vecs;
@@ -137,6 +149,7 @@ static void score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top
 
     vec strip_top[TILE_VECS];
     for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
+    need_keys(t, s, strip->key);
     multiply_keys(t, s, p, strip, strip_top);
     finish_scores(t, s, p, strip, strip_top);
     for (int n = 0; n < vecs; n++) {
@@ -223,6 +236,8 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *out = s->out + p * PANEL * s->out_rows;
     real *block_out = t->panel[p].started ? s->block_out : out;
     raise_max(t, &b, s->row_max + p * PANEL);
+    for (int i = 0; i < strips; i++)
+        if (b.strips[i].seen != SEE_NONE) need_values(t, s, b.strips[i].key);
     sum_values(t, s, p, &b, strips, block_out);
     join_block(&b, t->panel[p].vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
     t->panel[p].started = 1;
@@ -231,8 +246,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
-    ready_keys(t, &s, begin, end);
-    ready_values(t, &s, begin, end);
+    *s.ready = (Ready){.end = end};
     for (int p = 0; p < t->panels; p++)
         for (ptrdiff_t key = begin; key < end; key = (key / BLOCK_KEYS + 1) * BLOCK_KEYS)
             attend_block(t, &s, p, key, key_end(key, end));
@@ -303,7 +317,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
-    ready_keys(t, &s, begin, end);
+    *s.ready = (Ready){.end = end};
     for (int p = 0; p < t->panels; p++)
         for (ptrdiff_t key = begin; key < end; key = (key / BLOCK_KEYS + 1) * BLOCK_KEYS) {
             PanelBlock b;
@@ -340,6 +354,8 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
 #ifdef PARTS
 #define GRADIENT NULL
 #else
+#include "gradient.h"
+
 static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_keys, differentiate,
                                                  add_grad_q, close_keys};
 #define GRADIENT &GRADIENT_KERNELS
