@@ -125,7 +125,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         delta = np.einsum("...d,...d->...", grad_out, out).astype(np.float64)
         if b.grad_lse is not None:
             delta -= b.grad_lse
-        if b.wants("sinks"):
+        if b.wants("sinks") and p.sinks is not None:
             sinks = p.sinks[:, None]
             weights = np.where(sinks == -np.inf, 0, np.exp(sinks - lse))
             rest = (*range(len(p.batch)), -1)
