@@ -23,8 +23,8 @@ name = "cython"
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
 
-# Of an lse beyond this, float32 has so few digits that the weights made again from it are off by more
-# than their own rounding: the lse is made again too, in float64, at the price of a forward pass.
+# Of an lse beyond this float32 keeps so few digits that weights made again from it are off by more
+# than their own rounding: it is made again too, in float64, at the price of a forward pass.
 LARGE_LSE = 256.0
 
 if _kernels is not None:
