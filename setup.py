@@ -10,8 +10,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# What csrc/instruction_sets.c expects: the flags of each instruction set, and what tile.c is compiled
-# for. Never -march=native: a wheel runs on every machine of its architecture and chooses at run time.
+# What csrc/instruction_sets.c expects: the flags of each instruction set, and what tile.c is
+# compiled for. Never -march=native: a wheel runs on every machine of its architecture and chooses
+# at run time.
 FULL = {"float32": [], "float64": ["-DREAL_IS_DOUBLE"]}
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
           "-mprefer-vector-width=512"]  # fmt: skip

@@ -16,6 +16,13 @@ static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : mo
 /* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
  * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */
 #define ROW_GRAIN 16
+/* Which strips of the pass under way have been made ready for the products, by bits: those that
+ * somebody sees. The pass ends at `end`. */
+typedef struct {
+    uint64_t keys, values;
+    ptrdiff_t end;
+} Ready;
+
 typedef struct {
     real *row_max, *row_sum; /* [panel][PANEL] */
     lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
@@ -35,6 +42,7 @@ typedef struct {
     uint32_t *weight_parts;
     uint64_t *odd_keys, *odd_values; /* [strip of the pass]: bits of those that parts cannot express */
 #endif
+    Ready *ready;
     ptrdiff_t out_rows, key_rows; /* of one panel, of the keys' parts */
 } Scratch;
 
@@ -57,6 +65,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
 #define TAKE(field, count)                                                                        \
     s->field = (void *)((uintptr_t)base + bytes);                                                     \
     bytes += (size_t)round_up((ptrdiff_t)sizeof *s->field * (count), 64);
+    TAKE(ready, 1)
     TAKE(row_max, row)
     TAKE(row_sum, row)
     TAKE(saw, row)

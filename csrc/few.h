@@ -12,7 +12,7 @@
 
 #ifndef PARTS
 
-static bool few(const Tile *t) { return t->n_queries <= FEW_QUERIES; }
+static bool few(const Tile *t) { return t->n_queries <= FEW_QUERIES && !t->differentiating; }
 
 /* x[l] summed over its lanes, for each l in lane l. */
 INLINE vec sum_lanes(vec x[LANES]) {

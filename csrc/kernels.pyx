@@ -15,7 +15,7 @@ from libc.math cimport log
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.stdlib cimport getenv as c_getenv
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 cnp.import_array()
 
@@ -61,10 +61,23 @@ cdef extern from "tile.h" nogil:
         bint want_lse
         double lse[MAX_QUERIES]
         void *scratch
+        bint differentiating
+        const char *grad_out[MAX_QUERIES]
+        Py_ssize_t grad_out_dim
+        double delta[MAX_QUERIES]
+        char *grad_k
+        char *grad_v
         Py_ssize_t first, last
 
+    ctypedef struct GradientKernels:
+        size_t (*scratch_bytes)(const Tile *) noexcept nogil
+        void (*open)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        bint (*differentiate)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*add)(Tile *) noexcept nogil
+        void (*close)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+
     ctypedef struct TileKernels:
-        int queries, pass_keys
+        int queries, panel, pass_keys
         size_t (*scratch_bytes)(const Tile *, Py_ssize_t) noexcept nogil
         void (*begin)(Tile *) noexcept nogil
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
@@ -75,6 +88,7 @@ cdef extern from "tile.h" nogil:
             NumberFormat,
         ) noexcept nogil
         int real_bytes
+        const GradientKernels *gradient
         double (*peak)(Py_ssize_t) noexcept nogil
 
 cdef extern from "instruction_sets.h" nogil:
@@ -94,6 +108,11 @@ cdef extern from "instruction_sets.h" nogil:
 cdef extern from "openmp.h" nogil:
     int omp_get_max_threads()
     double seconds()
+    int64_t read_count(const int64_t *)
+    void set_count(int64_t *, int64_t)
+
+cdef extern from "sched.h" nogil:
+    int sched_yield()
 
 
 def getenv(str name):
@@ -140,9 +159,9 @@ cdef const TileKernels *kernels_for(str product, Py_ssize_t queries=MAX_QUERIES)
 
 
 def tile_size(str product, Py_ssize_t queries):
-    """How many of the queries of one key head a tile takes, and how many keys a pass."""
+    """How many of the queries of one key head a tile and a panel take, and how many keys a pass."""
     cdef const TileKernels *kernels = kernels_for(product, queries)
-    return min(queries, kernels.queries), kernels.pass_keys
+    return min(queries, kernels.queries), min(queries, kernels.panel), kernels.pass_keys
 
 
 def multiplied_as(str product, Py_ssize_t queries):
@@ -242,6 +261,7 @@ cdef struct Walk:
     int n_batch
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
+    Py_ssize_t key_heads  # of all batch entries
     Py_ssize_t tiles, parts  # of each key head's queries, of its keys
     char *partial  # (batch, kv_heads, parts): room for what each part found
     Py_ssize_t partial_bytes
@@ -388,13 +408,11 @@ cdef void store_lse(
 
 cdef void join_parts(const Walk *walk, Tile *tile) noexcept nogil:
     """Make one of what the parts of each key head found."""
-    cdef Py_ssize_t item, i, items = walk.kv_heads, head, dim = walk.out.dim
+    cdef Py_ssize_t item, i, head, dim = walk.out.dim
     cdef Py_ssize_t rows = walk.group * walk.n_queries
     cdef char *out
     cdef Place at
-    for i in range(walk.n_batch):
-        items *= walk.shape[i]
-    for item in range(items):
+    for item in range(walk.key_heads):
         at = place_of(walk, item * walk.parts)
         out = entry(walk, &walk.out, at.batch)
         for i in range(rows):
@@ -493,10 +511,11 @@ cdef const double *doubles(cnp.ndarray array):
 
 def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale,
-    double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
+    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
+    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
     cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
+    bint for_gradients=False,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
@@ -505,98 +524,281 @@ def attend(
     `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
-    `product` says whose kernels multiply, as in `kernels_for`. All must have been validated: nothing is checked
+    `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
+    bit as `differentiate` does. All must have been validated: nothing is checked
     here.
     """
     cdef Walk walk
     cdef Tile *tiles
-    cdef Tile *tile
     cdef char *scratch = NULL
-    cdef Py_ssize_t items = kv_heads, i, scratch_bytes, total_bytes
-    walk.n_batch = len(batch)
-    for i in range(walk.n_batch):
-        walk.shape[i] = batch[i]
-        items *= walk.shape[i]
-    describe(&walk, &walk.q, q, 3)
-    describe(&walk, &walk.k, k, 3)
-    describe(&walk, &walk.v, v, 3)
+    cdef Py_ssize_t items, i, scratch_bytes, total_bytes
+    describe_walk(
+        &walk, q, k, v, out, batch, heads, kv_heads, alibi, sinks, q_offset, start, stop, mask, bias
+    )
     describe(&walk, &walk.k_scales, k_scales, 2)
     describe(&walk, &walk.v_scales, v_scales, 2)
-    describe(&walk, &walk.out, out, 3)
-    describe(&walk, &walk.start, start, 2)
-    describe(&walk, &walk.stop, stop, 2)
-    describe(&walk, &walk.q_offset, q_offset, 0)
-    describe(&walk, &walk.mask, mask, 3)
-    describe(&walk, &walk.bias, bias, 3)
     describe(&walk, &walk.weights, weights, 3)
     describe(&walk, &walk.lse, lse, 2)
-    walk.alibi = doubles(alibi)
-    walk.sinks = doubles(sinks)
-    walk.kv_heads = kv_heads
-    walk.group = heads // kv_heads if kv_heads else 1
-    walk.n_queries = q.shape[q.ndim - 2]
-    walk.n_keys = k.shape[k.ndim - 2]
-    walk.kernels = kernels_for(product, walk.group * walk.n_queries)
+    walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
+    walk.kernels = kernels_for(product, 1 if for_gradients else walk.group * walk.n_queries)
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
-    walk.parts = 1
     if walk.group * walk.n_queries <= SPLIT and weights is None and walk.n_keys >= 2 * PART_KEYS:
         walk.parts = (walk.n_keys + PART_KEYS - 1) // PART_KEYS
-    items *= walk.tiles * walk.parts
+    items = walk.key_heads * walk.tiles * walk.parts
     if items == 0:
         return
     threads = 1 if alone else min(threads, items)
 
-    walk.out_format = number_format(out)
-    walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
-        tile = &tiles[0]
-        tile.k_scales = tile.v_scales = NULL
-        tile.q_format = number_format(q)
-        tile.kv_format = number_format(k)
-        tile.out_format = walk.out_format
-        tile.q_dim, tile.out_dim = walk.q.dim, walk.out.dim
-        tile.k_dim, tile.k_key = walk.k.dim, walk.k.row
-        tile.v_dim, tile.v_key = walk.v.dim, walk.v.row
-        tile.head_dim = q.shape[q.ndim - 1]
-        tile.value_dim = v.shape[v.ndim - 1]
-        tile.pass_keys = min(walk.kernels.pass_keys, walk.n_keys)
-        tile.scale = scale
-        tile.softcap = softcap
-        tile.has_mask = mask is not None
-        tile.has_bias = bias is not None
-        tile.has_alibi = alibi is not None
-        tile.has_sinks = sinks is not None
-        tile.mask_key = walk.mask.dim
-        tile.bias_key = walk.bias.dim
-        if bias is not None:
-            tile.bias_format = number_format(bias)
-        tile.weights_key = walk.weights.dim
-        tile.want_lse = lse is not None
+        describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
+        tiles.weights_key = walk.weights.dim
+        tiles.want_lse = lse is not None
+        tiles.differentiating = for_gradients  # no other layout for few queries
         if walk.parts > 1:
-            tile.want_lse = True
-            tile.out_format.kind, tile.out_format.swapped = ord("f"), False
-            tile.out_format.bytes = tile.out_dim = walk.kernels.real_bytes
+            tiles.want_lse = True
+            tiles.out_format.kind, tiles.out_format.swapped = ord("f"), False
+            tiles.out_format.bytes = tiles.out_dim = walk.kernels.real_bytes
             walk.partial_bytes = (
                 walk.group * walk.n_queries
-                * (<Py_ssize_t>sizeof(double) + tile.value_dim * walk.kernels.real_bytes)
+                * (<Py_ssize_t>sizeof(double) + tiles.value_dim * walk.kernels.real_bytes)
             )
             walk.partial_bytes = (walk.partial_bytes + 63) // 64 * 64
         scratch_bytes = walk.kernels.scratch_bytes(
-            tile, min(walk.kernels.queries, walk.group * walk.n_queries)
+            tiles, min(walk.kernels.queries, walk.group * walk.n_queries)
         )
-        total_bytes = threads * scratch_bytes + 64 + (items * walk.partial_bytes if walk.parts > 1 else 0)
+        total_bytes = threads * scratch_bytes + 64
+        if walk.parts > 1:
+            total_bytes += items * walk.partial_bytes
         scratch = <char *>malloc(total_bytes)
         if scratch is NULL:
             raise MemoryError(f"{total_bytes} bytes of scratch")
-        walk.partial = scratch + (-<uintptr_t>scratch) % 64 + threads * scratch_bytes
-        for i in range(threads):
-            if i > 0:
-                tiles[i] = tile[0]
-            tiles[i].scratch = scratch + (-<uintptr_t>scratch) % 64 + i * scratch_bytes
+        walk.partial = share_scratch(tiles, threads, scratch, scratch_bytes)
         work(&walk, items, threads, tiles)
+    finally:
+        free(tiles)
+        free(scratch)
+
+
+cdef int describe_walk(
+    Walk *walk, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, tuple batch,
+    Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
+    cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask, cnp.ndarray bias,
+) except -1:
+    """What both directions need of a walk; each key head is one tile's queries, one part."""
+    cdef int i
+    walk.n_batch = len(batch)
+    walk.key_heads = walk.kv_heads = kv_heads
+    for i in range(walk.n_batch):
+        walk.shape[i] = batch[i]
+        walk.key_heads *= walk.shape[i]
+    describe(walk, &walk.q, q, 3)
+    describe(walk, &walk.k, k, 3)
+    describe(walk, &walk.v, v, 3)
+    describe(walk, &walk.out, out, 3)
+    describe(walk, &walk.start, start, 2)
+    describe(walk, &walk.stop, stop, 2)
+    describe(walk, &walk.q_offset, q_offset, 0)
+    describe(walk, &walk.mask, mask, 3)
+    describe(walk, &walk.bias, bias, 3)
+    describe(walk, &walk.weights, None, 3)
+    describe(walk, &walk.k_scales, None, 2)
+    describe(walk, &walk.v_scales, None, 2)
+    walk.alibi = doubles(alibi)
+    walk.sinks = doubles(sinks)
+    walk.group = heads // kv_heads if kv_heads else 1
+    walk.n_queries = q.shape[q.ndim - 2]
+    walk.n_keys = k.shape[k.ndim - 2]
+    walk.out_format = number_format(out)
+    walk.order = NULL
+    walk.tiles = walk.parts = 1
+    return 0
+
+
+cdef int describe_tile(
+    const Walk *walk, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out,
+    double scale, double softcap, cnp.ndarray bias,
+) except -1:
+    """What all tiles of a walk have in common."""
+    tile.k_scales = tile.v_scales = NULL
+    tile.q_format = number_format(q)
+    tile.kv_format = number_format(k)
+    tile.out_format = walk.out_format
+    tile.q_dim, tile.out_dim = walk.q.dim, walk.out.dim
+    tile.k_dim, tile.k_key = walk.k.dim, walk.k.row
+    tile.v_dim, tile.v_key = walk.v.dim, walk.v.row
+    tile.head_dim = q.shape[q.ndim - 1]
+    tile.value_dim = v.shape[v.ndim - 1]
+    tile.pass_keys = min(walk.kernels.pass_keys, walk.n_keys)
+    tile.scale = scale
+    tile.softcap = softcap
+    tile.has_mask = walk.mask.data is not NULL
+    tile.has_bias = walk.bias.data is not NULL
+    tile.has_alibi = walk.alibi is not NULL
+    tile.has_sinks = walk.sinks is not NULL
+    tile.mask_key = walk.mask.dim
+    tile.bias_key = walk.bias.dim
+    if bias is not None:
+        tile.bias_format = number_format(bias)
+    tile.weights_key = 0
+    tile.want_lse = tile.differentiating = False
+    tile.margin = 0
+    return 0
+
+
+cdef char *share_scratch(
+    Tile *tiles, int threads, char *scratch, Py_ssize_t scratch_bytes
+) noexcept nogil:
+    """Make all tiles like the first, with scratch of their own. Returns what is left of it."""
+    cdef int i
+    scratch += (-<uintptr_t>scratch) % 64
+    for i in range(threads):
+        if i > 0:
+            tiles[i] = tiles[0]
+        tiles[i].scratch = scratch + i * scratch_bytes
+    return scratch + threads * scratch_bytes
+
+
+# Gradients -------------------------------------------------------------------------------------
+
+cdef struct Pull:
+    # A walk backward; `out` of the walk is the gradient of q.
+    Walk walk
+    Operand grad_out, lse, delta
+    char *grad_k
+    char *grad_v
+    Py_ssize_t blocks  # of keys
+    int64_t *turn  # (batch, kv_heads, tiles): whose turn it is to add to the gradients of q
+
+
+cdef bint differentiate_tile(
+    const Pull *pull, Tile *tile, Place at, Py_ssize_t block, bint *stopped
+) noexcept nogil:
+    """One tile of queries and one block of keys. False if the walk was stopped."""
+    cdef const Walk *walk = &pull.walk
+    cdef Py_ssize_t begin = block * walk.kernels.pass_keys, i, head, query
+    cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
+    cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
+    cdef char *lse = entry(walk, &pull.lse, at.batch)
+    cdef char *delta = entry(walk, &pull.delta, at.batch)
+    cdef int64_t *turn = pull.turn
+    set_tile(walk, tile, at)
+    for i in range(tile.n_queries):
+        head = at.kv_head * walk.group + (at.first + i) % walk.group
+        query = (at.first + i) // walk.group
+        tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
+        tile.lse[i] = (<double *>row_of(&pull.lse, lse, head, query))[0]
+        tile.delta[i] = (<double *>row_of(&pull.delta, delta, head, query))[0]
+    walk.kernels.begin(tile)
+    if end <= tile.first or tile.last <= begin:
+        return True
+    some = walk.kernels.gradient.differentiate(tile, begin, end)
+    # Blocks are added in their order, so that the sum does not depend on the threads.
+    turn += (at.batch * walk.kv_heads + at.kv_head) * walk.tiles + at.first // walk.kernels.queries
+    while tile.first < begin and read_count(turn) < block:
+        if stopped[0]:
+            return False
+        sched_yield()
+    if some:
+        walk.kernels.gradient.add(tile)
+    set_count(turn, block + 1)
+    return True
+
+
+cdef bint differentiate_block(
+    const Pull *pull, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """One block of keys of one key head. False if a signal came in between."""
+    cdef const Walk *walk = &pull.walk
+    cdef Py_ssize_t block = item % pull.blocks, head = item // pull.blocks, n
+    cdef Py_ssize_t begin = block * walk.kernels.pass_keys
+    cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
+    cdef Py_ssize_t row = walk.n_keys * walk.kernels.real_bytes
+    tile.k = entry(walk, &walk.k, head // walk.kv_heads) + head % walk.kv_heads * walk.k.head
+    tile.v = entry(walk, &walk.v, head // walk.kv_heads) + head % walk.kv_heads * walk.v.head
+    tile.grad_k = pull.grad_k + head * row * tile.head_dim
+    tile.grad_v = pull.grad_v + head * row * tile.value_dim
+    walk.kernels.gradient.open(tile, begin, end)
+    for n in range(walk.tiles):
+        if stopped[0] or (listen and interrupted(last_look)):
+            return False
+        if not differentiate_tile(pull, tile, place_of(walk, head * walk.tiles + n), block, stopped):
+            return False
+    walk.kernels.gradient.close(tile, begin, end)
+    return True
+
+
+cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
+    global pool_started
+    cdef bint stopped = False
+    cdef double last_look = seconds()
+    cdef Py_ssize_t item, items = pull.walk.key_heads * pull.blocks
+    if threads > 1:
+        pool_started = True
+    with nogil:
+        # In the order of their numbers: a block waits only for those before it.
+        for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
+            if not stopped:
+                if not differentiate_block(
+                    pull, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
+                ):
+                    stopped = True
+    if PyErr_Occurred() is not NULL:
+        return -1
+    return 0
+
+
+def differentiate(
+    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
+    cnp.ndarray grad_out not None, cnp.ndarray lse not None, cnp.ndarray delta not None,
+    cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
+    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset,
+    cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask, int threads,
+):
+    """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
+    and `grad_v`, (batch, kv_heads, keys, dim): contiguous, of the dtype of sums.
+
+    `lse` and `delta`, (batch, heads, queries), are float64. The rest as for `attend`.
+    """
+    cdef Pull pull
+    cdef Tile *tiles
+    cdef char *scratch = NULL
+    cdef Py_ssize_t scratch_bytes, total_bytes, counts
+    cdef Walk *walk = &pull.walk
+    describe_walk(
+        walk, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, q_offset, start, stop, mask,
+        bias,
+    )
+    describe(walk, &pull.grad_out, grad_out, 3)
+    describe(walk, &pull.lse, lse, 2)
+    describe(walk, &pull.delta, delta, 2)
+    pull.grad_k = <char *>cnp.PyArray_DATA(grad_k)
+    pull.grad_v = <char *>cnp.PyArray_DATA(grad_v)
+    walk.kernels = kernels_for("d" if grad_q.descr.type_num == cnp.NPY_FLOAT64 else "f", 1)
+    walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
+    pull.blocks = (walk.n_keys + walk.kernels.pass_keys - 1) // walk.kernels.pass_keys
+    if walk.key_heads * pull.blocks == 0:
+        return
+    threads = 1 if alone else min(threads, walk.key_heads * pull.blocks)
+    tiles = <Tile *>malloc(threads * sizeof(Tile))
+    if tiles is NULL:
+        raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
+    try:
+        describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
+        tiles.differentiating = True
+        tiles.grad_out_dim = pull.grad_out.dim
+        scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)
+        counts = walk.key_heads * walk.tiles * sizeof(int64_t)
+        total_bytes = threads * scratch_bytes + counts + 64
+        scratch = <char *>malloc(total_bytes)
+        if scratch is NULL:
+            raise MemoryError(f"{total_bytes} bytes of scratch")
+        pull.turn = <int64_t *>share_scratch(tiles, threads, scratch, scratch_bytes)
+        memset(pull.turn, 0, counts)
+        pull_back(&pull, threads, tiles)
     finally:
         free(tiles)
         free(scratch)

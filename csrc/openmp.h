@@ -2,6 +2,7 @@
 #ifndef FASTATTN_OPENMP_H
 #define FASTATTN_OPENMP_H
 
+#include <stdint.h>
 #include <time.h>
 
 #ifdef _OPENMP
@@ -16,4 +17,12 @@ static inline double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+
+/* A count that threads wait for. */
+static inline int64_t read_count(const int64_t *count) {
+    return __atomic_load_n(count, __ATOMIC_ACQUIRE);
+}
+static inline void set_count(int64_t *count, int64_t value) {
+    __atomic_store_n(count, value, __ATOMIC_RELEASE);
+}
 #endif

@@ -111,11 +111,11 @@ static void ready_queries(Tile *t, const Scratch *s, int p) {
     }
 }
 
-/* key_parts[part][chunk of dims][key][CHUNK]. */
+/* key_parts[part][chunk of dims][key][CHUNK] of a strip. */
 INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end,
                        NumberFormat format) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = s->key_rows * dims;
-    memset(s->odd_keys, 0, PASS_KEYS / STRIP_KEYS * sizeof *s->odd_keys);
+    uint64_t odd = 0;
     for (ptrdiff_t key = begin; key < end; key++) {
         const char *row = t->k + key * t->k_key;
         float scale = t->k_scales ? t->k_scales[key] : 1;
@@ -135,9 +135,9 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
             for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
         }
         /* One part follows the rules of float32. */
-        if (PARTS > 1 && out)
-            s->odd_keys[key % PASS_KEYS / STRIP_KEYS] |= (uint64_t)1 << key % STRIP_KEYS;
+        if (PARTS > 1 && out) odd |= (uint64_t)1 << key % STRIP_KEYS;
     }
+    s->odd_keys[begin % PASS_KEYS / STRIP_KEYS] = odd;
 }
 
 /* Constant formats, or the choice would be made for each vector. */
@@ -196,15 +196,16 @@ static uint32_t pair_values_of_any_format(const Tile *t, ptrdiff_t key, uint32_t
     }
 }
 
-/* value_parts[part][chunk of keys][value dim][CHUNK]. A value that parts cannot express is 0. */
+/* value_parts[part][chunk of keys][value dim][CHUNK] of a strip. A value that parts cannot express is 0. */
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t part = s->out_rows * s->key_rows, dims = s->out_rows;
-    memset(s->odd_values, 0, PASS_KEYS / STRIP_KEYS * sizeof *s->odd_values);
+    uint64_t *strip_odd = s->odd_values + begin % PASS_KEYS / STRIP_KEYS;
+    *strip_odd = 0;
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
         uint32_t odd = pair_values_of_any_format(t, key, use, s->value_pairs);
         if (odd) pair_values_of_any_format(t, key, use & ~odd, s->value_pairs);
-        s->odd_values[key % PASS_KEYS / STRIP_KEYS] |= (uint64_t)odd << key % STRIP_KEYS;
+        *strip_odd |= (uint64_t)odd << key % STRIP_KEYS;
         for (int i = 0; i < PARTS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES) {
                 const real *from = (const real *)s->value_pairs + i * PAIRS * dims + d;

@@ -92,25 +92,30 @@ static void product(int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
 }
 
 
-/* columns[d][lane] = q_scale * (query `lane` of the LANES from `first` on)[d]. */
-static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
+/* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */
+static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
+                         ptrdiff_t n_rows, double factor, ptrdiff_t first, real *columns) {
     const char *rows[LANES];
     ptrdiff_t d = 0;
-    for (int i = 0; i < LANES; i++) /* a lane without a query repeats the last one */
-        rows[i] = t->q[first + i < t->n_queries ? first + i : t->n_queries - 1];
-    vec scale = splat((real)t->q_scale);
-    if (t->q_dim == t->q_format.bytes)
-        for (; d + LANES <= t->head_dim; d += LANES) {
+    for (int i = 0; i < LANES; i++) /* a lane without a row repeats the last one */
+        rows[i] = at[first + i < n_rows ? first + i : n_rows - 1];
+    vec scale = splat((real)factor);
+    if (dim == format.bytes)
+        for (; d + LANES <= dims; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * t->q_dim, t->q_format);
+            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
             transpose(x);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * scale);
         }
-    for (; d < t->head_dim; d++)
+    for (; d < dims; d++)
         for (int i = 0; i < LANES; i++)
-            columns[d * PANEL + i] = (real)read_number(rows[i] + d * t->q_dim, t->q_format) * scale[0];
+            columns[d * PANEL + i] = (real)read_number(rows[i] + d * dim, format) * scale[0];
+}
+
+static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
+    load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, t->q_scale, first, columns);
 }
 
 #ifndef PARTS

@@ -22,22 +22,22 @@
 #endif
 
 #include "product.h"
+#define LN2 0.69314718055994530942
+
 #ifdef PARTS
 #include "parts.h"
 #endif
-
-#define LN2 0.69314718055994530942
 
 static int panels_for(ptrdiff_t queries) { return (int)((queries + PANEL - 1) / PANEL); }
 
 static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
     Scratch s;
-    return lay_out(t, panels_for(queries), NULL, &s);
+    return lay_out(t, t->differentiating ? PANELS : panels_for(queries), NULL, &s);
 }
 
 static Scratch scratch_of(const Tile *t) {
     Scratch s;
-    lay_out(t, t->panels, t->scratch, &s);
+    lay_out(t, t->differentiating ? PANELS : t->panels, t->scratch, &s);
     return s;
 }
 
@@ -50,12 +50,14 @@ static void settle_units(Tile *t) {
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);
-    if (EXACT_QUERIES && t->margin == 0 && size > 0 && size < INFINITY) {
-        t->q_scale = t->scale < 0 ? -1 : 1;
+    if (EXACT_QUERIES && size > 0 && size < INFINITY) {
+        /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */
+        double power = exp2(floor(log2(size)));
+        t->q_scale = t->scale < 0 ? -power : power;
         if (natural || t->softcap > 0)
-            t->score_scale = size;
+            t->score_scale = size / power;
         else
-            t->exponent = size * LOG2_E;
+            t->exponent = size / power * LOG2_E;
     }
 }
 
@@ -125,6 +127,20 @@ static void begin(Tile *t) {
     }
 }
 
+/* Make the keys of a strip ready for the product, or its values, unless they are. */
+static void need_keys(const Tile *t, const Scratch *s, ptrdiff_t key) {
+    ptrdiff_t begin = key / STRIP_KEYS * STRIP_KEYS, end = begin + STRIP_KEYS;
+    uint64_t bit = (uint64_t)1 << begin % PASS_KEYS / STRIP_KEYS;
+    if (!(s->ready->keys & bit)) ready_keys(t, s, begin, end < s->ready->end ? end : s->ready->end);
+    s->ready->keys |= bit;
+}
+static void need_values(const Tile *t, const Scratch *s, ptrdiff_t key) {
+    ptrdiff_t begin = key / STRIP_KEYS * STRIP_KEYS, end = begin + STRIP_KEYS;
+    uint64_t bit = (uint64_t)1 << begin % PASS_KEYS / STRIP_KEYS;
+    if (!(s->ready->values & bit)) ready_values(t, s, begin, end < s->ready->end ? end : s->ready->end);
+    s->ready->values |= bit;
+}
+
 /* One panel's scores for a strip, -inf where unseen; `top` takes part in their maximum. */
 static void score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top) {
     int vecs = t->panel[p].vecs;
@@ -133,6 +149,7 @@ static void score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top
 
     vec strip_top[TILE_VECS];
     for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
+    need_keys(t, s, strip->key);
     multiply_keys(t, s, p, strip, strip_top);
     finish_scores(t, s, p, strip, strip_top);
     for (int n = 0; n < vecs; n++) {
@@ -219,6 +236,8 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *out = s->out + p * PANEL * s->out_rows;
     real *block_out = t->panel[p].started ? s->block_out : out;
     raise_max(t, &b, s->row_max + p * PANEL);
+    for (int i = 0; i < strips; i++)
+        if (b.strips[i].seen != SEE_NONE) need_values(t, s, b.strips[i].key);
     sum_values(t, s, p, &b, strips, block_out);
     join_block(&b, t->panel[p].vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
     t->panel[p].started = 1;
@@ -227,8 +246,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
-    ready_keys(t, &s, begin, end);
-    ready_values(t, &s, begin, end);
+    *s.ready = (Ready){.end = end};
     for (int p = 0; p < t->panels; p++)
         for (ptrdiff_t key = begin; key < end; key = (key / BLOCK_KEYS + 1) * BLOCK_KEYS)
             attend_block(t, &s, p, key, key_end(key, end));
@@ -299,7 +317,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
-    ready_keys(t, &s, begin, end);
+    *s.ready = (Ready){.end = end};
     for (int p = 0; p < t->panels; p++)
         for (ptrdiff_t key = begin; key < end; key = (key / BLOCK_KEYS + 1) * BLOCK_KEYS) {
             PanelBlock b;
@@ -333,5 +351,15 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
     return top + log(sum);
 }
 
-const TileKernels TABLE = {TILE_QUERIES, PASS_KEYS, scratch_bytes, begin,       attend,
-                           finish,       weights,   join,          sizeof(real), peak};
+#ifdef PARTS
+#define GRADIENT NULL
+#else
+#include "gradient.h"
+
+static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_keys, differentiate,
+                                                 add_grad_q, close_keys};
+#define GRADIENT &GRADIENT_KERNELS
+#endif
+
+const TileKernels TABLE = {TILE_QUERIES, PANEL, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
+                           weights,      join,      sizeof(real),  GRADIENT,     peak};

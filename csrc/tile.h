@@ -58,6 +58,14 @@ typedef struct {
     double lse[MAX_QUERIES]; /* filled by finish, where wanted */
     void *scratch;           /* scratch_bytes of it, 64-byte aligned */
 
+    /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
+     * of queries go to `out`, all of type `real` with contiguous rows. */
+    int differentiating;
+    const char *grad_out[MAX_QUERIES]; /* of q_format */
+    ptrdiff_t grad_out_dim;
+    double delta[MAX_QUERIES];
+    char *grad_k, *grad_v;
+
     /* Set by begin. Some query of the tile, or of one panel of it, sees first <= j < last; every
      * query of the panel sees inner_first <= j < inner_last. */
     ptrdiff_t first, last;
@@ -73,9 +81,19 @@ typedef struct {
     double q_scale, score_scale, exponent;
 } Tile;
 
+/* Gradients: for a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
+ * then add to the gradients of the queries, and `close` it. */
+typedef struct {
+    size_t (*scratch_bytes)(const Tile *);
+    void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+    int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: nobody sees anybody */
+    void (*add)(Tile *);
+    void (*close)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+} GradientKernels;
+
 /* One instruction set's kernels for one dtype. */
 typedef struct {
-    int queries, pass_keys; /* the most that a tile and one call of attend take */
+    int queries, panel, pass_keys; /* the most that a tile, a panel and one call of attend take */
     size_t (*scratch_bytes)(const Tile *, ptrdiff_t queries);
     void (*begin)(Tile *);
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
@@ -86,6 +104,7 @@ typedef struct {
     double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format);
     int real_bytes;
+    const GradientKernels *gradient; /* NULL: take those of another table */
     /* Independent multiply-adds only: flops done, for measuring what the machine can do. */
     double (*peak)(ptrdiff_t rounds);
 } TileKernels;

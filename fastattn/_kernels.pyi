@@ -6,7 +6,7 @@ FEATURES: tuple[str, ...]
 def getenv(name: str) -> str | None: ...
 def instruction_sets() -> tuple[str, ...]: ...
 def instruction_set() -> str: ...
-def tile_size(product: str, queries: int) -> tuple[int, int]: ...
+def tile_size(product: str, queries: int) -> tuple[int, int, int]: ...
 def multiplied_as(product: str, queries: int) -> str: ...
 def openmp_threads() -> int: ...
 def peak_flops(dtype: DTypeLike, threads: int, rounds: int = ...) -> float: ...
@@ -34,5 +34,30 @@ def attend(
     weights: np.ndarray | None,
     order: np.ndarray | None,
     product: str,
+    threads: int,
+    for_gradients: bool = ...,
+) -> None: ...
+def differentiate(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    grad_out: np.ndarray,
+    lse: np.ndarray,
+    delta: np.ndarray,
+    grad_q: np.ndarray,
+    grad_k: np.ndarray,
+    grad_v: np.ndarray,
+    batch: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    softcap: float,
+    bias: np.ndarray | None,
+    alibi: np.ndarray | None,
+    sinks: np.ndarray | None,
+    q_offset: np.ndarray | None,
+    start: np.ndarray | None,
+    stop: np.ndarray | None,
+    mask: np.ndarray | None,
     threads: int,
 ) -> None: ...

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from .device import DeviceArray
 from .dispatch import select
-from .problem import pose
+from .problem import Problem, pose
 
-__all__ = ["scaled_dot", "solve"]
-
-_ndarray = np.ndarray
+__all__ = ["answer", "scaled_dot"]
 
 
 def scaled_dot(
@@ -66,7 +63,7 @@ def scaled_dot(
         Also return the softmax weights, the only Sq x Sk array that is ever made.
     out : ndarray, (..., Hq, Sq, Dv), optional
         Filled and returned; of the promoted dtype. It may overlap the inputs, not itself.
-    backend : {"cython", "cuda", "numpy", "reference"}, optional
+    backend : {"cython", "cuda", "numba", "numpy", "reference"}, optional
         Use that one, or fail saying why it cannot serve. By default the environment's
         ``FASTATTN_BACKEND``, else the first that can; ``cuda``, which copies NumPy arrays to a GPU
         and the results back, only if named.
@@ -138,17 +135,17 @@ def scaled_dot(
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, out, threads, precision,
     )  # fmt: skip
-    return solve(problem, backend, out)
+    return answer(problem, backend, out)
 
 
-def solve(problem, backend, out):
-    """What `scaled_dot` returns for `problem`, which was posed with that `out`."""
+def answer(problem: Problem, backend: str | None, out):
+    """Solve a problem; the results in their order of return, in the caller's `out` if given."""
     lse, weights = select(problem, backend).run(problem)
     result = out
     if out is None or problem.out is not None:
         result = problem.result
-        if type(result) is not _ndarray:
-            result = result.owner  # of a DeviceArray
+        if isinstance(result, DeviceArray):
+            result = result.owner
         elif problem.one_head:
             result = result[0]
         if out is not None:

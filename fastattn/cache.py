@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .api import solve
+from .api import answer
 from .dtypes import float_type
 from .problem import count, integers, plain, pose
 
@@ -218,7 +218,7 @@ class KVCache:
             options["q_offset"] = self._lengths - q.shape[2]
         k, v, *scales = (x[:, :, :longest] for x in self._arrays)
         options |= zip(("k_scales", "v_scales"), scales, strict=False)
-        return solve(pose(q, k, v, causal=causal, out=out, **options), backend, out)
+        return answer(pose(q, k, v, causal=causal, out=out, **options), backend, out)
 
     def truncate(self, n) -> None:
         """Keep the first tokens of each sequence, at most.

@@ -5,16 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from . import reference
-from .backends import cuda, cython, numpy
+from .backends import cuda, cython, numba, numpy
 from .environment import getenv
 from .problem import Problem
 
-__all__ = ["BACKENDS", "NAMED_ONLY", "ON_HOST", "named", "select", "unsupported"]
+__all__ = [
+    "BACKENDS",
+    "NAMED_ONLY",
+    "ON_HOST",
+    "named",
+    "select",
+    "unsupported",
+    "unsupported_backward",
+]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
 # serve, in words, or None, `run(problem)`, which fills `problem.result` -> (lse, weights), and
-# `plan(problem)`, what it says of itself to `explain`.
-BACKENDS = (cython, cuda, numpy)
+# `plan(problem)`, what it says of itself to `explain`. One that computes gradients has besides
+# `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
+# with each axis along which the argument broadcasts either in full or summed already.
+BACKENDS = (cython, cuda, numba, numpy)
 
 # Those that arrays in the host's memory are given to; copying them to a device is for the user to
 # decide. Arrays that are on a device are given to nobody but `cuda`.
@@ -26,8 +36,26 @@ _ndarray = np.ndarray
 NAMED_ONLY = (reference,)
 
 
-def select(problem: Problem, backend: str | None = None):
-    """The backend module for `problem`.
+def unsupported(backend, problem: Problem) -> str | None:
+    """Why the module `backend` cannot serve `problem`, in words, or None."""
+    if type(problem.q) is not _ndarray and backend is not cuda:
+        return "the arrays are on a CUDA device"
+    return backend.unsupported(problem)
+
+
+def unsupported_backward(backend, problem: Problem) -> str | None:
+    """Why the module `backend` cannot compute the gradients of `problem`, or None."""
+    if problem.is_flex:
+        return "flex has no gradients"
+    if not hasattr(backend, "run_backward"):
+        return "it computes no gradients"
+    if type(problem.q) is not _ndarray and backend is not cuda:
+        return "the arrays are on a CUDA device"
+    return backend.unsupported_backward(problem)
+
+
+def select(problem: Problem, backend: str | None = None, unsupported=unsupported):
+    """The backend module for `problem`, forward or, by `unsupported_backward`, backward.
 
     ``backend`` wins, then the environment's ``FASTATTN_BACKEND``, then the order of `BACKENDS`.
     A backend that is named and cannot serve is an error, never a silent fall-back.
@@ -36,31 +64,23 @@ def select(problem: Problem, backend: str | None = None):
     if backend is None:
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
-        if type(problem.q) is not _ndarray:
-            reason = cuda.unsupported(problem)
-            if reason is not None:
-                raise ValueError(f"q: on a CUDA device, where nothing can run: {reason}")
-            return cuda
-        for candidate in ON_HOST[:-1]:
-            if candidate.unsupported(problem) is None:
+        reasons = []
+        for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
+            reason = unsupported(candidate, problem)
+            if reason is None:
                 return candidate
-        return ON_HOST[-1]  # serves everything
+            reasons.append(f"{candidate.name}: {reason}")
+        subject = "q: on a CUDA device, where" if problem.on_device else "backend:"
+        raise ValueError(f"{subject} none can serve this call: {'; '.join(reasons)}")
     chosen = named(backend, origin)
     reason = unsupported(chosen, problem)
     if reason is not None:
-        able = [b.name for b in BACKENDS if unsupported(b, problem) is None]
+        able = [b.name for b in BACKENDS + NAMED_ONLY if unsupported(b, problem) is None]
         raise ValueError(
             f"{origin}: {chosen.name!r} given, which cannot serve this call: {reason}; "
             f"these can: {', '.join(able) or 'none'}"
         )
     return chosen
-
-
-def unsupported(backend, problem: Problem) -> str | None:
-    """Why `backend` cannot serve `problem`, in words, or None."""
-    if problem.on_device and backend is not cuda:
-        return "the arrays are on a CUDA device"
-    return backend.unsupported(problem)
 
 
 def named(backend: str, origin: str = "backend"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .dispatch import BACKENDS, NAMED_ONLY, ON_HOST, select, unsupported
-from .problem import pose
+from .dispatch import BACKENDS, NAMED_ONLY, ON_HOST, select, unsupported, unsupported_backward
+from .problem import Problem, pose
 
 __all__ = ["Explanation", "available_backends", "explain"]
 
@@ -24,15 +24,19 @@ class Explanation:
         The arguments that would be copied first.
     passed_over : dict of str
         The backends before it in the order, or that were not asked for, with the reason of each.
+    gradients : str
+        Which backend would compute those of q, k and v, and why not another.
     """
 
     backend: str
     plan: dict[str, str]
     copies: tuple[str, ...] = ()
     passed_over: dict[str, str] = field(default_factory=dict)
+    gradients: str = ""
 
     def __str__(self) -> str:
         rows = {"backend": self.backend, **self.plan, "copies": ", ".join(self.copies) or "none"}
+        rows["gradients"] = self.gradients
         rows |= {f"not {name}": reason for name, reason in self.passed_over.items()}
         width = max(map(len, rows))
         return "\n".join(f"{key:{width}}  {value}" for key, value in rows.items())
@@ -64,7 +68,7 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
     >>> fastattn.explain(q, k, v, causal=True, backend="numpy").backend
     'numpy'
     """
-    problem = pose(q, k, v, **options)
+    problem = pose(q, k, v, gradients=True, **options)
     chosen = select(problem, backend)
     passed_over = {}
     order = BACKENDS + NAMED_ONLY
@@ -76,7 +80,18 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
                 unasked = "comes later" if place > order.index(chosen) else "another was named"
             passed_over[other.name] = unsupported(other, problem) or unasked
     copies = problem.copied + (("out",) if problem.out is not None else ())
-    return Explanation(chosen.name, chosen.plan(problem), copies, passed_over)
+    gradients = _gradients(problem, backend)
+    return Explanation(chosen.name, chosen.plan(problem), copies, passed_over, gradients)
+
+
+def _gradients(problem: Problem, backend) -> str:
+    try:
+        chosen = select(problem, backend, unsupported_backward)
+    except ValueError as error:
+        return f"none: {error}"
+    before = BACKENDS[: BACKENDS.index(chosen)] if chosen in BACKENDS else ()
+    reasons = ((b.name, unsupported_backward(b, problem)) for b in before)
+    return ", ".join((chosen.name, *(f"not {name}: {why}" for name, why in reasons if why)))
 
 
 def available_backends() -> tuple[str, ...]:

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
 
+from .blockmask import BlockMask
 from .device import DeviceArray, on_device
 
-__all__ = ["Problem", "pose"]
+__all__ = ["Gradient", "Problem", "pose"]
 
 _ndarray = np.ndarray
 _FLOAT32 = np.dtype(np.float32)
@@ -21,6 +25,14 @@ _FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become floa
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
 _FAR = 1 << 61
+
+
+class Gradient(NamedTuple):
+    """One gradient that a backward pass is to return."""
+
+    name: str  # of the argument
+    shape: tuple[int, ...]  # of the argument as it was given
+    dtype: np.dtype  # the wider of the argument's and the result's
 
 
 class Problem(NamedTuple):
@@ -63,6 +75,15 @@ class Problem(NamedTuple):
     threads: int | None
     precision: str | None
     copied: tuple[str, ...]  # operands that had to be copied, for `explain`
+    gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
+    score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
+    mask_mod: Callable | None  # (batch, head, i, j) -> bool
+    block_mask: BlockMask | None  # of that mask_mod
+
+    @property
+    def is_flex(self) -> bool:
+        """Are there functions of the user's in it, which must be compiled or called?"""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def on_device(self) -> bool:
@@ -119,9 +140,13 @@ def pose(
     q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
-    *, k_scales=None, v_scales=None,
+    gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
+    k_scales=None, v_scales=None,
 ) -> Problem:  # fmt: skip
-    """Check the arguments of `fastattn.scaled_dot` and state the problem they pose.
+    """Check the arguments of `fastattn.scaled_dot`, or of `fastattn.flex`, and state the problem
+    they pose.
+
+    With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
     The scales of int8 keys and values are a `KVCache`'s own, and not checked.
 
@@ -133,6 +158,9 @@ def pose(
     if not (type(q) is _ndarray and type(k) is _ndarray and type(v) is _ndarray):
         q = _operand("q", q)
         k, v = _operand("k", k, q), _operand("v", v, q)
+    given = None
+    if gradients:
+        given = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
     one_head = False
     if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
         one_head = q.ndim == k.ndim == v.ndim == 2
@@ -198,7 +226,7 @@ def pose(
         return_lse = _flag("return_lse", return_lse)
     if return_weights is not False:
         return_weights = _flag("return_weights", return_weights)
-    window = (None, None) if window is None else _window(window)
+    window = (None, None) if window is None else window_sides(window)
     if kv_lengths is not None:
         kv_lengths = _kv_lengths(kv_lengths, batch, n_keys)
         positional = causal or alibi is not None or window != (None, None)
@@ -214,6 +242,14 @@ def pose(
         threads = count("threads", threads)
     if precision is not None and precision != "bfloat16":
         raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
+    wanted = () if given is None else _gradients(wrt, given, dtype)
+    if score_mod is not None:
+        function("score_mod", score_mod)
+    if mask_mod is not None:
+        function("mask_mod", mask_mod)
+    if block_mask is not None:
+        _block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
+        mask_mod = block_mask.mask_mod
 
     shape = (*rows, value_dim)
     if out is not None:
@@ -221,12 +257,13 @@ def pose(
     elif q.flags.c_contiguous:
         result = np.empty(shape, dtype)
     else:
-        result = _empty_like(q, shape, dtype)
+        result = empty_like(q, shape, dtype)
     return Problem._make((  # the quickest way to a named tuple
         q, k, v, k_scales, v_scales, dtype, batch, heads, kv_heads, n_queries, n_keys,
         head_dim, value_dim, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, result, out, one_head, threads, precision, copied,
+        wanted, score_mod, mask_mod, block_mask,
     ))  # fmt: skip
 
 
@@ -236,6 +273,12 @@ def count(name: str, value) -> int:
     if n < 1:
         raise ValueError(f"{name}: {n} given, at least 1 wanted")
     return n
+
+
+def function(name: str, value) -> None:
+    """A Python function, or a compiled one that was made of it; else an error that names it."""
+    if not isinstance(getattr(value, "py_func", value), FunctionType):
+        raise TypeError(f"{name}: {type(value).__name__} given, a function wanted")
 
 
 def _operand(name, value, q=None):
@@ -250,6 +293,7 @@ def _operand(name, value, q=None):
 
 
 def plain(name, value) -> np.ndarray:
+    """`value` as an array in the host's memory, or an error that names the argument."""
     if type(value) is not _ndarray and on_device(value):
         raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
     if isinstance(value, np.ma.MaskedArray):
@@ -288,15 +332,22 @@ def _widened(k, v, dtype) -> bool:
     return dtype is _FLOAT32 and k.dtype == v.dtype and k.dtype.isnative
 
 
-def _promote(*operands) -> np.dtype:
-    wanted = set()
-    for name, x in zip("qkv", operands, strict=False):
-        if x.dtype.kind in "biu":
-            wanted.add(_FLOAT64)
-        elif x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
-            wanted.add(x.dtype.newbyteorder("="))
-        else:
-            raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+def float_dtype(name: str, x: np.ndarray) -> np.dtype:
+    """The dtype that `x` is computed in, or an error that names the argument."""
+    if x.dtype is _FLOAT32 or x.dtype is _FLOAT64:
+        return x.dtype  # a name takes 2 us
+    if x.dtype.kind in "biu":
+        return _FLOAT64
+    if x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
+        return x.dtype.newbyteorder("=")
+    raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+
+
+def _promote(q, k, v) -> np.dtype:
+    return _widest({float_dtype("q", q), float_dtype("k", k), float_dtype("v", v)})
+
+
+def _widest(wanted: set) -> np.dtype:
     for dtype in (_FLOAT64, _FLOAT32):
         if dtype in wanted:
             return dtype
@@ -390,7 +441,8 @@ def _per_head(name, value, heads) -> np.ndarray:
     return x.astype(np.float64)
 
 
-def _window(value) -> tuple[int | None, int | None]:
+def window_sides(value) -> tuple[int | None, int | None]:
+    """``(left, right)`` of a window, or an error."""
     if isinstance(value, (tuple, list)):
         sides = tuple(value)
         if len(sides) != 2:
@@ -420,23 +472,62 @@ def _q_offset(value, batch) -> int | np.ndarray:
     return int(x) if x.ndim == 0 else _broadcast("q_offset", x, batch, "the leading axes")
 
 
-def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
+def span_sides(value) -> tuple:
+    """``(start, stop)`` as given, or an error."""
     try:
         start, stop = value
     except (TypeError, ValueError):
         raise TypeError(f"spans: {type(value).__name__} given, (start, stop) wanted") from None
-    start, stop = (np.clip(integers("spans", side), 0, n_keys) for side in (start, stop))
+    return start, stop
+
+
+def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
+    start, stop = (np.clip(integers("spans", x), 0, n_keys) for x in span_sides(value))
     axes = "(..., heads, queries)"
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
 
 
-def _empty_like(q, shape, dtype):
-    """An array of `shape` whose axes lie in memory in the order of q's."""
-    if isinstance(q, DeviceArray):
-        return q.planned(shape, dtype)
-    lead = len(shape) - q.ndim
-    q = q.reshape((1,) * lead + q.shape) if lead else q
-    return np.empty_like(q, dtype, shape=shape, subok=False)
+def _block_mask(value, mask_mod, grid) -> None:
+    if not isinstance(value, BlockMask):
+        raise TypeError(
+            f"block_mask: {type(value).__name__} given, the result of fastattn.block_mask wanted"
+        )
+    if mask_mod is not None and mask_mod is not value.mask_mod:
+        raise ValueError("block_mask: made from another mask_mod than the one given")
+    made_for = (*value.blocks.shape[:2], value.n_queries, value.n_keys)
+    fits = all(made in (1, n) for made, n in zip(made_for[:2], grid, strict=False))
+    if not fits or made_for[2:] != grid[2:]:
+        raise ValueError(
+            f"block_mask: made for (batch, heads, n_queries, n_keys) {made_for}, {grid} wanted"
+        )
+
+
+def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:
+    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+        raise TypeError(f"wrt: {type(wrt).__name__} given, a tuple of names wanted")
+    for name in wrt:
+        if name not in ("bias", "alibi", "sinks"):
+            raise ValueError(f"wrt: {name!r} given, some of 'bias', 'alibi', 'sinks' wanted")
+        if given[name] is None:
+            raise ValueError(f"wrt: {name!r} given, but no {name}=")
+    arrays = [(name, given[name]) for name in "qkv"]
+    arrays += [(name, _operand(name, given[name])) for name in wrt]
+    return tuple(Gradient(name, x.shape, _with(dtype, x.dtype)) for name, x in arrays)
+
+
+def _with(dtype, other) -> np.dtype:
+    """The wider of `dtype` and the real dtype `other`; long double counts as float64."""
+    short = (other.kind == "f" and other.itemsize < 8) or _is_bfloat16(other)
+    return _widest({dtype, other.newbyteorder("=") if short else _FLOAT64})
+
+
+def empty_like(x, shape, dtype):
+    """An array of `shape` whose axes lie in memory in the order of x's."""
+    if isinstance(x, DeviceArray):
+        return x.planned(shape, dtype)
+    lead = len(shape) - x.ndim
+    x = x.reshape((1,) * lead + x.shape) if lead else x
+    return np.empty_like(x, dtype, shape=shape, subok=False)
 
 
 def _out(out, shape, dtype, one_head, inputs):
@@ -459,7 +550,7 @@ def _out(out, shape, dtype, one_head, inputs):
     writable = x.dtype.isnative and x.flags.aligned and type(x) in (np.ndarray, DeviceArray)
     if writable and not any(_may_overlap(x, y) for y in inputs if y is not None):
         return (x[None] if one_head else x), None
-    return _empty_like(q, shape, dtype), out
+    return empty_like(q, shape, dtype), out
 
 
 def _overlaps_itself(x) -> bool:

@@ -1,4 +1,5 @@
-"""The definition: softmax attention written out as in a textbook, in float64, on the full grid.
+"""The definition: softmax attention and its gradients written out as in a textbook, in float64, on
+the full grid.
 
 Every other backend is held to this one. It is never optimised; it makes several arrays of
 queries x keys, so it is for short sequences and for reading.
@@ -6,8 +7,11 @@ queries x keys, so it is for short sequences and for reading.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from .backward_problem import Backward
 from .problem import Problem, as_real
 
 name = "reference"
@@ -28,6 +32,16 @@ def run(problem: Problem):
     )
 
 
+def unsupported_backward(problem: Problem) -> str | None:
+    """Why this backend cannot compute the gradients of `problem`: never."""
+    return None
+
+
+def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+    """The gradients of `backward` by the names of their arguments."""
+    return gradients(backward)
+
+
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     return {"kernel": "the definition in float64, on the full grid"}
@@ -43,30 +57,73 @@ def attend(problem: Problem, real=np.float64):
     with np.errstate(all="ignore"):
         s = scores(problem, real)
         seen = visible(problem)
+        if problem.score_mod is not None:
+            seen &= s != -np.inf
         weights, lse = softmax(s, seen, problem.sinks)
         v = per_query_head(as_real(problem.v, problem.v_scales, real), problem)
-        # A weight of 0 on an unseen key must not meet a NaN in v: leave the key out of the sum.
-        if np.isfinite(v).all():
-            out = weights @ v
-        else:
-            terms = np.where(seen[..., None], weights[..., None] * v[..., None, :, :], 0)
-            out = terms.sum(axis=-2)
+        out = weighted_sum(weights, seen, v)
     return out, lse, weights
 
 
-def scores(p: Problem, real=np.float64) -> np.ndarray:
+def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
+    """The gradient of each argument that is wanted, in the precision `real`.
+
+    With ``w = exp(s - lse)`` and ``out = w @ v``, the gradient of the scores is
+    ``w * (grad_out @ v.T - delta)``, where ``delta = (grad_out * out).sum(-1) - grad_lse`` (Dao et
+    al. 2022, "FlashAttention", appendix B.2). Each gradient is that of the array broadcast to every
+    query head or, for k and v, to every key head: the caller sums over axes that broadcast.
+    """
+    p = b.problem
+    with np.errstate(all="ignore"):
+        q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
+        k, v = (per_query_head(x.astype(real), p) for x in (p.k, p.v))
+        grad_out, lse = b.grad_out.astype(real), b.lse.astype(real)
+        seen, capped = visible(p), capped_products(p, real)
+        weights, sink_weights = recomputed(scores(p, real, capped), seen, lse, p)
+        delta = (grad_out * b.out.astype(real)).sum(axis=-1)
+        if b.grad_lse is not None:
+            delta = delta - b.grad_lse.astype(real)
+
+        grad_weights = grad_out @ v.swapaxes(-1, -2)
+        grad_s = np.where(seen, weights * (grad_weights - delta[..., None]), 0)
+        slope = 1.0 if p.softcap is None else 1 - (capped / p.softcap) ** 2
+        grad_product = np.where(seen, real(p.scale) * grad_s * slope, 0)
+
+        seen_by = seen.swapaxes(-1, -2)
+        found = {
+            "q": weighted_sum(grad_product, seen, k),
+            "k": per_key_head(weighted_sum(grad_product.swapaxes(-1, -2), seen_by, q), p),
+            "v": per_key_head(weighted_sum(weights.swapaxes(-1, -2), seen_by, grad_out), p),
+            "bias": grad_s,
+        }
+        leading = tuple(range(len(p.batch)))
+        if b.wants("alibi"):
+            i, j = positions(p)
+            found["alibi"] = -(grad_s * np.abs(i - j)).sum(axis=(-1, -2)).sum(axis=leading)
+        if b.wants("sinks"):
+            found["sinks"] = -(sink_weights * delta).sum(axis=-1).sum(axis=leading)
+    return found
+
+
+def scores(p: Problem, real=np.float64, products=None) -> np.ndarray:
     """``s[i, j]`` of every query and key: (batch, heads, queries, keys)."""
-    q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
-    k = per_query_head(as_real(p.k, p.k_scales, real), p)
-    s = real(p.scale) * (q @ k.swapaxes(-1, -2))
-    if p.softcap is not None:
-        s = p.softcap * np.tanh(s / p.softcap)
+    s = capped_products(p, real) if products is None else products
     if p.bias is not None:
         s = s + p.bias.astype(real)
     if p.alibi is not None:
         i, j = positions(p)
         s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j)
+    if p.score_mod is not None:
+        s = on_grid(p, p.score_mod, s.astype(np.float64)).astype(real)
     return s
+
+
+def capped_products(p: Problem, real=np.float64) -> np.ndarray:
+    """The score before anything is added: the scaled products, softly capped."""
+    q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
+    k = per_query_head(as_real(p.k, p.k_scales, real), p)
+    s = real(p.scale) * (q @ k.swapaxes(-1, -2))
+    return s if p.softcap is None else p.softcap * np.tanh(s / p.softcap)
 
 
 def visible(p: Problem) -> np.ndarray:
@@ -89,6 +146,8 @@ def visible(p: Problem) -> np.ndarray:
         seen &= (start[..., None] <= j) & (j < stop[..., None])
     if p.bias is not None:
         seen &= p.bias != -np.inf
+    if p.mask_mod is not None:
+        seen &= on_grid(p, p.mask_mod).astype(bool)
     return seen
 
 
@@ -103,12 +162,38 @@ def softmax(s, seen, sinks=None):
         sinks = sinks.astype(s.dtype)[:, None, None]
         top = np.maximum(top, sinks)
     shift = np.where(np.isfinite(top), top, 0)
-    total = np.exp(s - shift).sum(axis=-1, keepdims=True)
+    powers = np.exp(s - shift)
+    total = powers.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks - shift)
-    lse = shift + np.log(total)
-    weights = np.where(seen, np.exp(s - lse), 0)
-    return weights, lse[..., 0]
+    weights = np.where(seen, powers / total, 0)  # exact where lse is too large to hold log(total)
+    return weights, (shift + np.log(total))[..., 0]
+
+
+def recomputed(s, seen, lse, p: Problem):
+    """``(weights, sink_weights)`` of a row whose `lse` is known; it may be that of more keys.
+
+    An lse of 1 / eps or more has no digit left for the number of keys, as where a finite mask
+    hides all of them: there the softmax is taken anew.
+    """
+    weights = np.where(seen, np.exp(s - lse[..., None]), 0)
+    anew, own_lse = softmax(s, seen, p.sinks)
+    far = np.abs(lse) > 1 / np.finfo(p.accumulator).eps
+    weights = np.where(far[..., None], anew, weights)
+    if p.sinks is None:
+        return weights, None
+    sinks = np.broadcast_to(p.sinks.astype(s.dtype)[:, None], lse.shape)
+    alone = np.isneginf(sinks)  # takes no part, though nothing else may be seen
+    return weights, np.where(alone, 0, np.exp(sinks - np.where(far, own_lse, lse)))
+
+
+def weighted_sum(weights, seen, x):
+    """``weights @ x``. A weight of 0 on an unseen row of x must not meet a NaN there: such rows are
+    left out of the sum.
+    """
+    if np.isfinite(x).all():
+        return weights @ x
+    return np.where(seen[..., None], weights[..., None] * x[..., None, :, :], 0).sum(axis=-2)
 
 
 def positions(p: Problem):
@@ -119,7 +204,22 @@ def positions(p: Problem):
     return np.arange(p.n_queries)[:, None] + offset, np.arange(p.n_keys)
 
 
+def on_grid(p: Problem, function, *first) -> np.ndarray:
+    """``function(*first, batch, head, i, j)`` everywhere: (batch, heads, queries, keys)."""
+    shape = (*p.rows(), p.n_keys)
+    batch, *rest = np.indices((math.prod(p.batch), *shape[-3:]))
+    function = getattr(function, "py_func", function)
+    grid = np.frompyfunc(function, 4 + len(first), 1)
+    values = grid(*(x.reshape(batch.shape) for x in first), batch, *rest)
+    return values.astype(np.float64).reshape(shape)
+
+
 def per_query_head(x, p: Problem) -> np.ndarray:
     """Keys or values with the head that each query head reads: ``h // group``."""
     x = np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-2:]))
     return x[..., np.arange(p.heads) // p.group, :, :]
+
+
+def per_key_head(x, p: Problem) -> np.ndarray:
+    """The sum over the query heads that read each head of the keys."""
+    return x.reshape(*p.batch, p.kv_heads, p.group, *x.shape[-2:]).sum(axis=-3)

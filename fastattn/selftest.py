@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import reference
+from .backward_problem import Backward
 from .bench.machine import kernels
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, unsupported, unsupported_backward
 from .problem import Problem, pose
 
 __all__ = ["Outcome", "selftest"]
@@ -26,7 +27,7 @@ DISABLE = "FASTATTN_DISABLE_CPU_FEATURES"
 class Outcome(NamedTuple):
     """How one backend did on one problem."""
 
-    problem: str
+    problem: str  # or its gradients
     target: str  # a backend, with its instruction set where it has several
     error: float | None  # in units of what is allowed; None: not served
     reason: str | None  # why not
@@ -37,20 +38,39 @@ class Outcome(NamedTuple):
 
 
 def selftest() -> Iterator[Outcome]:
-    """Solve every problem on every target of this machine."""
-    for title, (arrays, options) in problems().items():
-        problem = pose(*arrays, **options)
-        exact = reference.attend(problem, np.longdouble if _is_double(problem) else np.float64)[0]
-        allowed = 2 * _rms(_plain_numpy(problem) - exact) + 2 * _ulp(exact, problem.dtype)
-        for target, backend, disabled in targets():
-            with _disabled_features(disabled):
-                reason = backend.unsupported(problem)
-                if reason is not None:
-                    yield Outcome(title, target, None, reason)
-                    continue
-                problem.result.fill(np.nan)
-                backend.run(problem)
-            yield Outcome(title, target, _rms(problem.result - exact) / allowed, None)
+    """Solve every problem, and find its gradients, on every target of this machine."""
+    for title, problem in problems().items():
+        grad_out = np.random.default_rng(1).standard_normal(problem.result.shape)
+        grad_out = grad_out.astype(problem.dtype)
+        exact = _exact(problem, grad_out)
+        allowed = {
+            name: 2 * _rms(plain - exact[name]) + 2 * _ulp(exact[name], problem.dtype)
+            for name, plain in _plain_numpy(problem, grad_out).items()
+        }
+        for row, cannot, solve, names in (
+            (title, unsupported, _attend, ("out",)),
+            (f"{title}: gradients", unsupported_backward, _differentiate, ("q", "k", "v")),
+        ):
+            for target, backend, disabled in targets():
+                with _disabled_features(disabled):
+                    reason = cannot(backend, problem)
+                    if reason is not None:
+                        yield Outcome(row, target, None, reason)
+                        continue
+                    found = solve(backend, problem, grad_out)
+                errors = [_rms(found[name] - exact[name]) / allowed[name] for name in names]
+                yield Outcome(row, target, float(np.max(errors)), None)  # a NaN is the largest
+
+
+def _attend(backend, problem: Problem, grad_out) -> dict[str, np.ndarray]:
+    problem.result.fill(np.nan)
+    backend.run(problem)
+    return {"out": problem.result}
+
+
+def _differentiate(backend, problem: Problem, grad_out) -> dict[str, np.ndarray]:
+    lse, _ = backend.run(problem)
+    return backend.run_backward(Backward(problem, problem.result, lse, grad_out, None))
 
 
 def targets() -> Iterator[tuple[str, Any, str]]:
@@ -65,8 +85,8 @@ def targets() -> Iterator[tuple[str, Any, str]]:
             yield f"{backend.name} {isa}", backend, " ".join(sets[:n])
 
 
-def problems() -> dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
-    """The arrays and options of each problem, by what it tries."""
+def problems() -> dict[str, Problem]:
+    """The problems, by what they try."""
     rng = np.random.default_rng(0)
 
     def arrays(batch, heads, n_queries, n_keys, head_dim, kv_heads=None, value_dim=None, dtype="f"):
@@ -82,7 +102,7 @@ def problems() -> dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
     start = rng.integers(0, 150, (4, 200))
     sequence_first = tuple(x.swapaxes(1, 2).copy().swapaxes(1, 2) for x in square)
     padded = {"kv_lengths": [120, 200], "q_offset": 0}
-    return {
+    calls: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
         "float32": (square, {}),
         "float64": (arrays(1, 2, 150, 150, 64, dtype="d"), {}),
         "float16": (arrays(1, 2, 100, 100, 64, dtype="e"), {}),
@@ -107,6 +127,10 @@ def problems() -> dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
         "softcap": (square, {"softcap": 3.0}),
         "sinks": (square, {"sinks": slopes}),
     }
+    return {
+        title: pose(q, k, v, return_lse=True, gradients=True, **options)
+        for title, ((q, k, v), options) in calls.items()
+    }
 
 
 @contextmanager
@@ -121,8 +145,15 @@ def _disabled_features(features: str) -> Iterator[None]:
             os.environ[DISABLE] = before
 
 
-def _plain_numpy(p: Problem) -> np.ndarray:
-    """The textbook formula with every step in the dtype of the problem."""
+def _exact(p: Problem, grad_out) -> dict[str, np.ndarray]:
+    """The result and the gradients by the definition."""
+    real = np.longdouble if p.dtype == np.float64 else np.float64
+    out, lse, _ = reference.attend(p, real)
+    return {"out": out, **reference.gradients(Backward(p, out, lse, grad_out, None), real)}
+
+
+def _plain_numpy(p: Problem, grad_out) -> dict[str, np.ndarray]:
+    """The textbook formulae of the result and the gradients, every step in the problem's dtype."""
     real = p.dtype.type
     s = np.where(reference.visible(p), reference.scores(p, real).astype(real), real(-np.inf))
     top = s.max(axis=-1, keepdims=True)
@@ -135,7 +166,19 @@ def _plain_numpy(p: Problem) -> np.ndarray:
     if p.sinks is not None:
         total = total + np.exp(sinks - shift)
     weights = weights / np.where(total == 0, real(1), total)
-    return weights @ reference.per_query_head(p.v, p)
+    k, v = (reference.per_query_head(x, p) for x in (p.k, p.v))
+    out = weights @ v
+    delta = (grad_out * out).sum(axis=-1, keepdims=True)
+    grad_s = weights * (grad_out @ v.swapaxes(-1, -2) - delta)
+    if p.softcap is not None:
+        grad_s = grad_s * (1 - (reference.capped_products(p, real) / real(p.softcap)) ** 2)
+    grad_s = grad_s * real(p.scale)
+    return {
+        "out": out,
+        "q": grad_s @ k,
+        "k": reference.per_key_head(grad_s.swapaxes(-1, -2) @ p.q, p),
+        "v": reference.per_key_head(weights.swapaxes(-1, -2) @ grad_out, p),
+    }
 
 
 def _rms(error: np.ndarray) -> float:
@@ -145,7 +188,3 @@ def _rms(error: np.ndarray) -> float:
 def _ulp(exact: np.ndarray, dtype: np.dtype) -> float:
     """The distance from the largest result to the next number of `dtype`."""
     return float(np.spacing(np.abs(exact).max().astype(dtype)))
-
-
-def _is_double(problem: Problem) -> bool:
-    return problem.dtype == np.float64

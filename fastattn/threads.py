@@ -9,7 +9,7 @@ from pathlib import Path
 from .environment import getenv
 from .problem import count
 
-__all__ = ["thread_count"]
+__all__ = ["affinity", "openmp_setting", "thread_count"]
 
 
 def thread_count(requested: int | None, openmp: int) -> int:
@@ -28,6 +28,16 @@ def thread_count(requested: int | None, openmp: int) -> int:
             ) from None
         return count("FASTATTN_NUM_THREADS", n)
     return max(1, min(openmp, affinity(), _cgroup_quota()))
+
+
+def openmp_setting() -> int:
+    """How many threads OpenMP would use; where the extension is missing, by its variable alone."""
+    try:
+        from ._kernels import openmp_threads
+    except ImportError:
+        first = (getenv("OMP_NUM_THREADS") or "").partition(",")[0]
+        return int(first) if first.strip().isdecimal() else affinity()
+    return openmp_threads()
 
 
 def affinity() -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import simulator
 from hypothesis import HealthCheck, settings
 
 import fastattn
-from fastattn.dispatch import BACKENDS, named
+from fastattn.dispatch import BACKENDS, named, unsupported_backward
 from fastattn.problem import pose
 
 # The same examples in every run; `pytest --hypothesis-profile=long` draws many new ones.
@@ -50,6 +52,10 @@ class Target(NamedTuple):
         """Why the backend cannot serve this call, in its own words."""
         return named(self.backend).unsupported(pose(q, k, v, **options))
 
+    def unsupported_backward(self, q, k, v, **options) -> str | None:
+        """Why the backend cannot compute the gradients of this call, in its own words."""
+        return unsupported_backward(named(self.backend), pose(q, k, v, gradients=True, **options))
+
     def attend(self, q, k, v, **options):
         """`fastattn.scaled_dot` on this backend; skips the test where that cannot serve."""
         try:
@@ -59,6 +65,13 @@ class Target(NamedTuple):
         if reason is not None:
             pytest.skip(f"{self.backend} cannot serve this call: {reason}")
         return fastattn.scaled_dot(q, k, v, backend=self.backend, **options)
+
+    def vjp(self, q, k, v, **options):
+        """`fastattn.vjp` of `scaled_dot` on this backend; skips where that has no gradients."""
+        reason = self.unsupported_backward(q, k, v, **options)
+        if reason is not None:
+            pytest.skip(f"{self.backend} cannot serve this call: {reason}")
+        return fastattn.vjp(fastattn.scaled_dot, q, k, v, backend=self.backend, **options)
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -82,8 +95,18 @@ def targets():
             yield Target(backend.name, isa, " ".join(sets[:n]))
 
 
+@cache
+def compile_numba_kernels():
+    """On disk they are found by the programs that tests start, which have a time limit."""
+    for dtype in ("float32", "float64"):
+        q = np.ones((1, 1, 1), dtype)
+        fastattn.scaled_dot(q, q, q, backend="numba")
+
+
 @pytest.fixture(params=targets(), ids=str)
 def target(request, monkeypatch) -> Target:
+    if request.param.backend == "numba" and "numba" in fastattn.available_backends():
+        compile_numba_kernels()
     monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", request.param.disabled)
     return request.param
 

@@ -18,7 +18,7 @@ def test_names_the_target(target):
         assert found.plan["instruction set"] == target.isa
     table = str(found)
     assert table.splitlines()[0].split() == ["backend", target.backend]
-    assert len(table.splitlines()) == 2 + len(found.plan) + len(found.passed_over)
+    assert len(table.splitlines()) == 3 + len(found.plan) + len(found.passed_over)
 
 
 def test_default_is_what_runs():
@@ -43,10 +43,23 @@ def test_reasons_of_who_cannot_serve():
         fastattn.explain(*ARRAYS, backend="nobody")
 
 
+def test_gradients(target):
+    """A backend without a backward pass says so; by default it is passed over."""
+    named = fastattn.explain(*ARRAYS, backend=target.backend).gradients
+    if target.unsupported_backward(*ARRAYS) is None:
+        assert named.split(",")[0] == target.backend
+    else:
+        assert named.startswith(f"none: backend: {target.backend!r} given, which cannot serve")
+    default = fastattn.explain(*ARRAYS).gradients
+    first = default.split(",")[0]
+    before = [b.name for b in BACKENDS[: [b.name for b in BACKENDS].index(first)]]
+    assert all(f"not {name}: " in default for name in before)
+
+
 def test_share_skipped(target):
     if target.backend != "cython":
         pytest.skip(f"{target.backend} does not tell what it skips")
-    q = np.zeros((1, 960, 8), np.float32)
+    q = np.zeros((1, 3840, 8), np.float32)  # whole tiles of every instruction set
     assert fastattn.explain(q, q, q, backend="cython").plan["skipped"].startswith("0%")
     causal = fastattn.explain(q, q, q, causal=True, backend="cython").plan["skipped"]
     assert 40 <= int(causal.split("%")[0]) <= 50

@@ -23,7 +23,8 @@ class TestLeastNumber:
         q *= 0
         bias = np.zeros((70, 90), bias_dtype)
         bias[5:50] = np.finfo(bias_dtype).min
-        out = check(target, q, k, v, return_lse=False, bias=bias)
+        out, weights = check(target, q, k, v, return_lse=False, return_weights=True, bias=bias)
+        np.testing.assert_allclose(weights.astype(np.float64), 1 / 90, rtol=4 * np.finfo(dtype).eps)
         mean = v.astype(np.float64).mean(axis=-2, keepdims=True).repeat(2, axis=1)
         np.testing.assert_allclose(
             out.astype(np.float64),

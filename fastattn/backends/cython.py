@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..problem import Problem
+from ..backward_problem import Backward
+from ..problem import Problem, empty_like
 from ..threads import thread_count
+from . import numpy_backward
 
 try:
     import fastattn._kernels as _kernels
@@ -21,6 +23,10 @@ name = "cython"
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
 
+# Of an lse beyond this float32 keeps so few digits that weights made again from it are off by more
+# than their own rounding: it is made again too, in float64, at the price of a forward pass.
+LARGE_LSE = 256.0
+
 if _kernels is not None:
     _kernels.instruction_set()  # a wrong FASTATTN_DISABLE_CPU_FEATURES is an error from the start
 
@@ -30,6 +36,8 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if _kernels is None:
         return _missing
+    if p.is_flex:
+        return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -93,23 +101,77 @@ def threads(problem: Problem) -> int:
     return thread_count(p.threads, _kernels.openmp_threads())
 
 
+def unsupported_backward(problem: Problem) -> str | None:
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    for gradient in problem.gradients:
+        if gradient.name in ("bias", "alibi"):
+            return f"no kernel for the gradient of {gradient.name}"
+    return unsupported(problem)
+
+
+def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+    """The gradients of `backward` by the names of their arguments, each of the accumulator's dtype
+    and with every axis of the batch and of the heads.
+    """
+    b, p = backward, backward.problem
+    if np.any(np.abs(b.lse) > 1 / np.finfo(p.accumulator).eps, where=np.isfinite(b.lse)):
+        # No digit of such an lse is left for the number of keys: the softmax must be taken anew.
+        return numpy_backward.run_backward(b)
+    found = {
+        "q": np.zeros((*p.batch, p.heads, *p.q.shape[-2:]), p.accumulator),
+        "k": np.empty((*p.batch, p.kv_heads, *p.k.shape[-2:]), p.accumulator),
+        "v": np.empty((*p.batch, p.kv_heads, *p.v.shape[-2:]), p.accumulator),
+    }
+    lse = b.lse.astype(np.float64)
+    intervals = p.intervals()
+    start, stop = (None, None) if intervals is None else map(np.atleast_2d, intervals)
+    with np.errstate(all="ignore"):
+        out, grad_out = (x.astype(p.accumulator, copy=False) for x in (b.out, b.grad_out))
+        delta = np.einsum("...d,...d->...", grad_out, out).astype(np.float64)
+        if b.grad_lse is not None:
+            delta -= b.grad_lse
+        if b.wants("sinks") and p.sinks is not None:
+            sinks = p.sinks[:, None]
+            weights = np.where(sinks == -np.inf, 0, np.exp(sinks - lse))
+            rest = (*range(len(p.batch)), -1)
+            found["sinks"] = -(weights * delta).sum(axis=rest).astype(p.accumulator)
+    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
+    if np.any(np.abs(lse) > LARGE_LSE, where=np.isfinite(lse)):
+        _kernels.attend(
+            p.q, p.k, p.v, None, None, np.empty(p.rows(p.value_dim), p.dtype), p.batch, p.heads,
+            p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop,
+            p.mask, lse, None, None, p.accumulator.char, threads(p), True,
+        )  # fmt: skip
+    _kernels.differentiate(
+        p.q, p.k, p.v, b.grad_out, lse, delta, found["q"], found["k"], found["v"], p.batch, p.heads,
+        p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop,
+        p.mask, threads(p),
+    )  # fmt: skip
+    for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
+        if not x.flags.c_contiguous:  # in the memory order of its array
+            ordered = empty_like(x, found[name].shape, p.accumulator)
+            ordered[...] = found[name]
+            found[name] = ordered
+    return found
+
+
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    queries, keys = _kernels.tile_size(product(p), together)
+    queries, panel, keys = _kernels.tile_size(product(p), together)
     return {
         "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(product(p), together)}",
         "instruction set": _kernels.instruction_set(),
         "tile": f"{queries} queries, {keys} keys a pass",
         "threads": str(threads(p)),
-        "skipped": f"{_share_skipped(p, queries):.0%} of the tiles"
+        "skipped": f"{_share_skipped(p, panel):.0%} of the tiles"
         + (", and those that the mask hides" if p.mask is not None else ""),
     }
 
 
 def _share_skipped(p: Problem, queries: int) -> float:
-    """The share of the square that lies outside the intervals of whole tiles."""
+    """The share of the square that lies outside the intervals of whole panels of queries."""
     intervals = p.intervals()
     if intervals is None or not p.n_queries or not p.n_keys:
         return 0.0

@@ -18,7 +18,9 @@ MOST_GRID_BYTES = 4 << 30
 
 
 class Prepared(NamedTuple):
-    """A call to time, and how to read its result as (batch, heads, n_queries, head_dim)."""
+    """A call to time, and how to read its result as (batch, heads, n_queries, head_dim): what
+    attention returns, or the gradient of the queries where that is the work.
+    """
 
     call: Callable[[], Any]
     read: Callable[[Any], np.ndarray]
@@ -46,6 +48,7 @@ class Contestant:
     only_named = False
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "float64")
+    gradients = False  # does it compute them?
     grouped = True
     windows = True
     causal_at_the_end = True  # with n_queries != n_keys, does the last query see the last key?
@@ -65,6 +68,8 @@ class Contestant:
             return missing
         if case.dtype not in self.dtypes:
             return f"does not compute in {case.dtype}"
+        if case.work != "forward" and not self.gradients:
+            return "computes no gradients"
         if case.grouped and not self.grouped:
             return "has no grouped heads"
         if case.window is not None and not self.windows:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import reference
+from ..backward_problem import Backward
 from ..dtypes import float_type
 from ..problem import pose
 
@@ -19,11 +20,18 @@ __all__ = ["CASES", "Case", "parse_shape"]
 EXACT_ROWS = {"float64": 16}
 EXACT_ROWS_DEFAULT = 64
 
+# Matrix products of queries x keys: the backward pass makes the scores again, and then the
+# gradients of the weights, q, k and v.
+PRODUCTS = {"forward": 2, "backward": 5, "training step": 7}
+
 SHAPE = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(\d+)(?:x(\d+))?,(\d+)")
 
 
 class Case(NamedTuple):
-    """One attention call: q (batch, heads, n_queries, head_dim), k and v with kv_heads, n_keys."""
+    """One attention call: q (batch, heads, n_queries, head_dim), k and v with kv_heads, n_keys.
+
+    Its `work` is the result, or the gradients of q, k and v from it, or both, as in training.
+    """
 
     batch: int
     heads: int
@@ -34,6 +42,7 @@ class Case(NamedTuple):
     causal: bool = False
     window: tuple[int, int] | None = None
     dtype: str = "float32"
+    work: str = "forward"  # a key of PRODUCTS
 
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.kv_heads}" if self.grouped else f"{self.heads}"
@@ -45,6 +54,8 @@ class Case(NamedTuple):
             words.append("causal")
         if self.window is not None:
             words.append(f"window {self.window[0]},{self.window[1]}")
+        if self.work != "forward":
+            words.append(self.work)
         return " ".join(words)
 
     @property
@@ -53,10 +64,10 @@ class Case(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the two products, for the keys that are seen."""
+        """Multiplications and additions of the products, for the keys that are seen."""
         start, stop = self.intervals()
         pairs = int(np.maximum(stop - start, 0).sum())
-        return 4 * self.head_dim * pairs * self.batch * self.heads
+        return 2 * PRODUCTS[self.work] * self.head_dim * pairs * self.batch * self.heads
 
     @property
     def bytes(self) -> int:
@@ -102,14 +113,25 @@ class Case(NamedTuple):
         q, k, v = (rng.standard_normal(s, draw).astype(dtype, copy=False) for s in shapes)
         return q, k, v
 
+    def grad_out(self) -> np.ndarray:
+        """The standard normal gradient of the result."""
+        return self.arrays(seed=1)[0]
+
     def exact(self, q, k, v) -> tuple[np.ndarray, np.ndarray]:
-        """``(rows, out)``: the exact results of some queries, spread over the whole length."""
+        """``(rows, exact)``: the exact results of some queries, spread over the whole length; where
+        gradients are the work, those of these queries.
+        """
         n = min(self.n_queries, EXACT_ROWS.get(self.dtype, EXACT_ROWS_DEFAULT))
         rows = np.unique(np.linspace(0, self.n_queries - 1, n).astype(int))
         start, stop = self.intervals()
-        problem = pose(q[..., rows, :], k, v, spans=(start[rows], stop[rows]))
+        spans = start[rows], stop[rows]
+        problem = pose(q[..., rows, :], k, v, spans=spans, gradients=True)
         real = np.longdouble if self.dtype == "float64" else np.float64
-        return rows, reference.attend(problem, real)[0]
+        out, lse, _ = reference.attend(problem, real)
+        if self.work == "forward":
+            return rows, out
+        backward = Backward(problem, out, lse, self.grad_out()[..., rows, :], None)
+        return rows, reference.gradients(backward, real)["q"]
 
 
 def parse_shape(text: str, **options) -> Case:
@@ -164,4 +186,9 @@ CASES: dict[str, Case] = {
         )
     },
     "decode-odd": Case(1, 14, 1, 5000, 80, kv_heads=2),
+    "backward": Case(1, 8, 2048, 2048, 64, work="backward"),
+    "backward-causal": Case(1, 8, 2048, 2048, 64, causal=True, work="backward"),
+    "backward-one-head": Case(1, 1, 4096, 4096, 64, work="backward"),
+    "backward-d128": Case(1, 8, 2048, 2048, 128, work="backward"),
+    "training": Case(1, 8, 2048, 2048, 64, causal=True, work="training step"),
 }

@@ -13,7 +13,7 @@ import numpy as np
 import fastattn
 
 from ..backends import cuda
-from ..dispatch import BACKENDS
+from ..dispatch import BACKENDS, unsupported_backward
 from ..problem import pose
 from .base import Contestant, Prepared
 from .cases import Case
@@ -37,21 +37,29 @@ class Fastattn(Contestant):
 
     def unavailable(self, case: Case, threads: int) -> str | None:
         tiny = case._replace(batch=1, n_queries=1, n_keys=1)
-        return self.backend.unsupported(
-            pose(*tiny.arrays(), causal=case.causal, window=case.window)
-        ) or (cannot_limit_blas(threads) if self.backend.name == "numpy" else None)
+        problem = pose(*tiny.arrays(), causal=case.causal, window=case.window, gradients=True)
+        reason = self.backend.unsupported(problem)
+        if reason is None and case.work != "forward":
+            reason = unsupported_backward(self.backend, problem)
+        return reason or (cannot_limit_blas(threads) if self.backend.name == "numpy" else None)
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         if self.backend.name == "numpy":
             limit_blas(threads)
 
-        def call():
-            return fastattn.scaled_dot(
-                q, k, v, causal=case.causal, window=case.window,
-                backend=self.backend.name, threads=threads,
-            )  # fmt: skip
+        options = {"causal": case.causal, "window": case.window,
+                   "backend": self.backend.name, "threads": threads}  # fmt: skip
+        if case.work == "forward":
+            return Prepared(lambda: fastattn.scaled_dot(q, k, v, **options), np.asarray)
+        grad_out = case.grad_out()
 
-        return Prepared(call, np.asarray)
+        def train():
+            _, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, **options)
+            return pullback(grad_out)
+
+        _, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, **options)
+        call = train if case.work == "training step" else lambda: pullback(grad_out)
+        return Prepared(call, lambda gradients: gradients[0])
 
 
 class FastattnCuda(Fastattn):
@@ -63,14 +71,10 @@ class FastattnCuda(Fastattn):
         return super().unavailable(case, threads) or TorchCuda().missing()
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
-        tensors = [TorchCuda().tensor(x) for x in (q, k, v)]
-
-        def call():
-            out = fastattn.scaled_dot(*tensors, causal=case.causal, window=case.window)
-            TorchCuda.finish()
-            return out
-
-        return Prepared(call, TorchCuda.read)
+        torch = TorchCuda()
+        q, k, v = (torch.tensor(x) for x in (q, k, v))
+        call, _ = super().prepare(q, k, v, case, threads)
+        return torch.finished(Prepared(call, torch.read))
 
 
 class PlainNumpy(Contestant):

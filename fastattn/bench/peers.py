@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Torch(Contestant):
     packages = ("torch",)
     dtypes = ("float32", "float64", "float16", "bfloat16")
     device = "cpu"
+    gradients = True
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         import torch
@@ -35,20 +37,26 @@ class Torch(Contestant):
         seen = None if is_causal else case.mask()
         mask = None if seen is None else self.tensor(seen)
 
-        def call():
-            with torch.inference_mode():
-                out = scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    attn_mask=mask,
-                    is_causal=is_causal,
-                    enable_gqa=case.grouped,
-                )
-            self.finish()
-            return out
+        def attend():
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=case.grouped
+            )
 
-        return Prepared(call, self.read)
+        if case.work == "forward":
+            return Prepared(torch.inference_mode()(attend), self.read)
+        sources = [x.requires_grad_() for x in (query, key, value)]
+        grad_out = self.tensor(case.grad_out())
+
+        def train():
+            return torch.autograd.grad(attend(), sources, grad_out)
+
+        out = attend()
+
+        def differentiate():
+            return torch.autograd.grad(out, sources, grad_out, retain_graph=True)
+
+        call = train if case.work == "training step" else differentiate
+        return Prepared(call, lambda gradients: self.read(gradients[0]))
 
     def tensor(self, x):
         """`x` as a tensor where this one computes."""
@@ -58,12 +66,7 @@ class Torch(Contestant):
             return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self.device)
         return torch.from_numpy(x).to(self.device)
 
-    @staticmethod
-    def finish() -> None:
-        """Wait until the result is there."""
-
-    @staticmethod
-    def read(out) -> np.ndarray:
+    def read(self, out) -> np.ndarray:
         import torch
 
         # Nor does NumPy know bfloat16.
@@ -85,11 +88,20 @@ class TorchCuda(Torch):
             absent = None if torch.cuda.is_available() else "torch finds no CUDA device"
         return absent
 
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        return self.finished(super().prepare(q, k, v, case, threads))
+
     @staticmethod
-    def finish() -> None:
+    def finished(prepared: Prepared) -> Prepared:
+        """The same, whose call waits until the result is there."""
         import torch
 
-        torch.cuda.synchronize()
+        def call():
+            out = prepared.call()
+            torch.cuda.synchronize()
+            return out
+
+        return Prepared(call, prepared.read)
 
 
 class OnnxRuntime(Contestant):
@@ -150,6 +162,7 @@ class Jax(Contestant):
     name = "jax"
     packages = ("jax", "jaxlib")
     dtypes = ("float32",)  # its softmax is float32 whatever comes in
+    gradients = True
     causal_at_the_end = False
 
     def unavailable(self, case: Case, threads: int) -> str | None:
@@ -158,7 +171,7 @@ class Jax(Contestant):
         return super().unavailable(case, threads)
 
     def grids(self, case: Case) -> int:
-        return 2
+        return 2 if case.work == "forward" else 4
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         os.environ["NPROC"] = str(threads)  # how XLA is told, before it starts
@@ -171,12 +184,30 @@ class Jax(Contestant):
                 q, k, v, is_causal=case.causal, local_window_size=case.window
             )
 
-        arrays = [jax.numpy.asarray(np.ascontiguousarray(x.swapaxes(1, 2))) for x in (q, k, v)]
-        compiled = jax.jit(attend).lower(*arrays).compile()
-        return Prepared(
-            lambda: compiled(*arrays).block_until_ready(),
-            lambda out: np.asarray(out).swapaxes(1, 2),
-        )
+        def array(x):
+            return jax.numpy.asarray(np.ascontiguousarray(x.swapaxes(1, 2)))
+
+        def train(q, k, v, grad_out):
+            return jax.vjp(attend, q, k, v)[1](grad_out)
+
+        def differentiate(pullback, grad_out):
+            return pullback(grad_out)
+
+        arrays = [array(x) for x in (q, k, v)]
+        function: Callable = attend
+        arguments: list = arrays
+        if case.work != "forward":
+            function, arguments = train, [*arrays, array(case.grad_out())]
+        if case.work == "backward":
+            pullback = jax.jit(lambda *x: jax.vjp(attend, *x)[1])(*arrays)
+            function, arguments = differentiate, [pullback, arguments[3]]
+        compiled = jax.jit(function).lower(*arguments).compile()
+
+        def read(found):
+            found = found if case.work == "forward" else found[0]
+            return np.asarray(found).swapaxes(1, 2)
+
+        return Prepared(lambda: jax.block_until_ready(compiled(*arguments)), read)
 
 
 class OpenVino(Contestant):

@@ -103,19 +103,19 @@ def print_info(info: dict[str, Any]) -> None:
 def print_selftest(outcomes: Sequence[Outcome]) -> None:
     """Print what `fastattn.selftest.selftest` found, a problem to a line."""
     cells: dict[str, list[str]] = {}
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for o in outcomes:
         cell = "not served" if o.error is None else f"{o.error:.2f}" + ("" if o.ok else " WRONG")
         cells.setdefault(o.problem, []).append(cell)
         if o.reason is not None:
-            reasons.setdefault((o.problem, o.reason), []).append(o.target)
+            reasons.setdefault(o.reason, {})[o.target] = None
     table(
         "rms error against float64; 1 is what is allowed: twice plain NumPy's, plus 2 ulp",
         ("", *dict.fromkeys(o.target for o in outcomes)),
         [(problem, *row) for problem, row in cells.items()],
     )
-    for (problem, reason), targets in reasons.items():
-        print(f"{problem}: not served by {', '.join(targets)}: {reason}")
+    for reason, targets in reasons.items():
+        print(f"not served by {', '.join(targets)}: {reason}")
     served = [o for o in outcomes if o.error is not None]
     print(f"{sum(o.ok for o in served)} of {len(served)} right")
 

@@ -1,0 +1,73 @@
+"""The kernel as Python calls it: compiled once, kept on disk, and free of the GIL."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from numba import njit
+
+from .scores import score_block
+from .tile import ATTEND, BLOCK_KEYS, DONE, WEIGH, open_tile, start_rows, tile_at
+from .values import attend_block, finish, store_weights
+
+__all__ = ["launcher"]
+
+
+def _digest() -> int:
+    """Of the sources here: of these, Numba's disk cache looks at this file alone."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    text = b"".join(path.read_bytes() for path in sources)
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+
+def _entry():
+    digest = _digest()
+
+    def launch(address, begin, end, scale, score_mod, mask_mod):
+        """Attend from the queries of the tiles begin <= item < end."""
+        digest  # noqa: B018  a closure's variables are part of the key of the disk cache
+        t = tile_at(address)
+        for item in range(begin, end):
+            open_tile(t, item, scale)
+            step = ATTEND
+            while step != DONE:
+                if step != WEIGH:
+                    start_rows(t, scale)
+                for block in range(t.first // BLOCK_KEYS * BLOCK_KEYS, t.last, BLOCK_KEYS):
+                    score_block(t, block, scale, score_mod, mask_mod)
+                    if step == WEIGH:
+                        store_weights(t, block, scale)
+                    else:
+                        attend_block(t, block, scale)
+                step = finish(t, step, scale)
+
+    return launch
+
+
+def _compiled(cache: bool):
+    return njit(nogil=True, error_model="numpy", cache=cache)(_entry())
+
+
+def _cached():
+    try:
+        return _compiled(cache=True)
+    except RuntimeError:  # nowhere to write: neither beside this file nor in the user's cache
+        return _compiled(cache=False)
+
+
+_plain = _cached()
+
+
+def launcher(score_mod, mask_mod):
+    """``launch(address, begin, end, scale, score_mod, mask_mod)`` for these functions, or None: it
+    compiles itself at its first call with numbers of a type.
+    """
+    return _plain if score_mod is None and mask_mod is None else _with(score_mod, mask_mod)
+
+
+@lru_cache(32)
+def _with(score_mod, mask_mod):
+    # Not on disk, where a function of the user's would be a new one in each process.
+    return _compiled(cache=False)

@@ -1,0 +1,342 @@
+"""The scores of a block of keys: the product, the options, who sees what."""
+
+from __future__ import annotations
+
+from math import inf
+
+import numpy as np
+
+from .exponential import tanh
+from .memory import (
+    ahead,
+    doubles,
+    flags,
+    ints,
+    load,
+    load_flags,
+    nonzero_bytes,
+    reals,
+    rows_to_columns,
+    store,
+    uint64s,
+)
+from .numbers import REAL, finite_most, read, rounded, widen
+from .tile import (
+    BEGUN,
+    FIRST,
+    INNER_FIRST,
+    INNER_LAST,
+    LAST,
+    LIVE,
+    MASK_QUERIES,
+    PANEL_FIELDS,
+    SEE_ALL,
+    SEE_NONE,
+    SEE_SOME,
+    STRIP_KEYS,
+    STRIPS,
+    VECS,
+    in_block,
+    inlined,
+    mask_rows,
+    product,
+    row_of,
+    seen_in_block,
+    strip_of,
+)
+from .vectors import (
+    TILE_VECS,
+    VECTOR_BYTES,
+    any_lane,
+    choose,
+    compiled,
+    constant,
+    lanes,
+    larger,
+    magnitude,
+    splat,
+    widest_vectors,
+    with_sign_of,
+)
+
+
+@inlined
+def score_block(t, begin, scale, score_mod, mask_mod):
+    """The scores of the block of keys that begins at `begin`, -inf where unseen."""
+    size = TILE_VECS * lanes(scale)
+    for i in range(t.panels * size):
+        reals(t.top, scale)[i] = -inf
+    for p in range(t.panels):
+        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+        panel[LIVE] = panel[BEGUN] = 0
+    for strip in range(STRIPS):
+        first, last = strip_of(begin, strip, t.first, t.last)
+        k = t.k_head + first * t.k_row
+        k_row, k_dim = t.k_row, t.k_dim
+        if t.format != REAL and first < last:
+            widen(k, k_row, k_dim, last - first, t.head_dim, t.format, reals(t.widened, scale))
+            k, k_row, k_dim = t.widened, 4 * t.head_dim, 4
+        for p in range(t.panels):
+            panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+            key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
+            state = SEE_NONE
+            if key < stop:
+                at = k + (key - first) * k_row
+                state = score(t, p, key, stop - key, begin, at, k_row, k_dim, scale, score_mod,
+                              mask_mod)  # fmt: skip
+            ints(t.strip)[p * STRIPS + strip] = state
+            if state != SEE_NONE:
+                panel[LIVE] = 1
+
+
+@compiled
+def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
+    """One panel's scores for `keys` keys from `key` on. Returns what it sees of them."""
+    size = TILE_VECS * lanes(scale)
+    panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+    vecs = panel[VECS]
+    scores, seen = (
+        in_block(t.scores, scale, p, key - begin),
+        seen_in_block(t, scale, p, key - begin),
+    )
+    state = SEE_ALL
+    inside = panel[INNER_FIRST] <= key and key + keys <= panel[INNER_LAST]
+    if not inside or t.mask != 0:
+        state = look(t, p, key, keys, seen, scale)
+    if mask_mod is not None and state != SEE_NONE:
+        state = call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod)
+    if state == SEE_NONE:
+        return state
+    queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
+    product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
+    if t.softcap > 0:
+        cap(t.softcap, vecs, keys, scores, scale)
+    if t.bias != 0:
+        tile = reals(t.bias_tile, scale)
+        load_bias(t, p, key, keys, tile, scale)
+        state = exclude(tile, vecs, keys, seen, state, scale)
+        add_bias(tile, vecs, keys, scores, scale)
+    if t.alibi != 0:
+        subtract_alibi(t, p, key, keys, scores, scale)
+    if score_mod is not None:
+        head, query = ints(t.row_head)[p * size] % t.heads, ints(t.row_query)[p * size]
+        rows = min(size, t.rows - p * size)
+        widest_vectors()
+        for j in range(keys):
+            row = ahead(scores, j * size)
+            for i in range(rows):
+                row[i] = score_mod(row[i], t.batch, head, query + i, key + j)
+        state = exclude(scores, vecs, keys, seen, state, scale)
+    tops, saw = ahead(reals(t.top, scale), p * size), ahead(flags(t.saw), p * size)
+    if state == SEE_SOME:
+        hide(vecs, keys, seen, scores, scale)
+        for j in range(keys):
+            for i in range(size):
+                saw[i] |= seen[j * size + i]
+    else:
+        for i in range(size):
+            saw[i] = 1
+    take_max(vecs, keys, scores, tops, scale)
+    return state
+
+
+@compiled
+def look(t, p, key, keys, seen, scale):
+    """What the panel sees by intervals and mask; where that is some keys, set seen[key][lane]."""
+    size = TILE_VECS * lanes(scale)
+    words = uint64s(t.words)
+    every, any_bit = first_bits(keys), np.uint64(0)
+    common, masked, masked_row = every, every, 0
+    for i in range(size):
+        row = p * size + i
+        start, stop = ints(t.row_start)[row] - key, ints(t.row_stop)[row] - key
+        bits = first_bits(stop) & ~first_bits(start) & every
+        if t.mask != 0:
+            at = row_of(t, t.mask, t.mask_row, row) + key * t.mask_dim
+            if at != masked_row:
+                masked_row, masked = at, mask_bits(at, t.mask_dim, keys)
+            bits &= masked
+        words[i] = bits
+        any_bit |= bits
+        common &= bits
+    if any_bit == 0:
+        return SEE_NONE
+    if common == every:
+        return SEE_ALL
+    for j in range(keys):
+        for i in range(size):
+            seen[j * size + i] = (words[i] >> np.uint64(j)) & np.uint64(1)
+    return SEE_SOME
+
+
+@compiled
+def first_bits(count):
+    if count <= 0:
+        return np.uint64(0)
+    return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
+
+
+@compiled
+def mask_bits(at, stride, keys):
+    """Bit j: does a row of the mask show key j?"""
+    if stride == 1 and keys == 64:
+        return nonzero_bytes(at)
+    bits = np.uint64(0)
+    for j in range(keys):
+        bits |= np.uint64(flags(at)[j * stride] != 0) << np.uint64(j)
+    return bits
+
+
+@compiled
+def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
+    """Take the keys that the function hides out of `seen`. Returns what the panel sees then. Only
+    blocks of which somebody sees some and not all are worth a call.
+    """
+    widest_vectors()
+    size = TILE_VECS * lanes(scale)
+    head, query = ints(t.row_head)[p * size], ints(t.row_query)[p * size]
+    rows = min(size, t.rows - p * size)
+    begin, end = mask_rows(t, p, scale)
+    if blocks_agree(t, head, begin, end, key, SEE_NONE):
+        return SEE_NONE
+    if blocks_agree(t, head, begin, end, key, SEE_ALL):
+        return state
+    if state == SEE_ALL:
+        for x in range(keys * size):
+            seen[x] = 1
+    for row in range(begin, end):
+        first = max(row * MASK_QUERIES - query, 0)
+        last = min((row + 1) * MASK_QUERIES - query, rows)
+        block = block_of(t, head, row, key)
+        for j in range(keys if block != SEE_ALL else 0):
+            at = ahead(seen, j * size)
+            if block == SEE_NONE:
+                for i in range(first, last):
+                    at[i] = 0
+            else:
+                for i in range(first, last):
+                    shown = mask_mod(t.batch, head % t.heads, query + i, key + j)
+                    at[i] &= np.uint8(bool(shown))
+    count = 0
+    for j in range(keys):
+        for i in range(rows):
+            count += seen[j * size + i]
+    return SEE_NONE if count == 0 else SEE_ALL if count == keys * rows else SEE_SOME
+
+
+@compiled
+def block_of(t, head, row, key):
+    """What the block mask says of a row of it and the strip of a key; without one, some."""
+    if t.blocks == 0:
+        return SEE_SOME
+    at = ints(t.blocks)[head] + row * t.blocks_row + key // STRIP_KEYS * t.blocks_dim
+    return np.int64(flags(at)[0])
+
+
+@compiled
+def blocks_agree(t, head, begin, end, key, state):
+    agree = True
+    for row in range(begin, end):
+        agree &= block_of(t, head, row, key) == state
+    return agree
+
+
+@compiled
+def cap(softcap, vecs, keys, scores, scale):
+    size = TILE_VECS * lanes(scale)
+    most, inverse = splat(constant(softcap, scale)), splat(constant(1 / softcap, scale))
+    for j in range(keys):
+        for n in range(vecs):
+            at = ahead(scores, j * size + n * lanes(scale))
+            store(at, most * tanh(load(at) * inverse))
+
+
+@compiled
+def load_bias(t, p, key, keys, tile, scale):
+    """tile[key][lane] = the bias, whatever its type."""
+    size = TILE_VECS * lanes(scale)
+    rows = ints(t.words)
+    for i in range(size):
+        rows[i] = row_of(t, t.bias, t.bias_row, p * size + i) + key * t.bias_dim
+    done = 0
+    if t.bias_format == REAL and t.bias_dim * lanes(scale) == VECTOR_BYTES:
+        done = keys // lanes(scale) * lanes(scale)
+        for n in range(0, size, lanes(scale)):
+            for j in range(0, done, lanes(scale)):
+                rows_to_columns(ahead(rows, n), j * t.bias_dim, ahead(tile, j * size + n))
+    for i in range(size):
+        for j in range(done, keys):
+            at = rows[i] + j * t.bias_dim
+            if t.bias_format == REAL:
+                tile[j * size + i] = reals(at, scale)[0]
+            else:
+                bias = read(at, t.bias_format, t.bias_swapped)
+                tile[j * size + i] = rounded(bias, scale)
+
+
+@compiled
+def exclude(values, vecs, keys, seen, state, scale):
+    """Take the keys whose value is -inf out of `seen`. Returns what the panel sees then."""
+    size = TILE_VECS * lanes(scale)
+    lowest = splat(constant(-inf, scale))
+    found = lowest < lowest
+    for j in range(keys):
+        for n in range(vecs):
+            found = found | (load(ahead(values, j * size + n * lanes(scale))) == lowest)
+    if not any_lane(found):
+        return state
+    for x in range(keys * size):
+        seen[x] = (state == SEE_ALL or seen[x] != 0) & (values[x] != -inf)
+    return SEE_SOME
+
+
+@compiled
+def add_bias(bias, vecs, keys, scores, scale):
+    """Add; a sum of finite numbers that overflows is the largest number still."""
+    size = TILE_VECS * lanes(scale)
+    most = splat(finite_most(scale))
+    for j in range(keys):
+        for n in range(vecs):
+            at = j * size + n * lanes(scale)
+            a, b = load(ahead(scores, at)), load(ahead(bias, at))
+            total = a + b
+            finite = (magnitude(a) <= most) & (magnitude(b) <= most)
+            bound = choose(magnitude(total) > most, with_sign_of(most, total), total)
+            store(ahead(scores, at), choose(finite, bound, total))
+
+
+@compiled
+def subtract_alibi(t, p, key, keys, scores, scale):
+    size = TILE_VECS * lanes(scale)
+    for i in range(size):
+        slope = constant(doubles(t.alibi)[ints(t.row_head)[p * size + i] % t.heads], scale)
+        place = ints(t.row_query)[p * size + i] + ints(t.q_offset)[t.batch]
+        for j in range(keys):
+            distance = constant(np.float64(abs(place - key - j)), scale)
+            scores[j * size + i] -= slope * distance
+
+
+@compiled
+def hide(vecs, keys, seen, scores, scale):
+    size = TILE_VECS * lanes(scale)
+    nothing = splat(constant(-inf, scale))
+    for j in range(keys):
+        for n in range(vecs):
+            at = j * size + n * lanes(scale)
+            s = load(ahead(scores, at))
+            store(ahead(scores, at), choose(load_flags(ahead(seen, at), s), s, nothing))
+
+
+@compiled
+def take_max(vecs, keys, scores, tops, scale):
+    size = TILE_VECS * lanes(scale)
+    for n in range(vecs):
+        top = load(ahead(tops, n * lanes(scale)))
+        column = ahead(scores, n * lanes(scale))
+        # In pairs of pairs, or the latency of one chain would be the time of the loop.
+        for j in range(0, keys, 4):
+            a, b = load(ahead(column, j * size)), load(ahead(column, min(j + 1, keys - 1) * size))
+            c = load(ahead(column, min(j + 2, keys - 1) * size))
+            d = load(ahead(column, min(j + 3, keys - 1) * size))
+            top = larger(larger(larger(a, b), larger(c, d)), top)
+        store(ahead(tops, n * lanes(scale)), top)

@@ -1,0 +1,293 @@
+"""The weighted sums of values: a block of keys, its joining to the rows, and their results."""
+
+from __future__ import annotations
+
+from math import inf, log, nan
+
+import numpy as np
+
+from .exponential import WEIGHT_UNIT, weight_of
+from .memory import (
+    ahead,
+    columns_to_rows,
+    doubles,
+    flags,
+    ints,
+    load,
+    load_flags,
+    load_unaligned,
+    reals,
+    store,
+)
+from .numbers import REAL, finite_most, widen
+from .tile import (
+    ATTEND,
+    ATTEND_WITH_MARGIN,
+    BEGUN,
+    DONE,
+    FIRST,
+    LAST,
+    LIVE,
+    PANEL_FIELDS,
+    SEE_ALL,
+    SEE_NONE,
+    SEE_SOME,
+    STARTED,
+    STRIPS,
+    VECS,
+    WEIGH,
+    in_block,
+    inlined,
+    product,
+    row_of,
+    seen_in_block,
+    strip_of,
+)
+from .vectors import (
+    TILE_VECS,
+    VECTOR_BYTES,
+    any_lane,
+    choose,
+    compiled,
+    constant,
+    lanes,
+    larger,
+    magnitude,
+    multiply_add,
+    splat,
+)
+
+
+@inlined
+def attend_block(t, begin, scale):
+    """Weigh the scores of the block and add its values to the rows' totals."""
+    size = TILE_VECS * lanes(scale)
+    for p in range(t.panels):
+        if ints(t.panel + 8 * PANEL_FIELDS * p)[LIVE]:
+            raise_max(t, p, scale)
+    for strip in range(STRIPS):
+        first, last = strip_of(begin, strip, t.first, t.last)
+        v = t.v_head + first * t.v_row
+        v_row, v_dim = t.v_row, t.v_dim
+        if t.format != REAL and first < last:
+            widen(v, v_row, v_dim, last - first, t.value_dim, t.format, reals(t.widened, scale))
+            v, v_row, v_dim = t.widened, 4 * t.value_dim, 4
+        for p in range(t.panels):
+            state = ints(t.strip)[p * STRIPS + strip]
+            if state == SEE_NONE:
+                continue
+            panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+            key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
+            weights = in_block(t.scores, scale, p, key - begin)
+            weigh(t, p, panel[VECS], stop - key, weights, scale)
+            total = reals(t.block_total if panel[STARTED] else t.total, scale)
+            seen = seen_in_block(t, scale, p, key - begin)
+            at, total = v + (key - first) * v_row, ahead(total, p * size * t.value_dim)
+            begun = panel[BEGUN]
+            panel[BEGUN] = 1
+            if state == SEE_SOME and not all_finite(t, at, v_row, v_dim, stop - key, scale):
+                add_seen(t, at, v_row, v_dim, stop - key, seen, weights, total, begun, scale)
+            else:
+                product(panel[VECS], at, v_dim, v_row, t.value_dim, stop - key, weights, total,
+                        begun)  # fmt: skip
+    for p in range(t.panels):
+        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+        if panel[LIVE]:
+            join_block(t, p, panel[VECS], panel[STARTED], scale)
+            panel[STARTED] = 1
+
+
+@compiled
+def raise_max(t, p, scale):
+    """Take the block's maximum into that of the rows; how much smaller old weights become."""
+    size = TILE_VECS * lanes(scale)
+    one, zero = splat(constant(1.0, scale)), splat(constant(0.0, scale))
+    nothing, margin = splat(constant(-inf, scale)), splat(constant(t.margin, scale))
+    unit = splat(constant(1 / WEIGHT_UNIT, scale))
+    for n in range(TILE_VECS):
+        at = p * size + n * lanes(scale)
+        top, row_max = ahead(reals(t.top, scale), at), ahead(reals(t.row_max, scale), at)
+        before = load(row_max)
+        now = larger(before, load(top) + margin)
+        store(row_max, now)
+        # While a row has seen nothing its maximum is -inf; any finite one will do.
+        shift = choose(now == nothing, zero, now)
+        store(top, shift)
+        # An unchanged maximum may be an infinite sink.
+        rescale = choose(before == now, one, weight_of(before - shift) * unit)
+        store(ahead(reals(t.rescale, scale), at), rescale)
+        store(ahead(reals(t.block_sum, scale), at), zero)
+
+
+@compiled
+def weigh(t, p, vecs, keys, scores, scale):
+    """Scores to weights relative to the maximum. Subtracting before scaling by log2(e) keeps the
+    largest weight exact and every finite score from overflowing.
+    """
+    size = TILE_VECS * lanes(scale)
+    for n in range(vecs):
+        at = p * size + n * lanes(scale)
+        top, total = (
+            load(ahead(reals(t.top, scale), at)),
+            load(ahead(reals(t.block_sum, scale), at)),
+        )
+        for j in range(keys):
+            s = ahead(scores, j * size + n * lanes(scale))
+            weight = weight_of(load(s) - top)
+            store(s, weight)
+            total = total + weight
+        store(ahead(reals(t.block_sum, scale), at), total)
+
+
+@compiled
+def all_finite(t, v, v_row, v_dim, keys, scale):
+    """Is each value of these keys finite? x - x is a NaN where x is not."""
+    zero, done, rest = splat(constant(0.0, scale)), 0, False
+    wild = zero < zero
+    if v_dim * lanes(scale) == VECTOR_BYTES:
+        done = t.value_dim // lanes(scale) * lanes(scale)
+    for j in range(keys):
+        row = v + j * v_row
+        for d in range(0, done, lanes(scale)):
+            x = load_unaligned(reals(row + d * v_dim, scale))
+            wild = wild | (x - x != zero)
+        for d in range(done, t.value_dim):
+            x = reals(row + d * v_dim, scale)[0]
+            rest |= x - x != 0
+    return not (rest or any_lane(wild))
+
+
+@compiled
+def add_seen(t, v, v_row, v_dim, keys, seen, weights, total, begun, scale):
+    """The second product where some row must not meet a NaN or an Inf in some v that it does not
+    see: 0 * NaN is a NaN, so unseen keys are left out lane by lane.
+    """
+    size = TILE_VECS * lanes(scale)
+    for d in range(t.value_dim):
+        out = ahead(total, d * size)
+        for i in range(size):
+            value = out[i] if begun else constant(0.0, scale)
+            for j in range(keys):
+                if seen[j * size + i]:
+                    x = reals(v + j * v_row + d * v_dim, scale)[0]
+                    value = multiply_add(x, weights[j * size + i], value)
+            out[i] = value
+
+
+@compiled
+def join_block(t, p, vecs, started, scale):
+    """Add the block's sums to the rows'."""
+    size = TILE_VECS * lanes(scale)
+    for n in range(vecs):
+        at = p * size + n * lanes(scale)
+        rescale = load(ahead(reals(t.rescale, scale), at))
+        row_sum = ahead(reals(t.row_sum, scale), at)
+        store(row_sum, load(row_sum) * rescale + load(ahead(reals(t.block_sum, scale), at)))
+        if started:  # or the block's total is the total already
+            at = p * size * t.value_dim + n * lanes(scale)
+            total, block = reals(t.total, scale), reals(t.block_total, scale)
+            for d in range(at, at + t.value_dim * size, size):
+                sums = load(ahead(total, d)) * rescale + load(ahead(block, d))
+                store(ahead(total, d), sums)
+
+
+@compiled
+def finish(t, step, scale):
+    """Deliver the rows' results. Returns the step to take next."""
+    if step == WEIGH:
+        return DONE
+    if step == ATTEND and overflowed(t, scale):
+        t.margin = log(2 * t.n_keys * WEIGHT_UNIT)
+        return ATTEND_WITH_MARGIN
+    store_rows(t, scale)
+    return WEIGH if t.weights != 0 else DONE
+
+
+@compiled
+def overflowed(t, scale):
+    """Is some sum of values not finite although the sum of its weights is?"""
+    size = TILE_VECS * lanes(scale)
+    most, zero = splat(finite_most(scale)), splat(constant(0.0, scale))
+    wrong = zero < zero
+    for p in range(t.panels):
+        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+        for n in range(panel[VECS] if panel[STARTED] else 0):
+            at = p * size + n * lanes(scale)
+            column = ahead(reals(t.total, scale), p * size * t.value_dim + n * lanes(scale))
+            some = zero  # x * 0 is a NaN where x is not finite, and so is every sum with it
+            for d in range(t.value_dim):
+                some = some + load(ahead(column, d * size)) * zero
+            finite = magnitude(load(ahead(reals(t.row_sum, scale), at))) <= most
+            wrong = wrong | (finite & (some != zero))
+    return any_lane(wrong)
+
+
+@compiled
+def store_rows(t, scale):
+    """Write the rows' results."""
+    size, width = TILE_VECS * lanes(scale), lanes(scale)
+    tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
+    for p in range(t.panels):
+        for n in range(0, size, width):
+            divide(t, p, n, scale)
+        store_panel(t, p, ahead(reals(t.total, scale), p * size * t.value_dim), scale)
+    for i in range(t.rows if t.lse != 0 else 0):
+        # log(NaN) where the top is Inf: Inf - Inf was weighed
+        top = np.float64(tops[i])
+        lse = top if top == inf else top + log(np.float64(sums[i]) / WEIGHT_UNIT)
+        doubles(row_of(t, t.lse, t.lse_row, i))[0] = lse
+
+
+@compiled
+def divide(t, p, n, scale):
+    """Weighted sums to means; 0 where a row saw nothing, whatever is in its column."""
+    size = TILE_VECS * lanes(scale)
+    zero, one = splat(constant(0.0, scale)), splat(constant(1.0, scale))
+    sums = load(ahead(reals(t.row_sum, scale), p * size + n))
+    # A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says.
+    share = choose(sums == zero, splat(constant(nan, scale)), one / sums)
+    saw = load_flags(ahead(flags(t.saw), p * size + n), sums)
+    column = ahead(reals(t.total, scale), p * size * t.value_dim + n)
+    for d in range(t.value_dim):
+        at = ahead(column, d * size)
+        store(at, choose(saw, load(at) * share, zero))
+
+
+@compiled
+def store_panel(t, p, columns, scale):
+    """out = columns[d][lane]."""
+    size, width = TILE_VECS * lanes(scale), lanes(scale)
+    rows, done = ints(t.words), 0
+    for i in range(size):
+        rows[i] = row_of(t, t.out, t.out_row, p * size + i)
+    if t.out_dim * width == VECTOR_BYTES and t.rows >= (p + 1) * size:
+        done = t.value_dim // width * width
+        for n in range(0, size, width):
+            for d in range(0, done, width):
+                columns_to_rows(ahead(rows, n), d * t.out_dim, ahead(columns, d * size + n))
+    for i in range(min(size, t.rows - p * size)):
+        for d in range(done, t.value_dim):
+            reals(rows[i] + d * t.out_dim, scale)[0] = columns[d * size + i]
+
+
+@compiled
+def store_weights(t, begin, scale):
+    """The weights of a block, from its scores and the rows' sums; unseen ones are 0 already."""
+    size = TILE_VECS * lanes(scale)
+    tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
+    for i in range(t.rows):
+        p, lane = i // size, i % size
+        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+        top = constant(0.0, scale) if tops[i] == -inf else tops[i]
+        target = row_of(t, t.weights, t.weights_row, i)
+        for strip in range(STRIPS):
+            state = ints(t.strip)[p * STRIPS + strip]
+            key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
+            if state == SEE_NONE:
+                continue
+            scores = ahead(in_block(t.scores, scale, p, key - begin), lane)
+            seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
+            for j in range(stop - key):
+                if state == SEE_ALL or seen[j * size]:
+                    weight = weight_of(scores[j * size] - top) / sums[i]
+                    reals(target + (key + j) * t.weights_dim, scale)[0] = weight

@@ -1,0 +1,188 @@
+"""The kernel of ``fastattn._numba``: vectors like those of the compiled kernels, made by Numba."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+
+import numpy as np
+
+from ..parallel import share
+from ..problem import Problem
+from ..threads import openmp_setting, thread_count
+
+name = "numba"
+
+# A launch is long beside the 10 us that it costs and short beside what Ctrl-C may take.
+LAUNCH_FLOPS = 50_000_000
+# Below this many flops a second thread costs more than it brings: waking one takes some 50 us.
+ONE_THREAD_FLOPS = 20_000_000
+
+
+@cache
+def _missing() -> str | None:
+    """Why Numba cannot be used, or None."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
+    try:
+        import_module("numba")
+    except ImportError as error:
+        return f"numba cannot be imported ({error})"
+    return None
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why this backend cannot serve `problem`, or None."""
+    p = problem
+    missing = _missing()
+    if missing is not None:
+        return missing
+    from .._numba.numbers import format_of
+
+    if p.k_scales is not None:
+        return "no kernel for int8 keys and values"
+    if p.bias is not None and format_of(p.bias.dtype) is None:
+        return f"no kernel for a bias of {p.bias.dtype}"
+    return None
+
+
+def run(problem: Problem):
+    """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
+    p = problem
+    if p.k.dtype != p.dtype:  # its tiles widen half types, of one kind in a call
+        p = p._replace(k=p.k.astype(p.dtype), v=p.v.astype(p.dtype))
+    real = p.accumulator
+    halves = p.dtype != real
+    result = np.empty(p.rows(p.value_dim), real) if halves else p.result
+    lse = np.empty(p.rows()) if p.return_lse else None
+    weights = np.zeros(p.rows(p.n_keys), real) if p.return_weights else None
+    with np.errstate(all="ignore"):
+        _Call(p, result, lse, weights).run()
+        if halves:
+            p.result[...] = result
+            weights = None if weights is None else weights.astype(p.dtype)
+        if lse is not None:
+            lse = lse.astype(real, copy=False)
+    return lse, weights
+
+
+class _Call:
+    """One call: the record that its tiles start from, and who carries them out."""
+
+    def __init__(self, p: Problem, result, lse, weights):
+        from .._numba import hooks, launch, numbers, tile
+
+        self.hooks = (
+            hooks.score_function(p.score_mod, p.accumulator.itemsize),
+            hooks.mask_function(p.mask_mod),
+        )
+        self.kernel = launch.launcher(*self.hooks)
+        self.scale = p.accumulator.type(p.scale)
+        self.threads = threads(p)
+        self.sizes = tile.scratch(p.accumulator.itemsize, p.head_dim, p.value_dim)
+        self.record = t = np.zeros(1, tile.TILE)
+        self.keep: list[np.ndarray] = []  # what the record points to
+        # Functions of the user's get one head and neighbouring queries, which vectorises best.
+        fold = p.group if self.hooks == (None, None) else 1
+        t["heads"], t["kv_heads"], t["group"], t["fold"] = p.heads, p.kv_heads, p.group, fold
+        t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys
+        t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
+        t["softcap"] = p.softcap or 0
+        t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
+        t["tiles"] = tiles = -(-fold * p.n_queries // rows)
+        if p.dtype != p.accumulator:
+            t["format"] = numbers.format_of(p.dtype)
+        self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
+        flops = 2 * rows * p.n_keys * (p.head_dim + p.value_dim)
+        self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (4 * self.threads)))
+        for operand in ("q", "k", "v"):
+            self.point(p, operand, getattr(p, operand))
+        self.point(p, "out", result)
+        intervals = p.intervals()
+        if intervals is not None:
+            for side, x in zip(("start", "stop"), intervals, strict=True):
+                self.point(p, side, np.atleast_2d(x)[..., None])
+        if p.mask is not None:
+            self.point(p, "mask", p.mask)
+        if p.bias is not None:
+            self.point(p, "bias", p.bias)
+            direct = p.bias.dtype == p.accumulator and p.bias.flags.aligned
+            t["bias_format"] = numbers.REAL if direct else numbers.format_of(p.bias.dtype)
+            t["bias_swapped"] = not p.bias.dtype.isnative
+        if p.block_mask is not None:
+            blocks = p.block_mask.blocks
+            batched = blocks.shape[0] > 1
+            shape = p.batch if batched else (1,) * len(p.batch)
+            self.point(p, "blocks", blocks.reshape(*shape, *blocks.shape[1:]))
+        if weights is not None:
+            self.point(p, "weights", weights)
+        if lse is not None:
+            self.point(p, "lse", lse[..., None])
+        if p.alibi is not None:
+            t["alibi"] = self.address(p.alibi)
+            t["q_offset"] = self.address(
+                np.ascontiguousarray(np.broadcast_to(p.q_offset, p.batch), np.int64)
+            )
+        if p.sinks is not None:
+            t["sinks"] = self.address(p.sinks)
+
+    def address(self, array: np.ndarray) -> int:
+        self.keep.append(array)
+        return array.__array_interface__["data"][0]
+
+    def point(self, p: Problem, operand: str, array: np.ndarray) -> None:
+        """Let the record find an array of (batch, heads, rows, dims), whose axes may broadcast."""
+        heads = p.kv_heads if operand in ("k", "v") else p.heads
+        shared = operand in ("k", "v", "blocks")
+        rows = array.shape[-2] if shared else p.n_queries
+        array = np.broadcast_to(array, (*p.batch, heads, rows, array.shape[-1]))
+        table = np.array(self.address(array), np.int64)
+        for n, stride in zip(array.shape[:-2], array.strides[:-2], strict=True):
+            table = table[..., None] + np.arange(n) * stride
+        self.record[operand] = self.address(np.ascontiguousarray(table))
+        self.record[f"{operand}_row"], self.record[f"{operand}_dim"] = array.strides[-2:]
+
+    def run(self) -> None:
+        """Carry out all tiles, on this thread and on others."""
+        self.launch(self.record, 0, 0)  # compiles, where that is to be done, on this thread alone
+        share(self.items, self.step, self.threads, self.start)
+
+    def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
+        self.kernel(tile.ctypes.data, begin, end, self.scale, *self.hooks)
+
+    def start(self) -> Callable[[int, int], None]:
+        """A thread's own launch, with a scratch of its own."""
+        tile = self.record.copy()
+        sizes = {part: -(-size // 64) * 64 for part, size in self.sizes.items()}
+        scratch = np.empty(sum(sizes.values()) + 64, np.uint8)
+        at = -(-self.address(scratch) // 64) * 64
+        for part, size in sizes.items():
+            tile[part] = at
+            at += size
+        return partial(self.launch, tile)
+
+
+def threads(problem: Problem) -> int:
+    """How many threads `problem` is worth; what it computes does not depend on it."""
+    p = problem
+    flops = 2 * p.n_queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
+    for n in p.batch:
+        flops *= n
+    if flops < ONE_THREAD_FLOPS:
+        return 1
+    return thread_count(p.threads, openmp_setting())
+
+
+def plan(problem: Problem) -> dict[str, str]:
+    """What would run, for `fastattn.explain`."""
+    from .._numba import tile, vectors
+
+    return {
+        "kernel": f"queries in lanes, {problem.accumulator}, compiled by Numba",
+        "instruction set": f"{vectors.INSTRUCTION_SET}, vectors of {vectors.VECTOR_BYTES} bytes",
+        "tile": f"{tile.TILE_BYTES // problem.accumulator.itemsize} queries, "
+        f"{tile.BLOCK_KEYS} keys a block",
+        "threads": str(threads(problem)),
+    }

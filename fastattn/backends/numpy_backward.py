@@ -1,0 +1,143 @@
+"""Gradients in plain NumPy: each tile's weights are made again from ``lse``, in O(S) memory.
+
+Dao et al. (2022), "FlashAttention", algorithm 4, with the queries in the outer loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..backward_problem import Backward
+from ..problem import Problem, empty_like
+from .numpy_tiles import (
+    Heads,
+    capped_products,
+    distances,
+    key_blocks,
+    product,
+    query_blocks,
+    scores,
+)
+
+__all__ = ["run_backward", "unsupported_backward"]
+
+
+def unsupported_backward(problem: Problem) -> str | None:
+    """Why this backend cannot compute the gradients of `problem`: never."""
+    return None
+
+
+def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+    """The gradients of `backward` by the names of their arguments, each of the accumulator's dtype
+    and with every axis of the batch and of the heads; that of a bias has the bias's own axes.
+    """
+    b, p = backward, backward.problem
+    found = {}
+    for name, x, n_heads in (("q", p.q, p.heads), ("k", p.k, p.kv_heads), ("v", p.v, p.kv_heads)):
+        found[name] = empty_like(x, (*p.batch, n_heads, *x.shape[-2:]), p.accumulator)
+        found[name].fill(0)
+    for gradient in p.gradients[3:]:
+        lead = 3 + len(p.batch) - len(gradient.shape) if gradient.name == "bias" else 0
+        found[gradient.name] = np.zeros((1,) * lead + gradient.shape, p.accumulator)
+    with np.errstate(all="ignore"):
+        for heads, queries in query_blocks(p):
+            _differentiate(b, heads, _rows(b, heads, queries), found)
+    return found
+
+
+class _Rows(NamedTuple):
+    """What a block of queries brings along; axes (kv_heads, group, queries, ...)."""
+
+    queries: slice
+    q: np.ndarray  # scaled
+    grad_out: np.ndarray
+    delta: np.ndarray  # what the weights' mean gradient takes off every score's
+    shift: np.ndarray  # the weights are exp(score - shift) / total
+    total: np.ndarray
+
+
+def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
+    p, real = b.problem, b.problem.accumulator
+
+    def block(x):
+        x = x[h.where][:, queries]
+        return x.reshape(*h.shape, *x.shape[1:]).astype(real)
+
+    q = h.q[:, :, queries].astype(real) * real.type(p.scale)
+    grad_out, lse = block(b.grad_out), block(b.lse)
+    delta = (grad_out * block(b.out)).sum(axis=-1)
+    if b.grad_lse is not None:
+        delta -= block(b.grad_lse)
+    rows = _Rows(queries, q, grad_out, delta, lse, np.ones_like(lse))
+    # An lse of 1 / eps or more has no digit left for the number of keys, as where a finite mask
+    # hides all of them: there the softmax is taken anew.
+    far = np.abs(lse) > 1 / np.finfo(real).eps
+    if not np.isfinite(lse[far]).any():
+        return rows
+    shift, total = _sums(p, h, rows)
+    return rows._replace(shift=np.where(far, shift, lse), total=np.where(far, total, 1))
+
+
+def _sums(p: Problem, h: Heads, r: _Rows):
+    """``(shift, total)`` of each row's softmax."""
+    top = np.full(r.delta.shape, -np.inf, p.accumulator)
+    if h.sinks is not None:
+        top = np.broadcast_to(h.sinks, top.shape)
+    total = np.exp(top - np.where(np.isfinite(top), top, 0))
+    for keys in key_blocks(p, h, r.queries):
+        s, _ = scores(p, h, capped_products(p, h, r.q, keys), r.queries, keys)
+        old, top = top, np.maximum(top, s.max(axis=-1))
+        shift = np.where(np.isfinite(top), top, 0)
+        rescale = np.where(old == -np.inf, 0, np.exp(old - shift))
+        total = total * rescale + np.exp(s - shift[..., None]).sum(axis=-1)
+    return np.where(np.isfinite(top), top, 0), total
+
+
+def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]) -> None:
+    """Add what one block of queries contributes to every gradient."""
+    p, real = b.problem, b.problem.accumulator.type
+    grad_q = np.zeros_like(r.q)
+    for keys in key_blocks(p, h, r.queries):
+        k, v = (x[:, :, keys].astype(real) for x in (h.k, h.v))
+        products = capped_products(p, h, r.q, keys)
+        s, seen = scores(p, h, products, r.queries, keys)
+        seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
+        weights = np.exp(s - r.shift[..., None]) / r.total[..., None]
+        weights = _where(seen, weights)
+        grad_s = weights * (r.grad_out @ v.swapaxes(-1, -2) - r.delta[..., None])
+        grad_s = _where(seen, grad_s)
+        if "bias" in found:
+            _add_to_bias(found["bias"], h, r.queries, keys, grad_s)
+        if "alibi" in found:
+            steps = (grad_s * distances(h, r.queries, keys).astype(real)).sum(axis=(-1, -2))
+            found["alibi"][h.where[-1]] -= steps.ravel()
+        if p.softcap is not None:
+            grad_s = _where(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
+        grad_q += product(grad_s, seen, k)
+        of_keys = (*h.kv_where, keys)
+        found["k"][of_keys] += product(grad_s.swapaxes(-1, -2), seen_by, r.q).sum(axis=1)
+        found["v"][of_keys] += product(weights.swapaxes(-1, -2), seen_by, r.grad_out).sum(axis=1)
+    grad_q *= real(p.scale)
+    found["q"][h.where][:, r.queries] = grad_q.reshape(-1, *grad_q.shape[2:])
+    if "sinks" in found:
+        weights = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
+        found["sinks"][h.where[-1]] -= (weights * r.delta).sum(axis=-1).ravel()
+
+
+def _where(seen, x):
+    return x if seen is None else np.where(seen, x, 0)
+
+
+def _add_to_bias(found, h: Heads, queries: slice, keys: slice, grad_s) -> None:
+    """Add one tile, summed over the axes along which the bias broadcasts."""
+    *batch, heads = h.where
+    rest = found.shape[-3:]
+    view = found[tuple(0 if n == 1 else i for n, i in zip(found.shape[:-3], batch, strict=True))]
+    place = zip(rest, (heads, queries, keys), strict=True)
+    tile = grad_s.reshape(-1, *grad_s.shape[2:])
+    broadcast = tuple(axis for axis, n in enumerate(rest) if n == 1)
+    view[tuple(slice(None) if n == 1 else at for n, at in place)] += tile.sum(
+        axis=broadcast, keepdims=True
+    )

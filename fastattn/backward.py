@@ -1,0 +1,102 @@
+"""The public backward pass: gradients of `fastattn.scaled_dot`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .backward_problem import pose_backward
+from .dispatch import select, unsupported_backward
+from .problem import Gradient, pose
+
+__all__ = ["scaled_dot_backward"]
+
+
+def scaled_dot_backward(
+    grad_out, q, k, v, out, lse, *, grad_lse=None, wrt=(),
+    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    backend=None, threads=None, precision=None,
+):  # fmt: skip
+    """Gradients of `scaled_dot`, from its results and their gradients, in O(S) memory.
+
+    `vjp` is the convenient half; this one keeps nothing between the passes but what it is given.
+
+    Parameters
+    ----------
+    grad_out : array_like, (..., Hq, Sq, Dv)
+        Gradient of a scalar with respect to `out`; rounded to the dtype of `out`.
+    q, k, v : array_like
+        As they were given to `scaled_dot`.
+    out : array_like, (..., Hq, Sq, Dv)
+    lse : array_like, (..., Hq, Sq)
+        What ``scaled_dot(..., return_lse=True)`` returned. From the `fastattn.merge` of several
+        sets of keys, each with its own call of this function, come the gradients through the whole.
+    grad_lse : array_like, (..., Hq, Sq), optional
+        Gradient with respect to `lse`; 0 by default.
+    wrt : tuple of {"bias", "alibi", "sinks"}, default ()
+        The options whose gradients are wanted besides. That of a bias of queries x keys is such an
+        array itself; one that broadcasts stays as small as it is.
+    scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask
+        As they were given to `scaled_dot`.
+    backend, threads, precision
+        As in `scaled_dot`; a backend that has no backward pass is passed over, or an error if it
+        is named.
+
+    Returns
+    -------
+    dq, dk, dv, *wrt : tuple of ndarray
+        Each has the shape of its array: axes and heads that broadcast or are shared are summed. Its
+        dtype is the wider of its array's and of `out`'s, so float64 for integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any work; the message begins with the argument's name.
+
+    Notes
+    -----
+    The weights are made again as ``w = exp(score - lse)``, so they are as exact as `lse` is. With
+    ``delta = (grad_out * out).sum(-1) - grad_lse`` the gradient of the scores is
+    ``ds = w * (grad_out @ v.T - delta)``; then ``dv = w.T @ grad_out``, ``dbias = ds``,
+    ``dalibi = -sum(ds * abs(i + q_offset - j))``, ``dsinks = -sum(exp(sinks - lse) * delta)``, and
+    with ``dp = scale * ds * (1 - (capped / softcap)**2)`` ``dq = dp @ k`` and ``dk = dp.T @ q``:
+    Dao et al. (2022), "FlashAttention", appendix B.2. Where an lse is so large that no digit is
+    left for the number of keys (2**23 in float32), its row is normalised anew.
+
+    A key that no query sees gets a gradient of exactly 0, a query that sees no key too, and what
+    they hold reaches no other gradient, NaN or not.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8))
+    >>> out, lse = fastattn.scaled_dot(q, k, v, causal=True, return_lse=True)
+    >>> dq, dk, dv = fastattn.scaled_dot_backward(out, q, k, v, out, lse, causal=True)
+
+    `dv` is the gradient of ``(out**2).sum() / 2``; a small step along it says so:
+
+    >>> step = 1e-6 * dv
+    >>> more = fastattn.scaled_dot(q, k, v + step, causal=True)
+    >>> bool(np.isclose((more**2).sum() / 2 - (out**2).sum() / 2, (dv * step).sum(), rtol=1e-4))
+    True
+    """
+    problem = pose(
+        q, k, v, scale, softcap, bias, alibi, sinks,
+        causal, window, q_offset, kv_lengths, spans, mask,
+        threads=threads, precision=precision, gradients=True, wrt=wrt,
+    )  # fmt: skip
+    chosen = select(problem, backend, unsupported_backward)
+    found = chosen.run_backward(pose_backward(problem, grad_out, out, lse, grad_lse))
+    return tuple(of_its_array(found[gradient.name], gradient) for gradient in problem.gradients)
+
+
+def of_its_array(x: np.ndarray, gradient: Gradient) -> np.ndarray:
+    """`x` summed over the axes along which its array broadcast, in its dtype."""
+    lead = x.ndim - len(gradient.shape)
+    shape = (1,) * lead + gradient.shape
+    axes = tuple(a for a, (n, own) in enumerate(zip(x.shape, shape, strict=True)) if n != own)
+    with np.errstate(all="ignore"):
+        if axes:
+            x = x.sum(axis=axes, keepdims=True)
+        return x.reshape(gradient.shape).astype(gradient.dtype, copy=False)

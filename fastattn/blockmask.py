@@ -1,0 +1,87 @@
+"""Which blocks of the square of queries and keys a mask function leaves anything of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["BlockMask", "block_mask"]
+
+BLOCK_QUERIES = 16
+BLOCK_KEYS = 64
+NONE, SOME, ALL = 0, 1, 2
+
+
+@dataclass(frozen=True, repr=False)
+class BlockMask:
+    """What `block_mask` made of a function, for ``flex(..., block_mask=...)``.
+
+    Attributes
+    ----------
+    mask_mod : callable
+        The function.
+    n_queries, n_keys : int
+        What it was made for.
+    blocks : ndarray of uint8, (batch, heads, blocks of 16 queries, blocks of 64 keys)
+        0 where nothing of a block is seen, 1 where something, 2 where everything.
+    """
+
+    mask_mod: Callable
+    n_queries: int
+    n_keys: int
+    blocks: np.ndarray
+
+    def __repr__(self) -> str:
+        shape = (*self.blocks.shape[:2], self.n_queries, self.n_keys)
+        empty = np.mean(self.blocks == NONE) if self.blocks.size else 0.0
+        return f"BlockMask({getattr(self.mask_mod, '__name__', '?')}, {shape}, {empty:.0%} skipped)"
+
+
+def block_mask(mask_mod, n_queries, n_keys, batch=1, heads=1) -> BlockMask:
+    """Look once for the blocks of queries and keys that a mask function hides altogether.
+
+    Parameters
+    ----------
+    mask_mod : function (batch, head, i, j) -> bool
+        As of `fastattn.flex`.
+    n_queries, n_keys : int
+        The lengths that it will be used with.
+    batch, heads : int, default 1
+        For how many; 1 is for any number, of a function that does not depend on it.
+
+    Returns
+    -------
+    BlockMask
+        For ``flex(q, k, v, block_mask=...)``, any number of times. It takes a byte for 1024 pairs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is not a positive integer, or Numba cannot compile the function.
+    ModuleNotFoundError
+        Without Numba.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> document = np.repeat(np.arange(4), 256)
+    >>> def same_document(batch, head, i, j):
+    ...     return document[i] == document[j]
+    >>> fastattn.block_mask(same_document, 1024, 1024)
+    BlockMask(same_document, (1, 1, 1024, 1024), 75% skipped)
+    """
+    from .problem import count, function
+
+    function("mask_mod", mask_mod)
+    sizes = [
+        count(name, value)
+        for name, value in (
+            ("batch", batch), ("heads", heads), ("n_queries", n_queries), ("n_keys", n_keys)
+        )
+    ]  # fmt: skip
+    from ._numba.blocks import look
+
+    return BlockMask(mask_mod, sizes[2], sizes[3], look(mask_mod, *sizes))

@@ -1,0 +1,70 @@
+"""Attention with the user's own functions in the kernel."""
+
+from __future__ import annotations
+
+from .api import answer
+from .problem import pose
+
+__all__ = ["flex"]
+
+
+def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=None, **options):
+    """Exact softmax attention whose scores and mask are functions of the user's.
+
+    Parameters
+    ----------
+    q, k, v : array_like
+        As of `fastattn.scaled_dot`.
+    score_mod : function (score, batch, head, i, j) -> score, optional
+        Changes the score of row `i` of `q` (without `q_offset`) and row `j` of `k`, after scale,
+        softcap, bias and alibi. `batch` is the flattened leading index, 0 if there is none. A
+        score of ``-inf`` hides the key.
+    mask_mod : function (batch, head, i, j) -> bool, optional
+        Hides the key where it is False.
+    block_mask : BlockMask, optional
+        Of `mask_mod`, which need not be given too: blocks that nobody sees are skipped, and the
+        function is not called where everybody sees all. See `fastattn.block_mask`.
+    backend, **options
+        As of `fastattn.scaled_dot`; a key must be seen by the options and by `mask_mod`.
+
+    Returns
+    -------
+    out, lse, weights
+        As of `fastattn.scaled_dot`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `fastattn.scaled_dot`, and where Numba cannot compile a function: the message tells
+        Numba's reason.
+
+    Notes
+    -----
+    The functions are made part of the kernel, over the lanes of vectors, so keep them to
+    arithmetic. `math.tanh` and `math.exp` would be called one score at a time:
+    `fastattn.vectormath` has others. Plain functions are compiled by Numba's ``njit``; the kernel
+    is compiled once per function, in some seconds, and the last 32 are kept, so define a function
+    once rather than at each call. Arrays that it closes over count as constants: later changes may
+    go unseen. It may be called for pairs of rows that are hidden by other means, never for rows
+    that do not exist.
+
+    The idea is that of Dong et al. (2024), "Flex Attention: A Programming Model for Generating
+    Optimized Attention Kernels".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((4, 100, 32), np.float32) for _ in range(3))
+    >>> table = rng.standard_normal((4, 199), np.float32)
+    >>> def relative_position(score, batch, head, i, j):
+    ...     return score + table[head, i - j + 99]
+    >>> fastattn.flex(q, k, v, relative_position, causal=True).shape
+    (4, 100, 32)
+    """
+    out = options.get("out")
+    problem = pose(
+        q, k, v, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask, **options
+    )
+    return answer(problem, backend, out)

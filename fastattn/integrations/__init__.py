@@ -1,0 +1,1 @@
+"""The same attention where users already are; each module needs the library of its name."""

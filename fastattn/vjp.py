@@ -1,0 +1,124 @@
+"""Functions with their gradients: one table of rules, and `vjp`, which applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .api import scaled_dot
+from .backward import scaled_dot_backward
+from .dispatch import select, unsupported_backward
+from .problem import pose
+
+__all__ = ["differentiates", "vjp"]
+
+_RULES: dict[Any, Callable] = {}
+
+
+def differentiates(function) -> Callable[[Callable], Callable]:
+    """Register the decorated rule as the one by which `vjp` differentiates `function`.
+
+    ``rule(*arrays, wrt, **options)`` returns ``(out, pullback)`` as `vjp` does, and finds what is
+    wrong with `wrt` and the options before any work. A rule for a class is one for calls of its
+    instances, and gets the instance first.
+    """
+
+    def register(rule):
+        _RULES[function] = rule
+        return rule
+
+    return register
+
+
+def vjp(function, *arrays, wrt=(), **options):
+    """Call a function of fastattn and get its gradients as a function of those of its result.
+
+    Parameters
+    ----------
+    function : callable
+        `scaled_dot`.
+    *arrays : array_like
+        Its positional arguments.
+    wrt : tuple of str, default ()
+        The array options whose gradients are wanted besides: ``"bias"``, ``"alibi"``, ``"sinks"``.
+    **options
+        Of `function`, except ``out``.
+
+    Returns
+    -------
+    out
+        What ``function(*arrays, **options)`` returns: a tuple with ``return_lse=True`` or
+        ``return_weights=True``. No gradient passes through the weights.
+    pullback : callable
+        ``pullback(grad_out, grad_lse=None)`` is a tuple: the gradient of each positional array in
+        order, then of each option named in `wrt`. A gradient has the shape of its array (axes that
+        broadcast are summed), and the wider of its array's dtype and the result's. It may be called
+        again. It reads the arrays and the result, so neither may be changed before it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any work; the message begins with the argument's name.
+
+    See Also
+    --------
+    scaled_dot_backward : The formulae.
+
+    Examples
+    --------
+    A step downhill for half the squared distance of attention from a target:
+
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, target = rng.standard_normal((4, 2, 50, 8))
+    >>> out, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, causal=True)
+    >>> dq, dk, dv = pullback(out - target)
+    >>> better = fastattn.scaled_dot(q - 0.1 * dq, k - 0.1 * dk, v - 0.1 * dv, causal=True)
+    >>> bool(np.sum((better - target) ** 2) < np.sum((out - target) ** 2))
+    True
+
+    The gradients of options are named:
+
+    >>> sinks = np.zeros(2)
+    >>> out, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, sinks=sinks, wrt=("sinks",))
+    >>> [gradient.shape for gradient in pullback(out)]
+    [(2, 50, 8), (2, 50, 8), (2, 50, 8), (2,)]
+    """
+    return _rule(function)(*arrays, wrt=wrt, **options)
+
+
+def _rule(function) -> Callable:
+    try:
+        rule = _RULES.get(function)
+    except TypeError:  # not hashable
+        rule = None
+    if rule is None and type(function) in _RULES:
+        rule = partial(_RULES[type(function)], function)
+    if rule is None:
+        name = getattr(function, "__name__", repr(function))
+        able = ", ".join(known.__name__ for known in _RULES)
+        raise TypeError(f"function: {name} given, one of {able} wanted")
+    return rule
+
+
+@differentiates(scaled_dot)
+def _scaled_dot(q, k, v, *, wrt, backend=None, return_lse=False, return_weights=False, **options):
+    if options.get("out") is not None:
+        raise ValueError("out: array given, None wanted: the gradients need the result as it was")
+    # What is wrong with the gradients is an error now, not after the forward pass.
+    problem = pose(q, k, v, gradients=True, wrt=wrt, **options)
+    select(problem, backend, unsupported_backward)
+    out, lse, *weights = scaled_dot(
+        q, k, v, backend=backend, return_lse=True, return_weights=return_weights, **options
+    )
+    options.pop("out", None)
+
+    def pullback(grad_out, grad_lse=None):
+        return scaled_dot_backward(
+            grad_out, q, k, v, out, lse, grad_lse=grad_lse, wrt=wrt, backend=backend, **options
+        )
+
+    results = (out, *([lse] if return_lse else []), *weights)
+    return (out if len(results) == 1 else results), pullback
