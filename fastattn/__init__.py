@@ -6,7 +6,9 @@ from .blockmask import block_mask
 from .config import show_config
 from .explain import available_backends, explain
 from .flex import flex
+from .gaussian import gaussian
 from .merge import merge
+from .scores import cosine, dot, pool
 from .spans import document_spans
 from .vjp import vjp
 
@@ -15,10 +17,14 @@ __version__ = "0.1.0"
 __all__ = [
     "available_backends",
     "block_mask",
+    "cosine",
     "document_spans",
+    "dot",
     "explain",
     "flex",
+    "gaussian",
     "merge",
+    "pool",
     "scaled_dot",
     "scaled_dot_backward",
     "show_config",

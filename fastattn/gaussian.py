@@ -1,0 +1,256 @@
+"""Attention by distance: the Gaussian kernel as a scaled dot product of one more dimension."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from .api import scaled_dot
+from .merge import merge
+from .problem import Problem, empty_like, flag, plain, pose
+from .scores import positive, refuse
+
+__all__ = ["gaussian"]
+
+# How many queries' rows of a mask or a bias are looked at together.
+_ROWS = 16
+
+
+def gaussian(
+    q, k, v, *, alpha=1.0, normalize=True, exclude_self=False,
+    return_lse=False, return_weights=False, out=None, **options,
+):  # fmt: skip
+    """Exact attention by distance: the score is ``-alpha * |q_i - k_j|**2``.
+
+    Parameters
+    ----------
+    q, k, v : array_like, (..., Hq, Sq, D), (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv)
+        As of `fastattn.scaled_dot`; in the host's memory.
+    alpha : float, default 1.0
+        Finite and > 0.
+    normalize : bool, default True
+        Divide by the sum of the weights, as softmax does: the Nadaraya-Watson kernel smoother. If
+        False the weights are ``exp(score)`` as they are, and so is their sum of the values.
+    exclude_self : bool, default False
+        Hide the key ``j == i + q_offset``, which with as many queries as keys is the query itself.
+        With `kv_lengths` it requires `q_offset`.
+    return_lse, return_weights, out, **options
+        As of `fastattn.scaled_dot`, except ``scale`` and ``softcap``, and ``sinks`` only where
+        `normalize` is True. `bias` and `alibi` change the score after the distance.
+
+    Returns
+    -------
+    out : ndarray, (..., Hq, Sq, Dv)
+        As of `fastattn.scaled_dot`.
+    lse : ndarray, (..., Hq, Sq), if `return_lse`
+        Logarithm of the sum of ``exp(score)``, with `normalize` or without.
+    weights : ndarray, (..., Hq, Sq, Sk), if `return_weights`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `fastattn.scaled_dot`, and where an option has no meaning here.
+
+    Notes
+    -----
+    ``-alpha |q - k|**2 = 2 alpha (q.k - |k|**2 / 2) - alpha |q|**2``: the first term is a dot
+    product of vectors with one more number, the last a factor of each query. So that they do not
+    cancel far from the origin, the mean of the keys that are seen is subtracted from keys and
+    queries first, for each batch entry and each head of the keys; half precision is computed in
+    float32. The smoother is Nadaraya (1964), "On Estimating Regression", and Watson (1964), "Smooth
+    Regression Analysis", equation 2.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> data = [[1, 2], [3, 4], [5, 6]]
+    >>> fastattn.gaussian(data, data, data, alpha=0.5, normalize=False).round(3)
+    array([[1.055, 2.073],
+           [3.11 , 4.147],
+           [5.055, 6.073]])
+    >>> fastattn.gaussian(data, data, data, alpha=0.5, exclude_self=True).round(3)
+    array([[3., 4.],
+           [3., 4.],
+           [3., 4.]])
+    """
+    lifted = _lift(q, k, v, alpha, normalize, exclude_self, options, out=out,
+                   return_lse=return_lse, return_weights=return_weights)  # fmt: skip
+    p = lifted.problem
+    y, lse, weights = _attend(lifted)
+    _, total, share = _shares(lifted, lse)
+    results = [_scaled(y, share, p.dtype)]
+    if return_lse:
+        results.append(total)
+    if return_weights:
+        results.append(_scaled(weights, share, p.dtype))
+    if p.one_head:
+        results = [x[0] for x in results]
+    if out is not None:
+        out[...] = results[0]
+        results[0] = out
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+class _Lifted(NamedTuple):
+    """A call of `gaussian` as one of `scaled_dot`, in the accumulator's dtype."""
+
+    problem: Problem  # what was asked, validated
+    q: np.ndarray  # (batch, heads, queries, head_dim + 1)
+    k: np.ndarray  # (batch, kv_heads, keys, head_dim + 1)
+    v: np.ndarray
+    distance: np.ndarray  # (batch, heads, queries): alpha times that of the query to 0, squared
+    normalize: bool
+    parts: tuple  # the spans of one call each, over disjoint keys
+    options: dict
+
+
+def _lift(q, k, v, alpha, normalize, exclude_self, options, **results) -> _Lifted:
+    refuse("gaussian", options, "scale", "softcap")
+    alpha = positive("alpha", alpha)
+    normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
+    q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+    backend = options.pop("backend", None)
+    p = pose(q, k, v, **options, **results)
+    if p.sinks is not None and not normalize:
+        raise ValueError("sinks: given with normalize=False, which divides by nothing")
+    if exclude_self and p.kv_lengths is not None and options.get("q_offset") is None:
+        raise ValueError(
+            "q_offset: None given with kv_lengths and exclude_self; pass 0 for a padded batch of "
+            "whole sequences, kv_lengths - n_queries for a cache"
+        )
+    parts = _without_self(p) if exclude_self else (p.spans,)
+    with np.errstate(all="ignore"):
+        centre = _centre([p._replace(spans=spans) for spans in parts])
+        k = p.k - centre
+        half = np.einsum("...d,...d->...", k, k) / 2
+        far = np.isinf(half)  # a score of -inf, whatever the query: not Inf - Inf
+        if far.any():
+            k[far] = 0
+        q = p.q - (centre if p.group == 1 else np.repeat(centre, p.group, axis=-3))
+        distance = alpha * np.einsum("...d,...d->...", q, q)
+        lifted = _joined(p.q, q, 1), _joined(p.k, k, -half)
+    for name in ("sinks", "spans"):
+        options.pop(name, None)
+    options |= {"scale": 2 * alpha, "backend": backend}
+    v = p.v.astype(p.accumulator, copy=False)
+    return _Lifted(p, *lifted, v, distance, normalize, parts, options)
+
+
+def _joined(like, x, more) -> np.ndarray:
+    """`x` with `more` as its last number, in the memory order of `like`."""
+    joined = empty_like(like, (*x.shape[:-1], x.shape[-1] + 1), x.dtype)
+    joined[..., :-1], joined[..., -1] = x, more
+    return joined
+
+
+def _without_self(p: Problem):
+    """The spans before and after each query's own place on the key axis."""
+    start, stop = (0, p.n_keys) if p.spans is None else p.spans
+    offset = p.q_offset
+    if isinstance(offset, np.ndarray):
+        offset = offset[..., None, None]
+    place = np.arange(p.n_queries) + offset
+    return (start, np.minimum(stop, place)), (np.maximum(start, place + 1), stop)
+
+
+def _centre(parts: list[Problem]) -> np.ndarray:
+    """The mean of the keys that are seen and finite: (batch, kv_heads, 1, head_dim)."""
+    p = parts[0]
+    seen = functools.reduce(np.logical_or, map(_seen, parts))
+    used = (seen & np.isfinite(p.k).all(axis=-1))[..., None]
+    total = np.where(used, p.k, 0).sum(axis=-2, keepdims=True, dtype=np.float64)
+    return (total / np.maximum(used.sum(axis=-2, keepdims=True), 1)).astype(p.accumulator)
+
+
+def _seen(p: Problem) -> np.ndarray:
+    """Does a query see the key? bool, broadcastable to (batch, kv_heads, keys)."""
+    intervals = p.intervals()
+    if p.mask is None and p.bias is None:
+        if intervals is None:
+            return np.ones(p.n_keys, bool)
+        seen = _covered(*intervals, p.n_keys)
+    else:
+        seen = np.zeros((1, p.n_keys), bool)
+        for first in range(0, p.n_queries, _ROWS):
+            seen = seen | _seen_by(p, intervals, slice(first, first + _ROWS))
+    seen = np.broadcast_to(seen, (*seen.shape[:-2], p.heads, p.n_keys))
+    by_group = seen.reshape(*seen.shape[:-2], p.kv_heads, p.group, p.n_keys)
+    return np.logical_or.reduce(by_group, axis=-2)
+
+
+def _covered(start, stop, n_keys) -> np.ndarray:
+    """Which keys lie in an interval ``start <= j < stop`` of the last axis: (..., keys)."""
+    start, stop = np.broadcast_arrays(start, stop)
+    edges = np.zeros((*start.shape[:-1], n_keys + 1), np.int64)
+    rows = np.indices(start.shape, sparse=True)[:-1]
+    full = start < stop
+    np.add.at(edges, (*rows, start), full)
+    np.subtract.at(edges, (*rows, np.where(full, stop, start)), full)
+    seen = edges[..., :-1].cumsum(axis=-1) > 0
+    return seen if seen.ndim > 1 else seen[None]
+
+
+def _seen_by(p: Problem, intervals, rows: slice) -> np.ndarray:
+    """`_seen` by some of the queries: broadcastable to (batch, heads, keys)."""
+
+    def these(x):
+        """`x` for these rows, with axes of length 1 for those along which it is broadcast."""
+        x = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.strides)]
+        return x if x.shape[-2] == 1 else x[..., rows, :]
+
+    seen = np.ones((1, 1, p.n_keys), bool)
+    if p.mask is not None:
+        seen = seen & these(p.mask)
+    if p.bias is not None:
+        seen = seen & (these(p.bias) != -np.inf)
+    if intervals is not None:
+        start, stop = (np.atleast_1d(x)[..., None] for x in intervals)
+        j = np.arange(p.n_keys)
+        seen = seen & (these(np.atleast_2d(start)) <= j) & (j < these(np.atleast_2d(stop)))
+    return np.logical_or.reduce(seen, axis=-2)
+
+
+def _attend(lifted: _Lifted):
+    """``(out, lse, weights)`` of the softmax, with the lse of the lifted scores."""
+    p = lifted.problem
+    parts = [
+        scaled_dot(
+            lifted.q, lifted.k, lifted.v, spans=spans, return_lse=True,
+            return_weights=p.return_weights, **lifted.options,
+        )
+        for spans in lifted.parts
+    ]  # fmt: skip
+    if len(parts) == 1:
+        return (*parts[0], None)[:3]
+    out, lse = merge(*(part[:2] for part in parts))
+    if not p.return_weights:
+        return out, lse, None
+    with np.errstate(all="ignore"):
+        shares = (np.where(own == -np.inf, 0, np.exp(own - lse)) for _, own, _ in parts)
+        terms = (x[..., None] * part[2] for x, part in zip(shares, parts, strict=True))
+        weights = functools.reduce(np.add, terms)
+    return out, lse, weights
+
+
+def _shares(lifted: _Lifted, lse):
+    """``(lse, total, share)``: the logarithm of the sum of exp(score) without sinks and with, and
+    by what the softmax is to be multiplied, None for 1.
+    """
+    p = lifted.problem
+    with np.errstate(all="ignore"):
+        lse = lse - lifted.distance
+        if p.sinks is None and lifted.normalize:
+            return lse, lse, None
+        if p.sinks is None:
+            return lse, lse, np.exp(lse)
+        total = np.logaddexp(lse, p.sinks.astype(lse.dtype)[:, None])
+        return lse, total, np.where(lse == -np.inf, 0, np.exp(lse - total))
+
+
+def _scaled(x, share, dtype):
+    with np.errstate(all="ignore"):
+        if share is not None:
+            x = x * share[..., None].astype(x.dtype, copy=False)
+        return x.astype(dtype, copy=False)
