@@ -8,6 +8,7 @@ from .explain import available_backends, explain
 from .flex import flex
 from .gaussian import gaussian
 from .merge import merge
+from .multihead import MultiHeadAttention
 from .scores import cosine, dot, pool
 from .spans import document_spans
 from .vjp import vjp
@@ -15,6 +16,7 @@ from .vjp import vjp
 __version__ = "0.1.0"
 
 __all__ = [
+    "MultiHeadAttention",
     "available_backends",
     "block_mask",
     "cosine",

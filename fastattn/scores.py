@@ -9,6 +9,9 @@ from .problem import float_dtype, number, plain, pose
 
 __all__ = ["cosine", "dot", "pool"]
 
+# The length of a float32 vector below which squares that matter may be subnormal.
+_SHORT = 1e-15
+
 
 def dot(q, k, v, **options):
     """Exact softmax attention by the plain dot product, ``softmax(q @ k.T) @ v``.
@@ -168,19 +171,24 @@ def positive(name: str, value) -> float:
 
 
 def _unit(x):
-    """``(x / length, length)`` along the last axis; 0 stays 0, with a length of infinity.
-
-    Each vector is divided by its largest number first, so that no square leaves the range.
-    """
+    """``(x / length, length)`` along the last axis; 0 stays 0, with a length of infinity."""
     real = np.float64 if x.dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
         wide = x.astype(real, copy=False)
-        top = np.abs(wide).max(axis=-1, keepdims=True)
-        top[top == 0] = np.inf
-        wide = wide / top
-        length = np.sqrt(np.einsum("...d,...d->...", wide, wide))[..., None]
-        length[length == 0] = 1
-        return (wide / length).astype(x.dtype, copy=False), top * length
+        length = _length(wide)
+        odd = ~((length > _SHORT) & (length < np.inf))[..., 0]
+        unit = wide / length
+        if odd.any():  # the squares left the range of the dtype, or there is a NaN
+            top = np.abs(wide[odd]).max(axis=-1, keepdims=True)
+            scaled = wide[odd] / np.where(top == 0, np.inf, top)
+            lengths = _length(scaled)
+            unit[odd] = scaled / np.where(lengths == 0, np.inf, lengths)
+            length[odd] = np.where(top == 0, np.inf, top * lengths)
+        return unit.astype(x.dtype, copy=False), length
+
+
+def _length(x):
+    return np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
 
 
 def _pooling(x, w, b, kv_lengths, mask):

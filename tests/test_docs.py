@@ -10,7 +10,7 @@ import pytest
 import fastattn
 
 README = Path(__file__).parent.parent / "README.md"
-PLAIN = ("api", "backward", "explain", "gaussian", "merge", "scores", "spans", "vjp")
+PLAIN = ("api", "backward", "explain", "gaussian", "merge", "multihead", "scores", "spans", "vjp")
 NEED_NUMBA = ("blockmask", "flex", "vectormath")
 
 
