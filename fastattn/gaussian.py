@@ -123,26 +123,30 @@ def _lift(q, k, v, alpha, normalize, exclude_self, options, **results) -> _Lifte
     parts = _without_self(p) if exclude_self else (p.spans,)
     with np.errstate(all="ignore"):
         centre = _centre([p._replace(spans=spans) for spans in parts])
-        k = p.k - centre
-        half = np.einsum("...d,...d->...", k, k) / 2
-        far = np.isinf(half)  # a score of -inf, whatever the query: not Inf - Inf
+        k, squares = _moved(p.k, centre)
+        far = np.isinf(squares)  # a score of -inf, whatever the query: not Inf - Inf
         if far.any():
             k[far] = 0
-        q = p.q - (centre if p.group == 1 else np.repeat(centre, p.group, axis=-3))
-        distance = alpha * np.einsum("...d,...d->...", q, q)
-        lifted = _joined(p.q, q, 1), _joined(p.k, k, -half)
+        k[..., -1] = -squares / 2
+        if p.group > 1:
+            centre = np.repeat(centre, p.group, axis=-3)
+        q, squares = _moved(p.q, centre)
+        q[..., -1] = 1
     for name in ("sinks", "spans"):
         options.pop(name, None)
     options |= {"scale": 2 * alpha, "backend": backend}
     v = p.v.astype(p.accumulator, copy=False)
-    return _Lifted(p, *lifted, v, distance, normalize, parts, options)
+    return _Lifted(p, q, k, v, alpha * squares, normalize, parts, options)
 
 
-def _joined(like, x, more) -> np.ndarray:
-    """`x` with `more` as its last number, in the memory order of `like`."""
-    joined = empty_like(like, (*x.shape[:-1], x.shape[-1] + 1), x.dtype)
-    joined[..., :-1], joined[..., -1] = x, more
-    return joined
+def _moved(x, centre):
+    """``x - centre`` with room for one more number, in the memory order of `x`, and the squares of
+    its lengths.
+    """
+    shape = np.broadcast_shapes(x.shape, centre.shape)
+    moved = empty_like(x, (*shape[:-1], shape[-1] + 1), centre.dtype)
+    vectors = np.subtract(x, centre, out=moved[..., :-1])
+    return moved, np.einsum("...d,...d->...", vectors, vectors)
 
 
 def _without_self(p: Problem):
