@@ -6,6 +6,7 @@ import numpy as np
 
 from .api import scaled_dot
 from .problem import count, flag, float_dtype, plain, widest
+from .vjp import differentiates, vjp
 
 __all__ = ["MultiHeadAttention"]
 
@@ -248,6 +249,44 @@ class MultiHeadAttention:
         )
 
 
+@differentiates(MultiHeadAttention)
+def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options):
+    inputs, dtype = layer._inputs(query, key, value, options)
+    own = tuple(name for name in wrt if name in layer.parameters)
+    other = tuple(name for name in wrt if name not in own)
+    results, back = vjp(scaled_dot, *layer._heads(inputs, dtype), wrt=other, **options)
+    joined, *rest = results if isinstance(results, tuple) else (results,)
+    joined = _merged(joined)
+    w_q, w_k, w_v, w_o = layer.w_q, layer.w_k, layer.w_v, layer.w_o
+    out = _project(joined, w_o, layer.b_o, dtype)
+
+    def pullback(grad_out, grad_lse=None):
+        grad_out = plain("grad_out", grad_out)
+        if grad_out.shape != out.shape:
+            raise ValueError(f"grad_out: shape {grad_out.shape} given, {out.shape} wanted")
+        grads = {"o": grad_out.astype(dtype, copy=False)}
+        heads = back(_split(_project(grads["o"], w_o.T, None, dtype), layer.num_heads), grad_lse)
+        grads |= zip("qkv", map(_merged, heads[:3]), strict=True)
+        found = dict(zip(other, heads[3:], strict=True))
+        for name, x in zip("qkvo", (*inputs, joined), strict=True):
+            if f"w_{name}" in own:
+                found[f"w_{name}"] = _project(_rows(x).T, _rows(grads[name]), None, dtype)
+            if f"b_{name}" in own:
+                found[f"b_{name}"] = _rows(grads[name]).sum(axis=0)
+        dq, dk, dv = (
+            _project(grads[name], w.T, None, dtype)
+            for name, w in zip("qkv", (w_q, w_k, w_v), strict=True)
+        )
+        if value is None:
+            dk = dk + dv
+        if key is None:
+            dq = dq + dk
+        given = [dq, *([] if key is None else [dk]), *([] if value is None else [dv])]
+        return (*given, *(found[name] for name in wrt))
+
+    return ((out, *rest) if rest else out), pullback
+
+
 _TORCH = {
     "q_proj_weight": "w_q",
     "k_proj_weight": "w_k",
@@ -284,6 +323,11 @@ def _project(x, w, b, dtype) -> np.ndarray:
 def _split(x, heads) -> np.ndarray:
     """(..., length, heads * dim) to (..., heads, length, dim), a view."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def _rows(x) -> np.ndarray:
+    """All the vectors of `x`, one a row."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _merged(x) -> np.ndarray:

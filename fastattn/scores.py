@@ -6,6 +6,7 @@ import numpy as np
 
 from .api import answer, scaled_dot
 from .problem import float_dtype, number, plain, pose
+from .vjp import differentiates, vjp
 
 __all__ = ["cosine", "dot", "pool"]
 
@@ -152,6 +153,59 @@ def pool(
         backend=backend, threads=threads, **options,
     )  # fmt: skip
     return _pooled(results, w.ndim == 1)
+
+
+@differentiates(dot)
+def _dot(q, k, v, *, wrt, **options):
+    refuse("dot", options, "scale")
+    return vjp(scaled_dot, q, k, v, wrt=wrt, scale=1.0, **options)
+
+
+@differentiates(cosine)
+def _cosine(q, k, v, *, wrt, temperature=1.0, **options):
+    refuse("cosine", options, "scale")
+    scale = 1 / positive("temperature", temperature)
+    q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+    p = pose(q, k, v)
+    (q_unit, q_length), (k_unit, k_length) = (
+        tuple(a.reshape(*x.shape[:-1], -1) for a in _unit(y)) for x, y in ((q, p.q), (k, p.k))
+    )
+    results, back = vjp(scaled_dot, q_unit, k_unit, v, wrt=wrt, scale=scale, **options)
+
+    def pullback(grad_out, grad_lse=None):
+        dq, dk, *rest = back(grad_out, grad_lse)
+        return _turned(dq, q_unit, q_length), _turned(dk, k_unit, k_length), *rest
+
+    return results, pullback
+
+
+def _turned(grad, unit, length):
+    """The gradient of a vector from that of its direction: what turns it, by its length."""
+    with np.errstate(all="ignore"):
+        wide, unit = grad.astype(length.dtype, copy=False), unit.astype(length.dtype, copy=False)
+        along = np.einsum("...d,...d->...", wide, unit)[..., None]
+        return ((wide - along * unit) / length).astype(grad.dtype, copy=False)
+
+
+@differentiates(pool)
+def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
+    if isinstance(wrt, str) or any(name != "b" for name in wrt):
+        raise ValueError(f"wrt: {wrt!r} given, ('b',) or () wanted")
+    x, w, given = _pooling(x, w, b, kv_lengths, mask)
+    single = w.ndim == 1
+    results, back = vjp(
+        scaled_dot, np.atleast_2d(w.T), x, x, wrt=("bias",) * len(wrt), **given, **options
+    )
+
+    def pullback(grad_out, grad_lse=None):
+        grad_out = np.expand_dims(grad_out, (-3, -2) if single else -3)
+        if grad_lse is not None:
+            grad_lse = np.expand_dims(grad_lse, (-2, -1) if single else -2)
+        dw, dk, dv, *db = back(grad_out, grad_lse)
+        dw, dx = dw.T.reshape(w.shape), (dk + dv)[..., 0, :, :]
+        return dx, dw, *(x.reshape(np.shape(b)) for x in db)
+
+    return _pooled(results, single), pullback
 
 
 def refuse(score: str, options: dict, *names: str) -> None:

@@ -196,11 +196,9 @@ def test_excluded_self_is_not_seen():
 def test_key_at_infinity_weighs_nothing():
     q, k, v = SHAPE.arrays()
     wanted = fastattn.gaussian(q, k, v, mask=np.arange(70) != 5)
-    for far in (np.inf, -np.inf, 1e30):
+    for far in (np.inf, -np.inf):
         k[:, :, 5, 2] = far
-        if np.isfinite(far):
-            break
-        np.testing.assert_allclose(fastattn.gaussian(q, k, v), wanted, atol=1e-6)
+        np.testing.assert_allclose(fastattn.gaussian(q, k, v), wanted, atol=2e-5)
     k[:, :, 5, 2] = np.nan
     assert np.isnan(fastattn.gaussian(q, k, v)).all()
 
@@ -226,7 +224,8 @@ def test_broadcasting_and_out():
     q, k, v = SHAPE.arrays()
     q, k = q[:1, :1], k[:, :1]
     wanted = fastattn.gaussian(*(np.broadcast_to(x, (2, 2, *x.shape[2:])) for x in (q, k, v)))
-    np.testing.assert_allclose(fastattn.gaussian(q, k, v), wanted, atol=1e-6)
+    # The squares may be summed in another order, and scores of 60 are rounded to 4e-6.
+    np.testing.assert_allclose(fastattn.gaussian(q, k, v), wanted, atol=2e-5)
     for function in (fastattn.gaussian, fastattn.cosine, fastattn.dot):
         out = np.empty((2, 2, 50, 24), np.float32)
         assert function(q, k, v, out=out) is out
