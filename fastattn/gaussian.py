@@ -8,9 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .api import scaled_dot
+from .backward import of_its_array, scaled_dot_backward
+from .backward_problem import Backward, pose_backward
+from .dispatch import select, unsupported_backward
 from .merge import merge
-from .problem import Problem, empty_like, flag, plain, pose
+from .problem import Gradient, Problem, empty_like, flag, plain, pose
 from .scores import positive, refuse
+from .vjp import differentiates
 
 __all__ = ["gaussian"]
 
@@ -77,16 +81,7 @@ def gaussian(
     """
     lifted = _lift(q, k, v, alpha, normalize, exclude_self, options, out=out,
                    return_lse=return_lse, return_weights=return_weights)  # fmt: skip
-    p = lifted.problem
-    y, lse, weights = _attend(lifted)
-    _, total, share = _shares(lifted, lse)
-    results = [_scaled(y, share, p.dtype)]
-    if return_lse:
-        results.append(total)
-    if return_weights:
-        results.append(_scaled(weights, share, p.dtype))
-    if p.one_head:
-        results = [x[0] for x in results]
+    results = _results(lifted, *_attend(lifted))
     if out is not None:
         out[...] = results[0]
         results[0] = out
@@ -238,6 +233,18 @@ def _attend(lifted: _Lifted):
     return out, lse, weights
 
 
+def _results(lifted: _Lifted, y, lse, weights) -> list:
+    """What `gaussian` returns, from what `_attend` does."""
+    p = lifted.problem
+    _, total, share = _shares(lifted, lse)
+    results = [_scaled(y, share, p.dtype)]
+    if p.return_lse:
+        results.append(total)
+    if p.return_weights:
+        results.append(_scaled(weights, share, p.dtype))
+    return [x[0] for x in results] if p.one_head else results
+
+
 def _shares(lifted: _Lifted, lse):
     """``(lse, total, share)``: the logarithm of the sum of exp(score) without sinks and with, and
     by what the softmax is to be multiplied, None for 1.
@@ -258,3 +265,63 @@ def _scaled(x, share, dtype):
         if share is not None:
             x = x * share[..., None].astype(x.dtype, copy=False)
         return x.astype(dtype, copy=False)
+
+
+@differentiates(gaussian)
+def _gaussian(
+    q, k, v, *, wrt, alpha=1.0, normalize=True, exclude_self=False, return_weights=False, **options
+):
+    wants_lse = flag("return_lse", options.pop("return_lse", False))
+    asked = {"return_lse": True, "return_weights": return_weights, "gradients": True, "wrt": wrt}
+    lifted = _lift(q, k, v, alpha, normalize, exclude_self, options, **asked)
+    p = lifted.problem
+    select(p, lifted.options["backend"], unsupported_backward)
+    y, scores_lse, weights = _attend(lifted)
+    out, total, *rest = _results(lifted, y, scores_lse, weights)
+
+    def pullback(grad_out, grad_lse=None):
+        b = pose_backward(p, grad_out, out, total, grad_lse)
+        return tuple(
+            of_its_array(found, gradient)
+            for found, gradient in zip(
+                _gradients(lifted, b, y, scores_lse), p.gradients, strict=True
+            )
+        )
+
+    results = (out, *([total] if wants_lse else []), *rest)
+    return (results if len(results) > 1 else out), pullback
+
+
+def _gradients(lifted: _Lifted, b: Backward, y, scores_lse):
+    """In the order of the problem's, not yet summed over axes that broadcast.
+
+    ``out = y * share``, and the distance of a query to 0 is subtracted from its lse, so it gets
+    minus what the lse gets.
+    """
+    p = lifted.problem
+    lse, _, share = _shares(lifted, scores_lse)
+    inner = tuple(gradient.name for gradient in p.gradients[3:] if gradient.name != "sinks")
+    with np.errstate(all="ignore"):
+        share = np.ones_like(lse) if share is None else share
+        from_lse = np.zeros_like(lse) if b.grad_lse is None else b.grad_lse
+        grad_y = b.grad_out.astype(p.accumulator, copy=False)
+        along = (grad_y * y).sum(axis=-1) * share
+        grad_y = grad_y * share[..., None]
+        grad = along * (1 - share) + from_lse * share if lifted.normalize else along + from_lse
+        grad = np.where(lse == -np.inf, 0, grad)
+        parts = [
+            scaled_dot_backward(grad_y, lifted.q, lifted.k, lifted.v, y, scores_lse, grad_lse=grad,
+                                wrt=inner, spans=spans, **lifted.options)
+            for spans in lifted.parts
+        ]  # fmt: skip
+        dq, dk, dv, *others = (functools.reduce(np.add, same) for same in zip(*parts, strict=True))
+        outwards = Gradient("distance", (*lifted.q.shape[:-1], 1), grad.dtype)
+        outward = lifted.options["scale"] * of_its_array(grad[..., None], outwards)
+        dq = dq[..., :-1] - np.where(outward == 0, 0, outward * lifted.q[..., :-1])
+        last = dk[..., -1:]
+        dk = dk[..., :-1] - np.where(last == 0, 0, last * lifted.k[..., :-1])
+        found = {"q": dq, "k": dk, "v": dv, **dict(zip(inner, others, strict=True))}
+        if p.sinks is not None:
+            axes = tuple(range(len(p.batch)))
+            found["sinks"] = ((1 - share) * (from_lse - along)).sum(axis=-1).sum(axis=axes)
+    return [found[gradient.name] for gradient in p.gradients]

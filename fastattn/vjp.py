@@ -37,7 +37,7 @@ def vjp(function, *arrays, wrt=(), **options):
     Parameters
     ----------
     function : callable
-        `scaled_dot`, `dot`, `cosine`, `pool`, or a `MultiHeadAttention`.
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `pool`, or a `MultiHeadAttention`.
     *arrays : array_like
         Its positional arguments.
     wrt : tuple of str, default ()

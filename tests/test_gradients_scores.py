@@ -59,6 +59,8 @@ def assert_slopes(loss, arrays, found):
 FUNCTIONS = [
     (fastattn.dot, {}),
     (fastattn.cosine, {"temperature": 0.3}),
+    (fastattn.gaussian, {"alpha": 0.3}),
+    (fastattn.gaussian, {"alpha": 0.3, "normalize": False, "exclude_self": True, "q_offset": 0}),
 ]  # fmt: skip
 
 
@@ -75,6 +77,27 @@ def test_two_dimensional_and_broadcast(target, function, how):
     q, k, v = SHAPE.arrays("float64")
     check(target, function, (q[0, 0], k[0, 0], v[0, 0]), **how)
     check(target, function, (q[:1, :1], k[:, :1], v), **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"exclude_self": True}], ids=str)
+def test_gaussian_with_sinks(target, how):
+    q, k, v = SHAPE.arrays("float64")
+    named = {"sinks": RNG.standard_normal(4) - 2, "bias": RNG.standard_normal((6, 9))}
+    check(target, fastattn.gaussian, (q + 50, k + 50, v), named, alpha=0.3, **how)
+
+
+def test_gaussian_of_padding(target):
+    """What nobody sees has gradient 0, NaN or not, and touches no other."""
+    q, k, v = SHAPE.arrays("float64")
+    found = []
+    for padding in (0, np.nan):
+        k[:, :, 6:], v[:, :, 6:] = padding, padding
+        out, pullback = fastattn.vjp(fastattn.gaussian, q, k, v, kv_lengths=6,
+                                     backend=target.backend)  # fmt: skip
+        found.append(pullback(out))
+    assert not found[1][1][:, :, 6:].any() and not found[1][2][:, :, 6:].any()
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_cosine_of_zero_has_gradient_zero(target):
