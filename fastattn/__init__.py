@@ -7,7 +7,10 @@ from .cache import KVCache
 from .config import show_config
 from .explain import available_backends, explain
 from .flex import flex
+from .gaussian import gaussian
 from .merge import merge
+from .multihead import MultiHeadAttention
+from .scores import cosine, dot, pool
 from .spans import document_spans
 from .vjp import vjp
 
@@ -15,12 +18,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KVCache",
+    "MultiHeadAttention",
     "available_backends",
     "block_mask",
+    "cosine",
     "document_spans",
+    "dot",
     "explain",
     "flex",
+    "gaussian",
     "merge",
+    "pool",
     "scaled_dot",
     "scaled_dot_backward",
     "show_config",

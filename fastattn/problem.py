@@ -177,7 +177,7 @@ def pose(
             dtype = _promote(q, k, v)
             kv_dtype = k.dtype if _widened(k, v, dtype) else dtype
         else:
-            dtype, kv_dtype = _promote(q), k.dtype
+            dtype, kv_dtype = float_dtype("q", q), k.dtype
         q, k, v = _readable(q, dtype), _readable(k, kv_dtype), _readable(v, kv_dtype)
         pairs = zip("qkv", originals, (q, k, v), strict=True)
         copied = tuple(name for name, old, new in pairs if not _may_overlap(old, new))
@@ -206,9 +206,9 @@ def pose(
             raise ValueError(f"k: {kv_heads} heads given, a divisor of q's {heads} wanted")
 
     rows = (*batch, heads, n_queries)
-    scale = head_dim**-0.5 if scale is None else _number("scale", scale)
+    scale = head_dim**-0.5 if scale is None else number("scale", scale)
     if softcap is not None:
-        softcap = _number("softcap", softcap)
+        softcap = number("softcap", softcap)
         if not 0 < softcap < np.inf:
             raise ValueError(f"softcap: {softcap} given, a finite number > 0 wanted")
     if bias is not None:
@@ -221,11 +221,11 @@ def pose(
         sinks = _per_head("sinks", sinks, heads)
 
     if causal is not False:
-        causal = _flag("causal", causal)
+        causal = flag("causal", causal)
     if return_lse is not False:
-        return_lse = _flag("return_lse", return_lse)
+        return_lse = flag("return_lse", return_lse)
     if return_weights is not False:
-        return_weights = _flag("return_weights", return_weights)
+        return_weights = flag("return_weights", return_weights)
     window = (None, None) if window is None else window_sides(window)
     if kv_lengths is not None:
         kv_lengths = _kv_lengths(kv_lengths, batch, n_keys)
@@ -344,10 +344,11 @@ def float_dtype(name: str, x: np.ndarray) -> np.dtype:
 
 
 def _promote(q, k, v) -> np.dtype:
-    return _widest({float_dtype("q", q), float_dtype("k", k), float_dtype("v", v)})
+    return widest({float_dtype("q", q), float_dtype("k", k), float_dtype("v", v)})
 
 
-def _widest(wanted: set) -> np.dtype:
+def widest(wanted: set) -> np.dtype:
+    """The dtype in which all of `wanted` are computed together."""
     for dtype in (_FLOAT64, _FLOAT32):
         if dtype in wanted:
             return dtype
@@ -372,13 +373,15 @@ def as_real(x, scales, real):
     return x if scales is None else x * scales[..., None].astype(real)
 
 
-def _flag(name, value) -> bool:
+def flag(name: str, value) -> bool:
+    """True or False, or an error that names the argument."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise TypeError(f"{name}: {type(value).__name__} given, bool wanted")
 
 
-def _number(name, value) -> float:
+def number(name: str, value) -> float:
+    """A real number, or an error that names the argument."""
     x = plain(name, value)
     if x.ndim or not _is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
@@ -518,7 +521,7 @@ def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:
 def _with(dtype, other) -> np.dtype:
     """The wider of `dtype` and the real dtype `other`; long double counts as float64."""
     short = (other.kind == "f" and other.itemsize < 8) or _is_bfloat16(other)
-    return _widest({dtype, other.newbyteorder("=") if short else _FLOAT64})
+    return widest({dtype, other.newbyteorder("=") if short else _FLOAT64})
 
 
 def empty_like(x, shape, dtype):

@@ -37,11 +37,12 @@ def vjp(function, *arrays, wrt=(), **options):
     Parameters
     ----------
     function : callable
-        `scaled_dot`.
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `pool`, or a `MultiHeadAttention`.
     *arrays : array_like
         Its positional arguments.
     wrt : tuple of str, default ()
-        The array options whose gradients are wanted besides: ``"bias"``, ``"alibi"``, ``"sinks"``.
+        The array options whose gradients are wanted besides: ``"bias"``, ``"alibi"``, ``"sinks"``;
+        of `pool` ``"b"``; of a `MultiHeadAttention` its parameters too: ``"w_q"``, ...
     **options
         Of `function`, except ``out``.
 

@@ -10,7 +10,9 @@ import pytest
 import fastattn
 
 README = Path(__file__).parent.parent / "README.md"
-PLAIN = ("api", "backward", "cache", "explain", "merge", "spans", "vjp")
+PLAIN = (
+    "api", "backward", "cache", "explain", "gaussian", "merge", "multihead", "scores", "spans", "vjp",
+)  # fmt: skip
 NEED_NUMBA = ("blockmask", "flex", "vectormath")
 
 

@@ -80,7 +80,7 @@ def test_rules_are_registered_for_functions_and_classes(monkeypatch):
     assert fastattn.vjp(triple, 5.0)[1](1.0) == (3.0,)
     out, pullback = fastattn.vjp(Twice(7.0), 5.0, wrt=("factor",))
     assert (out, pullback(1.0)) == (70.0, (14.0, 10.0))
-    with pytest.raises(TypeError, match="one of scaled_dot, triple, Twice wanted"):
+    with pytest.raises(TypeError, match=r"one of scaled_dot, .*triple, Twice wanted"):
         fastattn.vjp(len, 5.0)
 
 

@@ -1,0 +1,336 @@
+"""Multi-head attention: projections around `scaled_dot`, with parameters that are NumPy arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .api import scaled_dot
+from .problem import count, flag, float_dtype, plain, widest
+from .vjp import differentiates, vjp
+
+__all__ = ["MultiHeadAttention"]
+
+
+class MultiHeadAttention:
+    """``concat(head_1 .. head_h) @ w_o + b_o`` with heads ``attention(q w_q, k w_k, v w_v)``.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Width of the query's vectors and of the result's; a multiple of `num_heads`.
+    num_heads : int
+        Each of dimension ``embed_dim // num_heads``.
+    kv_heads : int, optional
+        Heads of keys and values, a divisor of `num_heads`, which is the default: fewer are shared
+        (grouped-query attention).
+    key_dim : int, optional
+        Width of the key's vectors; `embed_dim` by default.
+    value_dim : int, optional
+        Width of the value's vectors; `key_dim` by default.
+    bias : bool, default True
+        Add `b_q`, `b_k`, `b_v` and `b_o`.
+    dtype : dtype, default float32
+        Of the parameters: float16, bfloat16, float32 or float64.
+    rng : numpy.random.Generator or seed, optional
+        For the first values: uniform in ``+-sqrt(6 / (rows + columns))``, biases 0 (Glorot and
+        Bengio, 2010, "Understanding the difficulty of training deep feedforward neural networks",
+        equation 16).
+
+    Attributes
+    ----------
+    w_q : ndarray, (embed_dim, embed_dim)
+    w_k : ndarray, (key_dim, kv_heads * head_dim)
+    w_v : ndarray, (value_dim, kv_heads * head_dim)
+    w_o : ndarray, (embed_dim, embed_dim)
+    b_q, b_k, b_v, b_o : ndarray, or None without bias
+        They may be replaced by arrays of the same shape, of any float dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The message begins with the argument's name.
+
+    Notes
+    -----
+    Vaswani et al. (2017), "Attention Is All You Need", section 3.2.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> layer = fastattn.MultiHeadAttention(512, 8, rng=0)
+    >>> x = np.random.default_rng(1).standard_normal((32, 10, 512), np.float32)
+    >>> out, weights = layer(x, return_weights=True)
+    >>> out.shape, weights.shape
+    ((32, 10, 512), (32, 8, 10, 10))
+
+    Across modalities, the words of a text may attend to the patches of a picture:
+
+    >>> layer = fastattn.MultiHeadAttention(512, 8, kv_heads=2, key_dim=768, rng=0)
+    >>> layer(x, np.ones((32, 196, 768), np.float32)).shape
+    (32, 10, 512)
+    """
+
+    def __init__(
+        self, embed_dim, num_heads, *,
+        kv_heads=None, key_dim=None, value_dim=None, bias=True, dtype="float32", rng=None,
+    ):  # fmt: skip
+        self.embed_dim = count("embed_dim", embed_dim)
+        self.num_heads = count("num_heads", num_heads)
+        self.kv_heads = self.num_heads if kv_heads is None else count("kv_heads", kv_heads)
+        self.key_dim = self.embed_dim if key_dim is None else count("key_dim", key_dim)
+        self.value_dim = self.key_dim if value_dim is None else count("value_dim", value_dim)
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads: {num_heads} given, a divisor of embed_dim {embed_dim} wanted"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads: {kv_heads} given, a divisor of num_heads {num_heads} wanted"
+            )
+        self.bias = flag("bias", bias)
+        self.head_dim = self.embed_dim // self.num_heads
+        dtype = float_dtype("dtype", np.empty(0, dtype))
+        rng = np.random.default_rng(rng)
+        for name, shape in self._shapes().items():
+            setattr(self, name, _first(name, shape, rng).astype(dtype))
+        if not self.bias:
+            self.b_q = self.b_k = self.b_v = self.b_o = None
+
+    def __repr__(self):
+        names = ("kv_heads", "key_dim", "value_dim", "bias")
+        given = "".join(f", {name}={getattr(self, name)}" for name in names)
+        return f"MultiHeadAttention({self.embed_dim}, {self.num_heads}{given})"
+
+    def __call__(self, query, key=None, value=None, **options):
+        """Attend.
+
+        Parameters
+        ----------
+        query : array_like, (..., Sq, embed_dim)
+        key : array_like, (..., Sk, key_dim), optional
+            `query` by default: self-attention. Leading axes broadcast.
+        value : array_like, (..., Sk, value_dim), optional
+            `key` by default.
+        **options
+            Of `fastattn.scaled_dot`, except ``out``; ``(..., Hq, Sq, Sk)`` there is ``(...,
+            num_heads, Sq, Sk)`` here.
+
+        Returns
+        -------
+        out : ndarray, (..., Sq, embed_dim)
+            The widest dtype of the inputs and the weights.
+        lse : ndarray, (..., num_heads, Sq), if ``return_lse``
+        weights : ndarray, (..., num_heads, Sq, Sk), if ``return_weights``
+            Of each head.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Before any work; the message begins with the argument's name.
+        """
+        inputs, dtype = self._inputs(query, key, value, options)
+        heads = self._heads(inputs, dtype)
+        results = scaled_dot(*heads, **options)
+        out, *rest = results if isinstance(results, tuple) else (results,)
+        out = _project(_merged(out), self.w_o, self.b_o, dtype)
+        return (out, *rest) if rest else out
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Those that there are, by name."""
+        return {name: getattr(self, name) for name in self._shapes()}
+
+    @classmethod
+    def from_torch(cls, module):
+        """The same layer as a ``torch.nn.MultiheadAttention``, with a copy of its parameters.
+
+        Parameters
+        ----------
+        module : torch.nn.MultiheadAttention
+            Its dropout is left out, as in its evaluation mode. Sequences are ``(..., length,
+            width)`` here whatever its ``batch_first`` is.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        ValueError
+            If the module has ``add_bias_kv`` or ``add_zero_attn``.
+        """
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError("module: add_bias_kv or add_zero_attn given, neither wanted")
+        layer = cls(
+            module.embed_dim, module.num_heads, key_dim=module.kdim, value_dim=module.vdim,
+            bias=module.in_proj_bias is not None,
+        )  # fmt: skip
+        layer.load_torch(module.state_dict())
+        return layer
+
+    def load_torch(self, state) -> None:
+        """Take the parameters of a ``torch.nn.MultiheadAttention`` from its state dict.
+
+        Parameters
+        ----------
+        state : mapping of str to tensor or array_like
+            ``in_proj_weight`` or ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``;
+            ``out_proj.weight``; with bias ``in_proj_bias`` and ``out_proj.bias``. They are copied.
+
+        Raises
+        ------
+        ValueError
+            If one is missing, too many, or of another shape; then nothing is changed.
+        """
+        state = {name: _array(name, value) for name, value in state.items()}
+        if "in_proj_weight" in state:
+            state |= zip(
+                ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+                np.array_split(state.pop("in_proj_weight"), 3),
+                strict=True,
+            )
+        if "in_proj_bias" in state:
+            state |= zip(
+                ("b_q", "b_k", "b_v"), np.array_split(state.pop("in_proj_bias"), 3), strict=True
+            )
+        given = {_TORCH.get(name, name): x.T for name, x in state.items()}
+        shapes = self._shapes()
+        if given.keys() != shapes.keys():
+            raise ValueError(
+                f"state: {sorted(given)} given (w_o is out_proj.weight), {sorted(shapes)} wanted"
+            )
+        for name, shape in shapes.items():
+            if given[name].shape != shape:
+                raise ValueError(f"state: {name} of {given[name].shape} given, {shape} wanted")
+        for name, x in given.items():
+            setattr(self, name, np.array(x, order="C"))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each parameter, in order."""
+        inner = self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "w_q": (self.embed_dim, self.embed_dim),
+            "w_k": (self.key_dim, inner),
+            "w_v": (self.value_dim, inner),
+            "w_o": (self.embed_dim, self.embed_dim),
+        }
+        if self.bias:
+            shapes |= {f"b_{name[-1]}": shape[1:] for name, shape in shapes.items()}
+        return shapes
+
+    def _inputs(self, query, key, value, options):
+        """``((query, key, value), dtype)``, checked."""
+        if options.get("out") is not None:
+            raise TypeError(f"out: {type(options['out']).__name__} given, None wanted")
+        key = query if key is None else key
+        value = key if value is None else value
+        inputs = {"query": query, "key": key, "value": value}
+        arrays = {name: plain(name, x) for name, x in inputs.items()}
+        widths = (self.embed_dim, self.key_dim, self.value_dim)
+        for (name, x), width in zip(arrays.items(), widths, strict=True):
+            float_dtype(name, x)
+            if x.ndim < 2 or x.shape[-1] != width:
+                raise ValueError(f"{name}: shape {x.shape} given, (..., length, {width}) wanted")
+        for name, shape in self._shapes().items():
+            x = arrays[name] = plain(name, getattr(self, name))
+            if x.shape != shape:
+                raise ValueError(f"{name}: shape {x.shape} given, {shape} wanted")
+        dtype = widest({float_dtype(name, x) for name, x in arrays.items()})
+        return tuple(arrays[name] for name in inputs), dtype
+
+    def _heads(self, inputs, dtype):
+        """q, k and v, each (..., heads, length, head_dim)."""
+        query, key, value = inputs
+        return (
+            _split(_project(query, self.w_q, self.b_q, dtype), self.num_heads),
+            _split(_project(key, self.w_k, self.b_k, dtype), self.kv_heads),
+            _split(_project(value, self.w_v, self.b_v, dtype), self.kv_heads),
+        )
+
+
+@differentiates(MultiHeadAttention)
+def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options):
+    inputs, dtype = layer._inputs(query, key, value, options)
+    own = tuple(name for name in wrt if name in layer.parameters)
+    other = tuple(name for name in wrt if name not in own)
+    results, back = vjp(scaled_dot, *layer._heads(inputs, dtype), wrt=other, **options)
+    joined, *rest = results if isinstance(results, tuple) else (results,)
+    joined = _merged(joined)
+    w_q, w_k, w_v, w_o = layer.w_q, layer.w_k, layer.w_v, layer.w_o
+    out = _project(joined, w_o, layer.b_o, dtype)
+
+    def pullback(grad_out, grad_lse=None):
+        grad_out = plain("grad_out", grad_out)
+        if grad_out.shape != out.shape:
+            raise ValueError(f"grad_out: shape {grad_out.shape} given, {out.shape} wanted")
+        grads = {"o": grad_out.astype(dtype, copy=False)}
+        heads = back(_split(_project(grads["o"], w_o.T, None, dtype), layer.num_heads), grad_lse)
+        grads |= zip("qkv", map(_merged, heads[:3]), strict=True)
+        found = dict(zip(other, heads[3:], strict=True))
+        for name, x in zip("qkvo", (*inputs, joined), strict=True):
+            if f"w_{name}" in own:
+                found[f"w_{name}"] = _project(_rows(x).T, _rows(grads[name]), None, dtype)
+            if f"b_{name}" in own:
+                found[f"b_{name}"] = _rows(grads[name]).sum(axis=0)
+        dq, dk, dv = (
+            _project(grads[name], w.T, None, dtype)
+            for name, w in zip("qkv", (w_q, w_k, w_v), strict=True)
+        )
+        if value is None:
+            dk = dk + dv
+        if key is None:
+            dq = dq + dk
+        given = [dq, *([] if key is None else [dk]), *([] if value is None else [dv])]
+        return (*given, *(found[name] for name in wrt))
+
+    return ((out, *rest) if rest else out), pullback
+
+
+_TORCH = {
+    "q_proj_weight": "w_q",
+    "k_proj_weight": "w_k",
+    "v_proj_weight": "w_v",
+    "out_proj.weight": "w_o",
+    "out_proj.bias": "b_o",
+}
+
+
+def _first(name, shape, rng) -> np.ndarray:
+    if len(shape) == 1:
+        return np.zeros(shape)
+    limit = np.sqrt(6 / sum(shape))
+    return rng.uniform(-limit, limit, shape)
+
+
+def _array(name, x) -> np.ndarray:
+    """A tensor or an array as an array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().numpy()
+    return plain(name, x)
+
+
+def _project(x, w, b, dtype) -> np.ndarray:
+    """``x @ w + b`` in `dtype`, of half precision in float32 and then rounded."""
+    real = np.result_type(dtype, np.float32) if dtype.itemsize > 2 else np.dtype(np.float32)
+    with np.errstate(all="ignore"):
+        y = x.astype(real, copy=False) @ w.astype(real, copy=False)
+        if b is not None:
+            y += b.astype(real, copy=False)
+        return y.astype(dtype, copy=False)
+
+
+def _split(x, heads) -> np.ndarray:
+    """(..., length, heads * dim) to (..., heads, length, dim), a view."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def _rows(x) -> np.ndarray:
+    """All the vectors of `x`, one a row."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _merged(x) -> np.ndarray:
+    """The inverse of `_split`; no copy is made of what `scaled_dot` returns for a split query."""
+    x = x.swapaxes(-2, -3)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

@@ -1,0 +1,279 @@
+"""Scores other than the scaled dot product that its kernels compute as they are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .api import answer, scaled_dot
+from .problem import float_dtype, number, plain, pose
+from .vjp import differentiates, vjp
+
+__all__ = ["cosine", "dot", "pool"]
+
+# The length of a float32 vector below which squares that matter may be subnormal.
+_SHORT = 1e-15
+
+
+def dot(q, k, v, **options):
+    """Exact softmax attention by the plain dot product, ``softmax(q @ k.T) @ v``.
+
+    Parameters
+    ----------
+    q, k, v : array_like, (..., Hq, Sq, D), (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv)
+        As of `fastattn.scaled_dot`.
+    **options
+        As of `fastattn.scaled_dot`, except ``scale``, which is 1.
+
+    Returns
+    -------
+    out, lse, weights
+        As of `fastattn.scaled_dot`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `fastattn.scaled_dot`, and if there is a scale.
+
+    Notes
+    -----
+    Luong et al. (2015), "Effective Approaches to Attention-based Neural Machine Translation",
+    section 3.1.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> out = fastattn.dot([[1, 0]], [[1, 0], [0, 1]], [[2, 0], [0, 2]])
+    >>> out.round(3)
+    array([[1.462, 0.538]])
+    """
+    refuse("dot", options, "scale")
+    return scaled_dot(q, k, v, scale=1.0, **options)
+
+
+def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
+    """Exact softmax attention by the cosine of the angle between query and key.
+
+    Parameters
+    ----------
+    q, k, v : array_like, (..., Hq, Sq, D), (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv)
+        As of `fastattn.scaled_dot`; in the host's memory.
+    temperature : float, default 1.0
+        The score is ``cos(q_i, k_j) / temperature``; finite and > 0. A vector of zeros has cosine 0
+        with every other.
+    out, backend, **options
+        As of `fastattn.scaled_dot`, except ``scale``.
+
+    Returns
+    -------
+    out, lse, weights
+        As of `fastattn.scaled_dot`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `fastattn.scaled_dot`, and if `temperature` is out of range or there is a scale.
+
+    Notes
+    -----
+    Graves et al. (2014), "Neural Turing Machines", equations 5 and 6, with ``1 / temperature`` for
+    their key strength.
+
+    Examples
+    --------
+    How long a vector is makes no difference:
+
+    >>> import fastattn
+    >>> out = fastattn.cosine([[5, 0]], [[3, 0], [0, 0.1]], [[2, 0], [0, 2]], temperature=0.5)
+    >>> out.round(3)
+    array([[1.762, 0.238]])
+    """
+    refuse("cosine", options, "scale")
+    scale = 1 / positive("temperature", temperature)
+    q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+    p = pose(q, k, v, scale=scale, out=out, **options)
+    (q, _), (k, _) = _unit(p.q), _unit(p.k)
+    return answer(p._replace(q=q, k=k), backend, out)
+
+
+def pool(
+    x, w, *, b=0.0, kv_lengths=None, mask=None,
+    return_lse=False, return_weights=False, backend=None, threads=None,
+):  # fmt: skip
+    """Attention pooling: the mean of `x` along the sequence, weighted by ``softmax(x @ w + b)``.
+
+    Parameters
+    ----------
+    x : array_like, (..., S, D)
+        Sequences of vectors.
+    w : array_like, (D,) or (D, H)
+        The score's weights, of one pooling or of `H` at once.
+    b : float or array_like, (H,), default 0.0
+        Added to every score; finite. It cancels out of the result and shows in `lse` alone.
+    kv_lengths : array_like of int, optional
+        Leave out the positions ``t >= kv_lengths``; broadcastable to the leading axes, in ``0..S``.
+    mask : array_like of bool, optional
+        Leave out the positions where it is False; broadcastable to ``(..., S)``.
+    return_lse : bool, default False
+        Also return the logarithm of the softmax's denominator.
+    return_weights : bool, default False
+        Also return the weights.
+    backend, threads
+        As of `fastattn.scaled_dot`.
+
+    Returns
+    -------
+    out : ndarray, (..., D) or (..., H, D)
+        0 where no position is left. The widest dtype of `x` and `w`, as in `fastattn.scaled_dot`.
+    lse : ndarray, (...) or (..., H), if `return_lse`
+    weights : ndarray, (..., S) or (..., H, S), if `return_weights`
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any work; the message begins with the argument's name.
+
+    Notes
+    -----
+    It is `fastattn.dot` with the weights as queries and `x` as keys and values: Yang et al. (2016),
+    "Hierarchical Attention Networks for Document Classification", equations 6 and 7, without their
+    hidden layer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.array([[1.0, 0.0], [3.0, 0.0], [5.0, 1.0]])
+    >>> out, weights = fastattn.pool(x, [0.0, 50.0], return_weights=True)
+    >>> out.round(3), weights.round(3)
+    (array([5., 1.]), array([0., 0., 1.]))
+    """
+    x, w, options = _pooling(x, w, b, kv_lengths, mask)
+    results = scaled_dot(
+        np.atleast_2d(w.T), x, x, return_lse=return_lse, return_weights=return_weights,
+        backend=backend, threads=threads, **options,
+    )  # fmt: skip
+    return _pooled(results, w.ndim == 1)
+
+
+@differentiates(dot)
+def _dot(q, k, v, *, wrt, **options):
+    refuse("dot", options, "scale")
+    return vjp(scaled_dot, q, k, v, wrt=wrt, scale=1.0, **options)
+
+
+@differentiates(cosine)
+def _cosine(q, k, v, *, wrt, temperature=1.0, **options):
+    refuse("cosine", options, "scale")
+    scale = 1 / positive("temperature", temperature)
+    q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+    p = pose(q, k, v)
+    (q_unit, q_length), (k_unit, k_length) = (
+        tuple(a.reshape(*x.shape[:-1], -1) for a in _unit(y)) for x, y in ((q, p.q), (k, p.k))
+    )
+    results, back = vjp(scaled_dot, q_unit, k_unit, v, wrt=wrt, scale=scale, **options)
+
+    def pullback(grad_out, grad_lse=None):
+        dq, dk, *rest = back(grad_out, grad_lse)
+        return _turned(dq, q_unit, q_length), _turned(dk, k_unit, k_length), *rest
+
+    return results, pullback
+
+
+def _turned(grad, unit, length):
+    """The gradient of a vector from that of its direction: what turns it, by its length."""
+    with np.errstate(all="ignore"):
+        wide, unit = grad.astype(length.dtype, copy=False), unit.astype(length.dtype, copy=False)
+        along = np.einsum("...d,...d->...", wide, unit)[..., None]
+        return ((wide - along * unit) / length).astype(grad.dtype, copy=False)
+
+
+@differentiates(pool)
+def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
+    if isinstance(wrt, str) or any(name != "b" for name in wrt):
+        raise ValueError(f"wrt: {wrt!r} given, ('b',) or () wanted")
+    x, w, given = _pooling(x, w, b, kv_lengths, mask)
+    single = w.ndim == 1
+    results, back = vjp(
+        scaled_dot, np.atleast_2d(w.T), x, x, wrt=("bias",) * len(wrt), **given, **options
+    )
+
+    def pullback(grad_out, grad_lse=None):
+        grad_out = np.expand_dims(grad_out, (-3, -2) if single else -3)
+        if grad_lse is not None:
+            grad_lse = np.expand_dims(grad_lse, (-2, -1) if single else -2)
+        dw, dk, dv, *db = back(grad_out, grad_lse)
+        dw, dx = dw.T.reshape(w.shape), (dk + dv)[..., 0, :, :]
+        return dx, dw, *(x.reshape(np.shape(b)) for x in db)
+
+    return _pooled(results, single), pullback
+
+
+def refuse(score: str, options: dict, *names: str) -> None:
+    """Take out of `options` what has no meaning for a score, which must be None there."""
+    for name in names:
+        value = options.pop(name, None)
+        if value is not None:
+            raise TypeError(f"{name}: {type(value).__name__} given, but {score} has no {name}")
+
+
+def positive(name: str, value) -> float:
+    """A finite number > 0, or an error that names the argument."""
+    x = number(name, value)
+    if not 0 < x < np.inf:
+        raise ValueError(f"{name}: {x} given, a finite number > 0 wanted")
+    return x
+
+
+def _unit(x):
+    """``(x / length, length)`` along the last axis; 0 stays 0, with a length of infinity."""
+    real = np.float64 if x.dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):
+        wide = x.astype(real, copy=False)
+        length = _length(wide)
+        odd = ~((length > _SHORT) & (length < np.inf))[..., 0]
+        unit = wide / length
+        if odd.any():  # the squares left the range of the dtype, or there is a NaN
+            top = np.abs(wide[odd]).max(axis=-1, keepdims=True)
+            scaled = wide[odd] / np.where(top == 0, np.inf, top)
+            lengths = _length(scaled)
+            unit[odd] = scaled / np.where(lengths == 0, np.inf, lengths)
+            length[odd] = np.where(top == 0, np.inf, top * lengths)
+        return unit.astype(x.dtype, copy=False), length
+
+
+def _length(x):
+    return np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
+
+
+def _pooling(x, w, b, kv_lengths, mask):
+    """``(x, w, options)`` of the attention with one head that a pooling is."""
+    x, w = plain("x", x), plain("w", w)
+    float_dtype("x", x), float_dtype("w", w)
+    if x.ndim < 2:
+        raise ValueError(f"x: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
+    if w.ndim not in (1, 2):
+        raise ValueError(f"w: {w.ndim} axes given, 1 or 2 wanted: (dim,) or (dim, poolings)")
+    if w.shape[0] != x.shape[-1]:
+        raise ValueError(f"w: dim {w.shape[0]} differs from x's {x.shape[-1]}")
+    b = plain("b", b)
+    if b.shape not in ((), w.shape[1:]):
+        raise ValueError(f"b: shape {b.shape} given, () or {w.shape[1:]} wanted")
+    if b.dtype.kind not in "fiu" or not np.isfinite(b).all():
+        raise ValueError("b: finite numbers wanted")
+    options = {"scale": 1.0, "bias": b[..., None], "kv_lengths": kv_lengths}
+    if mask is not None:
+        mask = plain("mask", mask)
+        if mask.ndim == 0 or mask.ndim >= x.ndim:
+            raise ValueError(f"mask: shape {mask.shape} given, one that broadcasts to "
+                             f"{x.shape[:-1]} wanted")  # fmt: skip
+        options["mask"] = mask[..., None, None, :]
+    return x[..., None, :, :], w, options
+
+
+def _pooled(results, single: bool):
+    """Without the axis of heads and, of a single pooling, that of queries: both have length 1."""
+    given = results if isinstance(results, tuple) else (results,)
+    first = given[0].ndim - 3
+    axes = (first, first + 1) if single else (first,)
+    pooled = tuple(x.squeeze(axes) for x in given)
+    return pooled if isinstance(results, tuple) else pooled[0]

@@ -1,0 +1,60 @@
+"""Which keys are seen at all, by some query or other, without an array of queries x keys."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .problem import Problem
+
+__all__ = ["seen_keys"]
+
+# How many queries' rows of a mask or a bias are looked at together.
+_ROWS = 16
+
+
+def seen_keys(p: Problem) -> np.ndarray:
+    """Does a query see the key? bool, broadcastable to (batch, kv_heads, keys)."""
+    intervals = p.intervals()
+    if p.mask is None and p.bias is None:
+        if intervals is None:
+            return np.ones(p.n_keys, bool)
+        seen = _covered(*intervals, p.n_keys)
+    else:
+        seen = np.zeros((1, p.n_keys), bool)
+        for first in range(0, p.n_queries, _ROWS):
+            seen = seen | _seen_by(p, intervals, slice(first, first + _ROWS))
+    seen = np.broadcast_to(seen, (*seen.shape[:-2], p.heads, p.n_keys))
+    by_group = seen.reshape(*seen.shape[:-2], p.kv_heads, p.group, p.n_keys)
+    return np.logical_or.reduce(by_group, axis=-2)
+
+
+def _covered(start, stop, n_keys) -> np.ndarray:
+    """Which keys lie in an interval ``start <= j < stop`` of the last axis: (..., keys)."""
+    start, stop = np.broadcast_arrays(start, stop)
+    edges = np.zeros((*start.shape[:-1], n_keys + 1), np.int64)
+    rows = np.indices(start.shape, sparse=True)[:-1]
+    full = start < stop
+    np.add.at(edges, (*rows, start), full)
+    np.subtract.at(edges, (*rows, np.where(full, stop, start)), full)
+    seen = edges[..., :-1].cumsum(axis=-1) > 0
+    return seen if seen.ndim > 1 else seen[None]
+
+
+def _seen_by(p: Problem, intervals, rows: slice) -> np.ndarray:
+    """`seen_keys` by some of the queries: broadcastable to (batch, heads, keys)."""
+
+    def these(x):
+        """`x` for these rows, with axes of length 1 for those along which it is broadcast."""
+        x = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.strides)]
+        return x if x.shape[-2] == 1 else x[..., rows, :]
+
+    seen = np.ones((1, 1, p.n_keys), bool)
+    if p.mask is not None:
+        seen = seen & these(p.mask)
+    if p.bias is not None:
+        seen = seen & (these(p.bias) != -np.inf)
+    if intervals is not None:
+        start, stop = (np.atleast_1d(x)[..., None] for x in intervals)
+        j = np.arange(p.n_keys)
+        seen = seen & (these(np.atleast_2d(start)) <= j) & (j < these(np.atleast_2d(stop)))
+    return np.logical_or.reduce(seen, axis=-2)

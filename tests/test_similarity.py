@@ -1,0 +1,323 @@
+"""Scores by dot product, cosine and distance, and attention pooling (SYSTEMS.md, 1, 2 and 4)."""
+
+import numpy as np
+import pytest
+from cases import DTYPES, Shape, assert_exact_enough, options, same_bits
+
+import fastattn
+from fastattn import reference
+from fastattn.problem import pose
+
+SHAPE = Shape(2, 4, 50, 70, 16, kv_heads=2, value_dim=24)
+DATA = np.array([[1, 2], [3, 4], [5, 6]])
+OPTIONS = [(), ("bias",), ("-inf",), ("alibi",), ("sinks",), ("causal",), ("window",), ("spans",),
+           ("kv_lengths",), ("mask",), ("q_offset", "causal"),
+           ("mask", "window", "bias")]  # fmt: skip
+
+
+def cosines(q, k, temperature=1.0):
+    lengths = [np.sqrt((x * x).sum(axis=-1, keepdims=True)) for x in (q, k)]
+    q, k = (x / np.where(n == 0, 1, n) for x, n in zip((q, k), lengths, strict=True))
+    return q @ k.swapaxes(-1, -2) / q.dtype.type(temperature)
+
+
+def distances(q, k, alpha=1.0):
+    """As a matrix product about the origin, which is what a NumPy user can afford."""
+    squares = [(x * x).sum(axis=-1) for x in (q, k)]
+    twice = 2 * (q @ k.swapaxes(-1, -2))
+    return -q.dtype.type(alpha) * (squares[0][..., None] + squares[1][..., None, :] - twice)
+
+
+def solve(p, score, real, normalize=True, hidden=None):
+    """``(out, lse, weights)`` on the full grid, every step in `real`."""
+    with np.errstate(all="ignore"):
+        q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
+        k, v = (reference.per_query_head(x.astype(real), p) for x in (p.k, p.v))
+        s = score(q, k)
+        if p.bias is not None:
+            s = s + p.bias.astype(real)
+        if p.alibi is not None:
+            i, j = reference.positions(p)
+            s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j).astype(real)
+        seen = reference.visible(p)
+        if hidden is not None:
+            seen = seen & ~hidden
+        weights, lse = reference.softmax(s, seen, p.sinks)
+        if not normalize:
+            weights = np.where(seen, np.exp(s), 0)
+        return reference.weighted_sum(weights, seen, v), lse, weights
+
+
+def check(results, p, score, offset=0.0, **how):
+    """Promise 1; the yardstick is that of the same inputs less `offset`."""
+    real = np.longdouble if p.accumulator == np.float64 else np.float64
+    near = p._replace(q=p.q - p.dtype.type(offset), k=p.k - p.dtype.type(offset))
+    exact = solve(p, score, real, **how)
+    plain = [x.astype(p.dtype) for x in solve(near, score, p.accumulator, **how)]
+    names = ("out", "lse", "weights")
+    dtypes = (p.dtype, p.accumulator, p.dtype)
+    for got, truth, yardstick, dtype, name in zip(
+        results, exact, plain, dtypes, names, strict=False
+    ):
+        assert_exact_enough(got, truth, yardstick, dtype, name)
+
+
+# ------------------------------------------------------------------------------------------- dot
+
+
+def test_dot_of_integers(target):
+    """SYSTEMS.md, 3, worked by hand: scores [[1, 2, 3], [3, 4, 7], [5, 6, 11]]."""
+    k, v = np.array([[1, 0], [0, 1], [1, 1]]), np.array([[2, 0], [0, 2], [2, 2]])
+    scores = np.array([[1, 2, 3], [3, 4, 7], [5, 6, 11]])
+    powers = np.exp(scores)
+    weights = powers / powers.sum(axis=1, keepdims=True)
+    out, got = fastattn.dot(DATA, k, v, return_weights=True, backend=target.backend)
+    assert out.dtype == got.dtype == np.float64
+    np.testing.assert_allclose(got, weights, rtol=1e-14)
+    np.testing.assert_allclose(out, weights @ v, rtol=1e-14)
+
+
+def test_dot_is_scaled_dot_with_scale_1(target):
+    q, k, v = SHAPE.arrays()
+    wanted = target.attend(q, k, v, scale=1, causal=True)
+    assert same_bits(fastattn.dot(q, k, v, causal=True, backend=target.backend), wanted)
+
+
+# ---------------------------------------------------------------------------------------- cosine
+
+
+@pytest.mark.parametrize("names", OPTIONS, ids="-".join)
+def test_cosine(target, names):
+    q, k, v = SHAPE.arrays()
+    opts = options(names, SHAPE)
+    results = fastattn.cosine(q, k, v, temperature=0.1, return_lse=True, return_weights=True,
+                              backend=target.backend, **opts)  # fmt: skip
+    check(results, pose(q, k, v, **opts), lambda q, k: cosines(q, k, 0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cosine_of_dtypes(target, dtype):
+    q, k, v = SHAPE.arrays(dtype)
+    results = fastattn.cosine(q, k, v, return_lse=True, backend=target.backend)
+    check(results, pose(q, k, v), cosines)
+
+
+def test_cosine_of_zero_is_zero(target):
+    q, k, v = SHAPE.arrays()
+    q[:, :, 3], k[:, :, 5] = 0, 0
+    _, weights = fastattn.cosine(q, k, v, return_weights=True, backend=target.backend)
+    np.testing.assert_allclose(weights[:, :, 3], 1 / 70, rtol=1e-6)
+    check(fastattn.cosine(q, k, v, return_lse=True), pose(q, k, v), cosines)
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e30, 3e37])
+def test_cosine_knows_no_length(size):
+    """Where the square of the length is out of range, too; a subnormal has few digits."""
+    q, k, v = SHAPE.arrays()
+    wanted = fastattn.cosine(q, k, v)
+    got = fastattn.cosine(q * np.float32(size), k * np.float32(size), v)
+    np.testing.assert_allclose(got, wanted, atol=1e-2 if size == 1e-42 else 1e-6)
+
+
+# -------------------------------------------------------------------------------------- gaussian
+
+
+def test_gaussian_of_integers(target):
+    """SYSTEMS.md, 1."""
+    out = fastattn.gaussian(DATA, DATA, DATA, alpha=0.5, normalize=False, backend=target.backend)
+    wanted = [[1.055, 2.073], [3.110, 4.147], [5.055, 6.073]]
+    np.testing.assert_array_equal(out.round(3), wanted)
+    out = fastattn.gaussian(DATA, DATA, DATA, alpha=0.5, normalize=False, exclude_self=True,
+                            backend=target.backend)  # fmt: skip
+    near, far = np.exp(-4), np.exp(-16)
+    grid = np.array([[0, near, far], [near, 0, near], [far, near, 0]])
+    np.testing.assert_allclose(out, grid @ DATA, rtol=1e-13)
+
+
+@pytest.mark.parametrize("how", [{}, {"normalize": False, "exclude_self": True}], ids=str)
+@pytest.mark.parametrize("names", OPTIONS, ids="-".join)
+def test_gaussian(target, names, how):
+    if "sinks" in names and "normalize" in how:
+        how = {"exclude_self": True}  # the other is refused
+    q, k, v = SHAPE.arrays()
+    opts = options(names, SHAPE)
+    if "kv_lengths" in names and "exclude_self" in how:
+        opts["q_offset"] = 0
+    results = fastattn.gaussian(q, k, v, backend=target.backend, alpha=0.05, return_lse=True,
+                   return_weights=True, **how, **opts)  # fmt: skip
+    p = pose(q, k, v, **opts)
+    i, j = reference.positions(p)
+    hidden = i == j if "exclude_self" in how else None
+    check(results, p, lambda q, k: distances(q, k, 0.05), hidden=hidden,
+          normalize=how.get("normalize", True))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [*((d, 0) for d in DTYPES), ("float32", 1e4), ("float64", 1e4)]
+)
+def test_gaussian_far_from_the_origin(target, dtype, offset):
+    """As exact as plain NumPy is at the origin; half precision could not tell the inputs apart."""
+    q, k, v = SHAPE.arrays(dtype)
+    q, k = q + q.dtype.type(offset), k + k.dtype.type(offset)
+    results = fastattn.gaussian(q, k, v, backend=target.backend, return_lse=True)
+    check(results, pose(q, k, v), distances, offset)
+
+
+@pytest.mark.parametrize("names", [("kv_lengths",), ("mask",), ("-inf",), ("spans",),
+                                   ("mask", "causal", "bias")], ids="-".join)  # fmt: skip
+@pytest.mark.parametrize("padding", [np.nan, np.inf, 1e30])
+def test_what_nobody_sees_changes_no_bit(names, padding):
+    """The centre is taken from keys that are seen."""
+    q, k, v = SHAPE.arrays()
+    opts = options(names, SHAPE)
+    if "mask" in opts:
+        opts["mask"][..., 40:] = False
+    if "bias" in opts:
+        opts["bias"][..., 40:] = -np.inf
+    if "spans" in opts:
+        opts["spans"] = tuple(np.minimum(x, 40) for x in opts["spans"])
+    if "kv_lengths" in opts:
+        opts["kv_lengths"] = [40, 33]
+    wanted = fastattn.gaussian(q, k, v, return_lse=True, **opts)
+    k[:, :, 40:], v[:, :, 40:] = padding, padding
+    got = fastattn.gaussian(q, k, v, return_lse=True, **opts)
+    assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
+    assert np.isfinite(got[0]).all()
+
+
+def test_excluded_self_is_not_seen():
+    q, k, v = Shape(1, 1, 9, 9, 4).arrays()
+    wanted = fastattn.gaussian(q, k, v, causal=True, exclude_self=True)
+    k[:, :, -1], v[:, :, -1] = np.nan, np.nan  # of all queries only the last might see it
+    assert same_bits(fastattn.gaussian(q, k, v, causal=True, exclude_self=True), wanted)
+    assert not wanted[:, :, 0].any()
+
+
+def test_key_at_infinity_weighs_nothing():
+    q, k, v = SHAPE.arrays()
+    wanted = fastattn.gaussian(q, k, v, mask=np.arange(70) != 5)
+    for far in (np.inf, -np.inf):
+        k[:, :, 5, 2] = far
+        np.testing.assert_allclose(fastattn.gaussian(q, k, v), wanted, atol=2e-5)
+    k[:, :, 5, 2] = np.nan
+    assert np.isnan(fastattn.gaussian(q, k, v)).all()
+
+
+@pytest.mark.parametrize("opts", [{}, {"kv_lengths": [60, 31]}, {"causal": True}], ids=str)
+def test_slices_of_the_batch_agree(opts):
+    q, k, v = SHAPE.arrays()
+    whole = fastattn.gaussian(
+        q,
+        k + 100,
+        v,
+        backend="cython" if "cython" in fastattn.available_backends() else None,
+        **opts,
+    )
+    lengths = opts.get("kv_lengths")
+    for n in range(2):
+        one = opts if lengths is None else {"kv_lengths": lengths[n]}
+        assert same_bits(fastattn.gaussian(q[n], k[n] + 100, v[n], **one), whole[n])
+        assert same_bits(fastattn.gaussian(q[n, 2:], k[n, 1:] + 100, v[n, 1:], **one), whole[n, 2:])
+
+
+def test_broadcasting_and_out():
+    q, k, v = SHAPE.arrays()
+    q, k = q[:1, :1], k[:, :1]
+    wanted = fastattn.gaussian(*(np.broadcast_to(x, (2, 2, *x.shape[2:])) for x in (q, k, v)))
+    # The squares may be summed in another order, and scores of 60 are rounded to 4e-6.
+    np.testing.assert_allclose(fastattn.gaussian(q, k, v), wanted, atol=2e-5)
+    for function in (fastattn.gaussian, fastattn.cosine, fastattn.dot):
+        out = np.empty((2, 2, 50, 24), np.float32)
+        assert function(q, k, v, out=out) is out
+        assert same_bits(out, function(q, k, v))
+
+
+def test_memory_order_is_that_of_q():
+    q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in SHAPE.arrays())
+    for function in (fastattn.gaussian, fastattn.cosine):
+        assert function(q, k, v).swapaxes(1, 2).flags.c_contiguous
+
+
+# ------------------------------------------------------------------------------------------ pool
+
+
+@pytest.mark.parametrize("poolings", [None, 1, 3])
+@pytest.mark.parametrize("lead", [(), (5,), (2, 5)])
+def test_pool(target, lead, poolings):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((*lead, 20, 8))
+    w = rng.standard_normal(8 if poolings is None else (8, poolings))
+    mask = rng.random((*lead, 20)) < 0.7
+    scores = x @ w.reshape(8, -1) + 0.5
+    scores[~mask] = -np.inf
+    powers = np.exp(scores).swapaxes(-1, -2)
+    weights = powers / powers.sum(axis=-1, keepdims=True)
+    wanted = [weights @ x, np.log(powers.sum(axis=-1)), weights]
+    if poolings is None:
+        wanted = [wanted[0][..., 0, :], wanted[1][..., 0], wanted[2][..., 0, :]]
+    results = fastattn.pool(x, w, b=0.5, mask=mask, return_lse=True, return_weights=True,
+                            backend=target.backend)  # fmt: skip
+    for got, want in zip(results, wanted, strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_pool_of_padded_sequences():
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((2, 9, 4)).astype(np.float32)
+    x[0, 6:] = np.nan
+    out = fastattn.pool(x, np.ones(4, np.float32), kv_lengths=[6, 9])
+    np.testing.assert_allclose(out[0], fastattn.pool(x[0, :6], np.ones(4)), rtol=1e-5)
+    assert out.dtype == np.float32
+    assert not fastattn.pool(x, np.ones(4), kv_lengths=0).any()
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+Q, K, V = Shape(2, 4, 5, 7, 8, kv_heads=2).arrays()
+
+
+@pytest.mark.parametrize("name, opts, error, message", [
+    ("dot", {"scale": 2.0}, TypeError, "scale: float given, but dot has no scale"),
+    ("cosine", {"scale": 2.0}, TypeError, "scale: float given, but cosine has no scale"),
+    ("cosine", {"temperature": 0}, ValueError, "temperature: 0.0 given, a finite number > 0"),
+    ("cosine", {"temperature": "1"}, TypeError, "temperature: <U1 given, a real number"),
+    ("cosine", {"mask": 1.0}, TypeError, "mask: "),
+    ("gaussian", {"scale": 2.0}, TypeError, "scale: float given, but gaussian has no scale"),
+    ("gaussian", {"softcap": 2.0}, TypeError, "softcap: float given, but gaussian has no softcap"),
+    ("gaussian", {"alpha": -1}, ValueError, "alpha: -1.0 given, a finite number > 0"),
+    ("gaussian", {"alpha": np.inf}, ValueError, "alpha: inf given"),
+    ("gaussian", {"normalize": 1}, TypeError, "normalize: int given, bool wanted"),
+    ("gaussian", {"exclude_self": None}, TypeError, "exclude_self: NoneType given, bool wanted"),
+    ("gaussian", {"normalize": False, "sinks": np.ones(4)}, ValueError, "sinks: given with norm"),
+    ("gaussian", {"exclude_self": True, "kv_lengths": 5}, ValueError, "q_offset: None given with"),
+    ("gaussian", {"out": np.ones((2, 4, 5, 9))}, ValueError, "out: shape"),
+    ("gaussian", {"backend": "nobody"}, ValueError, "backend: 'nobody' given"),
+])  # fmt: skip
+def test_errors(name, opts, error, message):
+    with pytest.raises(error, match="^" + message):
+        getattr(fastattn, name)(Q, K, V, **opts)
+
+
+@pytest.mark.parametrize("name", ["dot", "cosine", "gaussian"])
+def test_shapes_are_those_of_scaled_dot(name):
+    with pytest.raises(ValueError, match=r"^k: head_dim 6 differs from q's 8"):
+        getattr(fastattn, name)(Q, K[..., :6], V)
+    with pytest.raises(ValueError, match=r"^q: 0 axes"):
+        getattr(fastattn, name)(1.0, K, V)
+    with pytest.raises(TypeError, match=r"^k: complex64 given"):
+        getattr(fastattn, name)(Q, K.astype(complex).astype("c8"), V)
+
+
+@pytest.mark.parametrize("x, w, opts, message", [
+    (np.ones(3), np.ones(3), {}, "x: 1 axes given"),
+    (np.ones((5, 3)), np.ones(4), {}, "w: dim 4 differs from x's 3"),
+    (np.ones((5, 3)), np.ones((3, 2, 1)), {}, "w: 3 axes given"),
+    (np.ones((5, 3)), np.ones(3), {"b": np.ones(2)}, r"b: shape \(2,\) given"),
+    (np.ones((5, 3)), np.ones(3), {"b": np.nan}, "b: finite numbers wanted"),
+    (np.ones((5, 3)), np.ones(3), {"mask": np.ones((2, 5), bool)}, "mask: shape"),
+    (np.ones((5, 3)), np.ones(3), {"kv_lengths": 6}, "kv_lengths: 6 given"),
+])  # fmt: skip
+def test_errors_of_pool(x, w, opts, message):
+    with pytest.raises(ValueError, match="^" + message):
+        fastattn.pool(x, w, **opts)
