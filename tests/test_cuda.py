@@ -469,11 +469,12 @@ def compiler(monkeypatch):
     if SIMULATED:
         pytest.skip("the simulator compiles nothing")
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
-    nvvm = importlib.import_module("numba.cuda.cudadrv.nvvm")
+    nvvm, nvrtc = (importlib.import_module(f"numba.cuda.cudadrv.{x}") for x in ("nvvm", "nvrtc"))
     try:
         nvvm.NVVM()
+        nvrtc.get_supported_ccs()
     except Exception as error:
-        pytest.skip(f"no NVVM: {' '.join(str(error).split())}; pip install 'fastattn[cuda12]'")
+        pytest.skip(f"no NVVM or NVRTC: {' '.join(str(error).split())}; pip install 'fastattn[cuda12]'")
     return lambda *args, **types_of: compile_ptx(monkeypatch, *args, **types_of)
 
 
