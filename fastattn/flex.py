@@ -8,6 +8,12 @@ from .problem import pose
 __all__ = ["flex"]
 
 
+OPTIONS = frozenset({
+    "scale", "softcap", "bias", "alibi", "sinks", "causal", "window", "q_offset", "kv_lengths",
+    "spans", "mask", "return_lse", "return_weights", "out", "threads", "precision",
+})  # fmt: skip
+
+
 def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=None, **options):
     """Exact softmax attention whose scores and mask are functions of the user's.
 
@@ -63,6 +69,8 @@ def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=Non
     >>> fastattn.flex(q, k, v, relative_position, causal=True).shape
     (4, 100, 32)
     """
+    for name in options.keys() - OPTIONS:
+        raise TypeError(f"{name}: not an option of flex, which takes {', '.join(sorted(OPTIONS))}")
     out = options.get("out")
     problem = pose(
         q, k, v, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask, **options

@@ -474,7 +474,8 @@ def compiler(monkeypatch):
         nvvm.NVVM()
         nvrtc.get_supported_ccs()
     except Exception as error:
-        pytest.skip(f"no NVVM or NVRTC: {' '.join(str(error).split())}; pip install 'fastattn[cuda12]'")
+        found = " ".join(str(error).split())
+        pytest.skip(f"no NVVM or NVRTC: {found}; pip install 'fastattn[cuda12]'")
     return lambda *args, **types_of: compile_ptx(monkeypatch, *args, **types_of)
 
 
