@@ -53,7 +53,7 @@ class BuildKernels(build_ext):
                     [str(CSRC / "tile.c")],
                     output_dir=str(Path(self.build_temp) / f"{isa}_{dtype}"),
                     extra_postargs=[*OPTIMIZE, *flags, *defines, f"-DTABLE={isa}_{dtype}"],
-                    depends=HEADERS,
+                    depends=[*HEADERS, str(CSRC / "tile.c")],
                 )
         super().build_extension(ext)
 
@@ -101,7 +101,7 @@ def kernels():
             [str(CSRC / "kernels.pyx"), str(CSRC / "instruction_sets.c")],
             include_dirs=[str(CSRC), numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-            depends=HEADERS,
+            depends=[*HEADERS, str(CSRC / "tile.c")],
         ),
         build_dir=str(Path("build") / made_with),
     )

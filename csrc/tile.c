@@ -301,7 +301,9 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *s
         top = choose(top == splat(-INFINITY), splat(0), top);
         for (int j = 0; j < strip->keys; j++) {
             vec score = load(strip->scores + j * PANEL + n * LANES);
-            vec weight = weight_from(score, top, exponent) / sum;
+            vec weight = weight_from(score, top, exponent);
+            /* Beside an infinite score others weigh 0, though the sum is not a number. */
+            weight = choose(top == splat(INFINITY), weight, weight / sum);
             ivec seen = sees(strip, n, j);
             for (int i = 0; i < LANES; i++) {
                 ptrdiff_t row = p * PANEL + n * LANES + i;

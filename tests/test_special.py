@@ -207,3 +207,10 @@ def test_sinks_that_are_not_finite(target, sink):
     assert np.isfinite(np.delete(out, 1, axis=1)).all()
     np.testing.assert_array_equal(lse[:, 1], sink)
     np.testing.assert_array_equal(out[:, 1], 0 if sink > 0 else np.nan)
+
+
+def test_weights_beside_an_infinite_score(target):
+    """An infinite score weighs NaN, as Inf - Inf does, and the others nothing."""
+    q, k, v = SHAPE.arrays()
+    k[..., 2, 0] = np.inf
+    check(target, q, k, v, return_weights=True)

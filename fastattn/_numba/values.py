@@ -279,6 +279,8 @@ def store_weights(t, begin, scale):
         p, lane = i // size, i % size
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         top = constant(0.0, scale) if tops[i] == -inf else tops[i]
+        # Beside an infinite score others weigh 0, though the sum is not a number.
+        total = constant(1.0, scale) if tops[i] == inf else sums[i]
         target = row_of(t, t.weights, t.weights_row, i)
         for strip in range(STRIPS):
             state = ints(t.strip)[p * STRIPS + strip]
@@ -289,5 +291,5 @@ def store_weights(t, begin, scale):
             seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
             for j in range(stop - key):
                 if state == SEE_ALL or seen[j * size]:
-                    weight = weight_of(scores[j * size] - top) / sums[i]
+                    weight = weight_of(scores[j * size] - top) / total
                     reals(target + (key + j) * t.weights_dim, scale)[0] = weight
