@@ -137,10 +137,12 @@ cdef enum:
     FEW = 16
 
 # With no more queries than these a key head is one item of work, which may leave threads idle, so
-# its keys are split between them, in parts that depend on their number alone.
+# its keys are split between them, in parts that depend on their number alone. No more than so many,
+# because each takes room for what it finds, and time though nobody sees it.
 cdef enum:
     SPLIT = 32
     PART_KEYS = 2048
+    MOST_PARTS = 64
 
 
 cdef const TileKernels *kernels_for(str product, Py_ssize_t queries=MAX_QUERIES) except NULL:
@@ -262,7 +264,7 @@ cdef struct Walk:
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
     Py_ssize_t key_heads  # of all batch entries
-    Py_ssize_t tiles, parts  # of each key head's queries, of its keys
+    Py_ssize_t tiles, parts, part_keys  # of each key head's queries, of its keys
     char *partial  # (batch, kv_heads, parts): room for what each part found
     Py_ssize_t partial_bytes
     NumberFormat out_format
@@ -359,8 +361,8 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
         )
     tile.has_sinks = walk.sinks is not NULL and at.part == 0
     if walk.parts > 1:
-        first_key = at.part * PART_KEYS
-        last_key = first_key + PART_KEYS
+        first_key = at.part * walk.part_keys
+        last_key = first_key + walk.part_keys
         partial = partial_of(walk, at.batch, at.kv_head) + at.part * walk.partial_bytes
         partial += tile.n_queries * sizeof(double)
     # The heads of a group lie side by side, so that a tile's queries are neighbours in position.
@@ -543,7 +545,8 @@ def attend(
     walk.kernels = kernels_for(product, 1 if for_gradients else walk.group * walk.n_queries)
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     if walk.group * walk.n_queries <= SPLIT and weights is None and walk.n_keys >= 2 * PART_KEYS:
-        walk.parts = (walk.n_keys + PART_KEYS - 1) // PART_KEYS
+        walk.part_keys = (walk.n_keys // (MOST_PARTS * PART_KEYS) + 1) * PART_KEYS
+        walk.parts = (walk.n_keys + walk.part_keys - 1) // walk.part_keys
     items = walk.key_heads * walk.tiles * walk.parts
     if items == 0:
         return
