@@ -48,6 +48,10 @@ class BuildKernels(build_ext):
         ext.extra_compile_args += OPTIMIZE + openmp
         ext.extra_link_args += openmp
         for isa, (flags, kernels) in INSTRUCTION_SETS.items():
+            if not self.compiles(flags):
+                print(f"fastattn: the compiler is too old for {isa}, which is left out")
+                ext.extra_compile_args.append(f"-DWITHOUT_{isa}")
+                continue
             for dtype, defines in kernels.items():
                 ext.extra_objects += self.compiler.compile(
                     [str(CSRC / "tile.c")],
@@ -67,15 +71,14 @@ class BuildKernels(build_ext):
 
     def openmp_flags(self):
         """What switches OpenMP on, or nothing where the compiler lacks it: one thread then."""
-        if self.compiles(["-fopenmp"]):
+        if self.compiles(["-fopenmp"], "#include <omp.h>\n"):
             return ["-fopenmp"]
         print("fastattn: the compiler lacks OpenMP; the kernels will use one thread")
         return []
 
-    def compiles(self, flags):
+    def compiles(self, flags, include=""):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.c"
-            include = "#include <omp.h>\n" if flags else ""
             source.write_text(include + "int main(void) { return 0; }\n")
             compiler = getattr(self.compiler, "compiler", ["cc"])
             command = [*compiler, *flags, str(source), "-o", str(Path(folder) / "probe")]

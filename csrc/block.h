@@ -13,9 +13,6 @@ static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
 }
 static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
-/* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
- * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */
-#define ROW_GRAIN 16
 /* Which strips of the pass under way have been made ready for the products, by bits: those that
  * somebody sees. The pass ends at `end`. */
 typedef struct {
@@ -23,6 +20,9 @@ typedef struct {
     ptrdiff_t end;
 } Ready;
 
+/* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
+ * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */
+#define ROW_GRAIN 16
 typedef struct {
     real *row_max, *row_sum; /* [panel][PANEL] */
     lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
@@ -33,7 +33,6 @@ typedef struct {
     real *bias;              /* [STRIP_KEYS][PANEL] */
     real *q;                 /* [panel][head_dim][PANEL], times q_scale */
     real *keys, *values;     /* [keys of the pass][dim]: widened ones */
-    real *few_rows, *few_sums; /* see few.h */
 #ifdef PARTS
     uint32_t *q_parts;      /* see parts.h */
     uint16_t *key_parts;
@@ -41,6 +40,8 @@ typedef struct {
     uint32_t *value_pairs;
     uint32_t *weight_parts;
     uint64_t *odd_keys, *odd_values; /* [strip of the pass]: bits of those that parts cannot express */
+#else
+    real *few_rows, *few_sums; /* see few.h */
 #endif
     Ready *ready;
     ptrdiff_t out_rows, key_rows; /* of one panel, of the keys' parts */
@@ -63,7 +64,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     s->out_rows = round_up(t->value_dim, ROW_GRAIN);
     s->key_rows = pass_keys;
 #define TAKE(field, count)                                                                        \
-    s->field = (void *)((uintptr_t)base + bytes);                                                     \
+    s->field = (void *)((uintptr_t)base + bytes);                                                 \
     bytes += (size_t)round_up((ptrdiff_t)sizeof *s->field * (count), 64);
     TAKE(ready, 1)
     TAKE(row_max, row)

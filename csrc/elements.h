@@ -143,4 +143,16 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
         for (; d < dims; d++) to[d] = (real)read_number(at + d * dim, format) * scale;
     }
 }
+
+/* Call `function` with a constant format of keys and values last, or the choice between formats would
+ * be made for each vector. */
+#define WITH_FORMAT(format, function, ...)                                                        \
+    do {                                                                                          \
+        const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_HALF = {'f', 2, 0},               \
+                           AS_BFLOAT = {'b', 2, 0}, AS_BYTE = {'i', 1, 0};                        \
+        if (is_real(format)) function(__VA_ARGS__, AS_REAL);                                      \
+        else if ((format).kind == 'b') function(__VA_ARGS__, AS_BFLOAT);                          \
+        else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                            \
+        else function(__VA_ARGS__, AS_HALF);                                                      \
+    } while (0)
 #endif

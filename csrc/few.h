@@ -140,16 +140,5 @@ static void transpose_few(const Tile *t, const Scratch *s, real *out) {
         for (ptrdiff_t i = 0; i < t->n_queries; i++) out[d * PANEL + i] = s->few_sums[i * padded + d];
     }
 }
-
-/* Call `function` with a constant format, or the choice would be made for each vector. */
-#define WITH_FORMAT(format, function, ...)                                                        \
-    do {                                                                                          \
-        const NumberFormat REAL_ = {'f', sizeof(real), 0}, F16_ = {'f', 2, 0}, BF16_ = {'b', 2, 0}, \
-                           I8_ = {'i', 1, 0};                                                     \
-        if (is_real(format)) function(__VA_ARGS__, REAL_);                                        \
-        else if ((format).kind == 'b') function(__VA_ARGS__, BF16_);                              \
-        else if ((format).kind == 'i') function(__VA_ARGS__, I8_);                                \
-        else function(__VA_ARGS__, F16_);                                                         \
-    } while (0)
 #endif
 #endif

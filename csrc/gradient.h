@@ -224,8 +224,8 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
             if (key >= t->panel[p].last || key + keys <= t->panel[p].first) continue;
             strip.seen = look(t, p, &strip);
             if (strip.seen == SEE_NONE) continue;
-            need_keys(t, &g.forward, key);
-            need_values(t, &g.forward, key);
+            need(t, &g.forward, key, &g.forward.ready->keys, ready_keys);
+            need(t, &g.forward, key, &g.forward.ready->values, ready_values);
             differentiate_strip(t, &g, p, &strip, begun[p], begun_keys);
             begun[p] = begun_keys = any = true;
         }

@@ -1,6 +1,7 @@
 #include "instruction_sets.h"
 
-/* setup.py compiles tile.c once for each of these, with the flags that belong to the name. */
+/* setup.py compiles tile.c once for each of these, with the flags that belong to the name, and defines
+ * WITHOUT_<name> where the compiler lacks them. */
 #define DECLARE(name) extern const TileKernels name##_float32, name##_float64;
 
 /* float16 and bfloat16 are widened as they are read. */
@@ -33,11 +34,15 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
+#if !defined(WITHOUT_amx) || !defined(WITHOUT_avx512_bf16)
 static int has_avx512_bf16(void) {
     unsigned a, b, c, d;
     return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
+#endif
+
+#ifndef WITHOUT_amx
 /* Tiles take the processor, an operating system that saves them, and its leave to this process. */
 static int has_amx(void) {
 #ifdef __linux__
@@ -51,12 +56,17 @@ static int has_amx(void) {
     return 0;
 #endif
 }
+#endif
 
 const InstructionSet INSTRUCTION_SETS[] = {
+#ifndef WITHOUT_amx
     {"amx", "avx2 avx512 avx512_bf16 amx", has_amx, &avx512_float64, &amx_float32, &amx_float16,
      &amx_bfloat16, &avx512_float32},
+#endif
+#ifndef WITHOUT_avx512_bf16
     {"avx512_bf16", "avx2 avx512 avx512_bf16", has_avx512_bf16, &avx512_float64, &avx512_float32,
      &avx512_float32, &avx512_bf16_bfloat16, &avx512_float32},
+#endif
     {"avx512", "avx2 avx512", has_avx512, KERNELS(avx512)},
     {"avx2", "avx2", has_avx2, KERNELS(avx2)},
     {"baseline", "", always, KERNELS(baseline)},

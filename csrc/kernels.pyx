@@ -514,8 +514,8 @@ cdef const double *doubles(cnp.ndarray array):
 def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
     cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
-    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
-    cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
+    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
     bint for_gradients=False,
 ):
@@ -527,8 +527,7 @@ def attend(
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
     `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
-    bit as `differentiate` does. All must have been validated: nothing is checked
-    here.
+    bit as `differentiate` does. All must have been validated: nothing is checked here.
     """
     cdef Walk walk
     cdef Tile *tiles

@@ -140,16 +140,8 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     s->odd_keys[begin % PASS_KEYS / STRIP_KEYS] = odd;
 }
 
-/* Constant formats, or the choice would be made for each vector. */
-static const NumberFormat F32 = {'f', 4, 0}, F16 = {'f', 2, 0}, BF16 = {'b', 2, 0};
-
 static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    switch (t->kv_format.kind == 'b' ? 'b' : t->kv_format.bytes) {
-    case 4: split_keys(t, s, begin, end, F32); break;
-    case 2: split_keys(t, s, begin, end, F16); break;
-    case 'b': split_keys(t, s, begin, end, BF16); break;
-    default: split_keys(t, s, begin, end, t->kv_format);
-    }
+    WITH_FORMAT(t->kv_format, split_keys, t, s, begin, end);
 }
 
 /* The bits of a strip's keys among those of the whole strip. */
@@ -157,13 +149,13 @@ static uint64_t bits_of(const uint64_t *bits, const Strip *strip) {
     return bits[strip->key % PASS_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
 }
 
-/* pairs[part][pair][d] of up to CHUNK values; returns the bits of those that parts cannot express.
+/* pairs[part][pair][d] of up to CHUNK values, and the bits of those that parts cannot express.
  * Values whose bits are not set in `use` are 0. */
-INLINE uint32_t pair_values(const Tile *t, ptrdiff_t key, NumberFormat format, uint32_t use,
-                            pair *pairs) {
+INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *odd,
+                        NumberFormat format) {
     const char *rows = t->v + key * t->v_key;
     ptrdiff_t dims = round_up(t->value_dim, LANES);
-    uint32_t odd = 0;
+    *odd = 0;
     for (int j = 0; j < CHUNK; j += 2, pairs += dims) {
         __mmask16 out[2] = {0};
         for (ptrdiff_t d = 0; d < dims; d += LANES) {
@@ -182,17 +174,7 @@ INLINE uint32_t pair_values(const Tile *t, ptrdiff_t key, NumberFormat format, u
             for (int i = 0; i < PARTS; i++)
                 _mm512_store_si512(pairs + i * PAIRS * dims + d, parts[i]);
         }
-        odd |= (uint32_t)(out[0] != 0) << j | (uint32_t)(out[1] != 0) << (j + 1);
-    }
-    return odd;
-}
-
-static uint32_t pair_values_of_any_format(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs) {
-    switch (t->kv_format.kind == 'b' ? 'b' : t->kv_format.bytes) {
-    case 4: return pair_values(t, key, F32, use, pairs);
-    case 2: return pair_values(t, key, F16, use, pairs);
-    case 'b': return pair_values(t, key, BF16, use, pairs);
-    default: return pair_values(t, key, t->kv_format, use, pairs);
+        *odd |= (uint32_t)(out[0] != 0) << j | (uint32_t)(out[1] != 0) << (j + 1);
     }
 }
 
@@ -203,8 +185,9 @@ static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdi
     *strip_odd = 0;
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
-        uint32_t odd = pair_values_of_any_format(t, key, use, s->value_pairs);
-        if (odd) pair_values_of_any_format(t, key, use & ~odd, s->value_pairs);
+        uint32_t odd, none;
+        WITH_FORMAT(t->kv_format, pair_values, t, key, use, s->value_pairs, &odd);
+        if (odd) WITH_FORMAT(t->kv_format, pair_values, t, key, use & ~odd, s->value_pairs, &none);
         *strip_odd |= (uint64_t)odd << key % STRIP_KEYS;
         for (int i = 0; i < PARTS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES) {
@@ -230,7 +213,7 @@ typedef struct {
     ptrdiff_t part, chunk;
 } Lanes;
 
-#ifdef __AMX_TILE__
+#ifdef HAS_TILES
 /* Eight tile registers of 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows, 6 and 7 lanes. */
 static const struct {
     uint8_t palette, start_row, reserved[14];

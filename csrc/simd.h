@@ -19,9 +19,13 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__AMX_TILE__) || defined(__AMXTILE__) /* Clang's name until version 15 */
+#define HAS_TILES
+#endif
+
 /* TILE_ROWS x TILE_VECS accumulators, TILE_VECS operands and one broadcast value fill the register
  * file of 32 or 16 vectors; two of AMX's tiles go side by side. */
-#if defined(__AMX_TILE__)
+#if defined(HAS_TILES)
 #define VEC_BYTES 64
 #define TILE_ROWS 8
 #define TILE_VECS 2

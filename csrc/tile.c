@@ -127,18 +127,13 @@ static void begin(Tile *t) {
     }
 }
 
-/* Make the keys of a strip ready for the product, or its values, unless they are. */
-static void need_keys(const Tile *t, const Scratch *s, ptrdiff_t key) {
+/* Make the strip of a key ready by `ready_keys` or `ready_values`, unless its bit says that it is. */
+static void need(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *done,
+                 void (*ready)(const Tile *, const Scratch *, ptrdiff_t, ptrdiff_t)) {
     ptrdiff_t begin = key / STRIP_KEYS * STRIP_KEYS, end = begin + STRIP_KEYS;
     uint64_t bit = (uint64_t)1 << begin % PASS_KEYS / STRIP_KEYS;
-    if (!(s->ready->keys & bit)) ready_keys(t, s, begin, end < s->ready->end ? end : s->ready->end);
-    s->ready->keys |= bit;
-}
-static void need_values(const Tile *t, const Scratch *s, ptrdiff_t key) {
-    ptrdiff_t begin = key / STRIP_KEYS * STRIP_KEYS, end = begin + STRIP_KEYS;
-    uint64_t bit = (uint64_t)1 << begin % PASS_KEYS / STRIP_KEYS;
-    if (!(s->ready->values & bit)) ready_values(t, s, begin, end < s->ready->end ? end : s->ready->end);
-    s->ready->values |= bit;
+    if (!(*done & bit)) ready(t, s, begin, end < s->ready->end ? end : s->ready->end);
+    *done |= bit;
 }
 
 /* One panel's scores for a strip, -inf where unseen; `top` takes part in their maximum. */
@@ -149,7 +144,7 @@ static void score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top
 
     vec strip_top[TILE_VECS];
     for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
-    need_keys(t, s, strip->key);
+    need(t, s, strip->key, &s->ready->keys, ready_keys);
     multiply_keys(t, s, p, strip, strip_top);
     finish_scores(t, s, p, strip, strip_top);
     for (int n = 0; n < vecs; n++) {
@@ -237,7 +232,8 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *block_out = t->panel[p].started ? s->block_out : out;
     raise_max(t, &b, s->row_max + p * PANEL);
     for (int i = 0; i < strips; i++)
-        if (b.strips[i].seen != SEE_NONE) need_values(t, s, b.strips[i].key);
+        if (b.strips[i].seen != SEE_NONE)
+            need(t, s, b.strips[i].key, &s->ready->values, ready_values);
     sum_values(t, s, p, &b, strips, block_out);
     join_block(&b, t->panel[p].vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
     t->panel[p].started = 1;

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from .api import answer
+from .api import answer, scaled_dot
 from .problem import pose
 
 __all__ = ["flex"]
 
 
-OPTIONS = frozenset({
-    "scale", "softcap", "bias", "alibi", "sinks", "causal", "window", "q_offset", "kv_lengths",
-    "spans", "mask", "return_lse", "return_weights", "out", "threads", "precision",
-})  # fmt: skip
+OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - {"backend"}
 
 
 def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=None, **options):

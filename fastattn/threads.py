@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 from .environment import getenv
-from .problem import count
+from .problem import Problem, count
 
-__all__ = ["affinity", "openmp_setting", "thread_count"]
+__all__ = ["affinity", "openmp_setting", "thread_count", "worth_threads"]
 
 
 def thread_count(requested: int | None, openmp: int) -> int:
@@ -38,6 +39,15 @@ def openmp_setting() -> int:
         first = (getenv("OMP_NUM_THREADS") or "").partition(",")[0]
         return int(first) if first.strip().isdecimal() else affinity()
     return openmp_threads()
+
+
+def worth_threads(problem: Problem, openmp: Callable[[], int], least_flops: int) -> int:
+    """How many threads a problem gets: one where it has fewer than `least_flops`."""
+    p = problem
+    flops = 2 * p.n_queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
+    for n in p.batch:
+        flops *= n
+    return 1 if flops < least_flops else thread_count(p.threads, openmp())
 
 
 def affinity() -> int:

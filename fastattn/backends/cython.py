@@ -6,7 +6,7 @@ import numpy as np
 
 from ..backward_problem import Backward
 from ..problem import Problem, empty_like
-from ..threads import thread_count
+from ..threads import worth_threads
 from . import numpy_backward
 
 try:
@@ -53,8 +53,7 @@ _BIAS_FLOATS = ("float16", "bfloat16", "float32", "float64", np.dtype(np.longdou
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    intervals = p.intervals()
-    start, stop = (None, None) if intervals is None else map(np.atleast_2d, intervals)
+    start, stop = _bounds(p)
     lse = np.empty(p.rows()) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
@@ -68,6 +67,12 @@ def run(problem: Problem):
         with np.errstate(over="ignore"):
             lse = lse.astype(p.accumulator, copy=False)
     return lse, weights
+
+
+def _bounds(p: Problem):
+    """The intervals of a problem, of (heads, queries) at least, or ``(None, None)``."""
+    intervals = p.intervals()
+    return (None, None) if intervals is None else tuple(map(np.atleast_2d, intervals))
 
 
 def _longest_first(p: Problem, start, stop):
@@ -92,13 +97,7 @@ def product(problem: Problem) -> str:
 
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
-    p = problem
-    flops = 2 * p.n_queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
-    for n in p.batch:
-        flops *= n
-    if flops < ONE_THREAD_FLOPS:
-        return 1
-    return thread_count(p.threads, _kernels.openmp_threads())
+    return worth_threads(problem, _kernels.openmp_threads, ONE_THREAD_FLOPS)
 
 
 def unsupported_backward(problem: Problem) -> str | None:
@@ -123,8 +122,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         "v": np.empty((*p.batch, p.kv_heads, *p.v.shape[-2:]), p.accumulator),
     }
     lse = b.lse.astype(np.float64)
-    intervals = p.intervals()
-    start, stop = (None, None) if intervals is None else map(np.atleast_2d, intervals)
+    start, stop = _bounds(p)
     with np.errstate(all="ignore"):
         out, grad_out = (x.astype(p.accumulator, copy=False) for x in (b.out, b.grad_out))
         delta = np.einsum("...d,...d->...", grad_out, out).astype(np.float64)

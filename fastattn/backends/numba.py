@@ -11,7 +11,7 @@ import numpy as np
 
 from ..parallel import share
 from ..problem import Problem
-from ..threads import openmp_setting, thread_count
+from ..threads import openmp_setting, worth_threads
 
 name = "numba"
 
@@ -166,13 +166,7 @@ class _Call:
 
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
-    p = problem
-    flops = 2 * p.n_queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
-    for n in p.batch:
-        flops *= n
-    if flops < ONE_THREAD_FLOPS:
-        return 1
-    return thread_count(p.threads, openmp_setting())
+    return worth_threads(problem, openmp_setting, ONE_THREAD_FLOPS)
 
 
 def plan(problem: Problem) -> dict[str, str]:
