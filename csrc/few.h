@@ -1,9 +1,9 @@
 /* Both products for a few queries, with dimensions in the lanes.
  *
  * Decoding asks one query, or one for each head of a group, of all keys: the work is one pass over
- * keys and values at the speed of memory. Each key is multiplied dimension by dimension, LANES keys
- * at a time, so that their sums over the lanes come out together. Scores and weights lie as those of
- * many queries do, and so everything between the products is the same.
+ * keys and values at the speed of memory. Each number is widened in a register, where some queries
+ * share it; the sums of LANES keys over their lanes come out together. Scores and weights lie as those
+ * of many queries do, and so everything between the products is the same.
  */
 #ifndef FASTATTN_FEW_H
 #define FASTATTN_FEW_H
@@ -24,22 +24,29 @@ INLINE vec sum_lanes(vec x[LANES]) {
     return x[0];
 }
 
-/* Up to LANES rows of `real` in whole vectors: where they lie, or widened into `to`, padded by 0. */
+/* Rows of numbers that lie one behind the other: where they are, or widened. */
 typedef struct {
-    const real *data;
+    const char *data;
     ptrdiff_t row;
 } FewRows;
 
-INLINE FewRows few_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
-                        const float *scales, int rows, ptrdiff_t dims, real *to) {
-    ptrdiff_t padded = round_up(dims, LANES);
-    if (is_real(format) && dim == sizeof(real) && padded == dims && !scales)
-        return (FewRows){(const real *)at, row / (ptrdiff_t)sizeof(real)};
-    for (int j = 0; j < rows; j++) {
-        widen(at + j * row, 0, dim, format, scales ? scales + j : NULL, 1, dims, to + j * padded);
-        for (ptrdiff_t d = dims; d < padded; d++) to[j * padded + d] = 0;
-    }
-    return (FewRows){to, padded};
+/* Rows with gaps between their numbers are widened, without their scales. */
+static NumberFormat few_format(const Tile *t, ptrdiff_t dim) {
+    return dim == t->kv_format.bytes ? t->kv_format : (NumberFormat){'f', sizeof(real), 0};
+}
+static FewRows few_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format, int rows,
+                        ptrdiff_t dims, real *to) {
+    if (dim == format.bytes) return (FewRows){at, row};
+    widen(at, row, dim, format, NULL, rows, dims, to);
+    return (FewRows){(const char *)to, dims * (ptrdiff_t)sizeof(real)};
+}
+
+/* The first `dims` of LANES numbers, 0 behind them. */
+INLINE vec load_some(const char *at, ptrdiff_t dims, NumberFormat format) {
+    if (dims >= LANES) return load_numbers(at, format);
+    vec x = {0};
+    for (int i = 0; i < dims; i++) x[i] = (real)read_number(at + i * format.bytes, format);
+    return x;
 }
 
 /* q[query][dims], padded by 0. */
@@ -52,54 +59,115 @@ static void ready_few_queries(const Tile *t, const Scratch *s) {
                                 : 0;
 }
 
-#define FEW_KEYS (LANES < 4 ? LANES : 4) /* share a load of q */
+/* How many queries and keys, or queries and vectors of dims, share what is loaded: as many as the
+ * registers hold sums of. */
+#define FEW_TOGETHER 4
+#define FEW_KEYS (LANES < 4 ? LANES : TILE_ROWS * TILE_VECS < 24 ? 2 : 4)
+
+/* Rows are fetched while others are multiplied: of four queries that share a key, and two threads, a
+ * third of the time. */
+#define FEW_AHEAD 32
+
+/* scores[key][query] of LANES keys. */
+INLINE void multiply_group(const int queries, const real *q, FewRows k, int keys, ptrdiff_t dims,
+                           const float *scales, real *scores, NumberFormat format) {
+    ptrdiff_t padded = round_up(dims, LANES);
+    vec x[FEW_TOGETHER][LANES];
+    for (int j = 0; j < LANES; j += FEW_KEYS) {
+        const char *rows[FEW_KEYS];
+        vec sum[FEW_TOGETHER][FEW_KEYS];
+#pragma GCC unroll 4
+        for (int n = 0; n < FEW_KEYS; n++) rows[n] = k.data + (j + n < keys ? j + n : keys - 1) * k.row;
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++)
+#pragma GCC unroll 4
+            for (int n = 0; n < FEW_KEYS; n++) sum[i][n] = splat(0);
+        for (ptrdiff_t d = 0; d < dims; d += LANES) {
+            vec key[FEW_KEYS];
+#pragma GCC unroll 4
+            for (int n = 0; n < FEW_KEYS; n++) {
+                __builtin_prefetch(rows[n] + FEW_AHEAD * k.row + d * format.bytes, 0, 3);
+                key[n] = load_some(rows[n] + d * format.bytes, dims - d, format);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < queries; i++) {
+                vec query = load(q + i * padded + d);
+#pragma GCC unroll 4
+                for (int n = 0; n < FEW_KEYS; n++) sum[i][n] += query * key[n];
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++)
+#pragma GCC unroll 4
+            for (int n = 0; n < FEW_KEYS; n++) x[i][j + n] = sum[i][n];
+    }
+    for (int i = 0; i < queries; i++) {
+        vec sums = sum_lanes(x[i]);
+        for (int j = 0; j < keys; j++) scores[j * PANEL + i] = scales ? sums[j] * scales[j] : sums[j];
+    }
+}
 
 INLINE void multiply_few(const Tile *t, const Scratch *s, const Strip *strip, NumberFormat format) {
     ptrdiff_t padded = round_up(t->head_dim, LANES), key = strip->key;
     for (int first = 0; first < strip->keys; first += LANES) {
-        int keys = fewer(strip->keys - first, LANES);
-        real *scores = strip->scores + first * PANEL, sums[LANES] __attribute__((aligned(64)));
-        FewRows k = few_rows(t->k + (key + first) * t->k_key, t->k_key, t->k_dim, format,
-                             t->k_scales ? t->k_scales + key + first : NULL, keys, t->head_dim,
-                             s->few_rows);
+        int keys = fewer(strip->keys - first, LANES), i = 0;
+        real *scores = strip->scores + first * PANEL;
+        const float *scales = t->k_scales ? t->k_scales + key + first : NULL;
+        FewRows k = few_rows(t->k + (key + first) * t->k_key, t->k_key, t->k_dim, t->kv_format, keys,
+                             t->head_dim, s->few_rows);
         for (int j = 0; j < keys; j++) store(scores + j * PANEL, splat(0));
-        for (ptrdiff_t i = 0; i < t->n_queries; i++) {
-            const real *q = s->q + i * padded;
-            vec x[LANES];
-            int j = 0;
-            for (; j + FEW_KEYS <= keys; j += FEW_KEYS) {
-                vec sum[FEW_KEYS] = {{0}};
-                for (ptrdiff_t d = 0; d < padded; d += LANES)
-#pragma GCC unroll 4
-                    for (int n = 0; n < FEW_KEYS; n++)
-                        sum[n] += load(q + d) * load_unaligned(k.data + (j + n) * k.row + d);
-#pragma GCC unroll 4
-                for (int n = 0; n < FEW_KEYS; n++) x[j + n] = sum[n];
-            }
-            for (; j < LANES; j++) {
-                x[j] = splat(0);
-                for (ptrdiff_t d = 0; d < padded && j < keys; d += LANES)
-                    x[j] += load(q + d) * load_unaligned(k.data + j * k.row + d);
-            }
-            store(sums, sum_lanes(x));
-            for (j = 0; j < keys; j++) scores[j * PANEL + i] = sums[j];
-        }
+#define GROUP(queries)                                                                            \
+    for (; i + queries <= t->n_queries; i += queries)                                             \
+        multiply_group(queries, s->q + i * padded, k, keys, t->head_dim, scales, scores + i, format);
+        GROUP(4) GROUP(2) GROUP(1)
+#undef GROUP
     }
 }
 
-/* sums[dims] += the weighted sum of some rows, `vecs` vectors at a time. */
-INLINE void add_rows(const int vecs, FewRows v, int rows, const real *weights, real *sums) {
-    vec sum[8];
+/* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors. */
+INLINE void add_rows(const int queries, const int vecs, FewRows v, int rows, const real *weights,
+                     const float *scales, ptrdiff_t dims, ptrdiff_t padded, real *sums,
+                     NumberFormat format) {
+    vec sum[FEW_TOGETHER][8];
+#pragma GCC unroll 4
+    for (int i = 0; i < queries; i++)
 #pragma GCC unroll 8
-    for (int n = 0; n < vecs; n++) sum[n] = load(sums + n * LANES);
-    for (int j = 0; j < rows; j++) {
-        vec weight = splat(weights[j * PANEL]);
+        for (int n = 0; n < vecs; n++) sum[i][n] = load(sums + i * padded + n * LANES);
+    for (int j = 0; j < rows; j++, v.data += v.row, weights += PANEL) {
+        vec value[8];
+        real scale = scales ? (real)scales[j] : 1;
 #pragma GCC unroll 8
-        for (int n = 0; n < vecs; n++)
-            sum[n] += weight * load_unaligned(v.data + j * v.row + n * LANES);
+        for (int n = 0; n < vecs; n++) {
+            __builtin_prefetch(v.data + FEW_AHEAD * v.row + n * LANES * format.bytes, 0, 3);
+            value[n] = load_some(v.data + n * LANES * format.bytes, dims - n * LANES, format);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++) {
+            vec weight = splat(scales ? weights[i] * scale : weights[i]);
+#pragma GCC unroll 8
+            for (int n = 0; n < vecs; n++) sum[i][n] += weight * value[n];
+        }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < queries; i++)
 #pragma GCC unroll 8
-    for (int n = 0; n < vecs; n++) store(sums + n * LANES, sum[n]);
+        for (int n = 0; n < vecs; n++) store(sums + i * padded + n * LANES, sum[i][n]);
+}
+
+/* The same of all dims, as many vectors at a time as there are registers for their sums. */
+INLINE void add_group(const int queries, FewRows v, int rows, const real *weights,
+                      const float *scales, ptrdiff_t dims, real *sums, NumberFormat format) {
+    const int vecs = TILE_ROWS * TILE_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
+    ptrdiff_t padded = round_up(dims, LANES), d = 0;
+#define VECS(n)                                                                                   \
+    for (; n <= vecs && d + n * LANES <= dims; d += n * LANES)                                    \
+        add_rows(queries, n, (FewRows){v.data + d * format.bytes, v.row}, rows, weights, scales,  \
+                 n * LANES, padded, sums + d, format);
+    VECS(8) VECS(4) VECS(2) VECS(1)
+#undef VECS
+    if (d < dims)
+        add_rows(queries, 1, (FewRows){v.data + d * format.bytes, v.row}, rows, weights, scales,
+                 dims - d, padded, sums + d, format);
 }
 
 /* few_sums[query][dims] += the weighted sum of a strip's values. Where some query must not meet a NaN
@@ -107,28 +175,21 @@ INLINE void add_rows(const int vecs, FewRows v, int rows, const real *weights, r
 INLINE void add_few_values(const Tile *t, const Scratch *s, const Strip *strip, NumberFormat format) {
     ptrdiff_t padded = round_up(t->value_dim, LANES), key = strip->key;
     for (int first = 0; first < strip->keys; first += LANES) {
-        int keys = fewer(strip->keys - first, LANES);
-        FewRows v = few_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, format,
-                             t->v_scales ? t->v_scales + key + first : NULL, keys, t->value_dim,
-                             s->few_rows);
-        for (ptrdiff_t i = 0; i < t->n_queries; i++) {
-            const real *weights = strip->scores + first * PANEL + i;
-            real *sums = s->few_sums + i * padded;
-            ptrdiff_t d = 0;
-            if (strip->seen == SEE_SOME) {
-                for (int j = 0; j < keys; j++)
-                    for (d = 0; d < padded && sees(strip, 0, first + j)[i] < 0; d += LANES)
-                        add_rows(1, (FewRows){v.data + j * v.row + d, 0}, 1, weights + j * PANEL,
-                                 sums + d);
-                continue;
-            }
-            for (; d + 8 * LANES <= padded; d += 8 * LANES)
-                add_rows(8, (FewRows){v.data + d, v.row}, keys, weights, sums + d);
-            for (; d + 4 * LANES <= padded; d += 4 * LANES)
-                add_rows(4, (FewRows){v.data + d, v.row}, keys, weights, sums + d);
-            for (; d < padded; d += LANES)
-                add_rows(1, (FewRows){v.data + d, v.row}, keys, weights, sums + d);
-        }
+        int keys = fewer(strip->keys - first, LANES), i = 0;
+        const float *scales = t->v_scales ? t->v_scales + key + first : NULL;
+        const real *weights = strip->scores + first * PANEL;
+        FewRows v = few_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, t->kv_format, keys,
+                             t->value_dim, s->few_rows);
+        for (; i < t->n_queries && strip->seen == SEE_SOME; i++)
+            for (int j = 0; j < keys; j++)
+                if (sees(strip, 0, first + j)[i] < 0)
+                    add_group(1, (FewRows){v.data + j * v.row, 0}, 1, weights + j * PANEL + i,
+                              scales ? scales + j : NULL, t->value_dim, s->few_sums + i * padded, format);
+#define GROUP(queries)                                                                            \
+    for (; i + queries <= t->n_queries; i += queries)                                             \
+        add_group(queries, v, keys, weights + i, scales, t->value_dim, s->few_sums + i * padded, format);
+        GROUP(4) GROUP(2) GROUP(1)
+#undef GROUP
     }
 }
 

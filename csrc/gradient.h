@@ -13,7 +13,7 @@
 /* Dimensions in the lanes go by panels of no more than TILE_VECS vectors, as even as can be. */
 static ptrdiff_t dim_vecs(ptrdiff_t dims) {
     ptrdiff_t vecs = round_up(dims, LANES) / LANES, panels = (vecs + TILE_VECS - 1) / TILE_VECS;
-    return (vecs + panels - 1) / panels;
+    return panels == 0 ? 1 : (vecs + panels - 1) / panels;
 }
 static ptrdiff_t dim_panels(ptrdiff_t dims) {
     return (dims + dim_vecs(dims) * LANES - 1) / (dim_vecs(dims) * LANES);
@@ -139,8 +139,7 @@ static void sum_queries_carefully(ptrdiff_t dims, const Strip *strip, int querie
         }
 }
 
-/* Weights, in place of the scores, and grad_scores of the product with v: then those of the scores
- * before the softcap. */
+/* Weights, in place of the scores, and grad_scores of the product with v. */
 static void differentiate_scores(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < t->panel[p].vecs; n++) {
@@ -150,7 +149,6 @@ static void differentiate_scores(const Tile *t, const GradientScratch *g, int p,
             ptrdiff_t at = j * PANEL + n * LANES;
             vec weight = weight_from(load(strip->scores + at) - lse, rest, exponent);
             vec grad = weight * (load(g->grad_scores + at) - delta);
-            if (t->softcap > 0) grad *= load(g->slope + at);
             if (strip->seen == SEE_SOME) {
                 ivec seen = sees(strip, n, j);
                 weight = choose(seen, weight, splat(0));
@@ -162,8 +160,64 @@ static void differentiate_scores(const Tile *t, const GradientScratch *g, int p,
     }
 }
 
+/* Add a strip's gradients to those of the bias. */
+static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+    const real unit = (real)(1 / WEIGHT_UNIT);
+    int rows = fewer(t->n_queries - p * PANEL, PANEL);
+    for (int i = 0; i < rows; i += LANES) {
+        char *const *to = t->grad_bias + p * PANEL + i;
+        const real *from = g->grad_scores + i;
+        int some = fewer(rows - i, LANES), j = 0;
+        for (; j + LANES <= strip->keys && !t->rows_share_bias; j += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int l = 0; l < LANES; l++) x[l] = load(from + (j + l) * PANEL);
+            transpose(x);
+            for (int l = 0; l < some; l++) { /* heads of a group may have one row */
+                real *row = (real *)to[l] + strip->key + j;
+                store_unaligned(row, load_unaligned(row) + x[l] * unit);
+            }
+        }
+        for (int l = 0; l < some; l++)
+            for (int key = j; key < strip->keys; key++) {
+                real x = from[key * PANEL + l] * unit;
+                if (t->rows_share_bias)
+                    ((double *)to[l])[strip->key + key] += x;
+                else
+                    ((real *)to[l])[strip->key + key] += x;
+            }
+    }
+}
+
+/* Add a strip's gradients times the distances to those of the slopes. */
+static void add_to_slopes(Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        ptrdiff_t first = p * PANEL + n * LANES;
+        real distances[LANES] = {0};
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++)
+            distances[i] = (real)(t->position[first + i] - strip->key);
+        vec distance = load_unaligned(distances), sum = splat(0);
+        for (int j = 0; j < strip->keys; j++) {
+            sum += load(g->grad_scores + j * PANEL + n * LANES) * magnitude(distance);
+            distance -= 1;
+        }
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++)
+            t->grad_slope[first + i] -= sum[i] / WEIGHT_UNIT;
+    }
+}
+
+/* From the gradients of scores to those of the scores before the softcap. */
+static void uncap(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < t->panel[p].vecs; n++) {
+            real *grad = g->grad_scores + j * PANEL + n * LANES;
+            vec x = load(grad) * load(g->slope + j * PANEL + n * LANES);
+            store(grad, strip->seen == SEE_SOME ? choose(sees(strip, n, j), x, splat(0)) : x);
+        }
+}
+
 /* One panel and one strip. */
-static void differentiate_strip(const Tile *t, const GradientScratch *g, int p, Strip *strip,
+static void differentiate_strip(Tile *t, const GradientScratch *g, int p, Strip *strip,
                                 bool begun_q, bool begun_keys) {
     const Scratch *s = &g->forward;
     int vecs = t->panel[p].vecs, queries = fewer(t->n_queries - p * PANEL, PANEL);
@@ -182,6 +236,9 @@ static void differentiate_strip(const Tile *t, const GradientScratch *g, int p, 
     product(vecs, strip->keys, v.data, v.row, v.dim, t->value_dim,
             g->grad_out + p * PANEL * t->value_dim, g->grad_scores, false, NULL);
     differentiate_scores(t, g, p, strip);
+    if (t->wants_bias) add_to_bias(t, g, p, strip);
+    if (t->wants_slope) add_to_slopes(t, g, p, strip);
+    if (t->softcap > 0) uncap(t, g, p, strip);
     bool careful = strip->seen == SEE_SOME &&
                    !(g->finite[p] && all_finite(k, strip->keys, t->head_dim));
     if (careful) {
@@ -215,6 +272,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     bool begun[PANELS] = {false}, any = false;
     lay_out_gradient(t, &g);
     open_queries(t, &g);
+    for (ptrdiff_t i = 0; i < t->n_queries; i++) t->grad_slope[i] = 0;
     for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS) {
         /* Whole strips, so that a row of dK or dV has one place. */
         int keys = fewer(end - key, STRIP_KEYS);

@@ -67,6 +67,9 @@ cdef extern from "tile.h" nogil:
         double delta[MAX_QUERIES]
         char *grad_k
         char *grad_v
+        bint wants_bias, wants_slope, rows_share_bias
+        char *grad_bias[MAX_QUERIES]
+        double grad_slope[MAX_QUERIES]
         Py_ssize_t first, last
 
     ctypedef struct GradientKernels:
@@ -668,10 +671,11 @@ cdef char *share_scratch(
 cdef struct Pull:
     # A walk backward; `out` of the walk is the gradient of q.
     Walk walk
-    Operand grad_out, lse, delta
+    Operand grad_out, lse, delta, grad_bias, grad_slope
     char *grad_k
     char *grad_v
-    Py_ssize_t blocks  # of keys
+    const int64_t *key_heads  # as many of them as `sharers` are one item after another
+    Py_ssize_t sharers, blocks  # of keys
     int64_t *turn  # (batch, kv_heads, tiles): whose turn it is to add to the gradients of q
 
 
@@ -685,6 +689,8 @@ cdef bint differentiate_tile(
     cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
     cdef char *lse = entry(walk, &pull.lse, at.batch)
     cdef char *delta = entry(walk, &pull.delta, at.batch)
+    cdef char *grad_bias = entry(walk, &pull.grad_bias, at.batch)
+    cdef char *grad_slope = entry(walk, &pull.grad_slope, at.batch)
     cdef int64_t *turn = pull.turn
     set_tile(walk, tile, at)
     for i in range(tile.n_queries):
@@ -693,6 +699,8 @@ cdef bint differentiate_tile(
         tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
         tile.lse[i] = (<double *>row_of(&pull.lse, lse, head, query))[0]
         tile.delta[i] = (<double *>row_of(&pull.delta, delta, head, query))[0]
+        if grad_bias is not NULL:
+            tile.grad_bias[i] = row_of(&pull.grad_bias, grad_bias, head, query)
     walk.kernels.begin(tile)
     if end <= tile.first or tile.last <= begin:
         return True
@@ -705,16 +713,21 @@ cdef bint differentiate_tile(
         sched_yield()
     if some:
         walk.kernels.gradient.add(tile)
+        for i in range(tile.n_queries if grad_slope is not NULL else 0):
+            head = at.kv_head * walk.group + (at.first + i) % walk.group
+            query = (at.first + i) // walk.group
+            (<double *>row_of(&pull.grad_slope, grad_slope, head, query))[0] += tile.grad_slope[i]
     set_count(turn, block + 1)
     return True
 
 
 cdef bint differentiate_block(
-    const Pull *pull, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+    const Pull *pull, Tile *tile, Py_ssize_t head, Py_ssize_t block, bint listen, double *last_look,
+    bint *stopped,
 ) noexcept nogil:
     """One block of keys of one key head. False if a signal came in between."""
     cdef const Walk *walk = &pull.walk
-    cdef Py_ssize_t block = item % pull.blocks, head = item // pull.blocks, n
+    cdef Py_ssize_t n
     cdef Py_ssize_t begin = block * walk.kernels.pass_keys
     cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
     cdef Py_ssize_t row = walk.n_keys * walk.kernels.real_bytes
@@ -732,18 +745,32 @@ cdef bint differentiate_block(
     return True
 
 
+cdef bint differentiate_item(
+    const Pull *pull, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """One block of keys of key heads that share a bias, in their order. False if stopped."""
+    cdef const int64_t *heads = pull.key_heads + item // pull.blocks * pull.sharers
+    cdef Py_ssize_t i
+    for i in range(pull.sharers):
+        if not differentiate_block(
+            pull, tile, heads[i], item % pull.blocks, listen, last_look, stopped
+        ):
+            return False
+    return True
+
+
 cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     global pool_started
     cdef bint stopped = False
     cdef double last_look = seconds()
-    cdef Py_ssize_t item, items = pull.walk.key_heads * pull.blocks
+    cdef Py_ssize_t item, items = pull.walk.key_heads // pull.sharers * pull.blocks
     if threads > 1:
         pool_started = True
     with nogil:
         # In the order of their numbers: a block waits only for those before it.
         for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
             if not stopped:
-                if not differentiate_block(
+                if not differentiate_item(
                     pull, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
                 ):
                     stopped = True
@@ -759,11 +786,16 @@ def differentiate(
     tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset,
     cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask, int threads,
+    cnp.ndarray grad_bias, cnp.ndarray grad_slope, cnp.ndarray key_heads not None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
     and `grad_v`, (batch, kv_heads, keys, dim): contiguous, of the dtype of sums.
 
-    `lse` and `delta`, (batch, heads, queries), are float64. The rest as for `attend`.
+    `lse` and `delta`, (batch, heads, queries), are float64. What is not None of `grad_bias` and
+    `grad_slope`, (batch, heads, queries), is added to: one broadcast to the scores, of the dtype of
+    sums, or float64 if it broadcasts along the queries, and without gaps between the keys; the
+    other is float64. `key_heads`, int64 (items, sharers), are all the flattened key heads, those
+    side by side whose `grad_bias` is one. The rest as for `attend`.
     """
     cdef Pull pull
     cdef Tile *tiles
@@ -777,6 +809,10 @@ def differentiate(
     describe(walk, &pull.grad_out, grad_out, 3)
     describe(walk, &pull.lse, lse, 2)
     describe(walk, &pull.delta, delta, 2)
+    describe(walk, &pull.grad_bias, grad_bias, 3)
+    describe(walk, &pull.grad_slope, grad_slope, 2)
+    pull.key_heads = <const int64_t *>cnp.PyArray_DATA(key_heads)
+    pull.sharers = key_heads.shape[1]
     pull.grad_k = <char *>cnp.PyArray_DATA(grad_k)
     pull.grad_v = <char *>cnp.PyArray_DATA(grad_v)
     walk.kernels = kernels_for("d" if grad_q.descr.type_num == cnp.NPY_FLOAT64 else "f", 1)
@@ -784,7 +820,7 @@ def differentiate(
     pull.blocks = (walk.n_keys + walk.kernels.pass_keys - 1) // walk.kernels.pass_keys
     if walk.key_heads * pull.blocks == 0:
         return
-    threads = 1 if alone else min(threads, walk.key_heads * pull.blocks)
+    threads = 1 if alone else min(threads, key_heads.shape[0] * pull.blocks)
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
@@ -792,6 +828,8 @@ def differentiate(
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
         tiles.grad_out_dim = pull.grad_out.dim
+        tiles.wants_bias, tiles.wants_slope = grad_bias is not None, grad_slope is not None
+        tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
         scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)
         counts = walk.key_heads * walk.tiles * sizeof(int64_t)
         total_bytes = threads * scratch_bytes + counts + 64

@@ -165,7 +165,7 @@ static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
     if (few(t)) {
-        WITH_FORMAT(t->kv_format, multiply_few, t, s, strip);
+        WITH_FORMAT(few_format(t, t->k_dim), multiply_few, t, s, strip);
         take_max(1, strip, top);
         return;
     }
@@ -255,7 +255,7 @@ static void sum_few_values(const Tile *t, const Scratch *s, PanelBlock *b, int s
         const Strip *strip = &b->strips[i];
         if (strip->seen == SEE_NONE) continue;
         weigh(1, t->exponent, strip, b->top, b->sum);
-        WITH_FORMAT(t->kv_format, add_few_values, t, s, strip);
+        WITH_FORMAT(few_format(t, t->v_dim), add_few_values, t, s, strip);
     }
     transpose_few(t, s, out);
 }

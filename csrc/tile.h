@@ -65,6 +65,11 @@ typedef struct {
     ptrdiff_t grad_out_dim;
     double delta[MAX_QUERIES];
     char *grad_k, *grad_v;
+    /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
+     * share it. That of a slope is the sum over its queries. */
+    int wants_bias, wants_slope, rows_share_bias;
+    char *grad_bias[MAX_QUERIES];
+    double grad_slope[MAX_QUERIES]; /* filled by differentiate */
 
     /* Set by begin. Some query of the tile, or of one panel of it, sees first <= j < last; every
      * query of the panel sees inner_first <= j < inner_last. */

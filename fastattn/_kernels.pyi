@@ -60,4 +60,7 @@ def differentiate(
     stop: np.ndarray | None,
     mask: np.ndarray | None,
     threads: int,
+    grad_bias: np.ndarray | None,
+    grad_slope: np.ndarray | None,
+    key_heads: np.ndarray,
 ) -> None: ...

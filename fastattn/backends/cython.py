@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..backward_problem import Backward
@@ -24,7 +26,8 @@ name = "cython"
 ONE_THREAD_FLOPS = 2_000_000
 
 # Of an lse beyond this float32 keeps so few digits that weights made again from it are off by more
-# than their own rounding: it is made again too, in float64, at the price of a forward pass.
+# than their own rounding: it is made again too, in float64, at the price of a forward pass. So are
+# all where the gradient of alibi is wanted: distances make much of what is off the same way.
 LARGE_LSE = 256.0
 
 if _kernels is not None:
@@ -102,15 +105,12 @@ def threads(problem: Problem) -> int:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
-    for gradient in problem.gradients:
-        if gradient.name in ("bias", "alibi"):
-            return f"no kernel for the gradient of {gradient.name}"
     return unsupported(problem)
 
 
 def run_backward(backward: Backward) -> dict[str, np.ndarray]:
-    """The gradients of `backward` by the names of their arguments, each of the accumulator's dtype
-    and with every axis of the batch and of the heads.
+    """The gradients of `backward` by the names of their arguments, each with every axis of the batch
+    and of the heads; that of a bias of queries x keys has the bias's own.
     """
     b, p = backward, backward.problem
     if np.any(np.abs(b.lse) > 1 / np.finfo(p.accumulator).eps, where=np.isfinite(b.lse)):
@@ -121,36 +121,90 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         "k": np.empty((*p.batch, p.kv_heads, *p.k.shape[-2:]), p.accumulator),
         "v": np.empty((*p.batch, p.kv_heads, *p.v.shape[-2:]), p.accumulator),
     }
-    lse = b.lse.astype(np.float64)
     start, stop = _bounds(p)
-    with np.errstate(all="ignore"):
-        out, grad_out = (x.astype(p.accumulator, copy=False) for x in (b.out, b.grad_out))
-        delta = np.einsum("...d,...d->...", grad_out, out).astype(np.float64)
-        if b.grad_lse is not None:
-            delta -= b.grad_lse
-        if b.wants("sinks") and p.sinks is not None:
-            sinks = p.sinks[:, None]
-            weights = np.where(sinks == -np.inf, 0, np.exp(sinks - lse))
-            rest = (*range(len(p.batch)), -1)
-            found["sinks"] = -(weights * delta).sum(axis=rest).astype(p.accumulator)
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
-    if np.any(np.abs(lse) > LARGE_LSE, where=np.isfinite(lse)):
-        _kernels.attend(
-            p.q, p.k, p.v, None, None, np.empty(p.rows(p.value_dim), p.dtype), p.batch, p.heads,
-            p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop,
-            p.mask, lse, None, None, p.accumulator.char, threads(p), True,
-        )  # fmt: skip
+    scores = (p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask)
+    grad_slope = np.zeros(p.rows()) if b.wants("alibi") else None
+    with np.errstate(all="ignore"):
+        out, lse = _results(b, scores)
+        out, grad_out = (x.astype(p.accumulator, copy=False) for x in (out, b.grad_out))
+        mean = np.einsum("...d,...d->...", grad_out, out).astype(np.float64)
+        delta = mean if b.grad_lse is None else mean - b.grad_lse
+        if b.wants("sinks"):
+            of_queries = (*range(len(p.batch)), -1)
+            found["sinks"] = -(_sink_weights(p, lse) * delta).sum(axis=of_queries)
+        key_heads = _prepare_bias(b, lse, mean, found)
+    grad_bias = found.get("bias")
+    if grad_bias is not None and grad_bias.shape[-1] != p.n_keys:
+        grad_bias = None  # filled already
     _kernels.differentiate(
         p.q, p.k, p.v, b.grad_out, lse, delta, found["q"], found["k"], found["v"], p.batch, p.heads,
-        p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop,
-        p.mask, threads(p),
+        p.kv_heads, *scores, threads(p), grad_bias, grad_slope, key_heads,
     )  # fmt: skip
+    if grad_slope is not None:
+        found["alibi"] = grad_slope.sum(axis=(*range(len(p.batch)), -1))
     for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
         if not x.flags.c_contiguous:  # in the memory order of its array
             ordered = empty_like(x, found[name].shape, p.accumulator)
             ordered[...] = found[name]
             found[name] = ordered
     return found
+
+
+def _results(b: Backward, scores):
+    """The results and, in float64, the lse that the gradients go by: those given, or where these
+    are too coarse the same made again, by the kernels that make the gradients.
+
+    Those of a `merge` differ from what this call would return, and stay what they are.
+    """
+    p, lse = b.problem, b.lse.astype(np.float64)
+    coarse = np.abs(lse) > LARGE_LSE
+    if not b.wants("alibi") and not np.any(coarse, where=np.isfinite(lse)):
+        return b.out, lse
+    out, again = np.empty(p.rows(p.value_dim), p.dtype), np.empty(p.rows())
+    _kernels.attend(
+        p.q, p.k, p.v, None, None, out, p.batch, p.heads, p.kv_heads, *scores, again, None, None,
+        p.accumulator.char, threads(p), True,
+    )  # fmt: skip
+    same = np.abs(again - lse) <= 4 * np.finfo(p.accumulator).eps * np.maximum(np.abs(lse), 1)
+    return np.where(same[..., None], out, b.out), np.where(same, again, lse)
+
+
+def _sink_weights(p: Problem, lse):
+    """What of each row's softmax its sink takes."""
+    if p.sinks is None:
+        return 0.0
+    sinks = p.sinks[:, None]
+    return np.where(sinks == -np.inf, 0, np.exp(sinks - lse))
+
+
+def _prepare_bias(b: Backward, lse, mean, found) -> np.ndarray:
+    """Put into `found` where the gradient of the bias is to be summed; that of one that is the same
+    for all keys of a row in full. Returns the flattened key heads, (items, sharers): those that
+    have their place of it in common must come one after another.
+    """
+    p = b.problem
+    each = np.arange(math.prod(p.batch) * p.kv_heads)
+    for gradient in p.gradients:
+        if gradient.name != "bias":
+            continue
+        shape = (1,) * (3 + len(p.batch) - len(gradient.shape)) + gradient.shape
+        if shape[-1] != p.n_keys:
+            # Along a row the gradients of the scores add up to nothing but what passes by the keys.
+            sink = _sink_weights(p, lse)
+            seen = np.where(lse == -np.inf, 0, 1 - sink)
+            grad = mean * sink + (0 if b.grad_lse is None else b.grad_lse * seen)
+            found["bias"] = np.where(seen == 0, 0, grad)[..., None]
+        elif shape[-2] != p.n_queries or p.n_queries == 1:
+            found["bias"] = np.zeros((*p.batch, p.heads, 1, p.n_keys))
+        else:
+            found["bias"] = np.zeros(shape, p.accumulator)
+            common = [axis for axis, n in enumerate(shape[:-2]) if n == 1]
+            grid = each.reshape(*p.batch, p.kv_heads)
+            last = range(grid.ndim - len(common), grid.ndim)
+            sharers = max(1, math.prod(grid.shape[axis] for axis in common))
+            return np.ascontiguousarray(np.moveaxis(grid, common, last)).reshape(-1, sharers)
+    return each[:, None]
 
 
 def plan(problem: Problem) -> dict[str, str]:
