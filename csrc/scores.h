@@ -20,10 +20,34 @@ static void set_words(lane_int *words, int i, uint64_t bits) {
     for (int w = 0; w < WORDS; w++) words[w * PANEL + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
 }
 
-/* Read who sees what of a strip, biases of -inf aside. */
+static const char *bias_row(const Tile *t, int p, int i, ptrdiff_t key) {
+    ptrdiff_t row = p * PANEL + i < t->n_queries ? p * PANEL + i : t->n_queries - 1;
+    return t->bias[row] + key * t->bias_key;
+}
+
+/* Is every bias of the panel and strip -inf? */
+static bool hidden_by_bias(const Tile *t, int p, const Strip *strip) {
+    bool plain = is_real(t->bias_format) && t->bias_key == sizeof(real);
+    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++) {
+        const char *row = bias_row(t, p, i, strip->key);
+        int j = 0;
+        for (; plain && j + LANES <= strip->keys; j += LANES) {
+            ivec other = load_unaligned((const real *)row + j) != splat(-INFINITY);
+            lane_int any = 0;
+            for (int l = 0; l < LANES; l++) any |= other[l];
+            if (any) return false;
+        }
+        for (; j < strip->keys; j++)
+            if (read_number(row + j * t->bias_key, t->bias_format) != -INFINITY) return false;
+    }
+    return true;
+}
+
+/* Read who sees what of a strip, biases of -inf aside unless all are. */
 static Seen look(const Tile *t, int p, const Strip *strip) {
     ptrdiff_t first = p * PANEL, key = strip->key;
     bool inner = t->panel[p].inner_first <= key && key + strip->keys <= t->panel[p].inner_last;
+    if (t->has_bias && hidden_by_bias(t, p, strip)) return SEE_NONE;
     if (inner && !t->has_mask) return SEE_ALL;
     uint64_t every = first_bits(strip->keys), any = 0, all = every, bits = 0, masked = every;
     for (int i = 0; i < PANEL; i++) {
@@ -42,11 +66,6 @@ static Seen look(const Tile *t, int p, const Strip *strip) {
         set_words(strip->words, i, bits);
     }
     return any == 0 ? SEE_NONE : all == every ? SEE_ALL : SEE_SOME;
-}
-
-static const char *bias_row(const Tile *t, int p, int i, ptrdiff_t key) {
-    ptrdiff_t row = p * PANEL + i < t->n_queries ? p * PANEL + i : t->n_queries - 1;
-    return t->bias[row] + key * t->bias_key;
 }
 
 /* Are all biases of the panel and strip of type `real`, in sequence and far from overflow? */

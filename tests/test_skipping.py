@@ -38,6 +38,8 @@ for n_queries in (1, 5, 300):
         "spans": (2048, 5120, {"spans": (3000, 5000)}),
         "nothing": (0, 0, {"kv_lengths": 0}),
         "mask": (2048, 5120, {"mask": (np.arange(n_keys) >= 3000) & (np.arange(n_keys) < 5000)}),
+        "bias": (2048, 5120, {"bias": np.where((np.arange(n_keys) >= 3000) & (np.arange(n_keys) < 5000),
+                                               np.float32(0.5), -np.inf)}),
         "windows apart": (3072, 6144, {"window": (200, 200), "q_offset": 5000, "kv_lengths": 5100}),
     }[case]
     q = np.random.default_rng(1).standard_normal((n_queries, dim), np.float32)
@@ -52,8 +54,8 @@ for n_queries in (1, 5, 300):
             moved["q_offset"] -= first
         if "spans" in moved:
             moved["spans"] = tuple(x - first for x in moved["spans"])
-        if "mask" in moved:
-            moved["mask"] = moved["mask"][first:last]
+        for name in {"mask", "bias"} & moved.keys():
+            moved[name] = moved[name][first:last]
         wanted = fastattn.scaled_dot(q, *shown, backend="reference", **moved)
         assert np.allclose(out, wanted, rtol=1e-4, atol=1e-5)  # that the right keys were read
     else:
@@ -61,7 +63,7 @@ for n_queries in (1, 5, 300):
 print("fine")
 """
 
-CASES = ["kv_lengths", "causal", "window", "spans", "nothing", "mask", "windows apart"]
+CASES = ["kv_lengths", "causal", "window", "spans", "nothing", "mask", "bias", "windows apart"]
 
 
 @pytest.mark.parametrize("case", CASES)

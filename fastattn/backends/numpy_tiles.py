@@ -110,7 +110,8 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
         last = stop.max(where=some, initial=0)
     for begin in range(first // BLOCK_K * BLOCK_K, last, BLOCK_K):
         keys = slice(begin, min(begin + BLOCK_K, p.n_keys))
-        if h.mask is None or h.mask[:, :, queries, keys].any():
+        masked = h.mask is not None and not h.mask[:, :, queries, keys].any()
+        if not masked and (h.bias is None or (h.bias[:, :, queries, keys] != -np.inf).any()):
             yield keys
 
 
