@@ -6,7 +6,7 @@ weighted sum predicts the next one. The same network with all scores held at 0 t
 items: it knows which there were, but not which of them matters.
 
     pip install fastattn[plot]
-    python examples/predict_next.py           # some ten seconds
+    python examples/predict_next.py           # some seconds
     python examples/predict_next.py --short   # shorter sequences, two seconds
 """
 
