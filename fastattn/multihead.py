@@ -6,6 +6,7 @@ import numpy as np
 
 from .api import scaled_dot
 from .problem import count, flag, float_dtype, plain, widest
+from .torch_state import renamed
 from .vjp import differentiates, vjp
 
 __all__ = ["MultiHeadAttention"]
@@ -183,18 +184,7 @@ class MultiHeadAttention:
         ValueError
             If one is missing, too many, or of another shape; then nothing is changed.
         """
-        state = {name: _array(name, value) for name, value in state.items()}
-        if "in_proj_weight" in state:
-            state |= zip(
-                ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
-                np.array_split(state.pop("in_proj_weight"), 3),
-                strict=True,
-            )
-        if "in_proj_bias" in state:
-            state |= zip(
-                ("b_q", "b_k", "b_v"), np.array_split(state.pop("in_proj_bias"), 3), strict=True
-            )
-        given = {_TORCH.get(name, name): x.T for name, x in state.items()}
+        given = renamed({name: _array(name, value) for name, value in state.items()})
         shapes = self._shapes()
         if given.keys() != shapes.keys():
             raise ValueError(
@@ -285,15 +275,6 @@ def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options)
         return (*given, *(found[name] for name in wrt))
 
     return ((out, *rest) if rest else out), pullback
-
-
-_TORCH = {
-    "q_proj_weight": "w_q",
-    "k_proj_weight": "w_k",
-    "v_proj_weight": "w_v",
-    "out_proj.weight": "w_o",
-    "out_proj.bias": "b_o",
-}
 
 
 def _first(name, shape, rng) -> np.ndarray:
