@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,24 +170,26 @@ class _Axis:
         from matplotlib import ticker
 
         axis.set_label_text(title)
-        if self.labels is None:
-            axis.set_major_locator(ticker.MaxNLocator("auto", integer=True, min_n_ticks=1))
-            return
-        labels = self.labels
+        names = self.labels or [str(self.length - 1)]
         size = LINE
         if axis.axis_name == "x":
-            width = max(map(len, labels)) * LETTER + 1
-            if width * self.length > _room(axis):
+            width = max(map(len, names)) * LETTER + 1
+            if self.labels and width * self.length > _room(axis):
                 axis.set_tick_params(rotation=90)
             else:
                 size = width
 
-        class Fitting(ticker.Locator):
+        class Fitting(ticker.MaxNLocator):
             def __call__(self):
-                return range(0, len(labels), math.ceil(len(labels) * size / _room(axis)))
+                self.set_params(nbins=max(1, int(_room(axis) / size)))
+                return super().__call__()
 
-        axis.set_major_locator(Fitting())
-        axis.set_major_formatter(lambda position, _: labels[round(position)])
+        def name(position, _=None):
+            n = round(position)
+            return (self.labels[n] if self.labels else str(n)) if 0 <= n < self.length else ""
+
+        axis.set_major_locator(Fitting(integer=True, min_n_ticks=1))
+        axis.set_major_formatter(name)
 
 
 def _room(axis) -> float:

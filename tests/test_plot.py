@@ -73,14 +73,16 @@ def test_attention_of_one_row_or_column(shape):
 @pytest.mark.parametrize("inches", [2, 4, 8])
 def test_labels_do_not_overlap(pyplot, inches):
     tokens = [f"token {n}" for n in range(100)]
-    _, axes = pyplot.subplots(1, 2, figsize=(2 * inches, inches), layout="constrained")
+    _, axes = pyplot.subplots(1, 3, figsize=(3 * inches, inches), layout="constrained")
     plot.attention(np.eye(100), tokens, tokens, ax=axes[0])
     plot.importance(np.arange(100), tokens, ax=axes[1])
-    for axis in (axes[0].yaxis, axes[0].xaxis, axes[1].xaxis):
+    plot.importance(np.arange(100), 1234567, ax=axes[2])
+    for axis in (axes[0].yaxis, axes[0].xaxis, axes[1].xaxis, axes[2].xaxis):
         shown = labels(axis)
-        assert all(text == tokens[int(at)] for at, text in shown.items())
+        names = range(1234567) if axis.axes is axes[2] else tokens
+        assert all(text == str(names[int(at)]) for at, text in shown.items())
         boxes = [x.get_window_extent() for x in axis.get_majorticklabels()]
-        assert len(boxes) >= 4
+        assert len(boxes) >= 3
         assert not any(a.overlaps(b) for a, b in zip(boxes[1:], boxes, strict=False))
 
 
@@ -143,6 +145,11 @@ def test_errors(call, error, message, pyplot):
     with pytest.raises(error, match="^" + message):
         call()
     assert not pyplot.get_fignums()
+
+
+def test_matplotlib_is_imported_when_used(run_python):
+    program = "import sys, fastattn.plot; print('matplotlib' in sys.modules)"
+    assert run_python(program).strip() == "False"
 
 
 def test_without_matplotlib(monkeypatch):
