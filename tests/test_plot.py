@@ -126,6 +126,18 @@ def test_arrays_are_those_of_fastattn():
     plot.attention([[1, 0], [0, 1]])
 
 
+@pytest.mark.parametrize("values", [[0, 0], [np.nan, 1], [np.nan, np.nan], [np.inf, 1]], ids=str)
+def test_odd_values_can_be_drawn(values):
+    for ax in (plot.attention([values]), plot.importance(values)):
+        ax.figure.canvas.draw()
+
+
+def test_bfloat16():
+    bfloat16 = pytest.importorskip("ml_dtypes", reason="bfloat16 is a dtype of theirs").bfloat16
+    ax = plot.attention(np.eye(2, dtype=bfloat16))
+    np.testing.assert_array_equal(ax.images[0].get_array(), np.eye(2))
+
+
 @pytest.mark.parametrize("call, error, message", [
     (lambda: plot.attention(np.ones((2, 3, 3))), ValueError,
      r"weights: shape \(2, 3, 3\) given, \(rows, columns\) of one head wanted"),
