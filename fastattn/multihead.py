@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import torch_state
 from .api import scaled_dot
 from .problem import count, flag, float_dtype, plain, widest
-from .torch_state import renamed
 from .vjp import differentiates, vjp
 
 __all__ = ["MultiHeadAttention"]
@@ -184,7 +184,7 @@ class MultiHeadAttention:
         ValueError
             If one is missing, too many, or of another shape; then nothing is changed.
         """
-        given = renamed({name: _array(name, value) for name, value in state.items()})
+        given = torch_state.renamed({name: _array(name, value) for name, value in state.items()})
         shapes = self._shapes()
         if given.keys() != shapes.keys():
             raise ValueError(
