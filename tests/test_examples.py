@@ -55,8 +55,9 @@ def test_without_matplotlib(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_train_torch():
-    assert "ms a step" in run_short("train_torch", needs=["torch"])
+@pytest.mark.parametrize("name, package", [("train_torch", "torch")])
+def test_training(name, package):
+    assert "ms a step" in run_short(name, needs=[package])
 
 
 def test_sentence_embeddings():
