@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem, empty_like
+from ..problem import DOT, Problem, empty_like
 from ..threads import worth_threads
 from . import numpy_backward
 
@@ -36,6 +36,8 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if _kernels is None:
         return _missing
+    if p.measure is not DOT:
+        return "not yet"
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
@@ -105,6 +107,8 @@ def unsupported_backward(problem: Problem) -> str | None:
     for gradient in problem.gradients:
         if gradient.name in ("bias", "alibi"):
             return f"no kernel for the gradient of {gradient.name}"
+    if problem.measure is not DOT:
+        return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 import numpy as np
 
 from ..parallel import share
-from ..problem import Problem
+from ..problem import DOT, Problem
 from ..threads import openmp_setting, worth_threads
 
 name = "numba"
@@ -45,6 +45,8 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for int8 keys and values"
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
+    if p.measure is not DOT:
+        return "its kernels measure by products alone"
     return None
 
 
