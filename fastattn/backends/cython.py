@@ -36,8 +36,6 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if _kernels is None:
         return _missing
-    if p.measure is not DOT:
-        return "not yet"
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
@@ -63,7 +61,7 @@ def run(problem: Problem):
     _kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, p.result, p.batch, p.heads, p.kv_heads,
         p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
-        lse, weights, order, product(p), threads(p),
+        lse, weights, order, product(p), threads(p), False, p.measure.name, p.measure.weights,
     )  # fmt: skip
     if lse is not None:
         with np.errstate(over="ignore"):
@@ -161,9 +159,10 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    queries, panel, keys = _kernels.tile_size(product(p), together)
+    kind = product(p), together, p.measure.name
+    queries, panel, keys = _kernels.tile_size(*kind)
     return {
-        "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(product(p), together)}",
+        "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(*kind)}",
         "instruction set": _kernels.instruction_set(),
         "tile": f"{queries} queries, {keys} keys a pass",
         "threads": str(threads(p)),
