@@ -11,7 +11,7 @@
 #include "few.h"
 
 #ifndef PARTS
-#define CHUNK_DIMS 32
+#define CHUNK_DIMS 16
 
 /* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
  * those of finite numbers may overflow; tanh of the sum, times a weight: TANHS; or the same, RATIOS,

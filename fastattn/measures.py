@@ -129,11 +129,11 @@ def _distances(q, k, v, scale, **options) -> Problem:
 def _additive_arrays(q, k, v, w_q, w_k, w, b):
     """``(inputs, parameters)``, arrays by their names, checked."""
     inputs = {name: plain(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    parameters = {"w_q": w_q, "w_k": w_k, "w": w, "b": b}
-    parameters = {name: x if x is None else plain(name, x) for name, x in parameters.items()}
+    parameters = {name: plain(name, x) for name, x in (("w_q", w_q), ("w_k", w_k), ("w", w))}
+    if b is not None:
+        parameters["b"] = plain("b", b)
     for name, x in (*inputs.items(), *parameters.items()):
-        if x is not None:
-            float_dtype(name, x)
+        float_dtype(name, x)
     hidden = parameters["w_q"].shape[-1] if parameters["w_q"].ndim == 2 else "H"
     for name in "qk":
         x, shape = inputs[name], parameters[f"w_{name}"].shape
@@ -141,9 +141,8 @@ def _additive_arrays(q, k, v, w_q, w_k, w, b):
             raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
         if shape != (x.shape[-1], hidden):
             raise ValueError(f"w_{name}: shape {shape} given, ({x.shape[-1]}, {hidden}) wanted")
-    for name in ("w", "b"):
-        if parameters[name] is not None:
-            vector(name, parameters[name], hidden)
+    for name in parameters.keys() - {"w_q", "w_k"}:
+        vector(name, parameters[name], hidden)
     return inputs, parameters
 
 
@@ -158,7 +157,7 @@ def _projected(inputs, parameters, options, **more) -> Problem:
     )
     measure = Measure("additive", parameters["w"])
     p = pose(q, k, inputs["v"], scale=1.0, measure=measure, **more, **options)
-    q[...] = project(inputs["q"], parameters["w_q"], parameters["b"], dtype)
+    q[...] = project(inputs["q"], parameters["w_q"], parameters.get("b"), dtype)
     k[...] = project(inputs["k"], parameters["w_k"], None, dtype)
     return p
 
@@ -177,7 +176,7 @@ def _additive(
     without_out(options)
     inputs, parameters = _additive_arrays(q, k, v, w_q, w_k, w, b)
     optional = {name: options.get(name) for name in ("bias", "alibi", "sinks")}
-    check_wrt(wrt, {**parameters, **optional})
+    check_wrt(wrt, {**parameters, "b": b, **optional})
     own = tuple(name for name in wrt if name in ("w_q", "w_k", "b"))
     inner = tuple(name for name in wrt if name not in own)
     p = _projected(inputs, parameters, options, gradients=True, wrt=inner, return_lse=True)

@@ -22,6 +22,8 @@ name = "cython"
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
+# How many multiply-adds of a product take as long as one term of an additive score.
+ADDITIVE_FLOPS = 10
 
 # Of an lse beyond this float32 keeps so few digits that weights made again from it are off by more
 # than their own rounding: it is made again too, in float64, at the price of a forward pass.
@@ -97,7 +99,8 @@ def product(problem: Problem) -> str:
 
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
-    return worth_threads(problem, _kernels.openmp_threads, ONE_THREAD_FLOPS)
+    cost = ADDITIVE_FLOPS if problem.measure.name == "additive" else 1
+    return worth_threads(problem, _kernels.openmp_threads, ONE_THREAD_FLOPS // cost)
 
 
 def unsupported_backward(problem: Problem) -> str | None:

@@ -26,11 +26,12 @@ def measure(how: Measure, q, k) -> np.ndarray:
     total = _sum(_squares(q, k) if distances else _tanhs(how, q, k))
     if not distances:
         return total
-    if not np.isinf(total).any():
+    far = np.isinf(total)
+    if not far.any():
         return np.sqrt(total)
     # The squares of finite numbers may overflow though the distance does not.
     unit = q.dtype.type(2.0 ** (np.finfo(q.dtype).maxexp // 2))
-    return np.sqrt(_sum(_squares(q / unit, k / unit))) * unit
+    return np.where(far, np.sqrt(_sum(_squares(q / unit, k / unit))) * unit, np.sqrt(total))
 
 
 def measure_gradients(how: Measure, q, k, seen, grad):
