@@ -10,7 +10,7 @@ import fastattn
 from fastattn.dispatch import named, unsupported_backward
 
 SHAPE = Shape(2, 4, 6, 9, 5, kv_heads=2, value_dim=3)
-LONG = Shape(1, 2, 40, 700, 6)  # several blocks of keys
+LONG = Shape(1, 8, 20, 700, 6)  # several blocks of keys
 BOTH = ("euclidean", "additive")
 PARAMETERS = ("w_q", "w_k", "w", "b")
 
