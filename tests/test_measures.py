@@ -157,14 +157,16 @@ def test_projections(dtype):
 @pytest.mark.parametrize("size", [1e-3, 0.1, 3, 30, 1000])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sizes_of_additive_terms(target, dtype, size):
-    """From tanh(x) ~ x to steps, with exponentials that overflow; sums of opposite terms too."""
-    q, k, v = SHAPE.arrays(dtype)
-    k[:, :, :50] = -q[:, ::2] * k.dtype.type(1.01)
-    eye = np.eye(16, dtype=dtype)
-    w = np.random.default_rng(8).standard_normal(16).astype(dtype)
+    """From tanh(x) ~ x to steps, with exponentials that overflow; sums of opposite terms too. Each
+    dimension 16 times, so that their errors count.
+    """
+    q, k, v = Shape(1, 1, 50, 70, 16).arrays(dtype)
+    k[:, :, :50] = -q * k.dtype.type(1.01)
+    eyes = np.tile(np.eye(16, dtype=dtype), 16)
+    w = np.random.default_rng(8).standard_normal(256).astype(dtype)
     size = q.dtype.type(size)
-    check(target, "additive", q * size, k * size, v, w_q=eye, w_k=eye, w=w,
-          b=np.zeros(16, dtype))  # fmt: skip
+    check(target, "additive", q * size, k * size, v, w_q=eyes, w_k=eyes, w=w,
+          b=np.zeros(256, dtype), return_weights=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
