@@ -34,6 +34,11 @@ cdef extern from "tile.h" nogil:
         char kind
         int bytes, swapped
 
+    ctypedef enum Measure:
+        DOT
+        DISTANCE
+        ADDITIVE
+
     ctypedef struct Tile:
         const char *q[MAX_QUERIES]
         char *out[MAX_QUERIES]
@@ -45,6 +50,8 @@ cdef extern from "tile.h" nogil:
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
         Py_ssize_t n_queries, head_dim, value_dim, pass_keys
         double scale, margin
+        Measure measure
+        const double *measure_weights
         Py_ssize_t start[MAX_QUERIES]
         Py_ssize_t stop[MAX_QUERIES]
         double softcap
@@ -145,7 +152,9 @@ cdef enum:
     MOST_PARTS = 64
 
 
-cdef const TileKernels *kernels_for(str product, Py_ssize_t queries=MAX_QUERIES) except NULL:
+cdef const TileKernels *kernels_for(
+    str product, Py_ssize_t queries=MAX_QUERIES, str measure="dot"
+) except NULL:
     """The kernels in use for products of that kind and that many queries of one key head.
 
     `product` is a dtype by NumPy's character: d, f, e, or E, which is ml_dtypes' for bfloat16.
@@ -153,23 +162,23 @@ cdef const TileKernels *kernels_for(str product, Py_ssize_t queries=MAX_QUERIES)
     cdef const InstructionSet *isa = chosen()
     if product == "d":
         return isa.float64
-    if queries <= FEW:
+    if queries <= FEW or measure != "dot":  # other measures have no parts to multiply
         return isa.few
     if product == "f":
         return isa.float32
     return isa.float16 if product == "e" else isa.bfloat16
 
 
-def tile_size(str product, Py_ssize_t queries):
+def tile_size(str product, Py_ssize_t queries, str measure="dot"):
     """How many of the queries of one key head a tile and a panel take, and how many keys a pass."""
-    cdef const TileKernels *kernels = kernels_for(product, queries)
+    cdef const TileKernels *kernels = kernels_for(product, queries, measure)
     return min(queries, kernels.queries), min(queries, kernels.panel), kernels.pass_keys
 
 
-def multiplied_as(str product, Py_ssize_t queries):
+def multiplied_as(str product, Py_ssize_t queries, str measure="dot"):
     """What the kernels for that kind of products and that many queries multiply, in words."""
     cdef const InstructionSet *isa = chosen()
-    cdef const TileKernels *kernels = kernels_for(product, queries)
+    cdef const TileKernels *kernels = kernels_for(product, queries, measure)
     if kernels is isa.float64:
         return "float64"
     if kernels is isa.few:
@@ -517,7 +526,7 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
-    bint for_gradients=False,
+    bint for_gradients=False, str measure="dot", cnp.ndarray measure_weights=None,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
@@ -527,7 +536,7 @@ def attend(
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
     `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
-    bit as `differentiate` does. All must have been validated: nothing is checked here.
+    bit as `differentiate` does. `measure` is that of a Problem, its weights contiguous. All must have been validated: nothing is checked here.
     """
     cdef Walk walk
     cdef Tile *tiles
@@ -541,7 +550,9 @@ def attend(
     describe(&walk, &walk.weights, weights, 3)
     describe(&walk, &walk.lse, lse, 2)
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
-    walk.kernels = kernels_for(product, 1 if for_gradients else walk.group * walk.n_queries)
+    walk.kernels = kernels_for(
+        product, 1 if for_gradients else walk.group * walk.n_queries, measure
+    )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     if walk.group * walk.n_queries <= SPLIT and weights is None and walk.n_keys >= 2 * PART_KEYS:
         walk.part_keys = (walk.n_keys // (MOST_PARTS * PART_KEYS) + 1) * PART_KEYS
@@ -557,6 +568,8 @@ def attend(
     try:
         describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
         tiles.weights_key = walk.weights.dim
+        tiles.measure = {"dot": DOT, "distance": DISTANCE, "additive": ADDITIVE}[measure]
+        tiles.measure_weights = doubles(measure_weights)
         tiles.want_lse = lse is not None
         tiles.differentiating = for_gradients  # no other layout for few queries
         if walk.parts > 1:
@@ -636,6 +649,8 @@ cdef int describe_tile(
     tile.pass_keys = min(walk.kernels.pass_keys, walk.n_keys)
     tile.scale = scale
     tile.softcap = softcap
+    tile.measure = DOT
+    tile.measure_weights = NULL
     tile.has_mask = walk.mask.data is not NULL
     tile.has_bias = walk.bias.data is not NULL
     tile.has_alibi = walk.alibi is not NULL

@@ -50,7 +50,10 @@ static void settle_units(Tile *t) {
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);
-    if (EXACT_QUERIES && size > 0 && size < INFINITY) {
+    if (t->measure != DOT) {
+        t->measure_scale = t->q_scale;
+        t->q_scale = 1;
+    } else if (EXACT_QUERIES && size > 0 && size < INFINITY) {
         /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */
         double power = exp2(floor(log2(size)));
         t->q_scale = t->scale < 0 ? -power : power;

@@ -26,6 +26,9 @@ typedef struct {
     int bytes, swapped;
 } NumberFormat;
 
+/* How a query and a key compare: by q . k, |q - k|, or the weighted sum of tanh(q + k). */
+typedef enum { DOT, DISTANCE, ADDITIVE } Measure;
+
 typedef struct {
     /* What the tile reads and writes; all strides count bytes. */
     const char *q[MAX_QUERIES]; /* one row per query */
@@ -37,6 +40,8 @@ typedef struct {
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
     double scale;
+    Measure measure;
+    const double *measure_weights; /* of ADDITIVE, one per dimension */
     /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact;
      * more where the weighted sum of huge values would overflow. */
     double margin;
@@ -76,9 +81,9 @@ typedef struct {
         uint64_t outside; /* bits of the queries that the products cannot take */
     } panel[MAX_PANELS];
     int panels;
-    /* Queries are multiplied by q_scale; a score is score_scale times the product; weights are
-     * 2**(exponent * (score - maximum)). */
-    double q_scale, score_scale, exponent;
+    /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
+     * another measure finds, measure_scale included; weights are 2**(exponent * (score - maximum)). */
+    double q_scale, measure_scale, score_scale, exponent;
 } Tile;
 
 /* Gradients: for a block of keys, `open` it, `differentiate` each tile of queries after `begin` and

@@ -8,6 +8,7 @@ from .config import show_config
 from .explain import available_backends, explain
 from .flex import flex
 from .gaussian import gaussian
+from .measures import additive, euclidean
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .scores import cosine, dot, pool
@@ -19,11 +20,13 @@ __version__ = "0.1.0"
 __all__ = [
     "KVCache",
     "MultiHeadAttention",
+    "additive",
     "available_backends",
     "block_mask",
     "cosine",
     "document_spans",
     "dot",
+    "euclidean",
     "explain",
     "flex",
     "gaussian",

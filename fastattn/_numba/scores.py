@@ -7,6 +7,7 @@ from math import inf
 import numpy as np
 
 from .exponential import tanh
+from .measures import measure
 from .memory import (
     ahead,
     doubles,
@@ -108,7 +109,10 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
     if state == SEE_NONE:
         return state
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
-    product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
+    if t.measure != 0:
+        measure(t, vecs, k, k_row, k_dim, keys, queries, scores, scale)
+    else:
+        product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
     if t.bias != 0:

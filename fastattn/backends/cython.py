@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem, empty_like
+from ..problem import DOT, Problem, empty_like
 from ..threads import worth_threads
 from . import numpy_backward
 
@@ -22,6 +22,8 @@ name = "cython"
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
+# How many multiply-adds of a product take as long as one term of an additive score.
+ADDITIVE_FLOPS = 10
 
 # Of an lse beyond this float32 keeps so few digits that weights made again from it are off by more
 # than their own rounding: it is made again too, in float64, at the price of a forward pass.
@@ -61,7 +63,7 @@ def run(problem: Problem):
     _kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, p.result, p.batch, p.heads, p.kv_heads,
         p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
-        lse, weights, order, product(p), threads(p),
+        lse, weights, order, product(p), threads(p), False, p.measure.name, p.measure.weights,
     )  # fmt: skip
     if lse is not None:
         with np.errstate(over="ignore"):
@@ -97,7 +99,8 @@ def product(problem: Problem) -> str:
 
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
-    return worth_threads(problem, _kernels.openmp_threads, ONE_THREAD_FLOPS)
+    cost = ADDITIVE_FLOPS if problem.measure.name == "additive" else 1
+    return worth_threads(problem, _kernels.openmp_threads, ONE_THREAD_FLOPS // cost)
 
 
 def unsupported_backward(problem: Problem) -> str | None:
@@ -105,6 +108,8 @@ def unsupported_backward(problem: Problem) -> str | None:
     for gradient in problem.gradients:
         if gradient.name in ("bias", "alibi"):
             return f"no kernel for the gradient of {gradient.name}"
+    if problem.measure is not DOT:
+        return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
 
@@ -157,9 +162,10 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    queries, panel, keys = _kernels.tile_size(product(p), together)
+    kind = product(p), together, p.measure.name
+    queries, panel, keys = _kernels.tile_size(*kind)
     return {
-        "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(product(p), together)}",
+        "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(*kind)}",
         "instruction set": _kernels.instruction_set(),
         "tile": f"{queries} queries, {keys} keys a pass",
         "threads": str(threads(p)),

@@ -17,6 +17,7 @@ from .numpy_tiles import (
     capped_products,
     key_blocks,
     product,
+    queries_of,
     query_blocks,
     rows_of,
     scores,
@@ -61,7 +62,7 @@ def _attend(p: Problem, h: Heads, queries: slice, lse, weights, margin=0.0) -> N
     values from overflowing, at the price of a largest weight that is not exactly 1.
     """
     real = p.accumulator
-    q = h.q[:, :, queries].astype(real) * real.type(p.scale)
+    q = queries_of(p, h, queries)
     rows = q.shape[:-1]
     top = np.full(rows, -np.inf, real)
     if h.sinks is not None:

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem, empty_like
+from ..problem import DOT, Problem, empty_like
+from .numpy_measures import measure_gradients
 from .numpy_tiles import (
     Heads,
     capped_products,
     distances,
     key_blocks,
     product,
+    queries_of,
     query_blocks,
     scores,
 )
@@ -51,7 +53,7 @@ class _Rows(NamedTuple):
     """What a block of queries brings along; axes (kv_heads, group, queries, ...)."""
 
     queries: slice
-    q: np.ndarray  # scaled
+    q: np.ndarray  # scaled for products
     grad_out: np.ndarray
     delta: np.ndarray  # what the weights' mean gradient takes off every score's
     shift: np.ndarray  # the weights are exp(score - shift) / total
@@ -65,7 +67,7 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
         x = x[h.where][:, queries]
         return x.reshape(*h.shape, *x.shape[1:]).astype(real)
 
-    q = h.q[:, :, queries].astype(real) * real.type(p.scale)
+    q = queries_of(p, h, queries)
     grad_out, lse = block(b.grad_out), block(b.lse)
     delta = (grad_out * block(b.out)).sum(axis=-1)
     if b.grad_lse is not None:
@@ -115,9 +117,17 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             found["alibi"][h.where[-1]] -= steps.ravel()
         if p.softcap is not None:
             grad_s = _where(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
-        grad_q += product(grad_s, seen, k)
         of_keys = (*h.kv_where, keys)
-        found["k"][of_keys] += product(grad_s.swapaxes(-1, -2), seen_by, r.q).sum(axis=1)
+        if p.measure is DOT:
+            grad_q += product(grad_s, seen, k)
+            grad_k = product(grad_s.swapaxes(-1, -2), seen_by, r.q)
+        else:
+            more_q, grad_k, more_w = measure_gradients(p.measure, r.q, k, seen, grad_s)
+            grad_q += more_q
+            grad_k *= real(p.scale)
+            if "w" in found:
+                found["w"] += more_w * real(p.scale)
+        found["k"][of_keys] += grad_k.sum(axis=1)
         found["v"][of_keys] += product(weights.swapaxes(-1, -2), seen_by, r.grad_out).sum(axis=1)
     grad_q *= real(p.scale)
     found["q"][h.where][:, r.queries] = grad_q.reshape(-1, *grad_q.shape[2:])

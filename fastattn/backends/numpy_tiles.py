@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..problem import Problem, as_real
+from ..problem import DOT, Problem, as_real
+from .numpy_measures import measure
 
 __all__ = [
     "BLOCK_K",
@@ -20,6 +21,7 @@ __all__ = [
     "distances",
     "key_blocks",
     "product",
+    "queries_of",
     "query_blocks",
     "scores",
 ]
@@ -100,6 +102,13 @@ def rows_of(x, scales, keys: slice, real) -> np.ndarray:
     return as_real(x[:, :, keys], None if scales is None else scales[:, :, keys], real)
 
 
+def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:
+    """Some queries, scaled for products."""
+    real = p.accumulator
+    q = h.q[:, :, queries].astype(real)
+    return q * real.type(p.scale) if p.measure is DOT else q
+
+
 def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
     """The blocks of keys, at fixed places, that some query of the block sees."""
     first, last = 0, p.n_keys
@@ -115,8 +124,12 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
 
 
 def capped_products(p: Problem, h: Heads, q, keys: slice) -> np.ndarray:
-    """The scores of one tile before anything is added; `q` is scaled already."""
-    s = q @ rows_of(h.k, h.k_scales, keys, p.accumulator).swapaxes(-1, -2)
+    """The scores of one tile before anything is added; `q` is that of `queries_of`."""
+    k = rows_of(h.k, h.k_scales, keys, p.accumulator)
+    if p.measure is DOT:
+        s = q @ k.swapaxes(-1, -2)
+    else:
+        s = p.accumulator.type(p.scale) * measure(p.measure, q, k)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
