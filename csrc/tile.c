@@ -289,30 +289,44 @@ static int finish(Tile *t) {
     return 1;
 }
 
-static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
+/* What makes weights of scores, for each row: its maximum, and the factor to a sum of 1. */
+typedef struct {
+    vec top, share;
+} Softmax;
+
+static Softmax softmax_of(vec row_max, vec row_sum) {
+    return (Softmax){
+        choose(row_max == splat(-INFINITY), splat(0), row_max),
+        /* Beside an infinite score others weigh 0, though the sum is not a number. */
+        choose(row_max == splat(INFINITY), splat(1), splat(1) / row_sum),
+    };
+}
+
+/* Scores to the weights of the result, in place. */
+static void settle_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < t->panel[p].vecs; n++) {
-        vec top = load(s->row_max + p * PANEL + n * LANES);
-        vec sum = load(s->row_sum + p * PANEL + n * LANES);
-        top = choose(top == splat(-INFINITY), splat(0), top);
+        ptrdiff_t lane = p * PANEL + n * LANES;
+        Softmax row = softmax_of(load(s->row_max + lane), load(s->row_sum + lane));
         for (int j = 0; j < strip->keys; j++) {
-            vec score = load(strip->scores + j * PANEL + n * LANES);
-            vec weight = weight_from(score, top, exponent);
-            /* Beside an infinite score others weigh 0, though the sum is not a number. */
-            weight = choose(top == splat(INFINITY), weight, weight / sum);
-            ivec seen = sees(strip, n, j);
-            for (int i = 0; i < LANES; i++) {
-                ptrdiff_t row = p * PANEL + n * LANES + i;
-                if (row >= t->n_queries) break;
-                char *at = t->weights[row] + (strip->key + j) * t->weights_key;
-                if (seen[i] < 0) write_number(at, t->out_format, weight[i]);
-            }
+            real *score = strip->scores + j * PANEL + n * LANES;
+            vec weight = weight_from(load(score), row.top, exponent) * row.share;
+            store(score, choose(sees(strip, n, j), weight, splat(0)));
         }
     }
 }
 
-/* The weights of the keys [begin, end): their scores once more, now that the sum is known. */
-static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
+    settle_weights(t, s, p, strip);
+    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++)
+        for (int j = 0; j < strip->keys; j++)
+            write_number(t->weights[p * PANEL + i] + (strip->key + j) * t->weights_key, t->out_format,
+                         strip->scores[j * PANEL + i]);
+}
+
+/* Make the scores of the keys [begin, end) once more, now that the sums are known. */
+static void each_strip(Tile *t, ptrdiff_t begin, ptrdiff_t end,
+                       void (*use)(const Tile *, const Scratch *, int, const Strip *)) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
     *s.ready = (Ready){.end = end};
@@ -321,10 +335,14 @@ static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
             PanelBlock b;
             int strips = score_block(t, &s, p, key, key_end(key, end), &b);
             for (int i = 0; i < strips; i++)
-                if (b.strips[i].seen != SEE_NONE) store_weights(t, &s, p, &b.strips[i]);
+                if (b.strips[i].seen != SEE_NONE) use(t, &s, p, &b.strips[i]);
         }
     CLOSE_TILES();
 }
+
+static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, store_weights); }
+
+#include "maps.h"
 
 static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format) {
@@ -360,4 +378,5 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_ke
 #endif
 
 const TileKernels TABLE = {TILE_QUERIES, PANEL, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
-                           weights,      join,      sizeof(real),  GRADIENT,     peak};
+                           weights,      pool,  collect,   rank,          join,         sizeof(real),
+                           GRADIENT,     peak};

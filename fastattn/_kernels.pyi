@@ -36,6 +36,8 @@ def attend(
     product: str,
     threads: int,
     for_gradients: bool = ...,
+    sums: np.ndarray | None = ...,
+    indices: np.ndarray | None = ...,
 ) -> None: ...
 def differentiate(
     q: np.ndarray,
