@@ -11,7 +11,7 @@ import numpy as np
 
 cimport numpy as cnp
 from cython.parallel cimport prange, threadid
-from libc.math cimport INFINITY, log
+from libc.math cimport log
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.stdlib cimport getenv as c_getenv
@@ -35,8 +35,7 @@ cdef extern from "tile.h" nogil:
         int bytes, swapped
 
     ctypedef struct Candidate:
-        double score
-        Py_ssize_t key
+        pass
 
     Py_ssize_t cell_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t cells)
 
@@ -96,7 +95,6 @@ cdef extern from "tile.h" nogil:
         bint (*finish)(Tile *) noexcept nogil
         void (*weights)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*pool)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
-        void (*collect)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*rank)(Tile *) noexcept nogil
         double (*join)(
             char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, char *, Py_ssize_t,
@@ -503,8 +501,6 @@ cdef bint attend_tile(
             return False
         return add_in_turn(walk, tile, at, listen, last_look, stopped)
     if walk.survey.n_best:
-        if not each_pass(walk.kernels.collect, keys, tile, listen, last_look, stopped):
-            return False
         walk.kernels.rank(tile)
         return True
     if walk.weights.data is not NULL:
@@ -704,7 +700,7 @@ cdef int describe_tile(
     tile.bias_key = walk.bias.dim
     if bias is not None:
         tile.bias_format = number_format(bias)
-    tile.weights_key = 0
+    tile.weights_key = tile.n_best = 0
     tile.want_lse = tile.differentiating = False
     tile.margin = 0
     return 0

@@ -62,8 +62,6 @@ cdef void set_survey(const Walk *walk, Tile *tile, Place at) noexcept nogil:
             tile.keys[i] = <int64_t *>row_of(
                 &survey.indices, indices, at.kv_head * walk.group + head, query
             )
-        for i in range(tile.n_queries * survey.n_best):
-            tile.best[i].score, tile.best[i].key = -INFINITY, -1
 
 
 cdef void add_pooled(const Walk *walk, const Tile *tile, Place at) noexcept nogil:

@@ -41,6 +41,8 @@ static Scratch scratch_of(const Tile *t) {
     return s;
 }
 
+#include "strongest.h"
+
 /* How products become scores and these become weights. Where nothing in natural units is added to
  * a score, the factor log2(e) of the exponent goes into the queries. */
 static void settle_units(Tile *t) {
@@ -119,6 +121,7 @@ static void begin(Tile *t) {
     t->first = PTRDIFF_MAX;
     t->last = 0;
     settle_units(t);
+    clear_best(t);
     Scratch s = scratch_of(t);
     for (int p = 0; p < t->panels; p++) {
         bound_panel(t, p);
@@ -223,6 +226,23 @@ static ptrdiff_t key_end(ptrdiff_t key, ptrdiff_t end) {
     return block_end < end ? block_end : end;
 }
 
+/* Where there are no values to weigh. */
+static void sum_weights(const Tile *t, int p, PanelBlock *b, const Strip *strip) {
+    vec exponent = splat((real)t->exponent);
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        vec top = b->top[n], even = b->sum[n], odd = splat(0);
+        int j = 0;
+        for (; j + 2 <= strip->keys; j += 2) {
+            const real *scores = strip->scores + j * PANEL + n * LANES;
+            even += weight_from(load(scores), top, exponent);
+            odd += weight_from(load(scores + PANEL), top, exponent);
+        }
+        if (j < strip->keys)
+            even += weight_from(load(strip->scores + j * PANEL + n * LANES), top, exponent);
+        b->sum[n] = even + odd;
+    }
+}
+
 /* One panel's attention to one block. */
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     PanelBlock b;
@@ -231,10 +251,15 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *out = s->out + p * PANEL * s->out_rows;
     real *block_out = t->panel[p].started ? s->block_out : out;
     raise_max(t, &b, s->row_max + p * PANEL);
-    for (int i = 0; i < strips; i++)
-        if (b.strips[i].seen != SEE_NONE)
+    for (int i = 0; i < strips; i++) {
+        if (b.strips[i].seen == SEE_NONE) continue;
+        if (t->n_best > 0) collect(t, p, &b.strips[i]);
+        if (t->value_dim > 0)
             need(t, s, b.strips[i].key, &s->ready->values, ready_values);
-    sum_values(t, s, p, &b, strips, block_out);
+        else
+            sum_weights(t, p, &b, &b.strips[i]);
+    }
+    if (t->value_dim > 0) sum_values(t, s, p, &b, strips, block_out);
     join_block(&b, t->panel[p].vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
     t->panel[p].started = 1;
 }
@@ -287,19 +312,6 @@ static int finish(Tile *t) {
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i] / WEIGHT_UNIT);
         }
     return 1;
-}
-
-/* What makes weights of scores, for each row: its maximum, and the factor to a sum of 1. */
-typedef struct {
-    vec top, share;
-} Softmax;
-
-static Softmax softmax_of(vec row_max, vec row_sum) {
-    return (Softmax){
-        choose(row_max == splat(-INFINITY), splat(0), row_max),
-        /* Beside an infinite score others weigh 0, though the sum is not a number. */
-        choose(row_max == splat(INFINITY), splat(1), splat(1) / row_sum),
-    };
 }
 
 /* Scores to the weights of the result, in place. */
@@ -378,5 +390,5 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_ke
 #endif
 
 const TileKernels TABLE = {TILE_QUERIES, PANEL, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
-                           weights,      pool,  collect,   rank,          join,         sizeof(real),
+                           weights,      pool,  rank,          join,         sizeof(real),
                            GRADIENT,     peak};
