@@ -46,8 +46,8 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
         for heads, queries in query_blocks(p):
             found = _strongest(p, heads, queries, kept)
             for target, values in zip((indices, weights), found, strict=True):
-                values = values.reshape(-1, *values.shape[-2:])
-                target[heads.where][:, queries, :kept] = values
+                view = target[heads.where][:, queries, :kept]
+                view[...] = values.reshape(view.shape)
     return indices, weights
 
 
