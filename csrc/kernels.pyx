@@ -512,6 +512,7 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
     """Attend to all tiles. An interruption leaves the rest undone and raises."""
     global pool_started
     cdef bint stopped = False
+    cdef bint *stop = &stopped  # what a prange assigns to by name is each thread's own
     cdef double last_look = seconds()
     cdef Py_ssize_t item
     if threads > 1:
@@ -519,17 +520,17 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
     with nogil:
         if threads == 1:
             for item in range(items):
-                if not attend_tile(walk, tiles, item, True, &last_look, &stopped):
-                    stopped = True
+                if not attend_tile(walk, tiles, item, True, &last_look, stop):
+                    stop[0] = True
                     break
         else:
             for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
-                if not stopped:
+                if not stop[0]:
                     if not attend_tile(
-                        walk, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
+                        walk, &tiles[threadid()], item, threadid() == 0, &last_look, stop
                     ):
-                        stopped = True
-        if walk.parts > 1 and not stopped:
+                        stop[0] = True
+        if walk.parts > 1 and not stop[0]:
             join_parts(walk, tiles)
     if PyErr_Occurred() is not NULL:
         return -1
@@ -791,6 +792,7 @@ cdef bint differentiate_block(
 cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     global pool_started
     cdef bint stopped = False
+    cdef bint *stop = &stopped  # as in work
     cdef double last_look = seconds()
     cdef Py_ssize_t item, items = pull.walk.key_heads * pull.blocks
     if threads > 1:
@@ -798,11 +800,11 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     with nogil:
         # In the order of their numbers: a block waits only for those before it.
         for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
-            if not stopped:
+            if not stop[0]:
                 if not differentiate_block(
-                    pull, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
+                    pull, &tiles[threadid()], item, threadid() == 0, &last_look, stop
                 ):
-                    stopped = True
+                    stop[0] = True
     if PyErr_Occurred() is not NULL:
         return -1
     return 0

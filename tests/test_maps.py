@@ -176,9 +176,7 @@ def test_a_bias_at_the_end_of_the_range(target, size):
     """Any finite bias is a number: rows of nothing else are rows of equal weights."""
     q, k, _ = SHAPE.arrays()
     bias = np.full((70, 90), getattr(np.finfo(np.float32), size), np.float32)
-    np.testing.assert_allclose(
-        call(target, "key_importance", q, k, bias=bias), 70 / 90, rtol=1e-5
-    )
+    np.testing.assert_allclose(call(target, "key_importance", q, k, bias=bias), 70 / 90, rtol=1e-5)
     _, weights = call(target, "top_keys", q, k, 3, bias=bias)
     np.testing.assert_allclose(weights, 1 / 90, rtol=1e-5)
 
@@ -205,10 +203,10 @@ def test_same_bits(target, name, shape):
     group = q.shape[1] // k.shape[1]
     for threads in (2, 3, 5):
         assert all(map(same_bits, results(q, k, threads=threads), whole))
-    for batch in (slice(0, 1), slice(1, None)):
-        assert all(same_bits(a, b[batch]) for a, b in zip(results(q[batch], k[batch]), whole))
+    for part in (np.s_[:1], np.s_[1:]):
+        assert all(map(same_bits, results(q[part], k[part]), (x[part] for x in whole)))
     last = results(q[:, -group:], k[:, -1:])
-    assert all(same_bits(a, b[:, -group:]) for a, b in zip(last, whole, strict=True))
+    assert all(map(same_bits, last, (x[:, -group:] for x in whole)))
 
 
 # ------------------------------------------------------------------------------------ errors
