@@ -9,6 +9,7 @@ from .explain import available_backends, explain
 from .flex import flex
 from .gaussian import gaussian
 from .measures import additive, euclidean
+from .maps import attention_map, key_importance, top_keys
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .scores import cosine, dot, pool
@@ -21,6 +22,7 @@ __all__ = [
     "KVCache",
     "MultiHeadAttention",
     "additive",
+    "attention_map",
     "available_backends",
     "block_mask",
     "cosine",
@@ -30,10 +32,12 @@ __all__ = [
     "explain",
     "flex",
     "gaussian",
+    "key_importance",
     "merge",
     "pool",
     "scaled_dot",
     "scaled_dot_backward",
     "show_config",
+    "top_keys",
     "vjp",
 ]

@@ -38,6 +38,8 @@ def attend(
     for_gradients: bool = ...,
     measure: str = ...,
     measure_weights: np.ndarray | None = ...,
+    sums: np.ndarray | None = ...,
+    indices: np.ndarray | None = ...,
 ) -> None: ...
 def differentiate(
     q: np.ndarray,

@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from .backward_problem import Backward
+from .cells import cell_starts, nothing_seen
 from .problem import Problem, as_real
 
 name = "reference"
@@ -63,6 +64,38 @@ def attend(problem: Problem, real=np.float64):
         v = per_query_head(as_real(problem.v, problem.v_scales, real), problem)
         out = weighted_sum(weights, seen, v)
     return out, lse, weights
+
+
+def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
+    """The weights summed over cells, float64 (batch, heads, rows, columns)."""
+    p = problem
+    _, _, weights = attend(p)
+    if weights.size == 0:
+        return np.zeros((*p.batch, p.heads, rows, columns))
+    with np.errstate(all="ignore"):
+        of_rows = np.add.reduceat(weights, cell_starts(p.n_queries, rows), axis=-2)
+        return np.add.reduceat(of_rows, cell_starts(p.n_keys, columns), axis=-1)
+
+
+def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices and weights of each query's strongest keys, (batch, heads, queries, n).
+
+    They are ranked by their scores, which tell more keys apart than weights do.
+    """
+    p = problem
+    indices, strongest = nothing_seen(p, n)
+    _, _, weights = attend(p)
+    kept = slice(min(n, p.n_keys))
+    with np.errstate(all="ignore"):
+        s = np.where(visible(p), scores(p), -np.inf)
+        order = np.argsort(-s, axis=-1, kind="stable")[..., kept]
+        some = np.take_along_axis(s, order, axis=-1) > -np.inf
+    # Beside an infinite score, which weighs Inf / Inf, others weigh 0; any other NaN is the row's.
+    wrong = (np.isnan(weights) & (s != np.inf)).any(axis=-1)
+    indices[..., kept] = np.where(some, order, -1)
+    strongest[..., kept] = np.where(some, np.take_along_axis(weights, order, axis=-1), 0)
+    indices[wrong], strongest[wrong] = -1, np.nan
+    return indices, strongest
 
 
 def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:

@@ -11,8 +11,8 @@ import fastattn
 
 README = Path(__file__).parent.parent / "README.md"
 PLAIN = (
-    "api", "backward", "cache", "explain", "gaussian", "measures", "merge", "multihead", "scores",
-    "spans", "vjp",
+    "api", "backward", "cache", "explain", "gaussian", "maps", "measures", "merge", "multihead",
+    "scores", "spans", "vjp",
 )  # fmt: skip
 NEED_NUMBA = ("blockmask", "flex", "vectormath")
 

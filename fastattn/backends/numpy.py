@@ -10,6 +10,7 @@ import numpy as np
 
 from ..problem import Problem
 from .numpy_backward import run_backward, unsupported_backward
+from .numpy_maps import run_map, run_top
 from .numpy_tiles import (
     BLOCK_K,
     BLOCK_Q,
@@ -23,7 +24,16 @@ from .numpy_tiles import (
     scores,
 )
 
-__all__ = ["name", "plan", "run", "run_backward", "unsupported", "unsupported_backward"]
+__all__ = [
+    "name",
+    "plan",
+    "run",
+    "run_backward",
+    "run_map",
+    "run_top",
+    "unsupported",
+    "unsupported_backward",
+]
 
 name = "numpy"
 

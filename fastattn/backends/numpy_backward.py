@@ -21,6 +21,7 @@ from .numpy_tiles import (
     queries_of,
     query_blocks,
     scores,
+    sums,
 )
 
 __all__ = ["run_backward", "unsupported_backward"]
@@ -78,23 +79,8 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
     far = np.abs(lse) > 1 / np.finfo(real).eps
     if not np.isfinite(lse[far]).any():
         return rows
-    shift, total = _sums(p, h, rows)
+    shift, total = sums(p, h, q, queries)
     return rows._replace(shift=np.where(far, shift, lse), total=np.where(far, total, 1))
-
-
-def _sums(p: Problem, h: Heads, r: _Rows):
-    """``(shift, total)`` of each row's softmax."""
-    top = np.full(r.delta.shape, -np.inf, p.accumulator)
-    if h.sinks is not None:
-        top = np.broadcast_to(h.sinks, top.shape)
-    total = np.exp(top - np.where(np.isfinite(top), top, 0))
-    for keys in key_blocks(p, h, r.queries):
-        s, _ = scores(p, h, capped_products(p, h, r.q, keys), r.queries, keys)
-        old, top = top, np.maximum(top, s.max(axis=-1))
-        shift = np.where(np.isfinite(top), top, 0)
-        rescale = np.where(old == -np.inf, 0, np.exp(old - shift))
-        total = total * rescale + np.exp(s - shift[..., None]).sum(axis=-1)
-    return np.where(np.isfinite(top), top, 0), total
 
 
 def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "queries_of",
     "query_blocks",
     "scores",
+    "sums",
 ]
 
 # One tile of scores is BLOCK_Q x BLOCK_K for as many heads as fit TILE_ELEMENTS. Blocks of 512 keys
@@ -165,6 +166,21 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     if seen is not None:
         s = np.where(seen, s, -np.inf)
     return s, seen
+
+
+def sums(p: Problem, h: Heads, q, queries: slice):
+    """``(shift, total)`` of a row's softmax ``exp(s - shift) / total``; `q` is scaled already."""
+    top = np.full(q.shape[:-1], -np.inf, p.accumulator)
+    if h.sinks is not None:
+        top = np.broadcast_to(h.sinks, top.shape)
+    total = np.exp(top - np.where(np.isfinite(top), top, 0))
+    for keys in key_blocks(p, h, queries):
+        s, _ = scores(p, h, capped_products(p, h, q, keys), queries, keys)
+        old, top = top, np.maximum(top, s.max(axis=-1))
+        shift = np.where(np.isfinite(top), top, 0)
+        rescale = np.where(old == -np.inf, 0, np.exp(old - shift))
+        total = total * rescale + np.exp(s - shift[..., None]).sum(axis=-1)
+    return np.where(np.isfinite(top), top, 0), total
 
 
 def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:
