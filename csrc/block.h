@@ -42,6 +42,8 @@ typedef struct {
     uint64_t *odd_keys, *odd_values; /* [strip of the pass]: bits of those that parts cannot express */
 #else
     real *few_rows, *few_sums; /* see few.h */
+    real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *measured; /* measures.h */
+    lane_int *odd_queries, *odd_keys;
 #endif
     Ready *ready;
     ptrdiff_t out_rows, key_rows; /* of one panel, of the keys' parts */
@@ -54,6 +56,13 @@ typedef struct {
 #ifndef PARTS
 /* May keys and values be read where they lie? */
 static bool direct(const Tile *t) { return is_real(t->kv_format) && !t->k_scales; }
+static bool direct_keys(const Tile *t) { return direct(t) && t->measure != ADDITIVE; }
+
+/* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch. */
+typedef struct {
+    const real *data;
+    ptrdiff_t row, dim;
+} View;
 #endif
 
 /* Lay the scratch out from `base` on; returns its bytes. */
@@ -87,10 +96,20 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(odd_values, PASS_KEYS / STRIP_KEYS)
 #else
     TAKE(q, row * round_up(t->head_dim, LANES))
-    TAKE(keys, direct(t) ? 0 : pass_keys * t->head_dim)
+    TAKE(keys, direct_keys(t) ? 0 : pass_keys * t->head_dim)
     TAKE(values, direct(t) ? 0 : pass_keys * t->value_dim)
     TAKE(few_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
     TAKE(few_sums, FEW_QUERIES * round_up(t->value_dim, LANES))
+    ptrdiff_t additive = t->measure == ADDITIVE, measured = t->measure != DOT;
+    TAKE(weights, additive * t->head_dim)
+    TAKE(q_high, additive * row * t->head_dim)
+    TAKE(q_low, additive * row * t->head_dim)
+    TAKE(key_high, additive * pass_keys * t->head_dim)
+    TAKE(key_low, additive * pass_keys * t->head_dim)
+    TAKE(odd_queries, additive * row)
+    TAKE(odd_keys, additive * pass_keys)
+    TAKE(key_columns, measured * PANEL * t->head_dim)
+    TAKE(measured, measured * STRIP_KEYS * PANEL)
 #endif
     TAKE(scores, PANEL * block_keys)
 #undef TAKE

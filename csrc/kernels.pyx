@@ -34,6 +34,15 @@ cdef extern from "tile.h" nogil:
         char kind
         int bytes, swapped
 
+    ctypedef enum Measure:
+        DOT
+        DISTANCE
+        ADDITIVE
+    ctypedef struct Candidate:
+        pass
+
+    Py_ssize_t cell_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t cells)
+
     ctypedef struct Tile:
         const char *q[MAX_QUERIES]
         char *out[MAX_QUERIES]
@@ -45,6 +54,8 @@ cdef extern from "tile.h" nogil:
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
         Py_ssize_t n_queries, head_dim, value_dim, pass_keys
         double scale, margin
+        Measure measure
+        const double *measure_weights
         Py_ssize_t start[MAX_QUERIES]
         Py_ssize_t stop[MAX_QUERIES]
         double softcap
@@ -70,6 +81,12 @@ cdef extern from "tile.h" nogil:
         bint wants_bias, wants_slope, rows_share_bias
         char *grad_bias[MAX_QUERIES]
         double grad_slope[MAX_QUERIES]
+        double *pooled
+        int slot[MAX_QUERIES]
+        Py_ssize_t pooled_row, columns, n_keys
+        Candidate *best
+        Py_ssize_t n_best
+        int64_t *keys[MAX_QUERIES]
         Py_ssize_t first, last
 
     ctypedef struct GradientKernels:
@@ -86,6 +103,8 @@ cdef extern from "tile.h" nogil:
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*finish)(Tile *) noexcept nogil
         void (*weights)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*pool)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*rank)(Tile *) noexcept nogil
         double (*join)(
             char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, char *, Py_ssize_t,
             NumberFormat,
@@ -148,7 +167,9 @@ cdef enum:
     MOST_PARTS = 64
 
 
-cdef const TileKernels *kernels_for(str product, Py_ssize_t queries=MAX_QUERIES) except NULL:
+cdef const TileKernels *kernels_for(
+    str product, Py_ssize_t queries=MAX_QUERIES, str measure="dot"
+) except NULL:
     """The kernels in use for products of that kind and that many queries of one key head.
 
     `product` is a dtype by NumPy's character: d, f, e, or E, which is ml_dtypes' for bfloat16.
@@ -156,23 +177,23 @@ cdef const TileKernels *kernels_for(str product, Py_ssize_t queries=MAX_QUERIES)
     cdef const InstructionSet *isa = chosen()
     if product == "d":
         return isa.float64
-    if queries <= FEW:
+    if queries <= FEW or measure != "dot":  # other measures have no parts to multiply
         return isa.few
     if product == "f":
         return isa.float32
     return isa.float16 if product == "e" else isa.bfloat16
 
 
-def tile_size(str product, Py_ssize_t queries):
+def tile_size(str product, Py_ssize_t queries, str measure="dot"):
     """How many of the queries of one key head a tile and a panel take, and how many keys a pass."""
-    cdef const TileKernels *kernels = kernels_for(product, queries)
+    cdef const TileKernels *kernels = kernels_for(product, queries, measure)
     return min(queries, kernels.queries), min(queries, kernels.panel), kernels.pass_keys
 
 
-def multiplied_as(str product, Py_ssize_t queries):
+def multiplied_as(str product, Py_ssize_t queries, str measure="dot"):
     """What the kernels for that kind of products and that many queries multiply, in words."""
     cdef const InstructionSet *isa = chosen()
-    cdef const TileKernels *kernels = kernels_for(product, queries)
+    cdef const TileKernels *kernels = kernels_for(product, queries, measure)
     if kernels is isa.float64:
         return "float64"
     if kernels is isa.few:
@@ -259,6 +280,16 @@ cdef struct Operand:
     Py_ssize_t batch[64]  # one stride per batch axis, 0 where it broadcasts
 
 
+cdef struct Survey:
+    # What is made of the weights besides: their sums over cells of queries x keys, or each query's
+    # strongest keys; see maps.pxi.
+    double *sums  # (batch, heads, rows, columns); NULL: not asked for
+    Py_ssize_t rows, columns, slots  # slots: the most rows, by head, that a tile's queries are in
+    int64_t *turn  # (batch, kv_heads): whose turn it is to add to the sums
+    Operand indices  # (batch, heads, queries, n_best)
+    Py_ssize_t n_best  # 0: not asked for
+
+
 cdef struct Walk:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
@@ -274,6 +305,7 @@ cdef struct Walk:
     const int64_t *order  # of the batch entries; NULL: as they stand
     const double *alibi  # per head; NULL: not given
     const double *sinks
+    Survey survey
 
 
 cdef int describe(Walk *walk, Operand *operand, cnp.ndarray array, int rank) except -1:
@@ -322,6 +354,9 @@ cdef struct Place:
 
 cdef Place place_of(const Walk *walk, Py_ssize_t item) noexcept nogil:
     cdef Place at
+    if walk.survey.sums is not NULL:
+        # The tiles of a head wait for each other, so neighbours are of different heads.
+        item = item % walk.key_heads * walk.tiles + item // walk.key_heads
     at.part = item % walk.parts
     item //= walk.parts
     # The last queries first: under a causal mask they have the most to do, and a run that ends in
@@ -429,6 +464,9 @@ cdef void join_parts(const Walk *walk, Tile *tile) noexcept nogil:
             ))
 
 
+include "maps.pxi"
+
+
 ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
 cdef bint each_pass(
@@ -452,6 +490,7 @@ cdef bint attend_tile(
     cdef Place at = place_of(walk, item)
     cdef double *partial
     set_tile(walk, tile, at)
+    set_survey(walk, tile, at)
     tile.margin = 0
     while True:
         walk.kernels.begin(tile)
@@ -468,6 +507,13 @@ cdef bint attend_tile(
         return True
     for i in range(tile.n_queries if walk.lse.data is not NULL else 0):
         store_lse(walk, at, i, tile.lse[i])
+    if walk.survey.sums is not NULL:
+        if not each_pass(walk.kernels.pool, keys, tile, listen, last_look, stopped):
+            return False
+        return add_in_turn(walk, tile, at, listen, last_look, stopped)
+    if walk.survey.n_best:
+        walk.kernels.rank(tile)
+        return True
     if walk.weights.data is not NULL:
         return each_pass(walk.kernels.weights, keys, tile, listen, last_look, stopped)
     return True
@@ -477,6 +523,7 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
     """Attend to all tiles. An interruption leaves the rest undone and raises."""
     global pool_started
     cdef bint stopped = False
+    cdef bint *stop = &stopped  # what a prange assigns to by name is each thread's own
     cdef double last_look = seconds()
     cdef Py_ssize_t item
     if threads > 1:
@@ -484,17 +531,17 @@ cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) exce
     with nogil:
         if threads == 1:
             for item in range(items):
-                if not attend_tile(walk, tiles, item, True, &last_look, &stopped):
-                    stopped = True
+                if not attend_tile(walk, tiles, item, True, &last_look, stop):
+                    stop[0] = True
                     break
         else:
             for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
-                if not stopped:
+                if not stop[0]:
                     if not attend_tile(
-                        walk, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
+                        walk, &tiles[threadid()], item, threadid() == 0, &last_look, stop
                     ):
-                        stopped = True
-        if walk.parts > 1 and not stopped:
+                        stop[0] = True
+        if walk.parts > 1 and not stop[0]:
             join_parts(walk, tiles)
     if PyErr_Occurred() is not NULL:
         return -1
@@ -520,7 +567,8 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
-    bint for_gradients=False,
+    bint for_gradients=False, str measure="dot", cnp.ndarray measure_weights=None,
+    cnp.ndarray sums=None, cnp.ndarray indices=None,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
@@ -530,12 +578,18 @@ def attend(
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
     `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
-    bit as `differentiate` does. All must have been validated: nothing is checked here.
+    bit as `differentiate` does. `measure` is that of a Problem, its weights contiguous. All must have
+    been validated: nothing is checked here.
+
+    To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each cell of
+    queries x keys are added. Or `indices`, int64 (batch, heads, queries, n) without gaps along the
+    last axis, and `weights` of the same shape are those of each query's n strongest keys, and out of
+    sight -1 and 0. For either `out` has a value_dim of 0 and the dtype of sums.
     """
     cdef Walk walk
     cdef Tile *tiles
     cdef char *scratch = NULL
-    cdef Py_ssize_t items, i, scratch_bytes, total_bytes
+    cdef Py_ssize_t items, i, scratch_bytes, tile_bytes, total_bytes
     describe_walk(
         &walk, q, k, v, out, batch, heads, kv_heads, alibi, sinks, q_offset, start, stop, mask, bias
     )
@@ -544,9 +598,15 @@ def attend(
     describe(&walk, &walk.weights, weights, 3)
     describe(&walk, &walk.lse, lse, 2)
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
-    walk.kernels = kernels_for(product, 1 if for_gradients else walk.group * walk.n_queries)
+    walk.kernels = kernels_for(
+        product, 1 if for_gradients else walk.group * walk.n_queries, measure
+    )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
-    if walk.group * walk.n_queries <= SPLIT and weights is None and walk.n_keys >= 2 * PART_KEYS:
+    describe_survey(&walk, sums, indices)
+    if (
+        walk.group * walk.n_queries <= SPLIT and walk.n_keys >= 2 * PART_KEYS
+        and weights is None and sums is None
+    ):
         walk.part_keys = (walk.n_keys // (MOST_PARTS * PART_KEYS) + 1) * PART_KEYS
         walk.parts = (walk.n_keys + walk.part_keys - 1) // walk.part_keys
     items = walk.key_heads * walk.tiles * walk.parts
@@ -560,6 +620,8 @@ def attend(
     try:
         describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
         tiles.weights_key = walk.weights.dim
+        tiles.measure = {"dot": DOT, "distance": DISTANCE, "additive": ADDITIVE}[measure]
+        tiles.measure_weights = doubles(measure_weights)
         tiles.want_lse = lse is not None
         tiles.differentiating = for_gradients  # no other layout for few queries
         if walk.parts > 1:
@@ -571,16 +633,24 @@ def attend(
                 * (<Py_ssize_t>sizeof(double) + tiles.value_dim * walk.kernels.real_bytes)
             )
             walk.partial_bytes = (walk.partial_bytes + 63) // 64 * 64
-        scratch_bytes = walk.kernels.scratch_bytes(
+        tile_bytes = walk.kernels.scratch_bytes(
             tiles, min(walk.kernels.queries, walk.group * walk.n_queries)
         )
+        scratch_bytes = tile_bytes + survey_bytes(&walk)
         total_bytes = threads * scratch_bytes + 64
         if walk.parts > 1:
             total_bytes += items * walk.partial_bytes
+        if sums is not None:
+            total_bytes += walk.key_heads * sizeof(int64_t)
         scratch = <char *>malloc(total_bytes)
         if scratch is NULL:
             raise MemoryError(f"{total_bytes} bytes of scratch")
         walk.partial = share_scratch(tiles, threads, scratch, scratch_bytes)
+        if sums is not None:
+            walk.survey.turn = <int64_t *>walk.partial
+            memset(walk.survey.turn, 0, walk.key_heads * sizeof(int64_t))
+        for i in range(threads):
+            describe_surveyed(&walk, &tiles[i], <char *>tiles[i].scratch + tile_bytes)
         work(&walk, items, threads, tiles)
     finally:
         free(tiles)
@@ -619,6 +689,7 @@ cdef int describe_walk(
     walk.out_format = number_format(out)
     walk.order = NULL
     walk.tiles = walk.parts = 1
+    walk.survey.sums, walk.survey.n_best = NULL, 0
     return 0
 
 
@@ -639,6 +710,8 @@ cdef int describe_tile(
     tile.pass_keys = min(walk.kernels.pass_keys, walk.n_keys)
     tile.scale = scale
     tile.softcap = softcap
+    tile.measure = DOT
+    tile.measure_weights = NULL
     tile.has_mask = walk.mask.data is not NULL
     tile.has_bias = walk.bias.data is not NULL
     tile.has_alibi = walk.alibi is not NULL
@@ -647,7 +720,7 @@ cdef int describe_tile(
     tile.bias_key = walk.bias.dim
     if bias is not None:
         tile.bias_format = number_format(bias)
-    tile.weights_key = 0
+    tile.weights_key = tile.n_best = 0
     tile.want_lse = tile.differentiating = False
     tile.margin = 0
     return 0
@@ -762,6 +835,7 @@ cdef bint differentiate_item(
 cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     global pool_started
     cdef bint stopped = False
+    cdef bint *stop = &stopped  # as in work
     cdef double last_look = seconds()
     cdef Py_ssize_t item, items = pull.walk.key_heads // pull.sharers * pull.blocks
     if threads > 1:
@@ -769,11 +843,11 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     with nogil:
         # In the order of their numbers: a block waits only for those before it.
         for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
-            if not stopped:
+            if not stop[0]:
                 if not differentiate_item(
-                    pull, &tiles[threadid()], item, threadid() == 0, &last_look, &stopped
+                    pull, &tiles[threadid()], item, threadid() == 0, &last_look, stop
                 ):
-                    stopped = True
+                    stop[0] = True
     if PyErr_Occurred() is not NULL:
         return -1
     return 0

@@ -6,7 +6,7 @@
 #ifndef FASTATTN_PRODUCT_H
 #define FASTATTN_PRODUCT_H
 
-#include "few.h"
+#include "measures.h"
 
 /* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] * b[t][lane],
  * and where `top` is given top[lane] = max(top[lane], c[r][lane]). Constant `rows`, `vecs` and one
@@ -91,45 +91,16 @@ static void product(int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
     }
 }
 
-
-/* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */
-static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
-                         ptrdiff_t n_rows, double factor, ptrdiff_t first, real *columns) {
-    const char *rows[LANES];
-    ptrdiff_t d = 0;
-    for (int i = 0; i < LANES; i++) /* a lane without a row repeats the last one */
-        rows[i] = at[first + i < n_rows ? first + i : n_rows - 1];
-    vec scale = splat((real)factor);
-    if (dim == format.bytes)
-        for (; d + LANES <= dims; d += LANES) {
-            vec x[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
-            transpose(x);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * scale);
-        }
-    for (; d < dims; d++)
-        for (int i = 0; i < LANES; i++)
-            columns[d * PANEL + i] = (real)read_number(rows[i] + d * dim, format) * scale[0];
-}
-
 static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
     load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, t->q_scale, first, columns);
 }
 
 #ifndef PARTS
-/* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch. */
-typedef struct {
-    const real *data;
-    ptrdiff_t row, dim;
-} View;
-
 static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
     return (View){(const real *)at, row / (ptrdiff_t)sizeof(real), dim / (ptrdiff_t)sizeof(real)};
 }
 static View keys_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
-    if (direct(t)) return view(t->k + key * t->k_key, t->k_key, t->k_dim);
+    if (direct_keys(t)) return view(t->k + key * t->k_key, t->k_key, t->k_dim);
     return (View){s->keys + key % PASS_KEYS * t->head_dim, t->head_dim, 1};
 }
 static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
@@ -148,22 +119,26 @@ static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
 #define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
 
 static void ready_queries(Tile *t, const Scratch *s, int p) {
-    if (few(t)) {
-        ready_few_queries(t, s);
-        return;
-    }
-    for (int n = 0; n < t->panel[p].vecs; n++)
+    if (few(t)) ready_few_queries(t, s);
+    for (int n = 0; n < t->panel[p].vecs && !few(t); n++)
         load_queries(t, p * PANEL + n * LANES, s->q + p * PANEL * t->head_dim + n * LANES);
+    if (t->measure == ADDITIVE) ready_additive_queries(t, s, p);
 }
 
 static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (!direct(t) && !few(t))
-        widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->kv_format,
-              t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
-              s->keys + begin % PASS_KEYS * t->head_dim);
+    if (direct_keys(t) || few(t)) return;
+    widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->kv_format,
+          t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
+          s->keys + begin % PASS_KEYS * t->head_dim);
+    if (t->measure == ADDITIVE) ready_additive_keys(t, s, begin % PASS_KEYS, end - begin);
 }
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
+    if (t->measure != DOT) {
+        measure_keys(t, s, p, strip, keys_from(t, s, strip->key));
+        take_max(t->panel[p].vecs, strip, top);
+        return;
+    }
     if (few(t)) {
         WITH_FORMAT(few_format(t, t->k_dim), multiply_few, t, s, strip);
         take_max(1, strip, top);

@@ -247,4 +247,17 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, Strip *strip, 
 /* Weights of scores relative to `top`. Subtracting before scaling costs an instruction more than a
  * multiply-add, but the largest weight is exact and no finite score overflows. */
 INLINE vec weight_from(vec score, vec top, vec exponent) { return weight_of((score - top) * exponent); }
+
+/* What makes weights of scores, for each row: its maximum, and the factor to a sum of 1. */
+typedef struct {
+    vec top, share;
+} Softmax;
+
+INLINE Softmax softmax_of(vec row_max, vec row_sum) {
+    return (Softmax){
+        choose(row_max == splat(-INFINITY), splat(0), row_max),
+        /* Beside an infinite score others weigh 0, though the sum is not a number. */
+        choose(row_max == splat(INFINITY), splat(1), splat(1) / row_sum),
+    };
+}
 #endif

@@ -328,29 +328,24 @@ INLINE vec weight_of(vec t) {
     return scale_by_power(y, t);
 }
 
-/* n / d for ordinary d. The divider of 512 bits takes as long as six of these steps. */
+/* n / d for ordinary d. The divider of 512 bits takes as long as eight of these steps. */
 INLINE vec quotient(vec n, vec d) {
 #if defined(__AVX512F__) && !defined(REAL_IS_DOUBLE)
-    vec r = _mm512_rcp14_ps(d);
-    r = r * (splat(1) - d * r) + r;
-    vec y = n * r;
-    return (n - d * y) * r + y;
+    vec r = _mm512_rcp14_ps(d), y = n * r;
+    return (n - d * y) * r + y; /* 2**-28 off before it is rounded */
 #else
     return n / d;
 #endif
 }
 
-/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
- * so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth, in
- * float64 3.9: tests/exp_tanh_check.c. */
-INLINE vec tanh_vec(vec x) {
-    const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
-    const vec magic = splat((real)(3ull << (MANTISSA_BITS - 1)));
-    vec a = magnitude(x);
-    vec t = smaller(saturated, a) * splat((real)-2.8853900817779268);
-    vec shifted = t + magic; /* rounds to the nearest integer, */
-    vec f = t - (shifted - magic);
-    vec power = (vec)(((ivec)shifted + splat_int(EXPONENT_BIAS)) << MANTISSA_BITS); /* of 2 */
+/* Adding this rounds to the nearest integer, and leaves that in the lowest bits. */
+#define ROUNDER splat((real)(3ull << (MANTISSA_BITS - 1)))
+INLINE vec power_of(vec rounded) { /* 2**n of n + ROUNDER */
+    return (vec)(((ivec)rounded + splat_int(EXPONENT_BIAS)) << MANTISSA_BITS);
+}
+
+/* 2**f - 1 for |f| <= 1/2. */
+INLINE vec power_less_one(vec f) {
 #ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 1.8e-17 */
     vec y = splat(4.445536079096291314e-10);
     y = y * f + 7.07254999038397057e-9;
@@ -371,7 +366,65 @@ INLINE vec tanh_vec(vec x) {
     y = y * f + 0.240226497968f;
     y = y * f + 0.693147187912f;
 #endif
-    vec m = power * (y * f) + (power - (real)1);
+    return y * f;
+}
+
+/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
+ * so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth, in
+ * float64 3.9: tests/exp_tanh_check.c. */
+INLINE vec tanh_vec(vec x) {
+    const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
+    vec a = magnitude(x);
+    vec t = smaller(saturated, a) * splat((real)-2.8853900817779268);
+    vec rounded = t + ROUNDER, power = power_of(rounded);
+    vec m = power * power_less_one(t - (rounded - ROUNDER)) + (power - (real)1);
     return with_sign_of(quotient(-m, (real)2 + m), x);
+}
+
+/* The square root of x >= 0, within 1 epsilon; the unit for 512 bits takes three times as long as these steps. */
+INLINE vec root_of(vec x) {
+#if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
+    return _mm512_sqrt_pd(x);
+#elif defined(__AVX512F__)
+    vec r = _mm512_rsqrt14_ps(larger(x, splat(FLT_MIN))), y = x * r;
+    return choose(x == splat(INFINITY), x, (x - y * y) * (r * (real)0.5) + y);
+#elif defined(__AVX2__) && defined(REAL_IS_DOUBLE)
+    return _mm256_sqrt_pd(x);
+#elif defined(__AVX2__)
+    return _mm256_sqrt_ps(x);
+#elif defined(__SSE2__) && defined(REAL_IS_DOUBLE)
+    return _mm_sqrt_pd(x);
+#elif defined(__SSE2__)
+    return _mm_sqrt_ps(x);
+#elif defined(__aarch64__) && defined(REAL_IS_DOUBLE)
+    return (vec)vsqrtq_f64((float64x2_t)x);
+#elif defined(__aarch64__)
+    return (vec)vsqrtq_f32((float32x4_t)x);
+#else
+    for (int i = 0; i < LANES; i++) x[i] = (real)sqrt(x[i]);
+    return x;
+#endif
+}
+
+/* exp(2 x) = high + low for |x| <= EXP2X_MOST, `high` being that rounded and `low` the rest, so that
+ * exp(2 x) - 1 is within 2.3 epsilon of itself, and the difference of two that are near 1 as exact:
+ * tests/exp_tanh_check.c. */
+#ifdef REAL_IS_DOUBLE
+#define EXP2X_MOST 300
+#define HALF_LN2_HIGH 0x1.62e42fefa2p-2 /* short, so that products with small integers are exact */
+#define HALF_LN2_LOW 0x1.9ef35793c7673p-42
+#else
+#define EXP2X_MOST 38
+#define HALF_LN2_HIGH 0x1.62ep-2
+#define HALF_LN2_LOW 0x1.0bfbe8e7bcd5ep-16
+#endif
+typedef struct {
+    vec high, low;
+} VecPair;
+INLINE VecPair exp_of_twice(vec x) {
+    vec rounded = x * (real)2.8853900817779268 + ROUNDER, n = rounded - ROUNDER;
+    vec f = ((x - n * (real)HALF_LN2_HIGH) - n * (real)HALF_LN2_LOW) * (real)2.8853900817779268;
+    vec power = power_of(rounded), m = power_less_one(f), one_more = m + (real)1;
+    return (VecPair){power * one_more, power * (m - (one_more - (real)1))};
 }
 #endif

@@ -41,6 +41,8 @@ static Scratch scratch_of(const Tile *t) {
     return s;
 }
 
+#include "strongest.h"
+
 /* How products become scores and these become weights. Where nothing in natural units is added to
  * a score, the factor log2(e) of the exponent goes into the queries. */
 static void settle_units(Tile *t) {
@@ -50,7 +52,10 @@ static void settle_units(Tile *t) {
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);
-    if (EXACT_QUERIES && size > 0 && size < INFINITY) {
+    if (t->measure != DOT) {
+        t->measure_scale = t->q_scale;
+        t->q_scale = 1;
+    } else if (EXACT_QUERIES && size > 0 && size < INFINITY) {
         /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */
         double power = exp2(floor(log2(size)));
         t->q_scale = t->scale < 0 ? -power : power;
@@ -119,6 +124,7 @@ static void begin(Tile *t) {
     t->first = PTRDIFF_MAX;
     t->last = 0;
     settle_units(t);
+    clear_best(t);
     Scratch s = scratch_of(t);
     for (int p = 0; p < t->panels; p++) {
         bound_panel(t, p);
@@ -223,6 +229,23 @@ static ptrdiff_t key_end(ptrdiff_t key, ptrdiff_t end) {
     return block_end < end ? block_end : end;
 }
 
+/* Where there are no values to weigh. */
+static void sum_weights(const Tile *t, int p, PanelBlock *b, const Strip *strip) {
+    vec exponent = splat((real)t->exponent);
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        vec top = b->top[n], even = b->sum[n], odd = splat(0);
+        int j = 0;
+        for (; j + 2 <= strip->keys; j += 2) {
+            const real *scores = strip->scores + j * PANEL + n * LANES;
+            even += weight_from(load(scores), top, exponent);
+            odd += weight_from(load(scores + PANEL), top, exponent);
+        }
+        if (j < strip->keys)
+            even += weight_from(load(strip->scores + j * PANEL + n * LANES), top, exponent);
+        b->sum[n] = even + odd;
+    }
+}
+
 /* One panel's attention to one block. */
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     PanelBlock b;
@@ -231,10 +254,15 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *out = s->out + p * PANEL * s->out_rows;
     real *block_out = t->panel[p].started ? s->block_out : out;
     raise_max(t, &b, s->row_max + p * PANEL);
-    for (int i = 0; i < strips; i++)
-        if (b.strips[i].seen != SEE_NONE)
+    for (int i = 0; i < strips; i++) {
+        if (b.strips[i].seen == SEE_NONE) continue;
+        if (t->n_best > 0) collect(t, p, &b.strips[i]);
+        if (t->value_dim > 0)
             need(t, s, b.strips[i].key, &s->ready->values, ready_values);
-    sum_values(t, s, p, &b, strips, block_out);
+        else
+            sum_weights(t, p, &b, &b.strips[i]);
+    }
+    if (t->value_dim > 0) sum_values(t, s, p, &b, strips, block_out);
     join_block(&b, t->panel[p].vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
     t->panel[p].started = 1;
 }
@@ -289,30 +317,31 @@ static int finish(Tile *t) {
     return 1;
 }
 
-static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
+/* Scores to the weights of the result, in place. */
+static void settle_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < t->panel[p].vecs; n++) {
-        vec top = load(s->row_max + p * PANEL + n * LANES);
-        vec sum = load(s->row_sum + p * PANEL + n * LANES);
-        top = choose(top == splat(-INFINITY), splat(0), top);
+        ptrdiff_t lane = p * PANEL + n * LANES;
+        Softmax row = softmax_of(load(s->row_max + lane), load(s->row_sum + lane));
         for (int j = 0; j < strip->keys; j++) {
-            vec score = load(strip->scores + j * PANEL + n * LANES);
-            vec weight = weight_from(score, top, exponent);
-            /* Beside an infinite score others weigh 0, though the sum is not a number. */
-            weight = choose(top == splat(INFINITY), weight, weight / sum);
-            ivec seen = sees(strip, n, j);
-            for (int i = 0; i < LANES; i++) {
-                ptrdiff_t row = p * PANEL + n * LANES + i;
-                if (row >= t->n_queries) break;
-                char *at = t->weights[row] + (strip->key + j) * t->weights_key;
-                if (seen[i] < 0) write_number(at, t->out_format, weight[i]);
-            }
+            real *score = strip->scores + j * PANEL + n * LANES;
+            vec weight = weight_from(load(score), row.top, exponent) * row.share;
+            store(score, choose(sees(strip, n, j), weight, splat(0)));
         }
     }
 }
 
-/* The weights of the keys [begin, end): their scores once more, now that the sum is known. */
-static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
+    settle_weights(t, s, p, strip);
+    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++)
+        for (int j = 0; j < strip->keys; j++)
+            write_number(t->weights[p * PANEL + i] + (strip->key + j) * t->weights_key, t->out_format,
+                         strip->scores[j * PANEL + i]);
+}
+
+/* Make the scores of the keys [begin, end) once more, now that the sums are known. */
+static void each_strip(Tile *t, ptrdiff_t begin, ptrdiff_t end,
+                       void (*use)(const Tile *, const Scratch *, int, const Strip *)) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
     *s.ready = (Ready){.end = end};
@@ -321,10 +350,14 @@ static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
             PanelBlock b;
             int strips = score_block(t, &s, p, key, key_end(key, end), &b);
             for (int i = 0; i < strips; i++)
-                if (b.strips[i].seen != SEE_NONE) store_weights(t, &s, p, &b.strips[i]);
+                if (b.strips[i].seen != SEE_NONE) use(t, &s, p, &b.strips[i]);
         }
     CLOSE_TILES();
 }
+
+static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, store_weights); }
+
+#include "maps.h"
 
 static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format) {
@@ -360,4 +393,5 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_ke
 #endif
 
 const TileKernels TABLE = {TILE_QUERIES, PANEL, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
-                           weights,      join,      sizeof(real),  GRADIENT,     peak};
+                           weights,      pool,  rank,          join,         sizeof(real),
+                           GRADIENT,     peak};

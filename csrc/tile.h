@@ -26,6 +26,14 @@ typedef struct {
     int bytes, swapped;
 } NumberFormat;
 
+/* How a query and a key compare: by q . k, |q - k|, or the weighted sum of tanh(q + k). */
+typedef enum { DOT, DISTANCE, ADDITIVE } Measure;
+/* A key that may be one of a query's strongest. */
+typedef struct {
+    double score;
+    ptrdiff_t key;
+} Candidate;
+
 typedef struct {
     /* What the tile reads and writes; all strides count bytes. */
     const char *q[MAX_QUERIES]; /* one row per query */
@@ -37,6 +45,8 @@ typedef struct {
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
     double scale;
+    Measure measure;
+    const double *measure_weights; /* of ADDITIVE, one per dimension */
     /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact;
      * more where the weighted sum of huge values would overflow. */
     double margin;
@@ -71,6 +81,18 @@ typedef struct {
     char *grad_bias[MAX_QUERIES];
     double grad_slope[MAX_QUERIES]; /* filled by differentiate */
 
+    /* For maps of the weights: pool adds those of a query to its row of `pooled`, a column for each of
+     * the runs that the keys are split into, as cell_of says. */
+    double *pooled; /* [slot][pooled_row], with room for a vector behind the last column */
+    int slot[MAX_QUERIES]; /* of the query; less than 0 behind the last */
+    ptrdiff_t pooled_row, columns, n_keys;
+
+    /* For the strongest keys: attend keeps n_best of them for each query, and rank() writes them to
+     * `keys` and, of out_format, `weights`. */
+    Candidate *best; /* [query][n_best], a heap with the weakest at its root */
+    ptrdiff_t n_best;
+    int64_t *keys[MAX_QUERIES];
+
     /* Set by begin. Some query of the tile, or of one panel of it, sees first <= j < last; every
      * query of the panel sees inner_first <= j < inner_last. */
     ptrdiff_t first, last;
@@ -81,10 +103,15 @@ typedef struct {
         uint64_t outside; /* bits of the queries that the products cannot take */
     } panel[MAX_PANELS];
     int panels;
-    /* Queries are multiplied by q_scale; a score is score_scale times the product; weights are
-     * 2**(exponent * (score - maximum)). */
-    double q_scale, score_scale, exponent;
+    /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
+     * another measure finds, measure_scale included; weights are 2**(exponent * (score - maximum)). */
+    double q_scale, measure_scale, score_scale, exponent;
 } Tile;
+
+/* Which of `cells` runs of nearly equal length has element i of n: run c begins at c * n / cells. */
+static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
+    return ((i + 1) * cells - 1) / n;
+}
 
 /* Gradients: for a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
  * then add to the gradients of the queries, and `close` it. */
@@ -104,6 +131,8 @@ typedef struct {
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
     int (*finish)(Tile *); /* 0: a sum overflowed; begin again with a margin */
     void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
+    void (*pool)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
+    void (*rank)(Tile *);                                    /* after finish */
     /* One row of attention to all keys from `parts` of them, each at partial + part * bytes: an lse
      * for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of all. */
     double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,

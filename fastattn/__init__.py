@@ -8,6 +8,8 @@ from .config import show_config
 from .explain import available_backends, explain
 from .flex import flex
 from .gaussian import gaussian
+from .measures import additive, euclidean
+from .maps import attention_map, key_importance, top_keys
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .scores import cosine, dot, pool
@@ -19,18 +21,23 @@ __version__ = "0.1.0"
 __all__ = [
     "KVCache",
     "MultiHeadAttention",
+    "additive",
+    "attention_map",
     "available_backends",
     "block_mask",
     "cosine",
     "document_spans",
     "dot",
+    "euclidean",
     "explain",
     "flex",
     "gaussian",
+    "key_importance",
     "merge",
     "pool",
     "scaled_dot",
     "scaled_dot_backward",
     "show_config",
+    "top_keys",
     "vjp",
 ]

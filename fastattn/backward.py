@@ -6,7 +6,7 @@ import numpy as np
 
 from .backward_problem import pose_backward
 from .dispatch import select, unsupported_backward
-from .problem import Gradient, pose
+from .problem import Gradient, Problem, pose
 
 __all__ = ["scaled_dot_backward"]
 
@@ -86,6 +86,11 @@ def scaled_dot_backward(
         causal, window, q_offset, kv_lengths, spans, mask,
         threads=threads, precision=precision, gradients=True, wrt=wrt,
     )  # fmt: skip
+    return pull_back(problem, backend, grad_out, out, lse, grad_lse)
+
+
+def pull_back(problem: Problem, backend: str | None, grad_out, out, lse, grad_lse=None):
+    """The gradients that `problem` asks for, from its results and their gradients."""
     chosen = select(problem, backend, unsupported_backward)
     found = chosen.run_backward(pose_backward(problem, grad_out, out, lse, grad_lse))
     return tuple(of_its_array(found[gradient.name], gradient) for gradient in problem.gradients)

@@ -17,13 +17,16 @@ __all__ = [
     "select",
     "unsupported",
     "unsupported_backward",
+    "unsupported_map",
 ]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
 # serve, in words, or None, `run(problem)`, which fills `problem.result` -> (lse, weights), and
 # `plan(problem)`, what it says of itself to `explain`. One that computes gradients has besides
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
-# with each axis along which the argument broadcasts either in full or summed already.
+# with each axis along which the argument broadcasts either in full or summed already. One that
+# makes maps of the weights has `run_map(problem, rows, columns)` -> their sums over cells, and
+# `run_top(problem, n)` -> (indices, weights) of each query's strongest keys.
 BACKENDS = (cython, cuda, numba, numpy)
 
 # Those that arrays in the host's memory are given to; copying them to a device is for the user to
@@ -54,8 +57,15 @@ def unsupported_backward(backend, problem: Problem) -> str | None:
     return backend.unsupported_backward(problem)
 
 
+def unsupported_map(backend, problem: Problem) -> str | None:
+    """Why the module `backend` cannot make maps of the weights of `problem`, or None."""
+    if not hasattr(backend, "run_map"):
+        return "it makes no maps of the weights"
+    return unsupported(backend, problem)
+
+
 def select(problem: Problem, backend: str | None = None, unsupported=unsupported):
-    """The backend module for `problem`, forward or, by `unsupported_backward`, backward.
+    """The backend module for `problem`: forward, or what another `unsupported` is about.
 
     ``backend`` wins, then the environment's ``FASTATTN_BACKEND``, then the order of `BACKENDS`.
     A backend that is named and cannot serve is an error, never a silent fall-back.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import torch_state
 from .api import scaled_dot
 from .problem import count, flag, float_dtype, plain, widest
+from .projection import project, rows
 from .vjp import differentiates, vjp
 
 __all__ = ["MultiHeadAttention"]
@@ -133,7 +135,7 @@ class MultiHeadAttention:
         heads = self._heads(inputs, dtype)
         results = scaled_dot(*heads, **options)
         out, *rest = results if isinstance(results, tuple) else (results,)
-        out = _project(_merged(out), self.w_o, self.b_o, dtype)
+        out = project(_merged(out), self.w_o, self.b_o, dtype)
         return (out, *rest) if rest else out
 
     @property
@@ -183,18 +185,7 @@ class MultiHeadAttention:
         ValueError
             If one is missing, too many, or of another shape; then nothing is changed.
         """
-        state = {name: _array(name, value) for name, value in state.items()}
-        if "in_proj_weight" in state:
-            state |= zip(
-                ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
-                np.array_split(state.pop("in_proj_weight"), 3),
-                strict=True,
-            )
-        if "in_proj_bias" in state:
-            state |= zip(
-                ("b_q", "b_k", "b_v"), np.array_split(state.pop("in_proj_bias"), 3), strict=True
-            )
-        given = {_TORCH.get(name, name): x.T for name, x in state.items()}
+        given = torch_state.renamed({name: _array(name, value) for name, value in state.items()})
         shapes = self._shapes()
         if given.keys() != shapes.keys():
             raise ValueError(
@@ -243,9 +234,9 @@ class MultiHeadAttention:
         """q, k and v, each (..., heads, length, head_dim)."""
         query, key, value = inputs
         return (
-            _split(_project(query, self.w_q, self.b_q, dtype), self.num_heads),
-            _split(_project(key, self.w_k, self.b_k, dtype), self.kv_heads),
-            _split(_project(value, self.w_v, self.b_v, dtype), self.kv_heads),
+            _split(project(query, self.w_q, self.b_q, dtype), self.num_heads),
+            _split(project(key, self.w_k, self.b_k, dtype), self.kv_heads),
+            _split(project(value, self.w_v, self.b_v, dtype), self.kv_heads),
         )
 
 
@@ -258,23 +249,23 @@ def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options)
     joined, *rest = results if isinstance(results, tuple) else (results,)
     joined = _merged(joined)
     w_q, w_k, w_v, w_o = layer.w_q, layer.w_k, layer.w_v, layer.w_o
-    out = _project(joined, w_o, layer.b_o, dtype)
+    out = project(joined, w_o, layer.b_o, dtype)
 
     def pullback(grad_out, grad_lse=None):
         grad_out = plain("grad_out", grad_out)
         if grad_out.shape != out.shape:
             raise ValueError(f"grad_out: shape {grad_out.shape} given, {out.shape} wanted")
         grads = {"o": grad_out.astype(dtype, copy=False)}
-        heads = back(_split(_project(grads["o"], w_o.T, None, dtype), layer.num_heads), grad_lse)
+        heads = back(_split(project(grads["o"], w_o.T, None, dtype), layer.num_heads), grad_lse)
         grads |= zip("qkv", map(_merged, heads[:3]), strict=True)
         found = dict(zip(other, heads[3:], strict=True))
         for name, x in zip("qkvo", (*inputs, joined), strict=True):
             if f"w_{name}" in own:
-                found[f"w_{name}"] = _project(_rows(x).T, _rows(grads[name]), None, dtype)
+                found[f"w_{name}"] = project(rows(x).T, rows(grads[name]), None, dtype)
             if f"b_{name}" in own:
-                found[f"b_{name}"] = _rows(grads[name]).sum(axis=0)
+                found[f"b_{name}"] = rows(grads[name]).sum(axis=0)
         dq, dk, dv = (
-            _project(grads[name], w.T, None, dtype)
+            project(grads[name], w.T, None, dtype)
             for name, w in zip("qkv", (w_q, w_k, w_v), strict=True)
         )
         if value is None:
@@ -285,15 +276,6 @@ def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options)
         return (*given, *(found[name] for name in wrt))
 
     return ((out, *rest) if rest else out), pullback
-
-
-_TORCH = {
-    "q_proj_weight": "w_q",
-    "k_proj_weight": "w_k",
-    "v_proj_weight": "w_v",
-    "out_proj.weight": "w_o",
-    "out_proj.bias": "b_o",
-}
 
 
 def _first(name, shape, rng) -> np.ndarray:
@@ -310,24 +292,9 @@ def _array(name, x) -> np.ndarray:
     return plain(name, x)
 
 
-def _project(x, w, b, dtype) -> np.ndarray:
-    """``x @ w + b`` in `dtype`, of half precision in float32 and then rounded."""
-    real = np.result_type(dtype, np.float32) if dtype.itemsize > 2 else np.dtype(np.float32)
-    with np.errstate(all="ignore"):
-        y = x.astype(real, copy=False) @ w.astype(real, copy=False)
-        if b is not None:
-            y += b.astype(real, copy=False)
-        return y.astype(dtype, copy=False)
-
-
 def _split(x, heads) -> np.ndarray:
     """(..., length, heads * dim) to (..., heads, length, dim), a view."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
-
-
-def _rows(x) -> np.ndarray:
-    """All the vectors of `x`, one a row."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def _merged(x) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from .blockmask import BlockMask
 from .device import DeviceArray, on_device
 
-__all__ = ["Gradient", "Problem", "pose"]
+__all__ = ["DISTANCE", "DOT", "Gradient", "Measure", "Problem", "pose"]
 
 _ndarray = np.ndarray
 _FLOAT32 = np.dtype(np.float32)
@@ -33,6 +33,16 @@ class Gradient(NamedTuple):
     name: str  # of the argument
     shape: tuple[int, ...]  # of the argument as it was given
     dtype: np.dtype  # the wider of the argument's and the result's
+
+
+class Measure(NamedTuple):
+    """How a query and a key are compared; a score is that times the scale."""
+
+    name: str  # "dot": q . k, "distance": |q - k|, "additive": weights . tanh(q + k)
+    weights: np.ndarray = np.empty(0)  # (head_dim,), float64, of "additive" alone
+
+
+DOT, DISTANCE = Measure("dot"), Measure("distance")
 
 
 class Problem(NamedTuple):
@@ -79,6 +89,7 @@ class Problem(NamedTuple):
     score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
     block_mask: BlockMask | None  # of that mask_mod
+    measure: Measure
 
     @property
     def is_flex(self) -> bool:
@@ -141,14 +152,15 @@ def pose(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    k_scales=None, v_scales=None,
+    k_scales=None, v_scales=None, measure=DOT,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot`, or of `fastattn.flex`, and state the problem
     they pose.
 
     With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
-    The scales of int8 keys and values are a `KVCache`'s own, and not checked.
+    The scales of int8 keys and values are a `KVCache`'s own, and not checked. A `measure` other
+    than `DOT` comes with a scale; what is wrong with its weights is said of ``w``.
 
     Raises
     ------
@@ -161,6 +173,8 @@ def pose(
     given = None
     if gradients:
         given = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
+        if measure.name == "additive":
+            given["w"] = measure.weights
     one_head = False
     if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
         one_head = q.ndim == k.ndim == v.ndim == 2
@@ -219,6 +233,8 @@ def pose(
         alibi = _per_head("alibi", alibi, heads)
     if sinks is not None:
         sinks = _per_head("sinks", sinks, heads)
+    if measure.name == "additive":
+        measure = measure._replace(weights=vector("w", measure.weights, head_dim))
 
     if causal is not False:
         causal = flag("causal", causal)
@@ -263,7 +279,7 @@ def pose(
         head_dim, value_dim, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, result, out, one_head, threads, precision, copied,
-        wanted, score_mod, mask_mod, block_mask,
+        wanted, score_mod, mask_mod, block_mask, measure,
     ))  # fmt: skip
 
 
@@ -444,6 +460,16 @@ def _per_head(name, value, heads) -> np.ndarray:
     return x.astype(np.float64)
 
 
+def vector(name: str, value, dim: int) -> np.ndarray:
+    """`dim` real numbers as float64, or an error that names the argument."""
+    x = plain(name, value)
+    if not _is_real(x.dtype):
+        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+    if x.shape != (dim,):
+        raise ValueError(f"{name}: shape {x.shape} given, ({dim},) wanted")
+    return np.ascontiguousarray(x, np.float64)
+
+
 def window_sides(value) -> tuple[int | None, int | None]:
     """``(left, right)`` of a window, or an error."""
     if isinstance(value, (tuple, list)):
@@ -505,17 +531,28 @@ def _block_mask(value, mask_mod, grid) -> None:
         )
 
 
-def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:
+def check_wrt(wrt, given: dict) -> None:
+    """An error if `wrt` is no tuple of names of arrays that are given."""
     if isinstance(wrt, str) or not isinstance(wrt, Sequence):
         raise TypeError(f"wrt: {type(wrt).__name__} given, a tuple of names wanted")
     for name in wrt:
-        if name not in ("bias", "alibi", "sinks"):
-            raise ValueError(f"wrt: {name!r} given, some of 'bias', 'alibi', 'sinks' wanted")
+        if not isinstance(name, str) or name not in given:
+            names = ", ".join(map(repr, given))
+            raise ValueError(f"wrt: {name!r} given, some of {names} wanted")
         if given[name] is None:
             raise ValueError(f"wrt: {name!r} given, but no {name}=")
+
+
+def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:
+    check_wrt(wrt, {name: x for name, x in given.items() if name not in "qkv"})
     arrays = [(name, given[name]) for name in "qkv"]
     arrays += [(name, _operand(name, given[name])) for name in wrt]
-    return tuple(Gradient(name, x.shape, _with(dtype, x.dtype)) for name, x in arrays)
+    return tuple(gradient_of(name, x, dtype) for name, x in arrays)
+
+
+def gradient_of(name: str, x, dtype) -> Gradient:
+    """That of the argument `x` of a call with results of `dtype`."""
+    return Gradient(name, x.shape, _with(dtype, x.dtype))
 
 
 def _with(dtype, other) -> np.dtype:

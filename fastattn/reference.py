@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from .backward_problem import Backward
+from .cells import cell_starts, nothing_seen
 from .problem import Problem, as_real
 
 name = "reference"
@@ -65,6 +66,38 @@ def attend(problem: Problem, real=np.float64):
     return out, lse, weights
 
 
+def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
+    """The weights summed over cells, float64 (batch, heads, rows, columns)."""
+    p = problem
+    _, _, weights = attend(p)
+    if weights.size == 0:
+        return np.zeros((*p.batch, p.heads, rows, columns))
+    with np.errstate(all="ignore"):
+        of_rows = np.add.reduceat(weights, cell_starts(p.n_queries, rows), axis=-2)
+        return np.add.reduceat(of_rows, cell_starts(p.n_keys, columns), axis=-1)
+
+
+def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices and weights of each query's strongest keys, (batch, heads, queries, n).
+
+    They are ranked by their scores, which tell more keys apart than weights do.
+    """
+    p = problem
+    indices, strongest = nothing_seen(p, n)
+    _, _, weights = attend(p)
+    kept = slice(min(n, p.n_keys))
+    with np.errstate(all="ignore"):
+        s = np.where(visible(p), scores(p), -np.inf)
+        order = np.argsort(-s, axis=-1, kind="stable")[..., kept]
+        some = np.take_along_axis(s, order, axis=-1) > -np.inf
+    # Beside an infinite score, which weighs Inf / Inf, others weigh 0; any other NaN is the row's.
+    wrong = (np.isnan(weights) & (s != np.inf)).any(axis=-1)
+    indices[..., kept] = np.where(some, order, -1)
+    strongest[..., kept] = np.where(some, np.take_along_axis(weights, order, axis=-1), 0)
+    indices[wrong], strongest[wrong] = -1, np.nan
+    return indices, strongest
+
+
 def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
     """The gradient of each argument that is wanted, in the precision `real`.
 
@@ -87,12 +120,11 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         grad_weights = grad_out @ v.swapaxes(-1, -2)
         grad_s = np.where(seen, weights * (grad_weights - delta[..., None]), 0)
         slope = 1.0 if p.softcap is None else 1 - (capped / p.softcap) ** 2
-        grad_product = np.where(seen, real(p.scale) * grad_s * slope, 0)
+        grad_measured = np.where(seen, real(p.scale) * grad_s * slope, 0)
 
         seen_by = seen.swapaxes(-1, -2)
         found = {
-            "q": weighted_sum(grad_product, seen, k),
-            "k": per_key_head(weighted_sum(grad_product.swapaxes(-1, -2), seen_by, q), p),
+            **measure_gradients(p, q, k, seen, grad_measured),
             "v": per_key_head(weighted_sum(weights.swapaxes(-1, -2), seen_by, grad_out), p),
             "bias": grad_s,
         }
@@ -119,11 +151,43 @@ def scores(p: Problem, real=np.float64, products=None) -> np.ndarray:
 
 
 def capped_products(p: Problem, real=np.float64) -> np.ndarray:
-    """The score before anything is added: the scaled products, softly capped."""
+    """The score before anything is added: the scaled measure, softly capped."""
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
     k = per_query_head(as_real(p.k, p.k_scales, real), p)
-    s = real(p.scale) * (q @ k.swapaxes(-1, -2))
+    s = real(p.scale) * measured(p, q, k)
     return s if p.softcap is None else p.softcap * np.tanh(s / p.softcap)
+
+
+def measured(p: Problem, q, k) -> np.ndarray:
+    """How each query compares with each key: ``q . k``, ``|q - k|`` or ``w . tanh(q + k)``."""
+    if p.measure.name == "dot":
+        return q @ k.swapaxes(-1, -2)
+    q, k = q[..., :, None, :], k[..., None, :, :]
+    if p.measure.name == "distance":
+        return np.sqrt(((q - k) ** 2).sum(axis=-1))
+    return np.tanh(q + k) @ p.measure.weights.astype(q.dtype)
+
+
+def measure_gradients(p: Problem, q, k, seen, grad) -> dict[str, np.ndarray]:
+    """The gradients of what `measured` takes from `grad`, that of what it returns."""
+    if p.measure.name == "dot":
+        seen_by = seen.swapaxes(-1, -2)
+        grad_q = weighted_sum(grad, seen, k)
+        grad_k = weighted_sum(grad.swapaxes(-1, -2), seen_by, q)
+        return {"q": grad_q, "k": per_key_head(grad_k, p)}
+    q, k, seen = q[..., :, None, :], k[..., None, :, :], seen[..., None]
+    if p.measure.name == "distance":
+        away = q - k
+        length = np.sqrt((away**2).sum(axis=-1, keepdims=True))
+        terms = np.where(seen & (length != 0), grad[..., None] * away / length, 0)
+        return {"q": terms.sum(axis=-2), "k": per_key_head(-terms.sum(axis=-3), p)}
+    tanh = np.where(seen, np.tanh(q + k), 0)
+    terms = np.where(seen, grad[..., None] * p.measure.weights.astype(q.dtype) * (1 - tanh**2), 0)
+    return {
+        "q": terms.sum(axis=-2),
+        "k": per_key_head(terms.sum(axis=-3), p),
+        "w": (grad[..., None] * tanh).sum(axis=tuple(range(grad.ndim))),
+    }
 
 
 def visible(p: Problem) -> np.ndarray:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .api import scaled_dot
-from .backward import scaled_dot_backward
+from .api import answer, scaled_dot
+from .backward import pull_back
 from .dispatch import select, unsupported_backward
-from .problem import pose
+from .problem import Problem, flag, pose
 
-__all__ = ["differentiates", "vjp"]
+__all__ = ["differentiated", "differentiates", "vjp"]
 
 _RULES: dict[Any, Callable] = {}
 
@@ -37,12 +37,14 @@ def vjp(function, *arrays, wrt=(), **options):
     Parameters
     ----------
     function : callable
-        `scaled_dot`, `dot`, `cosine`, `gaussian`, `pool`, or a `MultiHeadAttention`.
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, or a
+        `MultiHeadAttention`.
     *arrays : array_like
         Its positional arguments.
     wrt : tuple of str, default ()
         The array options whose gradients are wanted besides: ``"bias"``, ``"alibi"``, ``"sinks"``;
-        of `pool` ``"b"``; of a `MultiHeadAttention` its parameters too: ``"w_q"``, ...
+        of `pool` ``"b"``; of `additive` ``"w_q"``, ``"w_k"``, ``"w"`` and ``"b"`` too; of a
+        `MultiHeadAttention` its parameters: ``"w_q"``, ...
     **options
         Of `function`, except ``out``.
 
@@ -105,21 +107,27 @@ def _rule(function) -> Callable:
 
 
 @differentiates(scaled_dot)
-def _scaled_dot(q, k, v, *, wrt, backend=None, return_lse=False, return_weights=False, **options):
-    if options.get("out") is not None:
+def _scaled_dot(q, k, v, *, wrt, backend=None, return_lse=False, **options):
+    without_out(options)
+    problem = pose(q, k, v, gradients=True, wrt=wrt, return_lse=True, **options)
+    return differentiated(problem, backend, return_lse)
+
+
+def without_out(options: dict) -> None:
+    """Take ``out`` out of `options`, which must be None there."""
+    if options.pop("out", None) is not None:
         raise ValueError("out: array given, None wanted: the gradients need the result as it was")
+
+
+def differentiated(problem: Problem, backend: str | None, return_lse: bool):
+    """What `vjp` returns for a problem that is posed with its gradients and with its lse."""
+    return_lse = flag("return_lse", return_lse)
     # What is wrong with the gradients is an error now, not after the forward pass.
-    problem = pose(q, k, v, gradients=True, wrt=wrt, **options)
     select(problem, backend, unsupported_backward)
-    out, lse, *weights = scaled_dot(
-        q, k, v, backend=backend, return_lse=True, return_weights=return_weights, **options
-    )
-    options.pop("out", None)
+    out, lse, *weights = answer(problem, backend, None)
 
     def pullback(grad_out, grad_lse=None):
-        return scaled_dot_backward(
-            grad_out, q, k, v, out, lse, grad_lse=grad_lse, wrt=wrt, backend=backend, **options
-        )
+        return pull_back(problem, backend, grad_out, out, lse, grad_lse)
 
     results = (out, *([lse] if return_lse else []), *weights)
     return (out if len(results) == 1 else results), pullback

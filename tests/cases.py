@@ -182,7 +182,7 @@ def plain_numpy(p: Problem, dtype):
         seen = reference.visible(p)
         q = np.broadcast_to(cast(p.q), p.rows(p.head_dim))
         k, v = (reference.per_query_head(cast(x), p) for x in (p.k, p.v))
-        s = (q @ k.swapaxes(-1, -2)).astype(real) * real.type(p.scale)
+        s = plain_measure(p, q, k).astype(real) * real.type(p.scale)
         if p.softcap is not None:
             s = real.type(p.softcap) * np.tanh(s / real.type(p.softcap))
         if p.bias is not None:
@@ -203,6 +203,16 @@ def plain_numpy(p: Problem, dtype):
         weights = weights / np.where(total == 0, np.ones((), real), total)
         out = (weights @ v).astype(real)
         return out, (shift + np.log(total))[..., 0], weights
+
+
+def plain_measure(p: Problem, q, k):
+    """How queries and keys compare, in the dtype of `q`, with an axis for the dimensions."""
+    if p.measure.name == "dot":
+        return q @ k.swapaxes(-1, -2)
+    q, k = q[..., :, None, :], k[..., None, :, :]
+    if p.measure.name == "distance":
+        return np.sqrt(((q - k) ** 2).sum(axis=-1))
+    return (np.tanh(q + k) * p.measure.weights.astype(q.dtype)).sum(axis=-1)
 
 
 # ----------------------------------------------------------------------------------- judgement

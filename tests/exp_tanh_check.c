@@ -1,8 +1,8 @@
-/* The exponential and the tanh of simd.h against the C library's in a wider type.
+/* The exponentials, the tanh and the root of simd.h against the C library's in a wider type.
  *
  * exp_tanh_check STEP: float32 takes every STEP-th number there is (every one that is not positive
  * for exp), float64 some 2**30 / STEP of those that are neither tiny nor saturated. The bounds are
- * what the heads of weight_of and tanh_vec in simd.h promise: keep them the same.
+ * what the heads of the functions in simd.h promise: keep them the same.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +25,7 @@ typedef double wide;
 #define EXP_BOUND 1.6
 #define TANH_BOUND 3.6
 #endif
+#define PAIR_BOUND 2.3
 
 
 typedef struct {
@@ -70,6 +71,18 @@ typedef struct {
 
 static vec call_exp(vec x) { return weight_of(x * (real)LOG2_E); }
 static vec call_tanh(vec x) { return tanh_vec(x); }
+/* exp(2 x) - 1, of which the low part holds the digits where x is small. */
+static vec call_pair(vec x) {
+    VecPair both = exp_of_twice(x);
+    return (both.high - (real)1) + both.low;
+}
+static wide exact_pair(wide x) { return WIDE(expm1)(2 * x); }
+static double relative_error(real x, real got, wide exact) {
+    (void)x;
+    return (double)(WIDE(fabs)((got - exact) / exact) / EPSILON);
+}
+static const Subject PAIR = {call_pair, exact_pair, relative_error};
+static const Subject ROOT = {root_of, WIDE(sqrt), relative_error};
 static const Subject EXP = {call_exp, WIDE(exp), exp_error};
 static const Subject TANH = {call_tanh, WIDE(tanh), tanh_error};
 
@@ -103,6 +116,8 @@ static int special_values(void) {
     wrong |= weight_of(splat(0) * (real)LOG2_E)[0] != (real)WEIGHT_UNIT || weight_of(splat(-INFINITY) * (real)LOG2_E)[0] != 0;
     wrong |= tanh_vec(splat(INFINITY))[0] != one[0] || tanh_vec(splat(-INFINITY))[0] != -one[0];
     wrong |= tanh_vec(splat(0))[0] != 0 || !signbit(tanh_vec(splat((real)-0.0))[0]);
+    wrong |= root_of(splat(0))[0] != 0 || root_of(splat(INFINITY))[0] != (real)INFINITY;
+    wrong |= root_of(x)[0] == root_of(x)[0];
     if (wrong) puts("wrong at a NaN, an infinity or 0");
     return wrong;
 }
@@ -110,6 +125,7 @@ static int special_values(void) {
 int main(int n_arguments, char **arguments) {
     int64_t step = n_arguments > 1 ? atoll(arguments[1]) : 1;
     real infinity = INFINITY, least = 0, large_exp = infinity, large_tanh = infinity;
+    real small = (real)0x1p-60, most = EXP2X_MOST, least_root = (real)LEAST_NORMAL, large_root = (real)REAL_MAX;
 #ifdef REAL_IS_DOUBLE
     least = 0x1p-60, large_exp = 1024, large_tanh = 32;
     step *= (int64_t)1 << 28;
@@ -117,9 +133,13 @@ int main(int n_arguments, char **arguments) {
     Worst near = scan(&EXP, -least, -1, step), far = scan(&EXP, -1, -large_exp, step);
     Worst tanh_up = scan(&TANH, least, large_tanh, step);
     Worst tanh_worst = worse(tanh_up, scan(&TANH, -least, -large_tanh, step));
+    Worst pair = worse(scan(&PAIR, small, most, step), scan(&PAIR, -small, -most, step));
+    Worst root = scan(&ROOT, least_root, large_root, step);
     printf("%d-byte reals: exp %.3f epsilon (1 + |x|) at %.9g, %.3f beyond -1 at %.9g; "
-           "tanh %.3f ulp at %.9g\n",
-           (int)sizeof(real), near.most, near.at, far.most, far.at, tanh_worst.most, tanh_worst.at);
-    int good = worse(near, far).most <= EXP_BOUND && tanh_worst.most <= TANH_BOUND;
+           "tanh %.3f ulp at %.9g; exp(2 x) %.3f epsilon at %.9g; root %.3f epsilon at %.9g\n",
+           (int)sizeof(real), near.most, near.at, far.most, far.at, tanh_worst.most, tanh_worst.at,
+           pair.most, pair.at, root.most, root.at);
+    int good = worse(near, far).most <= EXP_BOUND && tanh_worst.most <= TANH_BOUND &&
+               pair.most <= PAIR_BOUND && root.most <= 1;
     return special_values() || !good;
 }

@@ -1,7 +1,7 @@
 """What gradients are measured against: the definition's, and those of a NumPy user."""
 
 import numpy as np
-from cases import assert_exact_enough, plain_numpy, pose, reference
+from cases import assert_exact_enough, plain_measure, plain_numpy, pose, reference
 
 from fastattn.backward import of_its_array
 from fastattn.backward_problem import Backward
@@ -34,13 +34,12 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
         grad_s = np.where(seen, grad_s, np.zeros((), real))
         slope = np.ones((), real)
         if p.softcap is not None:
-            s = (q @ k.swapaxes(-1, -2)).astype(real) * real.type(p.scale)
+            s = plain_measure(p, q, k).astype(real) * real.type(p.scale)
             slope = 1 - np.tanh(s / real.type(p.softcap)) ** 2
         scaled = (grad_s * slope * real.type(p.scale)).astype(real)
         steps = (grad_out, delta)
         found = {
-            "q": scaled @ k,
-            "k": reference.per_key_head((scaled.swapaxes(-1, -2) @ q).astype(real), p),
+            **plain_measure_gradients(p, q, k, scaled),
             "v": reference.per_key_head((weights.swapaxes(-1, -2) @ steps[0]).astype(real), p),
             "bias": grad_s,
         }
@@ -53,6 +52,25 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
             rest = (1 - weights.sum(axis=-1)).astype(real)
             found["sinks"] = -(rest * delta).sum(axis=-1).sum(axis=leading)
         return [of_its_array(found[g.name].astype(real), g) for g in p.gradients]
+
+
+def plain_measure_gradients(p, q, k, grad) -> dict[str, np.ndarray]:
+    """What goes through the score's measure; finite inputs only."""
+    if p.measure.name == "dot":
+        grad_k = (grad.swapaxes(-1, -2) @ q).astype(p.dtype)
+        return {"q": grad @ k, "k": reference.per_key_head(grad_k, p)}
+    q, k, grad = q[..., :, None, :], k[..., None, :, :], grad[..., None]
+    weights = p.measure.weights.astype(p.dtype)
+    if p.measure.name == "distance":
+        terms = grad * (q - k) / np.sqrt(((q - k) ** 2).sum(axis=-1, keepdims=True))
+        return {"q": terms.sum(axis=-2), "k": reference.per_key_head(-terms.sum(axis=-3), p)}
+    tanh = np.tanh(q + k)
+    terms = grad * weights * (1 - tanh * tanh)
+    return {
+        "q": terms.sum(axis=-2),
+        "k": reference.per_key_head(terms.sum(axis=-3), p),
+        "w": (grad * tanh).sum(axis=tuple(range(grad.ndim - 1))),
+    }
 
 
 def with_heads(x, p) -> np.ndarray:

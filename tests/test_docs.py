@@ -11,16 +11,19 @@ import fastattn
 
 README = Path(__file__).parent.parent / "README.md"
 PLAIN = (
-    "api", "backward", "cache", "explain", "gaussian", "merge", "multihead", "scores", "spans",
-    "vjp",
+    "api", "backward", "cache", "explain", "gaussian", "maps", "measures", "merge", "multihead",
+    "scores", "spans", "vjp",
 )  # fmt: skip
 NEED_NUMBA = ("blockmask", "flex", "vectormath")
 
 
-@pytest.mark.parametrize("module", [*PLAIN, *NEED_NUMBA])
-def test_docstrings(module):
+@pytest.mark.parametrize("module", [*PLAIN, *NEED_NUMBA, "plot"])
+def test_docstrings(module, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     if module in NEED_NUMBA:
         pytest.importorskip("numba", reason="the examples compile functions")
+    if module == "plot":
+        pytest.importorskip("matplotlib", reason="the examples draw")
     failed, attempted = doctest.testmod(import_module(f"fastattn.{module}"))
     assert attempted > 0
     assert failed == 0

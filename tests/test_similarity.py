@@ -65,16 +65,23 @@ def check(results, p, score, offset=0.0, **how):
 # ------------------------------------------------------------------------------------------- dot
 
 
-def test_dot_of_integers(target):
-    """SYSTEMS.md, 3, worked by hand: scores [[1, 2, 3], [3, 4, 7], [5, 6, 11]]."""
+WORKED = {  # SYSTEMS.md, 3, worked by hand: the scores are [[1, 2, 3], [3, 4, 7], [5, 6, 11]]
+    fastattn.dot: (1.0, [[1.5105, 1.8199], [1.9068, 1.9657], [1.9866, 1.9951]]),
+    fastattn.scaled_dot: (0.5**0.5, [[1.4320, 1.7199], [1.7966, 1.8997], [1.9441, 1.9725]]),
+}
+
+
+@pytest.mark.parametrize("function", WORKED, ids=lambda f: f.__name__)
+def test_dot_products_of_integers(target, function):
+    scale, wanted = WORKED[function]
     k, v = np.array([[1, 0], [0, 1], [1, 1]]), np.array([[2, 0], [0, 2], [2, 2]])
-    scores = np.array([[1, 2, 3], [3, 4, 7], [5, 6, 11]])
-    powers = np.exp(scores)
+    powers = np.exp(scale * np.array([[1, 2, 3], [3, 4, 7], [5, 6, 11]]))
     weights = powers / powers.sum(axis=1, keepdims=True)
-    out, got = fastattn.dot(DATA, k, v, return_weights=True, backend=target.backend)
+    out, got = function(DATA, k, v, return_weights=True, backend=target.backend)
     assert out.dtype == got.dtype == np.float64
     np.testing.assert_allclose(got, weights, rtol=1e-14)
     np.testing.assert_allclose(out, weights @ v, rtol=1e-14)
+    np.testing.assert_array_equal(out.round(4), wanted)
 
 
 def test_dot_is_scaled_dot_with_scale_1(target):

@@ -7,6 +7,7 @@ from math import inf
 import numpy as np
 
 from .exponential import tanh
+from .measures import measure
 from .memory import (
     ahead,
     doubles,
@@ -107,15 +108,21 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
         state = call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod)
     if state == SEE_NONE:
         return state
+    bias = reals(t.bias_tile, scale)
+    if t.bias != 0:
+        load_bias(t, p, key, keys, bias, scale)
+        if hides_all(bias, vecs, keys, scale):
+            return SEE_NONE
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
-    product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
+    if t.measure != 0:
+        measure(t, vecs, k, k_row, k_dim, keys, queries, scores, scale)
+    else:
+        product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
     if t.bias != 0:
-        tile = reals(t.bias_tile, scale)
-        load_bias(t, p, key, keys, tile, scale)
-        state = exclude(tile, vecs, keys, seen, state, scale)
-        add_bias(tile, vecs, keys, scores, scale)
+        state = exclude(bias, vecs, keys, seen, state, scale)
+        add_bias(bias, vecs, keys, scores, scale)
     if t.alibi != 0:
         subtract_alibi(t, p, key, keys, scores, scale)
     if score_mod is not None:
@@ -288,6 +295,17 @@ def exclude(values, vecs, keys, seen, state, scale):
     for x in range(keys * size):
         seen[x] = (state == SEE_ALL or seen[x] != 0) & (values[x] != -inf)
     return SEE_SOME
+
+
+@compiled
+def hides_all(bias, vecs, keys, scale):
+    """Is every bias of the tile -inf?"""
+    size = TILE_VECS * lanes(scale)
+    for j in range(keys):
+        for i in range(vecs * lanes(scale)):
+            if bias[j * size + i] != -inf:
+                return False
+    return True
 
 
 @compiled

@@ -49,6 +49,7 @@ NUMBERS = (
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
     "format",  # of q, k and v: see `numbers`
     "bias_format", "bias_swapped", "alibi", "sinks", "q_offset",
+    "measure", "measure_weights",  # see `measures`; 0 is that of products
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
     "tile_rows", "tiles", "rows", "panels", "batch", "k_head", "v_head", "first", "last",
     # Per row: its query, the index of its head in the tables, and the keys start <= j < stop.
@@ -64,7 +65,7 @@ NUMBERS = (
 TILE = np.dtype(
     [(name, np.int64) for name in NUMBERS]
     + [(name + part, np.int64) for name in ARRAYS for part in ("", "_row", "_dim")]
-    + [("softcap", np.float64), ("margin", np.float64)]
+    + [("softcap", np.float64), ("measure_scale", np.float64), ("margin", np.float64)]
 )
 tile_at = record_of(from_dtype(TILE))
 

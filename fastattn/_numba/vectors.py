@@ -188,6 +188,7 @@ def _generic(name, arity):
 
 
 magnitude = _generic("llvm.fabs", 1)
+square_root = _generic("llvm.sqrt", 1)
 with_sign_of = _generic("llvm.copysign", 2)
 multiply_add = _generic("llvm.fmuladd", 3)  # one instruction where there is one, else two
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..device import DeviceArray, packed
-from ..problem import Problem
+from ..problem import DOT, Problem
 
 name = "cuda"
 
@@ -36,6 +36,8 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for int8 keys and values"
     if problem.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
+    if problem.measure is not DOT:
+        return "its kernels measure by products alone"
     return missing()
 
 

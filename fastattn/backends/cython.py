@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem, empty_like
+from ..cells import nothing_seen
+from ..problem import DOT, Problem, empty_like
 from ..threads import worth_threads
 from . import numpy_backward
 
@@ -24,6 +25,8 @@ name = "cython"
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
+# How many multiply-adds of a product take as long as one term of an additive score.
+ADDITIVE_FLOPS = 10
 
 # Of an lse beyond this float32 keeps so few digits that weights made again from it are off by more
 # than their own rounding: it is made again too, in float64, at the price of a forward pass. So are
@@ -56,20 +59,25 @@ _BIAS_FLOATS = ("float16", "bfloat16", "float32", "float64", np.dtype(np.longdou
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    start, stop = _bounds(p)
     lse = np.empty(p.rows()) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
-    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
-    order = None if stop is None else _longest_first(p, start, stop)
-    _kernels.attend(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, p.result, p.batch, p.heads, p.kv_heads,
-        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
-        lse, weights, order, product(p), threads(p),
-    )  # fmt: skip
+    _attend(p, p.result, lse, weights)
     if lse is not None:
         with np.errstate(over="ignore"):
             lse = lse.astype(p.accumulator, copy=False)
     return lse, weights
+
+
+def _attend(p: Problem, result, lse=None, weights=None, **survey):
+    start, stop = _bounds(p)
+    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
+    order = None if stop is None else _longest_first(p, start, stop)
+    _kernels.attend(
+        p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
+        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
+        lse, weights, order, product(p), threads(p), False, p.measure.name, p.measure.weights,
+        **survey,
+    )  # fmt: skip
 
 
 def _bounds(p: Problem):
@@ -100,11 +108,34 @@ def product(problem: Problem) -> str:
 
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
-    return worth_threads(problem, _kernels.openmp_threads, ONE_THREAD_FLOPS)
+    cost = ADDITIVE_FLOPS if problem.measure.name == "additive" else 1
+    return worth_threads(problem, _kernels.openmp_threads, ONE_THREAD_FLOPS // cost)
+
+
+def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
+    """The weights summed over cells, float64 (batch, heads, rows, columns)."""
+    p = problem
+    sums = np.zeros((*p.batch, p.heads, rows, columns))
+    _attend(p, np.empty(p.rows(0), p.accumulator), sums=sums)
+    return sums
+
+
+def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices and weights of each query's strongest keys, (batch, heads, queries, n)."""
+    p = problem
+    indices, weights = nothing_seen(p, n)
+    kept = slice(min(n, p.n_keys))
+    _attend(
+        p, np.empty(p.rows(0), p.accumulator),
+        weights=weights[..., kept], indices=indices[..., kept],
+    )  # fmt: skip
+    return indices, weights
 
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
+    if problem.measure is not DOT:
+        return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
 
@@ -211,9 +242,10 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    queries, panel, keys = _kernels.tile_size(product(p), together)
+    kind = product(p), together, p.measure.name
+    queries, panel, keys = _kernels.tile_size(*kind)
     return {
-        "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(product(p), together)}",
+        "kernel": f"{p.dtype}, multiplied as {_kernels.multiplied_as(*kind)}",
         "instruction set": _kernels.instruction_set(),
         "tile": f"{queries} queries, {keys} keys a pass",
         "threads": str(threads(p)),

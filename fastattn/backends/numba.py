@@ -10,7 +10,7 @@ from importlib import import_module
 import numpy as np
 
 from ..parallel import share
-from ..problem import Problem
+from ..problem import DOT, Problem
 from ..threads import openmp_setting, worth_threads
 
 name = "numba"
@@ -72,14 +72,14 @@ class _Call:
     """One call: the record that its tiles start from, and who carries them out."""
 
     def __init__(self, p: Problem, result, lse, weights):
-        from .._numba import hooks, launch, numbers, tile
+        from .._numba import hooks, launch, measures, numbers, tile
 
         self.hooks = (
             hooks.score_function(p.score_mod, p.accumulator.itemsize),
             hooks.mask_function(p.mask_mod),
         )
         self.kernel = launch.launcher(*self.hooks)
-        self.scale = p.accumulator.type(p.scale)
+        self.scale = p.accumulator.type(p.scale if p.measure is DOT else 1)
         self.threads = threads(p)
         self.sizes = tile.scratch(p.accumulator.itemsize, p.head_dim, p.value_dim)
         self.record = t = np.zeros(1, tile.TILE)
@@ -90,6 +90,10 @@ class _Call:
         t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
         t["softcap"] = p.softcap or 0
+        if p.measure is not DOT:
+            t["measure"], t["measure_scale"] = measures.NUMBER[p.measure.name], p.scale
+            factors = p.scale * p.measure.weights
+            t["measure_weights"] = self.address(factors.astype(p.accumulator))
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
         if p.dtype != p.accumulator:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..problem import Problem
 from .numpy_backward import run_backward, unsupported_backward
+from .numpy_maps import run_map, run_top
 from .numpy_tiles import (
     BLOCK_K,
     BLOCK_Q,
@@ -17,12 +18,22 @@ from .numpy_tiles import (
     capped_products,
     key_blocks,
     product,
+    queries_of,
     query_blocks,
     rows_of,
     scores,
 )
 
-__all__ = ["name", "plan", "run", "run_backward", "unsupported", "unsupported_backward"]
+__all__ = [
+    "name",
+    "plan",
+    "run",
+    "run_backward",
+    "run_map",
+    "run_top",
+    "unsupported",
+    "unsupported_backward",
+]
 
 name = "numpy"
 
@@ -61,7 +72,7 @@ def _attend(p: Problem, h: Heads, queries: slice, lse, weights, margin=0.0) -> N
     values from overflowing, at the price of a largest weight that is not exactly 1.
     """
     real = p.accumulator
-    q = h.q[:, :, queries].astype(real) * real.type(p.scale)
+    q = queries_of(p, h, queries)
     rows = q.shape[:-1]
     top = np.full(rows, -np.inf, real)
     if h.sinks is not None:

@@ -10,15 +10,18 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem, empty_like
+from ..problem import DOT, Problem, empty_like
+from .numpy_measures import measure_gradients
 from .numpy_tiles import (
     Heads,
     capped_products,
     distances,
     key_blocks,
     product,
+    queries_of,
     query_blocks,
     scores,
+    sums,
 )
 
 __all__ = ["run_backward", "unsupported_backward"]
@@ -51,7 +54,7 @@ class _Rows(NamedTuple):
     """What a block of queries brings along; axes (kv_heads, group, queries, ...)."""
 
     queries: slice
-    q: np.ndarray  # scaled
+    q: np.ndarray  # scaled for products
     grad_out: np.ndarray
     delta: np.ndarray  # what the weights' mean gradient takes off every score's
     shift: np.ndarray  # the weights are exp(score - shift) / total
@@ -65,7 +68,7 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
         x = x[h.where][:, queries]
         return x.reshape(*h.shape, *x.shape[1:]).astype(real)
 
-    q = h.q[:, :, queries].astype(real) * real.type(p.scale)
+    q = queries_of(p, h, queries)
     grad_out, lse = block(b.grad_out), block(b.lse)
     delta = (grad_out * block(b.out)).sum(axis=-1)
     if b.grad_lse is not None:
@@ -76,23 +79,8 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
     far = np.abs(lse) > 1 / np.finfo(real).eps
     if not np.isfinite(lse[far]).any():
         return rows
-    shift, total = _sums(p, h, rows)
+    shift, total = sums(p, h, q, queries)
     return rows._replace(shift=np.where(far, shift, lse), total=np.where(far, total, 1))
-
-
-def _sums(p: Problem, h: Heads, r: _Rows):
-    """``(shift, total)`` of each row's softmax."""
-    top = np.full(r.delta.shape, -np.inf, p.accumulator)
-    if h.sinks is not None:
-        top = np.broadcast_to(h.sinks, top.shape)
-    total = np.exp(top - np.where(np.isfinite(top), top, 0))
-    for keys in key_blocks(p, h, r.queries):
-        s, _ = scores(p, h, capped_products(p, h, r.q, keys), r.queries, keys)
-        old, top = top, np.maximum(top, s.max(axis=-1))
-        shift = np.where(np.isfinite(top), top, 0)
-        rescale = np.where(old == -np.inf, 0, np.exp(old - shift))
-        total = total * rescale + np.exp(s - shift[..., None]).sum(axis=-1)
-    return np.where(np.isfinite(top), top, 0), total
 
 
 def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]) -> None:
@@ -115,9 +103,17 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             found["alibi"][h.where[-1]] -= steps.ravel()
         if p.softcap is not None:
             grad_s = _where(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
-        grad_q += product(grad_s, seen, k)
         of_keys = (*h.kv_where, keys)
-        found["k"][of_keys] += product(grad_s.swapaxes(-1, -2), seen_by, r.q).sum(axis=1)
+        if p.measure is DOT:
+            grad_q += product(grad_s, seen, k)
+            grad_k = product(grad_s.swapaxes(-1, -2), seen_by, r.q)
+        else:
+            more_q, grad_k, more_w = measure_gradients(p.measure, r.q, k, seen, grad_s)
+            grad_q += more_q
+            grad_k *= real(p.scale)
+            if "w" in found:
+                found["w"] += more_w * real(p.scale)
+        found["k"][of_keys] += grad_k.sum(axis=1)
         found["v"][of_keys] += product(weights.swapaxes(-1, -2), seen_by, r.grad_out).sum(axis=1)
     grad_q *= real(p.scale)
     found["q"][h.where][:, r.queries] = grad_q.reshape(-1, *grad_q.shape[2:])

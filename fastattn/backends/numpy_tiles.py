@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..problem import Problem, as_real
+from ..problem import DOT, Problem, as_real
+from .numpy_measures import measure
 
 __all__ = [
     "BLOCK_K",
@@ -20,8 +21,10 @@ __all__ = [
     "distances",
     "key_blocks",
     "product",
+    "queries_of",
     "query_blocks",
     "scores",
+    "sums",
 ]
 
 # One tile of scores is BLOCK_Q x BLOCK_K for as many heads as fit TILE_ELEMENTS. Blocks of 512 keys
@@ -100,6 +103,13 @@ def rows_of(x, scales, keys: slice, real) -> np.ndarray:
     return as_real(x[:, :, keys], None if scales is None else scales[:, :, keys], real)
 
 
+def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:
+    """Some queries, scaled for products."""
+    real = p.accumulator
+    q = h.q[:, :, queries].astype(real)
+    return q * real.type(p.scale) if p.measure is DOT else q
+
+
 def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
     """The blocks of keys, at fixed places, that some query of the block sees."""
     first, last = 0, p.n_keys
@@ -116,8 +126,12 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
 
 
 def capped_products(p: Problem, h: Heads, q, keys: slice) -> np.ndarray:
-    """The scores of one tile before anything is added; `q` is scaled already."""
-    s = q @ rows_of(h.k, h.k_scales, keys, p.accumulator).swapaxes(-1, -2)
+    """The scores of one tile before anything is added; `q` is that of `queries_of`."""
+    k = rows_of(h.k, h.k_scales, keys, p.accumulator)
+    if p.measure is DOT:
+        s = q @ k.swapaxes(-1, -2)
+    else:
+        s = p.accumulator.type(p.scale) * measure(p.measure, q, k)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
@@ -153,6 +167,21 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     if seen is not None:
         s = np.where(seen, s, -np.inf)
     return s, seen
+
+
+def sums(p: Problem, h: Heads, q, queries: slice):
+    """``(shift, total)`` of a row's softmax ``exp(s - shift) / total``; `q` is scaled already."""
+    top = np.full(q.shape[:-1], -np.inf, p.accumulator)
+    if h.sinks is not None:
+        top = np.broadcast_to(h.sinks, top.shape)
+    total = np.exp(top - np.where(np.isfinite(top), top, 0))
+    for keys in key_blocks(p, h, queries):
+        s, _ = scores(p, h, capped_products(p, h, q, keys), queries, keys)
+        old, top = top, np.maximum(top, s.max(axis=-1))
+        shift = np.where(np.isfinite(top), top, 0)
+        rescale = np.where(old == -np.inf, 0, np.exp(old - shift))
+        total = total * rescale + np.exp(s - shift[..., None]).sum(axis=-1)
+    return np.where(np.isfinite(top), top, 0), total
 
 
 def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:

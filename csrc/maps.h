@@ -1,0 +1,56 @@
+/* What becomes of weights that are not wanted one by one: their sums over cells of queries x keys, for
+ * which the scores are made once more, as for weights().
+ */
+#ifndef FASTATTN_MAPS_H
+#define FASTATTN_MAPS_H
+
+/* The sums of each column's weights, in place. Returns the number of columns. */
+static int sum_columns(const Tile *t, int vecs, const Strip *strip, ptrdiff_t first) {
+    if (t->columns == t->n_keys) return strip->keys;
+    int columns = 0;
+    for (int j = 0, end; j < strip->keys; j = end, columns++) {
+        end = fewer((first + columns + 1) * t->n_keys / t->columns - strip->key, strip->keys);
+        for (int n = 0; n < vecs; n++) {
+            vec sum = load(strip->scores + j * PANEL + n * LANES);
+            for (int i = j + 1; i < end; i++) sum += load(strip->scores + i * PANEL + n * LANES);
+            store(strip->scores + columns * PANEL + n * LANES, sum);
+        }
+    }
+    return columns;
+}
+
+/* Add columns of sums to the cells. Vectors whose lanes go to the same slots are added first, then
+ * neighbours in a vector, as rows of the transpose. */
+static void add_to_cells(const Tile *t, int p, const Strip *strip, ptrdiff_t first, int columns) {
+    int vecs = t->panel[p].vecs;
+    for (int n = 0, next; n < vecs; n = next) {
+        const int *slot = t->slot + p * PANEL + n * LANES;
+        for (next = n + 1; next < vecs; next++)
+            if (memcmp(slot, slot + (next - n) * LANES, sizeof *slot * LANES) != 0) break;
+        for (int column = 0; column < columns; column += LANES) {
+            vec x[LANES];
+            for (int i = 0; i < LANES; i++) {
+                x[i] = splat(0);
+                for (int m = n; m < next && column + i < columns; m++)
+                    x[i] += load(strip->scores + (column + i) * PANEL + m * LANES);
+            }
+            transpose(x);
+            for (int i = 0, after; i < LANES && slot[i] >= 0; i = after) {
+                double *to = t->pooled + slot[i] * t->pooled_row + first + column;
+                real sums[LANES];
+                for (after = i + 1; after < LANES && slot[after] == slot[i]; after++) x[i] += x[after];
+                store_unaligned(sums, x[i]);
+                for (int l = 0; l < LANES; l++) to[l] += sums[l];
+            }
+        }
+    }
+}
+
+static void pool_strip(const Tile *t, const Scratch *s, int p, const Strip *strip) {
+    ptrdiff_t first = cell_of(strip->key, t->n_keys, t->columns);
+    settle_weights(t, s, p, strip);
+    add_to_cells(t, p, strip, first, sum_columns(t, t->panel[p].vecs, strip, first));
+}
+
+static void pool(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, pool_strip); }
+#endif

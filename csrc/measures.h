@@ -1,0 +1,239 @@
+/* How queries and keys compare where it is no product: distances and additive scores.
+ *
+ * As in the product of queries and keys, an element of the left operand, read where it lies, meets
+ * the lanes of the right one: with many queries a key's element those of the queries, with few a
+ * query's those of some keys. Sums of CHUNK_DIMS dimensions join a running sum, which alone would
+ * have several times NumPy's rounding error.
+ */
+#ifndef FASTATTN_MEASURES_H
+#define FASTATTN_MEASURES_H
+
+#include "few.h"
+
+#ifndef PARTS
+#define CHUNK_DIMS 16
+
+/* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
+ * those of finite numbers may overflow; tanh of the sum, times a weight: TANHS; or the same, RATIOS,
+ * from exponentials, a = exp(-2 x) and b = exp(2 y): tanh(x + y) = (b - a) / (b + a). */
+typedef enum { SQUARES, FAR_SQUARES, TANHS, RATIOS } Terms;
+
+#ifdef REAL_IS_DOUBLE
+#define SHRINK 0x1p-520
+#else
+#define SHRINK 0x1p-66f
+#endif
+
+/* Rows of the left operand, a column of `dims` for each lane of the right one, and the weight of
+ * each dimension. The low parts, where there are any, lie as the others do. */
+typedef struct {
+    const real *a, *a_low;
+    ptrdiff_t row, dim;
+    const real *b, *b_low;
+    const real *weights;
+    ptrdiff_t dims;
+} Compared;
+
+/* c[row][lane] = the sum of the terms over all dimensions. */
+INLINE void measure_tile(const Terms terms, const int rows, const int vecs, const Compared *x,
+                         ptrdiff_t first_row, real *c) {
+    for (ptrdiff_t begin = 0; begin < x->dims; begin += CHUNK_DIMS) {
+        ptrdiff_t end = begin + fewer(x->dims - begin, CHUNK_DIMS);
+        vec sum[TILE_ROWS][TILE_VECS];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < vecs; n++) sum[r][n] = splat(0);
+        for (ptrdiff_t d = begin; d < end; d++) {
+            const real *a = x->a + first_row * x->row + d * x->dim;
+            const real *a_low = x->a_low + first_row * x->row + d * x->dim;
+            vec b[TILE_VECS], b_low[TILE_VECS], weight = splat(0);
+            if (terms == TANHS || terms == RATIOS) weight = splat(x->weights[d]);
+#pragma GCC unroll 4
+            for (int n = 0; n < vecs; n++) {
+                b[n] = load(x->b + d * PANEL + n * LANES);
+                b_low[n] = terms == RATIOS ? load(x->b_low + d * PANEL + n * LANES) : splat(0);
+                if (terms == FAR_SQUARES) b[n] *= (real)SHRINK;
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                vec one = splat(a[r * x->row]), low = splat(0);
+                if (terms == RATIOS) low = splat(a_low[r * x->row]);
+                if (terms == FAR_SQUARES) one *= (real)SHRINK;
+#pragma GCC unroll 4
+                for (int n = 0; n < vecs; n++) {
+                    if (terms == SQUARES || terms == FAR_SQUARES) {
+                        vec away = one - b[n];
+                        sum[r][n] = away * away + sum[r][n];
+                    } else {
+                        vec tanh = terms == TANHS ? tanh_vec(one + b[n])
+                                                  : quotient((b[n] - one) + (b_low[n] - low), b[n] + one);
+                        sum[r][n] = weight * tanh + sum[r][n];
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < vecs; n++) {
+                real *to = c + (first_row + r) * PANEL + n * LANES;
+                store(to, begin > 0 ? load(to) + sum[r][n] : sum[r][n]);
+            }
+    }
+}
+
+INLINE void measure_rows(const Terms terms, const int most, const int vecs, const Compared *x,
+                         ptrdiff_t rows, real *c) {
+    ptrdiff_t row = 0;
+    for (; row + most <= rows; row += most) measure_tile(terms, most, vecs, x, row, c);
+    for (; row < rows; row++) measure_tile(terms, 1, vecs, x, row, c);
+}
+
+/* Any number of rows, for the first `vecs` vectors of a panel. */
+static void measure(Terms terms, int vecs, const Compared *x, ptrdiff_t rows, real *c) {
+#define VECS(n)                                                                                   \
+    if (vecs == n && terms == SQUARES) measure_rows(SQUARES, TILE_ROWS, n, x, rows, c);           \
+    if (vecs == n && terms == FAR_SQUARES) measure_rows(FAR_SQUARES, 1, n, x, rows, c);           \
+    if (vecs == n && terms == TANHS) measure_rows(TANHS, 1, n, x, rows, c);                       \
+    if (vecs == n && terms == RATIOS) measure_rows(RATIOS, TILE_ROWS / 2, n, x, rows, c);
+    VECS(1) VECS(2)
+#if TILE_VECS == 3
+    VECS(3)
+#endif
+#undef VECS
+}
+
+/* exp(2 sign x) of `count` numbers, a multiple of LANES. */
+static void exponentials(const real *x, ptrdiff_t count, real sign, real *high, real *low) {
+    for (ptrdiff_t i = 0; i < count; i += LANES) {
+        VecPair both = exp_of_twice(load(x + i) * sign);
+        store(high + i, both.high);
+        store(low + i, both.low);
+    }
+}
+
+/* The weights of the dimensions, and the exponentials of queries, with the lanes whose numbers are
+ * too large for these. */
+static void ready_additive_queries(Tile *t, const Scratch *s, int p) {
+    for (ptrdiff_t d = 0; d < t->head_dim; d++)
+        s->weights[d] = (real)(t->measure_weights[d] * t->measure_scale);
+    if (few(t)) return;
+    const vec most = splat(EXP2X_MOST);
+    const real *q = s->q + p * PANEL * t->head_dim;
+    exponentials(q, PANEL * t->head_dim, 1, s->q_high + p * PANEL * t->head_dim,
+                 s->q_low + p * PANEL * t->head_dim);
+    t->panel[p].outside = 0;
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        ivec odd = splat_int(0);
+        for (ptrdiff_t d = 0; d < t->head_dim; d++)
+            odd |= ~(magnitude(load(q + d * PANEL + n * LANES)) <= most);
+        *(ivec *)(s->odd_queries + p * PANEL + n * LANES) = odd;
+        for (int i = 0; i < LANES; i++) t->panel[p].outside |= (uint64_t)(odd[i] != 0) << (n * LANES + i);
+    }
+}
+
+/* Exponentials of some keys of the pass that have been widened, and which of them are too large. */
+static void ready_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first, ptrdiff_t keys) {
+    ptrdiff_t dims = t->head_dim;
+    const real *k = s->keys + first * dims;
+    exponentials(k, round_up(keys * dims, LANES), -1, s->key_high + first * dims, s->key_low + first * dims);
+    for (ptrdiff_t j = 0; j < keys; j++) {
+        int odd = 0;
+        for (ptrdiff_t d = 0; d < dims; d++) odd |= !(fabs(k[j * dims + d]) <= EXP2X_MOST);
+        s->odd_keys[first + j] = odd;
+    }
+}
+
+/* to[key][query] for a strip and few queries: measured[query][key], PANEL keys at a time. */
+static void measure_few(const Tile *t, const Scratch *s, const Strip *strip, Terms terms, real *to) {
+    ptrdiff_t padded = round_up(t->head_dim, LANES);
+    real measured[FEW_QUERIES * PANEL] __attribute__((aligned(64)));
+    for (int first = 0; first < strip->keys; first += PANEL) {
+        int keys = fewer(strip->keys - first, PANEL), vecs = (keys + LANES - 1) / LANES;
+        const char *rows[PANEL];
+        for (int j = 0; j < keys; j++) rows[j] = t->k + (strip->key + first + j) * t->k_key;
+        for (int n = 0; n < vecs; n++)
+            load_columns(rows, t->k_dim, t->kv_format, t->head_dim, keys, 1, n * LANES,
+                         s->key_columns + n * LANES);
+        Compared x = {.a = s->q, .row = padded, .dim = 1, .b = s->key_columns,
+                      .weights = s->weights, .dims = t->head_dim};
+        measure(terms, vecs, &x, t->n_queries, measured);
+        for (int j = 0; j < keys; j++) {
+            store(to + (first + j) * PANEL, splat(0));
+            for (ptrdiff_t i = 0; i < t->n_queries; i++)
+                to[(first + j) * PANEL + i] = measured[i * PANEL + j];
+        }
+    }
+}
+
+/* to[key][query] for a strip; `k` begins with its first key. */
+static void measure_strip(const Tile *t, const Scratch *s, int p, const Strip *strip, Terms terms,
+                          View k, real *to) {
+    if (few(t)) {
+        measure_few(t, s, strip, terms, to);
+        return;
+    }
+    ptrdiff_t columns = p * PANEL * t->head_dim, rows = strip->key % PASS_KEYS * t->head_dim;
+    Compared x = {.a = k.data, .row = k.row, .dim = k.dim, .b = s->q + columns, .weights = s->weights,
+                  .dims = t->head_dim};
+    if (terms == RATIOS) {
+        x.a = s->key_high + rows, x.a_low = s->key_low + rows;
+        x.b = s->q_high + columns, x.b_low = s->q_low + columns;
+    }
+    measure(terms, t->panel[p].vecs, &x, strip->keys, to);
+}
+
+/* Squared distances to scores, times `factor`. Is any of them infinite? */
+static bool take_roots(int vecs, const Strip *strip, real factor) {
+    vec most = splat(0);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            vec square = load(s);
+            most = larger(square, most);
+            store(s, root_of(square) * factor);
+        }
+    bool some = false;
+    for (int i = 0; i < LANES; i++) some |= most[i] == INFINITY;
+    return some;
+}
+
+static void measure_distances(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
+    int vecs = t->panel[p].vecs;
+    measure_strip(t, s, p, strip, SQUARES, k, strip->scores);
+    if (!take_roots(vecs, strip, (real)t->measure_scale)) return;
+    vec factor = splat((real)(t->measure_scale / SHRINK));
+    measure_strip(t, s, p, strip, FAR_SQUARES, k, s->measured);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *score = strip->scores + j * PANEL + n * LANES;
+            vec far = root_of(load(s->measured + j * PANEL + n * LANES)) * factor;
+            store(score, choose(magnitude(load(score)) == splat(INFINITY), far, load(score)));
+        }
+}
+
+static void measure_additive(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
+    measure_strip(t, s, p, strip, few(t) ? TANHS : RATIOS, k, strip->scores);
+    if (few(t)) return;
+    const lane_int *odd_keys = s->odd_keys + strip->key % PASS_KEYS;
+    bool odd = t->panel[p].outside != 0;
+    for (int j = 0; j < strip->keys; j++) odd |= odd_keys[j] != 0;
+    if (!odd) return;
+    measure_strip(t, s, p, strip, TANHS, k, s->measured);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < t->panel[p].vecs; n++) {
+            real *score = strip->scores + j * PANEL + n * LANES;
+            ivec outside = *(const ivec *)(s->odd_queries + p * PANEL + n * LANES);
+            if (odd_keys[j]) outside = splat_int(-1);
+            store(score, choose(outside, load(s->measured + j * PANEL + n * LANES), load(score)));
+        }
+}
+
+/* The scores of a strip before softcap. */
+static void measure_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
+    if (t->measure == DISTANCE) measure_distances(t, s, p, strip, k);
+    else measure_additive(t, s, p, strip, k);
+}
+#endif
+#endif

@@ -1,0 +1,92 @@
+"""Scores that are no products: distances, and sums of tanh.
+
+As in ``csrc/measures.h``, sums of CHUNK_DIMS dimensions join a running sum, which alone would have
+several times NumPy's rounding error. Four keys at a time hide each other's latency.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from .exponential import tanh
+from .memory import ahead, load, reals, store
+from .vectors import (
+    TILE_VECS,
+    any_lane,
+    choose,
+    compiled,
+    constant,
+    lanes,
+    multiply_add,
+    per_type,
+    splat,
+    square_root,
+)
+
+__all__ = ["NUMBER", "measure"]
+
+DISTANCE = 1
+NUMBER = {"dot": 0, "distance": DISTANCE, "additive": 2}
+CHUNK_DIMS = 16
+
+shrink = per_type(2.0**-66, 2.0**-520)
+
+
+@compiled
+def measure(t, vecs, k, k_row, k_dim, keys, queries, scores, scale):
+    """scores[key][lane] of queries[d][lane]."""
+    size = TILE_VECS * lanes(scale)
+    for j in range(0, keys, 4):
+        for n in range(0, vecs * lanes(scale), lanes(scale)):
+            four = ahead(scores, j * size + n)
+            measure_four(t, k + j * k_row, k_row, k_dim, keys - j, ahead(queries, n), four, scale)
+
+
+@compiled
+def measure_four(t, k, k_row, k_dim, keys, column, scores, scale):
+    """Of the next four keys, or as many as there are, and one vector of queries."""
+    size = TILE_VECS * lanes(scale)
+    zero, weights = splat(constant(0.0, scale)), reals(t.measure_weights, scale)
+    second, third, fourth = min(1, keys - 1), min(2, keys - 1), min(3, keys - 1)
+    all_a, all_b, all_c, all_d = zero, zero, zero, zero
+    for first in range(0, t.head_dim, CHUNK_DIMS):
+        a, b, c, d = zero, zero, zero, zero
+        for dim in range(first, min(first + CHUNK_DIMS, t.head_dim)):
+            q, at = load(ahead(column, dim * size)), k + dim * k_dim
+            x = splat(reals(at, scale)[0])
+            y = splat(reals(at + second * k_row, scale)[0])
+            z = splat(reals(at + third * k_row, scale)[0])
+            u = splat(reals(at + fourth * k_row, scale)[0])
+            if t.measure == DISTANCE:
+                x, y, z, u = q - x, q - y, q - z, q - u
+                a, b = multiply_add(x, x, a), multiply_add(y, y, b)
+                c, d = multiply_add(z, z, c), multiply_add(u, u, d)
+            else:
+                weight = splat(weights[dim])
+                a, b = multiply_add(weight, tanh(q + x), a), multiply_add(weight, tanh(q + y), b)
+                c, d = multiply_add(weight, tanh(q + z), c), multiply_add(weight, tanh(q + u), d)
+        all_a, all_b, all_c, all_d = all_a + a, all_b + b, all_c + c, all_d + d
+    if t.measure == DISTANCE:
+        all_a = root(t, all_a, k, k_dim, column, scale)
+        all_b = root(t, all_b, k + second * k_row, k_dim, column, scale)
+        all_c = root(t, all_c, k + third * k_row, k_dim, column, scale)
+        all_d = root(t, all_d, k + fourth * k_row, k_dim, column, scale)
+    store(ahead(scores, fourth * size), all_d)
+    store(ahead(scores, third * size), all_c)
+    store(ahead(scores, second * size), all_b)
+    store(scores, all_a)
+
+
+@compiled
+def root(t, square, k, k_dim, column, scale):
+    """The scores of one key from squared distances; those of finite numbers may overflow."""
+    size, factor = TILE_VECS * lanes(scale), splat(constant(t.measure_scale, scale))
+    length, far = square_root(square), square == splat(constant(inf, scale))
+    if any_lane(far):
+        small, total = splat(shrink(scale)), splat(constant(0.0, scale))
+        for dim in range(t.head_dim):
+            x = splat(reals(k + dim * k_dim, scale)[0])
+            x = load(ahead(column, dim * size)) * small - x * small
+            total = multiply_add(x, x, total)
+        length = choose(far, square_root(total) / small, length)
+    return length * factor

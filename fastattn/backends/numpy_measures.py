@@ -1,0 +1,88 @@
+"""Distances and additive scores of the NumPy backend, dimension by dimension.
+
+One dimension of a tile is as large as its scores, so no array has an axis more than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..problem import Measure
+
+__all__ = ["measure", "measure_gradients"]
+
+# Dimensions that are summed from zero before they join the running sum, which alone would have
+# several times the rounding error of `numpy.sum`.
+CHUNK = 16
+
+
+def measure(how: Measure, q, k) -> np.ndarray:
+    """(..., queries, keys) from q (..., queries, head_dim) and k (..., keys, head_dim)."""
+    distances = how.name == "distance"
+    total = _sum(_squares(q, k) if distances else _tanhs(how, q, k))
+    if not distances:
+        return total
+    far = np.isinf(total)
+    if not far.any():
+        return np.sqrt(total)
+    # The squares of finite numbers may overflow though the distance does not.
+    unit = q.dtype.type(2.0 ** (np.finfo(q.dtype).maxexp // 2))
+    return np.where(far, np.sqrt(_sum(_squares(q / unit, k / unit))) * unit, np.sqrt(total))
+
+
+def measure_gradients(how: Measure, q, k, seen, grad):
+    """``(grad_q, grad_k, grad_w)`` of what `measure` returns, from its gradient `grad`, each with
+    all leading axes of that but for `grad_w`, (head_dim,).
+    """
+    shape = grad.shape[:-2]
+    grad_q, grad_k = (np.empty((*shape, *x.shape[-2:]), q.dtype) for x in (q, k))
+    grad_w = np.zeros(q.shape[-1], q.dtype)
+    if how.name == "distance":
+        lengths = measure(how, q, k)
+        grad = np.where(lengths == 0, 0, grad / np.where(lengths == 0, 1, lengths))
+    for d in range(q.shape[-1]):
+        x, y = q[..., :, None, d], k[..., None, :, d]
+        if how.name == "distance":
+            terms = grad * (x - y)
+            sign = -1
+        else:
+            tanh = np.tanh(x + y)
+            terms = grad * (1 - tanh * tanh) * how.weights[d].astype(q.dtype)
+            grad_w[d] = _where(seen, grad * tanh).sum()
+            sign = 1
+        terms = _where(seen, terms)
+        grad_q[..., d] = terms.sum(axis=-1)
+        grad_k[..., d] = sign * terms.sum(axis=-2)
+    return grad_q, grad_k, grad_w
+
+
+def _squares(q, k):
+    for d in range(q.shape[-1]):
+        away = q[..., :, None, d] - k[..., None, :, d]
+        away *= away
+        yield away
+
+
+def _tanhs(how: Measure, q, k):
+    for d, weight in enumerate(how.weights.astype(q.dtype)):
+        term = q[..., :, None, d] + k[..., None, :, d]
+        np.tanh(term, out=term)
+        term *= weight
+        yield term
+
+
+def _sum(terms: Iterator[np.ndarray]) -> np.ndarray:
+    total: Any = 0
+    for part in terms:
+        for term in islice(terms, CHUNK - 1):
+            part += term
+        total = total + part
+    return total
+
+
+def _where(seen, x):
+    return x if seen is None else np.where(seen, x, 0)

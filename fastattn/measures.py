@@ -1,0 +1,208 @@
+"""Attention by other measures than a product: the distance, and the additive score."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .api import answer
+from .backward import of_its_array
+from .problem import (
+    DISTANCE,
+    Measure,
+    Problem,
+    check_wrt,
+    float_dtype,
+    gradient_of,
+    plain,
+    pose,
+    vector,
+    widest,
+)
+from .projection import project, rows
+from .scores import positive, refuse
+from .vjp import differentiated, differentiates, without_out
+
+__all__ = ["additive", "euclidean"]
+
+
+def euclidean(q, k, v, *, scale=1.0, out=None, backend=None, **options):
+    """Exact softmax attention by distance: the score is ``-scale * |q_i - k_j|``, not squared.
+
+    Parameters
+    ----------
+    q, k, v : array_like, (..., Hq, Sq, D), (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv)
+        As of `fastattn.scaled_dot`.
+    scale : float, default 1.0
+        Finite and > 0.
+    out, backend, **options
+        As of `fastattn.scaled_dot`; the ``cuda`` backend cannot.
+
+    Returns
+    -------
+    out, lse, weights
+        As of `fastattn.scaled_dot`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `fastattn.scaled_dot`, and if `scale` is out of range.
+
+    See Also
+    --------
+    gaussian : By the squared distance, at the speed of `scaled_dot`.
+
+    Notes
+    -----
+    The differences are squared and summed as they stand, so the result is as exact far from the
+    origin as near it. A distance of 0 has no gradient; `fastattn.vjp` takes 0, as ``torch.cdist``
+    does.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> data = [[1, 2], [4, 6]]
+    >>> out, weights = fastattn.euclidean(data, data, data, scale=0.2, return_weights=True)
+    >>> weights.round(3)  # exp(-0.2 * 5) beside 1
+    array([[0.731, 0.269],
+           [0.269, 0.731]])
+    """
+    p = _distances(q, k, v, scale, out=out, **options)
+    return answer(p, backend, out)
+
+
+def additive(q, k, v, *, w_q, w_k, w, b=None, out=None, backend=None, **options):
+    """Exact softmax attention by the additive score, ``w @ tanh(q_i @ w_q + k_j @ w_k + b)``.
+
+    Parameters
+    ----------
+    q : array_like, (..., Hq, Sq, D)
+    k : array_like, (..., Hkv, Sk, Dk)
+        Of any width.
+    v : array_like, (..., Hkv, Sk, Dv)
+        `q`, `k` and `v` are otherwise as of `fastattn.scaled_dot`; in the host's memory.
+    w_q : array_like, (D, H)
+    w_k : array_like, (Dk, H)
+    w : array_like, (H,)
+    b : array_like, (H,), optional
+        The parameters, the same for every head, of any float dtype; `q`, `k` and `v` alone decide
+        that of the result.
+    out, backend, **options
+        As of `fastattn.scaled_dot`, except ``scale``.
+
+    Returns
+    -------
+    out, lse, weights
+        As of `fastattn.scaled_dot`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `fastattn.scaled_dot`, if a parameter has another shape, and if there is a scale.
+
+    Notes
+    -----
+    Queries and keys are projected first, each once; no array of queries x keys x H is ever made.
+    The score is that of Bahdanau et al. (2015), "Neural Machine Translation by Jointly Learning to
+    Align and Translate", appendix A.1.2.
+
+    Examples
+    --------
+    One state of a decoder attends to five of an encoder of another width:
+
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> state, states = rng.standard_normal((1, 6)), rng.standard_normal((5, 8))
+    >>> w_q, w_k, w = rng.standard_normal((6, 16)), rng.standard_normal((8, 16)), np.ones(16)
+    >>> fastattn.additive(state, states, states, w_q=w_q, w_k=w_k, w=w).shape
+    (1, 8)
+    """
+    inputs, parameters = _additive_arrays(q, k, v, w_q, w_k, w, b)
+    p = _projected(inputs, parameters, options, out=out)
+    return answer(p, backend, out)
+
+
+def _distances(q, k, v, scale, **options) -> Problem:
+    return pose(q, k, v, scale=-positive("scale", scale), measure=DISTANCE, **options)
+
+
+def _additive_arrays(q, k, v, w_q, w_k, w, b):
+    """``(inputs, parameters)``, arrays by their names, checked."""
+    inputs = {name: plain(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    parameters = {name: plain(name, x) for name, x in (("w_q", w_q), ("w_k", w_k), ("w", w))}
+    if b is not None:
+        parameters["b"] = plain("b", b)
+    for name, x in (*inputs.items(), *parameters.items()):
+        float_dtype(name, x)
+    hidden = parameters["w_q"].shape[-1] if parameters["w_q"].ndim == 2 else "H"
+    for name in "qk":
+        x, shape = inputs[name], parameters[f"w_{name}"].shape
+        if x.ndim < 2:
+            raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
+        if shape != (x.shape[-1], hidden):
+            raise ValueError(f"w_{name}: shape {shape} given, ({x.shape[-1]}, {hidden}) wanted")
+    for name in parameters.keys() - {"w_q", "w_k"}:
+        vector(name, parameters[name], hidden)
+    return inputs, parameters
+
+
+def _projected(inputs, parameters, options, **more) -> Problem:
+    """The problem that is left once queries and keys are projected."""
+    refuse("additive", options, "scale")
+    dtype = widest({float_dtype(name, x) for name, x in inputs.items()})
+    hidden = parameters["w"].shape[0]
+    q, k = (
+        np.empty_like(inputs[name], dtype, shape=(*inputs[name].shape[:-1], hidden), subok=False)
+        for name in "qk"
+    )
+    measure = Measure("additive", parameters["w"])
+    p = pose(q, k, inputs["v"], scale=1.0, measure=measure, **more, **options)
+    q[...] = project(inputs["q"], parameters["w_q"], parameters.get("b"), dtype)
+    k[...] = project(inputs["k"], parameters["w_k"], None, dtype)
+    return p
+
+
+@differentiates(euclidean)
+def _euclidean(q, k, v, *, wrt, scale=1.0, backend=None, return_lse=False, **options):
+    without_out(options)
+    p = _distances(q, k, v, scale, gradients=True, wrt=wrt, return_lse=True, **options)
+    return differentiated(p, backend, return_lse)
+
+
+@differentiates(additive)
+def _additive(
+    q, k, v, *, wrt, w_q, w_k, w, b=None, backend=None, return_lse=False, **options
+):  # fmt: skip
+    without_out(options)
+    inputs, parameters = _additive_arrays(q, k, v, w_q, w_k, w, b)
+    optional = {name: options.get(name) for name in ("bias", "alibi", "sinks")}
+    check_wrt(wrt, {**parameters, "b": b, **optional})
+    own = tuple(name for name in wrt if name in ("w_q", "w_k", "b"))
+    inner = tuple(name for name in wrt if name not in own)
+    p = _projected(inputs, parameters, options, gradients=True, wrt=inner, return_lse=True)
+    results, back = differentiated(p, backend, return_lse)
+
+    def pullback(grad_out, grad_lse=None):
+        dq, dk, dv, *rest = back(grad_out, grad_lse)
+        found = dict(zip(inner, rest, strict=True))
+        for name, x, grad in (("w_q", inputs["q"], dq), ("w_k", inputs["k"], dk)):
+            if name in own:
+                found[name] = _of_weights(x, grad, p.accumulator)
+        if "b" in own:
+            found["b"] = rows(dq).sum(axis=0)
+        for name in own:
+            gradient = gradient_of(name, parameters[name], p.dtype)
+            found[name] = of_its_array(found[name], gradient)
+        dq = project(dq, parameters["w_q"].T, None, p.dtype)
+        dk = project(dk, parameters["w_k"].T, None, p.dtype)
+        return (dq, dk, dv, *(found[name] for name in wrt))
+
+    return results, pullback
+
+
+def _of_weights(x, grad, dtype):
+    """The gradient of the weights in ``x @ weights``. A vector that nobody sees takes no part,
+    whatever is in it.
+    """
+    x, grad = rows(x), rows(grad)
+    return project(np.where((grad != 0).any(axis=-1)[:, None], x, 0).T, grad, None, dtype)

@@ -1,0 +1,221 @@
+"""Pictures of attention, with matplotlib: what was attended to, given as an array."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .problem import count, flag, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["attention", "importance"]
+
+# From paper to ink in one hue: the same in print and to colour-blind eyes.
+COLORMAP = "Blues"
+COLOR, LEVEL = "#0072B2", "#E69F00"  # blue and orange of Okabe and Ito's colours
+# Heights of its letters that a label takes up along an axis, and the width of one letter.
+LINE, LETTER = 1.3, 0.6
+# Where one side is that many times the other, cells need not be squares.
+OBLONG = 4
+
+
+def attention(weights, queries=None, keys=None, *, ax=None, colorbar=True, **options) -> Axes:
+    """Draw attention weights: a row per query, a column per key, the darker the heavier.
+
+    Parameters
+    ----------
+    weights : array_like, (rows, columns)
+        Of one head: `weights` of any function of fastattn, or a map that
+        `fastattn.attention_map` made of a long attention.
+    queries : sequence of str or int, optional
+        Labels, one a row, of which as many are shown as there is room for; or how many queries the
+        rows stand for, if each is the summary of several. As many as there are rows by default.
+    keys : sequence of str or int, optional
+        The same for the columns.
+    ax : matplotlib.axes.Axes, optional
+        Drawn on; those of a new figure by default.
+    colorbar : bool, default True
+        Draw the scale of the weights beside it.
+    **options
+        Of `matplotlib.axes.Axes.imshow`: ``vmax=1`` to compare pictures, ``norm="log"`` for
+        weights of very different sizes. The scale begins at 0 by default, and hidden keys, whose
+        weight is 0, look like paper.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib, which ``pip install 'fastattn[plot]'`` brings.
+    TypeError, ValueError
+        The message begins with the argument's name.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> from fastattn import plot
+    >>> words = ["the", "cat", "sat"]
+    >>> x = [[1, 0], [0, 3], [2, 2]]
+    >>> out, weights = fastattn.scaled_dot(x, x, x, return_weights=True)
+    >>> ax = plot.attention(weights, words, words)
+    >>> ax.figure.savefig("cat.png")  # doctest: +SKIP
+    """
+    weights = _numbers("weights", weights, 2)
+    rows, columns = (
+        _Axis(name, given, length)
+        for name, given, length in zip(
+            ("queries", "keys"), (queries, keys), weights.shape, strict=True
+        )
+    )
+    colorbar = flag("colorbar", colorbar)
+    ax = _axes(ax)
+    n, m = rows.length, columns.length
+    defaults: dict[str, Any] = {
+        "cmap": COLORMAP,
+        "aspect": "equal" if max(n, m) <= OBLONG * min(n, m) else "auto",
+    }
+    if "norm" not in options:
+        defaults["vmin"] = 0
+    image = ax.imshow(weights, extent=(-0.5, m - 0.5, n - 0.5, -0.5), **defaults | options)
+    rows.label(ax.yaxis, "query")
+    columns.label(ax.xaxis, "key")
+    if colorbar:
+        bar = ax.figure.colorbar(image, ax=ax, label="weight")
+        bar.outline.set_visible(False)
+    return ax
+
+
+def importance(values, keys=None, *, ax=None, **options) -> Axes:
+    """Draw how much attention each key gets as bars, and what it would get were all alike.
+
+    Parameters
+    ----------
+    values : array_like, (keys,)
+        Of one head: of `fastattn.key_importance`, a row of weights, or those of `fastattn.pool`.
+    keys : sequence of str or int, optional
+        Labels, one a bar, of which as many are shown as there is room for; or how many keys the
+        bars stand for. As many as there are bars by default.
+    ax : matplotlib.axes.Axes, optional
+        Drawn on; those of a new figure by default.
+    **options
+        Of `matplotlib.axes.Axes.stairs`: ``facecolor``, ``edgecolor``, ``label``, ...
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib, which ``pip install 'fastattn[plot]'`` brings.
+    TypeError, ValueError
+        The message begins with the argument's name.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> from fastattn import plot
+    >>> x = [[1.0, 0.0], [0.0, 3.0], [2.0, 2.0]]
+    >>> pooled, weights = fastattn.pool(x, [0.0, 1.0], return_weights=True)
+    >>> ax = plot.importance(weights, ["the", "cat", "sat"])
+    >>> ax.get_ylabel()
+    'weight'
+    """
+    values = _numbers("values", values, 1)
+    columns = _Axis("keys", keys, len(values))
+    ax = _axes(ax)
+    # One outline with gaps: as sharp for four bars as it is quick for a hundred thousand. Its line
+    # keeps a bar in sight that is narrower than a dot of the picture.
+    bars = np.full(2 * len(values) - 1, np.nan)
+    bars[::2] = values
+    width = columns.length / len(values)
+    middles = (np.arange(len(values)) + 0.5) * width - 0.5
+    edges = (middles[:, None] + [-0.4 * width, 0.4 * width]).reshape(-1)
+    defaults = {"facecolor": COLOR, "edgecolor": COLOR, "fill": True, "linewidth": 0.8}
+    ax.stairs(bars, edges, **defaults | options)
+    ax.axhline(values.mean(), color=LEVEL, linewidth=1.2, linestyle="--")
+    ax.set_xlim(-0.5, columns.length - 0.5)
+    ax.set_ylabel("weight")
+    ax.spines[["top", "right"]].set_visible(False)
+    columns.label(ax.xaxis, "key")
+    return ax
+
+
+class _Axis:
+    """The positions along one side of a picture, 0 to ``length - 1``, and what they are called."""
+
+    def __init__(self, name, given, cells: int):
+        self.labels: list[str] | None = None
+        self.length = cells
+        if given is None:
+            return
+        if isinstance(given, (str, bytes)):
+            raise TypeError(f"{name}: one string given, a sequence of them or an int wanted")
+        if np.ndim(given) == 0:
+            self.length = count(name, given)
+            if self.length < cells:
+                raise ValueError(f"{name}: {given} given, at least one for each of {cells} wanted")
+            return
+        self.labels = [str(label) for label in given]
+        if len(self.labels) != cells:
+            raise ValueError(f"{name}: {len(self.labels)} labels given, {cells} wanted")
+
+    def label(self, axis, title: str) -> None:
+        """Name the positions of a matplotlib axis, at any time as many as it has room for."""
+        from matplotlib import ticker
+
+        axis.set_label_text(title)
+        names = self.labels or [str(self.length - 1)]
+        size = LINE
+        if axis.axis_name == "x":
+            width = max(map(len, names)) * LETTER + 1
+            if self.labels and width * self.length > _room(axis):
+                axis.set_tick_params(rotation=90)
+            else:
+                size = width
+
+        class Fitting(ticker.MaxNLocator):
+            def __call__(self):
+                self.set_params(nbins=max(1, int(_room(axis) / size)))
+                return super().__call__()
+
+        def name(position, _=None):
+            n = round(position)
+            return (self.labels[n] if self.labels else str(n)) if 0 <= n < self.length else ""
+
+        axis.set_major_locator(Fitting(integer=True, min_n_ticks=1))
+        axis.set_major_formatter(name)
+
+
+def _room(axis) -> float:
+    """The length of a matplotlib axis, in heights of its letters."""
+    extent = axis.axes.get_window_extent()
+    dots = extent.width if axis.axis_name == "x" else extent.height
+    letter = axis.get_major_ticks(1)[0].label1.get_fontsize()
+    return max(1.0, dots * 72 / axis.axes.figure.dpi / letter)
+
+
+def _numbers(name: str, value, axes: int) -> np.ndarray:
+    """`value` as float64 with that many axes and none of length 0, or an error that names it."""
+    x = plain(name, value)
+    if x.dtype.kind not in "biuf" and x.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+    if x.ndim != axes or x.size == 0:
+        wanted = "(rows, columns)" if axes == 2 else "(keys,)"
+        raise ValueError(f"{name}: shape {x.shape} given, {wanted} of one head wanted, not empty")
+    return x.astype(np.float64)
+
+
+def _axes(ax) -> Axes:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ImportError(
+            "fastattn.plot needs matplotlib: pip install 'fastattn[plot]'", name="matplotlib"
+        ) from None
+    return pyplot.subplots(layout="constrained")[1] if ax is None else ax
