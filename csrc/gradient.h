@@ -189,20 +189,26 @@ static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const St
     }
 }
 
-/* Add a strip's gradients times the distances to those of the slopes. */
+/* Add what a strip has to say of the slopes: see Tile. */
 static void add_to_slopes(Tile *t, const GradientScratch *g, int p, const Strip *strip) {
     for (int n = 0; n < t->panel[p].vecs; n++) {
         ptrdiff_t first = p * PANEL + n * LANES;
         real distances[LANES] = {0};
         for (int i = 0; i < LANES && first + i < t->n_queries; i++)
             distances[i] = (real)(t->position[first + i] - strip->key);
-        vec distance = load_unaligned(distances), sum = splat(0);
+        vec distance = load_unaligned(distances), slope = splat(0), sum = splat(0), mean = splat(0);
         for (int j = 0; j < strip->keys; j++) {
-            sum += load(g->grad_scores + j * PANEL + n * LANES) * magnitude(distance);
+            vec grad = load(g->grad_scores + j * PANEL + n * LANES);
+            slope += grad * magnitude(distance);
+            sum += grad;
+            mean += load(strip->scores + j * PANEL + n * LANES) * magnitude(distance);
             distance -= 1;
         }
-        for (int i = 0; i < LANES && first + i < t->n_queries; i++)
-            t->grad_slope[first + i] -= sum[i] / WEIGHT_UNIT;
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++) {
+            t->grad_slope[first + i][0] -= slope[i] / WEIGHT_UNIT;
+            t->grad_slope[first + i][1] += sum[i] / WEIGHT_UNIT;
+            t->grad_slope[first + i][2] += mean[i] / WEIGHT_UNIT;
+        }
     }
 }
 
@@ -272,7 +278,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     bool begun[PANELS] = {false}, any = false;
     lay_out_gradient(t, &g);
     open_queries(t, &g);
-    for (ptrdiff_t i = 0; i < t->n_queries; i++) t->grad_slope[i] = 0;
+    memset(t->grad_slope, 0, sizeof *t->grad_slope * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS) {
         /* Whole strips, so that a row of dK or dV has one place. */
         int keys = fewer(end - key, STRIP_KEYS);

@@ -80,7 +80,7 @@ cdef extern from "tile.h" nogil:
         char *grad_v
         bint wants_bias, wants_slope, rows_share_bias
         char *grad_bias[MAX_QUERIES]
-        double grad_slope[MAX_QUERIES]
+        double grad_slope[MAX_QUERIES][3]
         double *pooled
         int slot[MAX_QUERIES]
         Py_ssize_t pooled_row, columns, n_keys
@@ -757,7 +757,7 @@ cdef bint differentiate_tile(
 ) noexcept nogil:
     """One tile of queries and one block of keys. False if the walk was stopped."""
     cdef const Walk *walk = &pull.walk
-    cdef Py_ssize_t begin = block * walk.kernels.pass_keys, i, head, query
+    cdef Py_ssize_t begin = block * walk.kernels.pass_keys, i, n, head, query
     cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
     cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
     cdef char *lse = entry(walk, &pull.lse, at.batch)
@@ -789,7 +789,8 @@ cdef bint differentiate_tile(
         for i in range(tile.n_queries if grad_slope is not NULL else 0):
             head = at.kv_head * walk.group + (at.first + i) % walk.group
             query = (at.first + i) // walk.group
-            (<double *>row_of(&pull.grad_slope, grad_slope, head, query))[0] += tile.grad_slope[i]
+            for n in range(3):
+                (<double *>row_of(&pull.grad_slope, grad_slope, head, query))[n] += tile.grad_slope[i][n]
     set_count(turn, block + 1)
     return True
 
@@ -866,9 +867,9 @@ def differentiate(
     and `grad_v`, (batch, kv_heads, keys, dim): contiguous, of the dtype of sums.
 
     `lse` and `delta`, (batch, heads, queries), are float64. What is not None of `grad_bias` and
-    `grad_slope`, (batch, heads, queries), is added to: one broadcast to the scores, of the dtype of
-    sums, or float64 if it broadcasts along the queries, and without gaps between the keys; the
-    other is float64. `key_heads`, int64 (items, sharers), are all the flattened key heads, those
+    `grad_slope` is added to: one broadcasts to the scores, of the dtype of sums, or float64 if it
+    broadcasts along the queries, and without gaps between the keys; the other is float64 (batch,
+    heads, queries, 3) and contiguous, what the Tile says of slopes. `key_heads`, int64 (items, sharers), are all the flattened key heads, those
     side by side whose `grad_bias` is one. The rest as for `attend`.
     """
     cdef Pull pull
@@ -884,7 +885,7 @@ def differentiate(
     describe(walk, &pull.lse, lse, 2)
     describe(walk, &pull.delta, delta, 2)
     describe(walk, &pull.grad_bias, grad_bias, 3)
-    describe(walk, &pull.grad_slope, grad_slope, 2)
+    describe(walk, &pull.grad_slope, grad_slope, 3)
     pull.key_heads = <const int64_t *>cnp.PyArray_DATA(key_heads)
     pull.sharers = key_heads.shape[1]
     pull.grad_k = <char *>cnp.PyArray_DATA(grad_k)

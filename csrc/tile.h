@@ -76,10 +76,12 @@ typedef struct {
     double delta[MAX_QUERIES];
     char *grad_k, *grad_v;
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
-     * share it. That of a slope is the sum over its queries. */
+     * share it. */
     int wants_bias, wants_slope, rows_share_bias;
     char *grad_bias[MAX_QUERIES];
-    double grad_slope[MAX_QUERIES]; /* filled by differentiate */
+    /* Of each query, filled by differentiate: that of its slope, those of its scores summed, and the
+     * mean distance. */
+    double grad_slope[MAX_QUERIES][3];
 
     /* For maps of the weights: pool adds those of a query to its row of `pooled`, a column for each of
      * the runs that the keys are split into, as cell_of says. */

@@ -29,8 +29,7 @@ ONE_THREAD_FLOPS = 2_000_000
 ADDITIVE_FLOPS = 10
 
 # Of an lse beyond this float32 keeps so few digits that weights made again from it are off by more
-# than their own rounding: it is made again too, in float64, at the price of a forward pass. So are
-# all where the gradient of alibi is wanted: distances make much of what is off the same way.
+# than their own rounding: it is made again too, in float64, at the price of a forward pass.
 LARGE_LSE = 256.0
 
 if _kernels is not None:
@@ -152,19 +151,23 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         "k": np.empty((*p.batch, p.kv_heads, *p.k.shape[-2:]), p.accumulator),
         "v": np.empty((*p.batch, p.kv_heads, *p.v.shape[-2:]), p.accumulator),
     }
+    of_queries = (*range(len(p.batch)), -1)
     start, stop = _bounds(p)
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
     scores = (p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask)
-    grad_slope = np.zeros(p.rows()) if b.wants("alibi") else None
+    grad_slope = np.zeros(p.rows(3)) if b.wants("alibi") else None
     with np.errstate(all="ignore"):
-        out, lse = _results(b, scores)
-        out, grad_out = (x.astype(p.accumulator, copy=False) for x in (out, b.grad_out))
+        lse = _lse(b, scores)
+        out, grad_out = (x.astype(p.accumulator, copy=False) for x in (b.out, b.grad_out))
         mean = np.einsum("...d,...d->...", grad_out, out).astype(np.float64)
         delta = mean if b.grad_lse is None else mean - b.grad_lse
+        sink = _sink_weights(p, lse)
+        # Along a row the gradients of the scores add up to nothing but what passes by the keys.
+        seen = np.where(lse == -np.inf, 0, 1 - sink)
+        rest = np.where(seen == 0, 0, mean * sink + (mean - delta) * seen)
         if b.wants("sinks"):
-            of_queries = (*range(len(p.batch)), -1)
-            found["sinks"] = -(_sink_weights(p, lse) * delta).sum(axis=of_queries)
-        key_heads = _prepare_bias(b, lse, mean, found)
+            found["sinks"] = -(sink * delta).sum(axis=of_queries)
+        key_heads = _prepare_bias(b, rest, found)
     grad_bias = found.get("bias")
     if grad_bias is not None and grad_bias.shape[-1] != p.n_keys:
         grad_bias = None  # filled already
@@ -173,7 +176,10 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         p.kv_heads, *scores, threads(p), grad_bias, grad_slope, key_heads,
     )  # fmt: skip
     if grad_slope is not None:
-        found["alibi"] = grad_slope.sum(axis=(*range(len(p.batch)), -1))
+        # What the rounding of out made of every score's gradient shows in their sum.
+        slope, total, distance = np.moveaxis(grad_slope, -1, 0)
+        with np.errstate(all="ignore"):
+            found["alibi"] = (slope + (total - rest) * distance).sum(axis=of_queries)
     for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
         if not x.flags.c_contiguous:  # in the memory order of its array
             ordered = empty_like(x, found[name].shape, p.accumulator)
@@ -182,23 +188,22 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     return found
 
 
-def _results(b: Backward, scores):
-    """The results and, in float64, the lse that the gradients go by: those given, or where these
-    are too coarse the same made again, by the kernels that make the gradients.
+def _lse(b: Backward, scores) -> np.ndarray:
+    """The lse in float64, made again where it is too coarse by the kernels that make the gradients.
 
-    Those of a `merge` differ from what this call would return, and stay what they are.
+    That of a `merge` is not what this call would return, and stays what it is.
     """
     p, lse = b.problem, b.lse.astype(np.float64)
     coarse = np.abs(lse) > LARGE_LSE
-    if not b.wants("alibi") and not np.any(coarse, where=np.isfinite(lse)):
-        return b.out, lse
-    out, again = np.empty(p.rows(p.value_dim), p.dtype), np.empty(p.rows())
+    if not np.any(coarse, where=np.isfinite(lse)):
+        return lse
+    again = np.empty(p.rows())
     _kernels.attend(
-        p.q, p.k, p.v, None, None, out, p.batch, p.heads, p.kv_heads, *scores, again, None, None,
+        p.q, p.k, p.v, None, None, np.empty(p.rows(p.value_dim), p.dtype), p.batch, p.heads, p.kv_heads, *scores, again, None, None,
         p.accumulator.char, threads(p), True,
     )  # fmt: skip
-    same = np.abs(again - lse) <= 4 * np.finfo(p.accumulator).eps * np.maximum(np.abs(lse), 1)
-    return np.where(same[..., None], out, b.out), np.where(same, again, lse)
+    same = np.abs(again - lse) <= 4 * np.finfo(p.accumulator).eps * np.abs(lse)
+    return np.where(same, again, lse)
 
 
 def _sink_weights(p: Problem, lse):
@@ -209,9 +214,9 @@ def _sink_weights(p: Problem, lse):
     return np.where(sinks == -np.inf, 0, np.exp(sinks - lse))
 
 
-def _prepare_bias(b: Backward, lse, mean, found) -> np.ndarray:
-    """Put into `found` where the gradient of the bias is to be summed; that of one that is the same
-    for all keys of a row in full. Returns the flattened key heads, (items, sharers): those that
+def _prepare_bias(b: Backward, rest, found) -> np.ndarray:
+    """Put into `found` where the gradient of the bias is to be summed; of one that is the same for
+    all keys of a row it is `rest`, the sum of those of the row's scores. Returns the flattened key heads, (items, sharers): those that
     have their place of it in common must come one after another.
     """
     p = b.problem
@@ -221,11 +226,7 @@ def _prepare_bias(b: Backward, lse, mean, found) -> np.ndarray:
             continue
         shape = (1,) * (3 + len(p.batch) - len(gradient.shape)) + gradient.shape
         if shape[-1] != p.n_keys:
-            # Along a row the gradients of the scores add up to nothing but what passes by the keys.
-            sink = _sink_weights(p, lse)
-            seen = np.where(lse == -np.inf, 0, 1 - sink)
-            grad = mean * sink + (0 if b.grad_lse is None else b.grad_lse * seen)
-            found["bias"] = np.where(seen == 0, 0, grad)[..., None]
+            found["bias"] = rest[..., None]
         elif shape[-2] != p.n_queries or p.n_queries == 1:
             found["bias"] = np.zeros((*p.batch, p.heads, 1, p.n_keys))
         else:
