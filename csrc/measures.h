@@ -45,8 +45,8 @@ INLINE void measure_tile(const Terms terms, const int rows, const int vecs, cons
 #pragma GCC unroll 4
             for (int n = 0; n < vecs; n++) sum[r][n] = splat(0);
         for (ptrdiff_t d = begin; d < end; d++) {
-            const real *a = x->a + first_row * x->row + d * x->dim;
-            const real *a_low = x->a_low + first_row * x->row + d * x->dim;
+            ptrdiff_t at = first_row * x->row + d * x->dim;
+            const real *a = x->a + at, *a_low = terms == RATIOS ? x->a_low + at : NULL;
             vec b[TILE_VECS], b_low[TILE_VECS], weight = splat(0);
             if (terms == TANHS || terms == RATIOS) weight = splat(x->weights[d]);
 #pragma GCC unroll 4

@@ -157,8 +157,8 @@ def _projected(inputs, parameters, options, **more) -> Problem:
     )
     measure = Measure("additive", parameters["w"])
     p = pose(q, k, inputs["v"], scale=1.0, measure=measure, **more, **options)
-    q[...] = project(inputs["q"], parameters["w_q"], parameters.get("b"), dtype)
-    k[...] = project(inputs["k"], parameters["w_k"], None, dtype)
+    project(inputs["q"], parameters["w_q"], parameters.get("b"), dtype, out=q)
+    project(inputs["k"], parameters["w_k"], None, dtype, out=k)
     return p
 
 

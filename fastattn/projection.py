@@ -7,14 +7,21 @@ import numpy as np
 __all__ = ["project", "rows"]
 
 
-def project(x, w, b, dtype) -> np.ndarray:
-    """``x @ w + b`` in `dtype`, of half precision in float32 and then rounded."""
+def project(x, w, b, dtype, out=None) -> np.ndarray:
+    """``x @ w + b`` in `dtype`, of half precision in float32 and then rounded; into any `out`."""
     real = np.result_type(dtype, np.float32) if dtype.itemsize > 2 else np.dtype(np.float32)
     with np.errstate(all="ignore"):
-        y = x.astype(real, copy=False) @ w.astype(real, copy=False)
+        y = np.matmul(
+            x.astype(real, copy=False),
+            w.astype(real, copy=False),
+            out=None if dtype != real else out,
+        )
         if b is not None:
             y += b.astype(real, copy=False)
-        return y.astype(dtype, copy=False)
+        if out is None or y is out:
+            return y.astype(dtype, copy=False)
+        out[...] = y
+        return out
 
 
 def rows(x) -> np.ndarray:

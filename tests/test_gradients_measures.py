@@ -47,7 +47,7 @@ def test_promise_1(target, name, dtype, shape):
         eye = np.eye(7, dtype=dtype)
         q, k = (np.ascontiguousarray(np.resize(x, (*x.shape[:-1], 7))) for x in (q, k))
         given |= {"w_q": eye, "w_k": eye, "b": np.zeros(7, dtype)}
-    # An alibi that makes an lse of 70 would show how that is rounded, which is no matter of measures.
+    # An alibi that makes an lse of 70 would show how that is rounded, no matter the measure.
     alibi = ("alibi",) if shape is SHAPE else ()
     for seed, names in enumerate([("softcap", "-inf", "sinks"), ("causal", "mask", *alibi)]):
         opts = options(names, shape, seed)

@@ -81,8 +81,13 @@ static double error_of(const Tile *t, int i) {
                *out = (const real *)t->out[i], *weights = (const real *)t->weights[i];
     for (ptrdiff_t j = 0; j < N_KEYS; j++) {
         double s = 0;
-        for (int d = 0; d < HEAD_DIM; d++) s += (double)q[d] * (double)k[j * HEAD_DIM + d];
-        s *= t->scale;
+        for (int d = 0; d < HEAD_DIM; d++) {
+            double x = q[d], y = k[j * HEAD_DIM + d];
+            if (t->measure == DOT) s += x * y;
+            if (t->measure == DISTANCE) s += (x - y) * (x - y);
+            if (t->measure == ADDITIVE) s += t->measure_weights[d] * tanh(x + y);
+        }
+        s = t->scale * (t->measure == DISTANCE ? sqrt(s) : s);
         if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
         if (t->has_bias) s += bias[i][j];
         if (t->has_alibi) s -= t->slope[i] * fabs((double)(t->position[i] - j));
@@ -120,8 +125,10 @@ static double run(Tile *t) {
     return worst;
 }
 
-static double check(int n_queries, int causal, int options, NumberFormat format) {
+static double check(Measure measure, int n_queries, int causal, int options, NumberFormat format) {
     static Tile t;
+    static double weights[HEAD_DIM];
+    for (int d = 0; d < HEAD_DIM; d++) weights[d] = d % 3 - 1;
     real *k = rows_of(N_KEYS * HEAD_DIM), *v = rows_of(N_KEYS * VALUE_DIM);
     memset(&t, 0, sizeof t);
     t.k = (char *)k, t.v = (char *)v;
@@ -132,6 +139,8 @@ static double check(int n_queries, int causal, int options, NumberFormat format)
     t.head_dim = HEAD_DIM, t.k_key = HEAD_DIM * sizeof(real);
     t.value_dim = VALUE_DIM, t.v_key = VALUE_DIM * sizeof(real);
     t.scale = 1 / sqrt(HEAD_DIM);
+    t.measure = measure, t.measure_weights = weights;
+    if (measure == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;
     t.want_lse = 1;
     t.has_mask = options & MASK, t.has_bias = options & BIAS, t.has_alibi = options & ALIBI;
     t.softcap = options & SOFTCAP ? 0.5 : 0;
@@ -169,7 +178,11 @@ int main(void) {
     for (int n = 1; n <= kernels.queries; n += 1 + n / 64)
         for (int causal = 0; causal < 2; causal++) {
             int options = (5 * n + 16 * causal) % ALL_OPTIONS;
-            worst = worse(worst, check(n, causal, options, FORMATS[n % N_FORMATS]));
+            worst = worse(worst, check(DOT, n, causal, options, FORMATS[n % N_FORMATS]));
+#ifndef PARTS
+            Measure other = n % 2 ? ADDITIVE : DISTANCE;
+            worst = worse(worst, check(other, n, causal, options, FORMATS[n % N_FORMATS]));
+#endif
         }
     printf("%d-byte reals, %d queries a tile: largest error %.2e\n", (int)sizeof(real),
            kernels.queries, worst);
