@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..problem import flag, span_sides, window_sides
 from .jax_operators import Call, attend
@@ -146,9 +145,11 @@ def scaled_dot(
     return tuple(results) if return_lse else results[0]
 
 
-# How many axes an array has less than q, k and v when it is given in full; slopes and sinks, one
-# per head, are always given in full.
-_FEWER_AXES = {"bias": 0, "mask": 0, "start": 1, "stop": 1, "q_offset": 3, "kv_lengths": 3}
+# How many axes an array has less than q, k and v if given in full; slopes and sinks always are.
+_FEWER_AXES = {
+    "q": 0, "k": 0, "v": 0, "bias": 0, "mask": 0, "start": 1, "stop": 1, "q_offset": 3,
+    "kv_lengths": 3,
+}  # fmt: skip
 
 
 def _attend(
@@ -158,15 +159,14 @@ def _attend(
     of them.
     """
     axes = max(q.ndim, k.ndim, v.ndim, 3)
-    operands = []
-    for name, x in zip("qkv", (q, k, v), strict=True):
+    for name, x in {"q": q, "k": k, "v": v}.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
                 f"{name}: {x.dtype} given, float16, bfloat16, float32 or float64 wanted"
             )
-        operands.append(_expanded(x, axes))
+    arrays = {"q": q, "k": k, "v": v, **arrays}
     given = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
-    operands += [_expanded(x, axes - _FEWER_AXES.get(name, axes)) for name, x in given.items()]
+    operands = [_expanded(x, axes - _FEWER_AXES.get(name, axes)) for name, x in given.items()]
     if options["window"] is not None:
         options["window"] = window_sides(options["window"])
     call = Call(

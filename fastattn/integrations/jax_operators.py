@@ -1,5 +1,5 @@
-"""One differentiable operator for `jax`: what is traced, what runs on XLA's own buffers, and how the
-two are batched.
+"""One differentiable operator for `jax`: what is traced, what runs on XLA's own buffers, and how
+the two are batched.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ _DIFFERENTIABLE = ("bias", "alibi", "sinks")
 class Call(NamedTuple):
     """What is static in a call: hashable, so that `jax.jit` knows which compiled one serves it."""
 
-    names: tuple[str, ...]  # of the arrays after q, k and v
+    names: tuple[str, ...]  # of the arrays: q, k, v and what else is given
     options: tuple[tuple[str, Any], ...]  # the other words of `fastattn.scaled_dot`
     backend: str | None
     return_lse: bool
     axes: int  # of q, k and v each; what `jax.vmap` adds goes in front
     sequence_first: bool  # (..., length, heads, dim) instead of (..., heads, length, dim)
 
-    def words(self, arrays: Sequence[np.ndarray]) -> tuple[list[np.ndarray], dict[str, Any]]:
-        """``[q, k, v]`` and the options of `fastattn.scaled_dot`."""
-        options = dict(self.options)
-        options.update(zip(self.names, arrays[3:], strict=True))
-        if "stop" in options:
-            options["spans"] = options.pop("start", 0), options.pop("stop")
-        return [self.swapped(x) for x in arrays[:3]], options
+    def words(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
+        """The arrays and options by the names that they have in `fastattn.scaled_dot`."""
+        words = dict(zip(self.names, arrays, strict=True), **dict(self.options))
+        for name in "qkv":
+            words[name] = self.swapped(words[name])
+        if "stop" in words:
+            words["spans"] = words.pop("start", 0), words.pop("stop")
+        return words
 
     def swapped(self, x: np.ndarray) -> np.ndarray:
         """A view of q, k, v, out or a gradient of theirs in the layout of `fastattn.scaled_dot`, or
@@ -49,10 +50,8 @@ class Call(NamedTuple):
 
     def pose(self, arrays: Sequence[jax.Array], **gradients) -> Problem:
         """The problem of arrays of which only shapes and dtypes are known, or an error."""
-        operands, options = self.words(
-            [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in arrays]
-        )
-        return pose(*operands, **options, **gradients)
+        blank = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in arrays]
+        return pose(**self.words(blank), **gradients)
 
     @property
     def vmap_method(self) -> str:
@@ -74,7 +73,7 @@ def _attend(call: Call, *arrays):
 
 def _forward(call: Call, *primals):
     arrays = [x.value for x in primals]
-    named = zip(call.names, primals[3:], strict=True)
+    named = zip(call.names, primals, strict=True)
     wrt = tuple(name for name, x in named if x.perturbed and name in _DIFFERENTIABLE)
     select(call.pose(arrays, gradients=True, wrt=wrt), call.backend, unsupported_backward)
     out, lse = _attend(call._replace(return_lse=True), *arrays)
@@ -90,8 +89,8 @@ def _backward(call: Call, residuals, grads):
         grad_out = jax.numpy.zeros_like(out)
     grad_lse = [x for x in grad_lse if not isinstance(x, SymbolicZero)]
     found = _gradients(call, tuple(wrt), grad_out, out, lse, *arrays, *grad_lse)
-    by_name = dict(zip(wrt, found[3:], strict=True))
-    return *found[:3], *map(by_name.get, call.names)
+    by_name = dict(zip(("q", "k", "v", *wrt), found, strict=True))
+    return tuple(map(by_name.get, call.names))
 
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -102,7 +101,7 @@ attend = jax.jit(_attend, static_argnums=0)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _gradients(call: Call, wrt: tuple[str, ...], *arrays):
-    operands = dict(zip(("q", "k", "v", *call.names), arrays[3:], strict=False))
+    operands = dict(zip(call.names, arrays[3:], strict=False))
     sources = [operands[name] for name in ("q", "k", "v", *wrt)]
     return buffer_callback(
         partial(_run_backward, call, wrt),
@@ -121,11 +120,10 @@ def _second(call, wrt, primals, tangents):
 
 def _run(call: Call, context, results, *buffers) -> None:
     out, *lse = (np.asarray(x) for x in results)
-    operands, options = call.words(_batched(call, out, buffers))
+    words = call.words(_batched(call, out, buffers))
     found = fastattn.scaled_dot(
-        *operands, out=call.swapped(out), return_lse=call.return_lse, backend=call.backend,
-        **options,
-    )  # fmt: skip
+        **words, out=call.swapped(out), return_lse=call.return_lse, backend=call.backend
+    )
     if call.return_lse:
         lse[0][...] = found[1]
 
@@ -133,11 +131,10 @@ def _run(call: Call, context, results, *buffers) -> None:
 def _run_backward(call: Call, wrt, context, results, *buffers) -> None:
     found = [np.asarray(x) for x in results]
     grad_out, out, lse, *arrays = _batched(call, found[0], buffers)
-    n = 3 + len(call.names)
-    operands, options = call.words(arrays[:n])
+    n = len(call.names)
     grads = fastattn.scaled_dot_backward(
-        call.swapped(grad_out), *operands, call.swapped(out), lse,
-        grad_lse=arrays[n] if arrays[n:] else None, wrt=wrt, backend=call.backend, **options,
+        call.swapped(grad_out), **call.words(arrays[:n]), out=call.swapped(out), lse=lse,
+        grad_lse=arrays[n] if arrays[n:] else None, wrt=wrt, backend=call.backend,
     )  # fmt: skip
     for result, grad, name in zip(found, grads, ("q", "k", "v", *wrt), strict=True):
         result[...] = call.swapped(grad) if name in "qkv" else grad
