@@ -169,10 +169,9 @@ def _attend(
     operands = [_expanded(x, axes - _FEWER_AXES.get(name, axes)) for name, x in given.items()]
     if options["window"] is not None:
         options["window"] = window_sides(options["window"])
-    call = Call(
-        tuple(given), tuple(options.items()), backend, flag("return_lse", return_lse), axes,
-        sequence_first,
-    )  # fmt: skip
+    typed = tuple((name, type(x), x) for name, x in options.items())
+    return_lse = flag("return_lse", return_lse)
+    call = Call(tuple(given), typed, backend, return_lse, axes, sequence_first)
     return attend(call, *operands)
 
 

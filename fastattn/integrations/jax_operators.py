@@ -27,7 +27,7 @@ class Call(NamedTuple):
     """What is static in a call: hashable, so that `jax.jit` knows which compiled one serves it."""
 
     names: tuple[str, ...]  # of the arrays: q, k, v and what else is given
-    options: tuple[tuple[str, Any], ...]  # the other words of `fastattn.scaled_dot`
+    options: tuple[tuple[str, type, Any], ...]  # the other words; by type too: True equals 1
     backend: str | None
     return_lse: bool
     axes: int  # of q, k and v each; what `jax.vmap` adds goes in front
@@ -35,7 +35,8 @@ class Call(NamedTuple):
 
     def words(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
         """The arrays and options by the names that they have in `fastattn.scaled_dot`."""
-        words = dict(zip(self.names, arrays, strict=True), **dict(self.options))
+        words: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
+        words.update((name, x) for name, _, x in self.options)
         for name in "qkv":
             words[name] = self.swapped(words[name])
         if "stop" in words:
