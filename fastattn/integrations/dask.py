@@ -86,7 +86,10 @@ def scaled_dot(
     if not isinstance(q_offset, da.Array):
         given["q_offset"] = problem.q_offset
     arrays = {name: da.asarray(x) for name, x in given.items()}
-    packed = _attend(arrays, options, problem)
+    if problem.one_head:
+        packed = _attend({**arrays, **{x: arrays[x][None] for x in "qkv"}}, options, problem)[0]
+    else:
+        packed = _attend(arrays, options, problem)
     out, lse = packed[..., :-1].astype(problem.dtype), packed[..., -1]
     chunks = {
         out.ndim - n: arrays["q"].chunks[-n]
@@ -121,11 +124,12 @@ def _attend(arrays: dict[str, da.Array], options: dict[str, Any], p: Problem) ->
         every = (*batch, *_AXES[name])
         labels[name] = every[len(every) - x.ndim :]
     cut = _cut(arrays, labels, sizes, p.group if p.kv_heads > 1 else 1)
-    operands: list[Any] = [da.arange(sizes[x], chunks=(cut[x],)) for x in "ij"]
-    operands = [operands[0], "i", operands[1], "j"]
+    operands: list[Any] = []
+    for axis in "ij":
+        operands += [da.arange(sizes[axis], chunks=(cut[axis],)), axis]
     for name, x in arrays.items():
         operands += [x.rechunk(_chunks(x, labels[name], sizes, cut)), labels[name]]
-    out = (*batch, *("ijd" if p.one_head else "hijd"))
+    out = (*batch, *"hijd")
     packed = da.blockwise(
         _part, out, *operands, names=tuple(arrays), options=options, n_keys=p.n_keys,
         align_arrays=False, adjust_chunks={**cut, "j": (1,) * len(cut["j"]), "d": p.value_dim + 1},
@@ -144,7 +148,7 @@ def _cut(arrays, labels, sizes, group: int) -> dict[str, tuple[int, ...]]:
         for label, pieces in zip(labels[name], arrays[name].chunks, strict=True):
             if sum(pieces) == sizes.get(label):
                 cut.setdefault(label, tuple(n for n in pieces if n) or (0,))
-    ends = [end for end in accumulate(cut.get("h", (1,))) if end % group == 0]
+    ends = [end for end in accumulate(cut["h"]) if end % group == 0]
     return {**cut, "h": tuple(b - a for a, b in pairwise((0, *ends)))}
 
 
@@ -173,8 +177,9 @@ def _part(rows, columns, *blocks, names, options, n_keys) -> np.ndarray:
         words.pop("sinks", None)  # they count once
     if "kv_lengths" in words:
         lengths = words["kv_lengths"]
-        if np.any((lengths < 0) | (lengths > n_keys)):
-            raise ValueError(f"kv_lengths: outside of 0..{n_keys}")
+        wrong = lengths[(lengths < 0) | (lengths > n_keys)]
+        if wrong.size:
+            raise ValueError(f"kv_lengths: {wrong[0]} given, 0..{n_keys} wanted")
         words["kv_lengths"] = np.clip(lengths, first, first + here) - first
     if "start" in words:
         sides = words.pop("start"), words.pop("stop")
