@@ -12,7 +12,10 @@ from conftest import child_environment
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name, package", [("train_numpy", "numpy"), ("train_torch", "torch")])
+@pytest.mark.parametrize(
+    "name, package",
+    [("train_numpy", "numpy"), ("train_torch", "torch"), ("jax_training", "jax")],
+)
 def test_training(name, package):
     """In the short mode; each ends with an error if its task is not solved."""
     if find_spec(package) is None:
