@@ -101,6 +101,20 @@ def test_residual_is_jaxs():
     assert half[1].dtype == "bfloat16"
 
 
+def test_scale_that_is_traced():
+    """And one of NumPy, which is as good as a number."""
+    q, k, v = arrays()
+
+    def loss(scale, attend):
+        out = attend(q, k, v, scale=scale / jnp.sqrt(16))
+        return (out**2).sum(), out
+
+    both = [jax.jit(jax.grad(partial(loss, attend=f), has_aux=True))(0.7) for f in (ours, theirs)]
+    for a, b in zip(*both, strict=True):
+        close(a, b)
+    close(ours(q, k, v, scale=np.array(0.7) / 4), both[0][1])
+
+
 def test_padding_and_hidden_rows():
     lengths = {"query_seq_lengths": np.array([20, 5]), "key_value_seq_lengths": np.array([0, 7])}
     q, k, v = (np.array(x) for x in arrays())
@@ -263,7 +277,9 @@ def test_gradient_through_lse_alone():
     (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "v: int32 given, float16"),
     (lambda q, k, v: ours(q, k[..., :5], v), ValueError, "k: head_dim 5 differs from q's 16"),
     (lambda q, k, v: ours(q, k, v, mask=q[0, 0]), TypeError, "mask: float32 given, bool wanted"),
-    (lambda q, k, v: ours(q, k, v, is_causal=1), TypeError, "causal: int given, bool wanted"),
+    (lambda q, k, v: [ours(q, k, v, is_causal=x) for x in (True, 1)], TypeError,
+     "causal: int given, bool wanted"),  # though 1 equals True, which is traced already
+    (lambda q, k, v: ours(q, k, v, scale=q[0, 0]), ValueError, r"scale: shape \(6, 16\) given"),
     (lambda q, k, v: ours(q, k, v, query_seq_lengths=q[:, 0, 0, 0]), TypeError,
      "query_seq_lengths: float32 given, integers wanted"),
     (lambda q, k, v: ours(q, k, v, key_value_seq_lengths=[1]), ValueError,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..problem import flag, span_sides, window_sides
+from ..problem import flag, number, span_sides, window_sides
 from .jax_operators import Call, attend
 
 __all__ = ["dot_product_attention", "scaled_dot"]
@@ -32,7 +32,7 @@ def dot_product_attention(
     mask : Array of bool, optional
         True where a query may see a key; broadcastable to ``(B, N, T, S)``.
     scale : float, optional
-        ``1 / sqrt(H)`` by default. One that is traced does not fit: multiply `query` by it.
+        ``1 / sqrt(H)`` by default. One of JAX's arrays, traced or not, multiplies `query`.
     is_causal : bool, default False
         Query ``t`` sees the keys ``s <= t``, whatever the lengths.
     query_seq_lengths, key_value_seq_lengths : Array of int, (B,), optional
@@ -106,7 +106,8 @@ def scaled_dot(
         On the CPU; float16, bfloat16, float32 or float64.
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
     scale, softcap, causal, window, return_lse, backend, threads, precision
-        As in `fastattn.scaled_dot`; none can be traced.
+        As in `fastattn.scaled_dot`. A scale of JAX's, traced or not, multiplies `q`; the others
+        cannot be traced.
 
     Returns
     -------
@@ -165,6 +166,11 @@ def _attend(
                 f"{name}: {x.dtype} given, float16, bfloat16, float32 or float64 wanted"
             )
     arrays = {"q": q, "k": k, "v": v, **arrays}
+    if isinstance(options["scale"], jax.Array):  # traced perhaps, and with a gradient
+        arrays["q"], options["scale"] = _scaled(q, options["scale"]), 1.0
+    for name in ("scale", "softcap"):
+        if options.get(name) is not None:
+            options[name] = number(name, options[name])
     given = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
     operands = [_expanded(x, axes - _FEWER_AXES.get(name, axes)) for name, x in given.items()]
     if options["window"] is not None:
@@ -173,6 +179,12 @@ def _attend(
     return_lse = flag("return_lse", return_lse)
     call = Call(tuple(given), typed, backend, return_lse, axes, sequence_first)
     return attend(call, *operands)
+
+
+def _scaled(q, scale):
+    if scale.ndim:
+        raise ValueError(f"scale: shape {scale.shape} given, one number wanted")
+    return q * scale.astype(q.dtype)
 
 
 def _expanded(x, axes: int):
