@@ -38,6 +38,8 @@ class Fastattn(Contestant):
         return fastattn.__version__
 
     def unavailable(self, case: Case, threads: int) -> str | None:
+        if case.inside:
+            return f"is not called inside {case.inside}"
         tiny = case._replace(batch=1, n_queries=1, n_keys=1)
         problem = pose(*tiny.arrays(), causal=case.causal, window=case.window, gradients=True)
         reason = self.backend.unsupported(problem)
