@@ -1,7 +1,8 @@
 """Pictures of a ranking: ``python benchmarks/plot.py benchmarks/results/NAME.json``.
 
 The file is what ``python -m fastattn bench --case '*' --json FILE`` writes; the pictures go beside
-it: NAME-time.png, NAME-memory.png and NAME-ranking.png.
+it: NAME-time.png, NAME-memory.png, NAME-ranking.png and, where they were measured,
+NAME-integrations.png.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ STYLES = {
     "fastattn-cython": ("#D55E00", "o"),
     "fastattn-numba": ("#CC79A7", "D"),
     "fastattn-numpy": ("#E69F00", "s"),
+    "fastattn-jax": ("#D55E00", "o"),
     "torch": ("#0072B2", "^"),
     "onnxruntime": ("#009E73", "v"),
     "openvino": ("#56B4E9", "P"),
@@ -26,6 +28,7 @@ STYLES = {
 }
 LENGTHS = [2**power for power in range(7, 15)]
 BARS = ("4096", "4096-causal", "d128")
+INTEGRATIONS = ("integrations-jax", "integrations-jax-training")
 
 Rankings = dict[str, dict[str, Any]]
 
@@ -35,7 +38,13 @@ def main(path: Path) -> None:
     data = json.loads(path.read_text())
     rankings = {ranking["name"]: ranking for ranking in data["rankings"]}
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    pictures = {"time": times(rankings), "memory": memory(rankings), "ranking": bars(rankings)}
+    pictures = {
+        "time": times(rankings),
+        "memory": memory(rankings),
+        "ranking": bars(rankings, BARS),
+    }
+    if rankings.keys() & INTEGRATIONS:
+        pictures["integrations"] = bars(rankings, INTEGRATIONS)
     for name, figure in pictures.items():
         figure.text(0.01, 0.01, caption(data), fontsize=7.5, color="0.35")
         target = path.with_name(f"{path.stem}-{name}.png")
@@ -94,9 +103,9 @@ def memory(rankings: Rankings):
     return figure
 
 
-def bars(rankings: Rankings):
-    """The rate at 4096 queries and keys, fastest on top, below the machine's own limit."""
-    shown = [rankings[name] for name in BARS if name in rankings]
+def bars(rankings: Rankings, cases: tuple[str, ...]):
+    """The rate in some cases, fastest on top, below the machine's own limit."""
+    shown = [rankings[name] for name in cases if name in rankings]
     figure, panels = plt.subplots(
         1, max(1, len(shown)), figsize=(10, 3.4), squeeze=False, layout="constrained"
     )
@@ -122,7 +131,8 @@ def bars(rankings: Rankings):
 
 def contestants(rankings: Rankings) -> list[str]:
     """The names, in the order of the legend: ours, then the others."""
-    found = {e["name"] for ranking in rankings.values() for e in ranking["entries"]}
+    called = [ranking for ranking in rankings.values() if not ranking.get("inside")]
+    found = {e["name"] for ranking in called for e in ranking["entries"]}
     return [*(n for n in STYLES if n in found), *sorted(found - STYLES.keys())]
 
 

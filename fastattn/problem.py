@@ -497,6 +497,8 @@ def _kv_lengths(value, batch, n_keys) -> np.ndarray:
 
 
 def _q_offset(value, batch) -> int | np.ndarray:
+    if type(value) is int and -_FAR < value < _FAR:
+        return value
     x = integers("q_offset", value)
     return int(x) if x.ndim == 0 else _broadcast("q_offset", x, batch, "the leading axes")
 

@@ -55,7 +55,7 @@ def test_without_matplotlib(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize("name, package", [("train_torch", "torch")])
+@pytest.mark.parametrize("name, package", [("train_torch", "torch"), ("jax_training", "jax")])
 def test_training(name, package):
     assert "ms a step" in run_short(name, needs=[package])
 

@@ -41,6 +41,8 @@ class Contestant:
         What must be installed; the first gives the version.
     dtypes : tuple of str
         What it computes in, not merely accepts.
+    inside : tuple of str
+        The libraries in whose programs it can be; "" is a call from Python.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Contestant:
     only_named = False
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "float64")
+    inside: tuple[str, ...] = ("",)
     gradients = False  # does it compute them?
     grouped = True
     windows = True
@@ -66,6 +69,8 @@ class Contestant:
         missing = self.missing()
         if missing:
             return missing
+        if case.inside not in self.inside:
+            return f"is not called inside {case.inside}" if case.inside else "is called inside only"
         if case.dtype not in self.dtypes:
             return f"does not compute in {case.dtype}"
         if case.work != "forward" and not self.gradients:

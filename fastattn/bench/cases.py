@@ -43,6 +43,7 @@ class Case(NamedTuple):
     window: tuple[int, int] | None = None
     dtype: str = "float32"
     work: str = "forward"  # a key of PRODUCTS
+    inside: str = ""  # the library in whose program the call is, compiled if it compiles
 
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.kv_heads}" if self.grouped else f"{self.heads}"
@@ -56,6 +57,8 @@ class Case(NamedTuple):
             words.append(f"window {self.window[0]},{self.window[1]}")
         if self.work != "forward":
             words.append(self.work)
+        if self.inside:
+            words.append(f"inside {self.inside}")
         return " ".join(words)
 
     @property
@@ -191,4 +194,7 @@ CASES: dict[str, Case] = {
     "backward-one-head": Case(1, 1, 4096, 4096, 64, work="backward"),
     "backward-d128": Case(1, 8, 2048, 2048, 128, work="backward"),
     "training": Case(1, 8, 2048, 2048, 64, causal=True, work="training step"),
+    "integrations-jax": Case(1, 8, 4096, 4096, 64, inside="jax"),
+    "integrations-jax-training": Case(1, 8, 4096, 4096, 64, work="training step", inside="jax"),
+    "integrations-jax-tiny": Case(1, 4, 16, 16, 64, inside="jax"),
 }

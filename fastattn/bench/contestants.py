@@ -7,6 +7,8 @@ same number of threads, all made in `prepare` and not timed.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from ..problem import pose
 from .base import Contestant, Prepared
 from .cases import Case
 from .machine import default_threads, threadpoolctl
-from .peers import PEERS, TorchCuda
+from .peers import PEERS, Jax, TorchCuda
 
 __all__ = ["CONTESTANTS", "named"]
 
@@ -36,6 +38,8 @@ class Fastattn(Contestant):
         return fastattn.__version__
 
     def unavailable(self, case: Case, threads: int) -> str | None:
+        if case.inside:
+            return f"is not called inside {case.inside}"
         tiny = case._replace(batch=1, n_queries=1, n_keys=1)
         problem = pose(*tiny.arrays(), causal=case.causal, window=case.window, gradients=True)
         reason = self.backend.unsupported(problem)
@@ -75,6 +79,30 @@ class FastattnCuda(Fastattn):
         q, k, v = (torch.tensor(x) for x in (q, k, v))
         call, _ = super().prepare(q, k, v, case, threads)
         return torch.finished(Prepared(call, torch.read))
+
+
+class FastattnJax(Jax):
+    """`fastattn.integrations.jax` in the same programs as JAX's own attention."""
+
+    name = "fastattn-jax"
+    ours = True
+    dtypes = ("float32", "bfloat16", "float16")
+    inside = ("jax",)
+
+    def version(self) -> str:
+        return fastattn.__version__
+
+    def grids(self, case: Case) -> int:
+        return 0
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        os.environ["FASTATTN_NUM_THREADS"] = str(threads)
+        return super().prepare(q, k, v, case, threads)
+
+    def attention(self) -> Callable:
+        from ..integrations.jax import dot_product_attention
+
+        return dot_product_attention
 
 
 class PlainNumpy(Contestant):
@@ -125,7 +153,7 @@ def cannot_limit_blas(threads: int) -> str | None:
 
 
 OURS = (FastattnCuda(b) if b is cuda else Fastattn(b) for b in BACKENDS)
-CONTESTANTS: tuple[Contestant, ...] = (*OURS, PlainNumpy(), *PEERS)
+CONTESTANTS: tuple[Contestant, ...] = (*OURS, FastattnJax(), PlainNumpy(), *PEERS)
 
 
 def named(name: str) -> Contestant:

@@ -14,7 +14,7 @@ import numpy as np
 from .base import Contestant, Prepared
 from .cases import Case
 
-__all__ = ["PEERS"]
+__all__ = ["PEERS", "Jax", "TorchCuda"]
 
 
 class Torch(Contestant):
@@ -157,11 +157,12 @@ class OnnxRuntime(Contestant):
 
 
 class Jax(Contestant):
-    """``jax.nn.dot_product_attention``, compiled ahead, in its layout (batch, length, H, D)."""
+    """``jax.nn.dot_product_attention``, compiled, in its layout (batch, length, H, D)."""
 
     name = "jax"
     packages = ("jax", "jaxlib")
-    dtypes = ("float32",)  # its softmax is float32 whatever comes in
+    dtypes: tuple[str, ...] = ("float32",)  # its softmax is float32 whatever comes in
+    inside: tuple[str, ...] = ("", "jax")
     gradients = True
     causal_at_the_end = False
 
@@ -178,11 +179,10 @@ class Jax(Contestant):
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+        attention = self.attention()
 
         def attend(q, k, v):
-            return jax.nn.dot_product_attention(
-                q, k, v, is_causal=case.causal, local_window_size=case.window
-            )
+            return attention(q, k, v, is_causal=case.causal, local_window_size=case.window)
 
         def array(x):
             return jax.numpy.asarray(np.ascontiguousarray(x.swapaxes(1, 2)))
@@ -201,13 +201,19 @@ class Jax(Contestant):
         if case.work == "backward":
             pullback = jax.jit(lambda *x: jax.vjp(attend, *x)[1])(*arrays)
             function, arguments = differentiate, [pullback, arguments[3]]
-        compiled = jax.jit(function).lower(*arguments).compile()
+        compiled = jax.jit(function)
+        jax.block_until_ready(compiled(*arguments))
 
         def read(found):
             found = found if case.work == "forward" else found[0]
             return np.asarray(found).swapaxes(1, 2)
 
         return Prepared(lambda: jax.block_until_ready(compiled(*arguments)), read)
+
+    def attention(self) -> Callable:
+        import jax
+
+        return jax.nn.dot_product_attention
 
 
 class OpenVino(Contestant):

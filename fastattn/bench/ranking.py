@@ -46,6 +46,8 @@ def rank(
     """Measure `case` and return its ranking, fastest first, as plain data."""
     absent, present = {}, []
     for contestant in contestants:
+        if case.inside not in contestant.inside:
+            continue
         reason = contestant.unavailable(case, threads)
         if reason is None:
             present.append(contestant)

@@ -1,0 +1,216 @@
+"""Attention on JAX's arrays on the CPU, without copies, under `jit`, `grad` and `vmap`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..problem import flag, number, span_sides, window_sides
+from .jax_operators import Call, attend
+
+__all__ = ["dot_product_attention", "scaled_dot"]
+
+
+def dot_product_attention(
+    query, key, value, bias=None, mask=None, *,
+    scale=None, is_causal=False, query_seq_lengths=None, key_value_seq_lengths=None,
+    local_window_size=None, implementation=None, return_residual=False,
+):  # fmt: skip
+    """``jax.nn.dot_product_attention``, by fastattn.
+
+    Parameters
+    ----------
+    query : Array, (B, T, N, H) or (T, N, H)
+    key : Array, (B, S, K, H) or (S, K, H)
+        `N` is a multiple of `K`.
+    value : Array, (B, S, K, H) or (S, K, H)
+        On the CPU; float16, bfloat16, float32 or float64.
+    bias : Array, optional
+        Added to the scores; broadcastable to ``(B, N, T, S)``.
+    mask : Array of bool, optional
+        True where a query may see a key; broadcastable to ``(B, N, T, S)``.
+    scale : float, optional
+        ``1 / sqrt(H)`` by default. One of JAX's arrays, traced or not, multiplies `query`.
+    is_causal : bool, default False
+        Query ``t`` sees the keys ``s <= t``, whatever the lengths.
+    query_seq_lengths, key_value_seq_lengths : Array of int, (B,), optional
+        What lies beyond is padding: hidden as a key, 0 as a result.
+    local_window_size : int or (left, right), optional
+        Query ``t`` sees the keys ``t - left <= s <= t + right``.
+    implementation : None
+        The others are JAX's.
+    return_residual : bool, default False
+        Also return the logarithm of the softmax's denominator; no gradient passes through it.
+
+    Returns
+    -------
+    out : Array, shaped as `query`
+        A query that sees no key gets 0 (from JAX, unless it is padding, the mean of all values).
+    residual : Array, (B, T, N) or (T, N), if `return_residual`
+        In the dtype of `key`; ``-inf`` where a query sees no key.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is traced; the message begins with the argument's name.
+    NotImplementedError
+        For second derivatives. In forward mode (`jax.jvp`) JAX itself refuses.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from fastattn.integrations.jax import dot_product_attention
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 8, 64))
+    >>> theirs = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    >>> ours = jax.jit(dot_product_attention, static_argnames="is_causal")(q, k, v, is_causal=True)
+    >>> bool(jax.numpy.allclose(ours, theirs, atol=1e-5))
+    True
+    """
+    if implementation is not None:
+        raise ValueError(f"implementation: {implementation!r} given, None wanted: fastattn's own")
+    operands = {"query": query, "key": key, "value": value}
+    q, k, v = (_with_batch(name, jnp.asarray(x)) for name, x in operands.items())
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"query: batch of {q.shape[0]} given, key's and value's wanted")
+    arrays = {"bias": bias, "mask": mask}
+    if query_seq_lengths is not None or key_value_seq_lengths is not None:
+        lengths = {"query_seq_lengths": query_seq_lengths,
+                   "key_value_seq_lengths": key_value_seq_lengths}  # fmt: skip
+        n_queries, n_keys = (_lengths(name, x, q.shape[0]) for name, x in lengths.items())
+        arrays["stop"] = _stops(q.shape[1], k.shape[1], n_queries, n_keys)
+    out, *lse = _attend(
+        q, k, v, arrays, sequence_first=True, return_lse=return_residual, scale=scale,
+        causal=is_causal, q_offset=0, window=local_window_size,
+    )  # fmt: skip
+    out = out.reshape(*jnp.shape(query)[:-1], out.shape[-1])
+    if not lse:
+        return out
+    residual = jax.lax.stop_gradient(lse[0]).swapaxes(-1, -2).astype(k.dtype)
+    return out, residual.reshape(out.shape[:-1])
+
+
+def scaled_dot(
+    q, k, v, *,
+    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    return_lse=False, backend=None, threads=None, precision=None,
+):  # fmt: skip
+    """`fastattn.scaled_dot` on JAX's arrays, with gradients of `q`, `k`, `v`, `bias`, `alibi` and
+    `sinks`.
+
+    Parameters
+    ----------
+    q, k, v : Array, (..., heads, length, dim)
+        On the CPU; float16, bfloat16, float32 or float64.
+    bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
+    scale, softcap, causal, window, return_lse, backend, threads, precision
+        As in `fastattn.scaled_dot`. A scale of JAX's, traced or not, multiplies `q`; the others
+        cannot be traced.
+
+    Returns
+    -------
+    out : Array, (..., Hq, Sq, Dv)
+    lse : Array, (..., Hq, Sq), if `return_lse`
+        It passes gradients on, too.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is traced, as `fastattn.scaled_dot`; with gradients `backend` must compute them,
+        too. Lengths out of range are found when it runs, and make an error of JAX's.
+    NotImplementedError
+        For second derivatives.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from fastattn.integrations.jax import scaled_dot
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 8, 100, 64))
+    >>> def loss(sinks):
+    ...     return (scaled_dot(q, k, v, causal=True, window=20, sinks=sinks) ** 2).sum()
+    >>> jax.grad(loss)(jax.numpy.zeros(8)).shape
+    (8,)
+    """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    start, stop = (None, None) if spans is None else span_sides(spans)
+    arrays = {"bias": bias, "mask": mask, "alibi": alibi, "sinks": sinks,
+              "kv_lengths": kv_lengths, "start": start, "stop": stop}  # fmt: skip
+    options = {"scale": scale, "softcap": softcap, "causal": causal, "window": window,
+               "threads": threads, "precision": precision}  # fmt: skip
+    (options if q_offset is None or isinstance(q_offset, int) else arrays)["q_offset"] = q_offset
+    results = _attend(q, k, v, arrays, return_lse=return_lse, backend=backend, **options)
+    if q.ndim == k.ndim == v.ndim == 2:
+        results = [x[0] for x in results]
+    return tuple(results) if return_lse else results[0]
+
+
+# How many axes an array has less than q, k and v if given in full; slopes and sinks always are.
+_FEWER_AXES = {
+    "q": 0, "k": 0, "v": 0, "bias": 0, "mask": 0, "start": 1, "stop": 1, "q_offset": 3,
+    "kv_lengths": 3,
+}  # fmt: skip
+
+
+def _attend(
+    q, k, v, arrays: dict[str, Any], return_lse, sequence_first=False, backend=None, **options
+):  # fmt: skip
+    """``[out]`` or ``[out, lse]`` of arrays with all their axes: `jax.vmap` adds its own in front
+    of them.
+    """
+    axes = max(q.ndim, k.ndim, v.ndim, 3)
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: {x.dtype} given, float16, bfloat16, float32 or float64 wanted"
+            )
+    arrays = {"q": q, "k": k, "v": v, **arrays}
+    if isinstance(options["scale"], jax.Array):  # traced perhaps, and with a gradient
+        arrays["q"], options["scale"] = _scaled(q, options["scale"]), 1.0
+    for name in ("scale", "softcap"):
+        if options.get(name) is not None:
+            options[name] = number(name, options[name])
+    given = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+    operands = [_expanded(x, axes - _FEWER_AXES.get(name, axes)) for name, x in given.items()]
+    if options["window"] is not None:
+        options["window"] = window_sides(options["window"])
+    typed = tuple((name, type(x), x) for name, x in options.items())
+    return_lse = flag("return_lse", return_lse)
+    call = Call(tuple(given), typed, backend, return_lse, axes, sequence_first)
+    return attend(call, *operands)
+
+
+def _scaled(q, scale):
+    if scale.ndim:
+        raise ValueError(f"scale: shape {scale.shape} given, one number wanted")
+    return q * scale.astype(q.dtype)
+
+
+def _expanded(x, axes: int):
+    return jnp.expand_dims(x, range(axes - x.ndim))
+
+
+def _with_batch(name: str, x):
+    if x.ndim not in (3, 4):
+        raise ValueError(f"{name}: {x.ndim} axes given, 3 or 4 wanted: (batch, length, heads, dim)")
+    return _expanded(x, 4)
+
+
+def _lengths(name: str, value, batch: int):
+    if value is None:
+        return None
+    x = jnp.asarray(value)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name}: {x.dtype} given, integers wanted")
+    if x.shape != (batch,):
+        raise ValueError(f"{name}: shape {x.shape} given, one per sequence, ({batch},), wanted")
+    return x[:, None]
+
+
+def _stops(n_queries: int, n_keys: int, query_lengths, key_lengths):
+    """Where the keys end that a query sees, (B, 1, T or 1)."""
+    stop = jnp.asarray(n_keys) if key_lengths is None else key_lengths
+    if query_lengths is not None:
+        stop = jnp.where(jnp.arange(n_queries) < query_lengths, stop, 0)
+    return stop[:, None]

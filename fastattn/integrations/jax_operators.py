@@ -1,0 +1,153 @@
+"""One differentiable operator for `jax`: what is traced, what runs on XLA's own buffers, and how
+the two are batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
+
+import fastattn
+
+from ..dispatch import select, unsupported_backward
+from ..problem import Problem, pose
+
+__all__ = ["Call", "attend"]
+
+_DIFFERENTIABLE = ("bias", "alibi", "sinks")
+
+
+class Call(NamedTuple):
+    """What is static in a call: hashable, so that `jax.jit` knows which compiled one serves it."""
+
+    names: tuple[str, ...]  # of the arrays: q, k, v and what else is given
+    options: tuple[tuple[str, type, Any], ...]  # the other words; by type too: True equals 1
+    backend: str | None
+    return_lse: bool
+    axes: int  # of q, k and v each; what `jax.vmap` adds goes in front
+    sequence_first: bool  # (..., length, heads, dim) instead of (..., heads, length, dim)
+
+    def words(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
+        """The arrays and options by the names that they have in `fastattn.scaled_dot`."""
+        words: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
+        words.update((name, x) for name, _, x in self.options)
+        for name in "qkv":
+            words[name] = self.swapped(words[name])
+        if "stop" in words:
+            words["spans"] = words.pop("start", 0), words.pop("stop")
+        return words
+
+    def swapped(self, x: np.ndarray) -> np.ndarray:
+        """A view of q, k, v, out or a gradient of theirs in the layout of `fastattn.scaled_dot`, or
+        back in that of the call.
+        """
+        return x.swapaxes(-3, -2) if self.sequence_first else x
+
+    def pose(self, arrays: Sequence[jax.Array], **gradients) -> Problem:
+        """The problem of arrays of which only shapes and dtypes are known, or an error."""
+        blank = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in arrays]
+        return pose(**self.words(blank), **gradients)
+
+    @property
+    def vmap_method(self) -> str:
+        """`fastattn.scaled_dot` broadcasts what has leading axes; slopes and sinks have none."""
+        per_head = "alibi" in self.names or "sinks" in self.names
+        return "sequential" if per_head else "expand_dims"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: Call, *arrays):
+    problem = call.pose(arrays)
+    select(problem, call.backend)
+    out = call.swapped(np.broadcast_to(0, problem.rows(problem.value_dim)))
+    results = [jax.ShapeDtypeStruct(out.shape, problem.dtype)]
+    if call.return_lse:
+        results.append(jax.ShapeDtypeStruct(problem.rows(), problem.accumulator))
+    return buffer_callback(partial(_run, call), results, vmap_method=call.vmap_method)(*arrays)
+
+
+def _forward(call: Call, *primals):
+    arrays = [x.value for x in primals]
+    named = zip(call.names, primals, strict=True)
+    wrt = tuple(name for name, x in named if x.perturbed and name in _DIFFERENTIABLE)
+    select(call.pose(arrays, gradients=True, wrt=wrt), call.backend, unsupported_backward)
+    out, lse = _attend(call._replace(return_lse=True), *arrays)
+    results = [out, lse] if call.return_lse else [out]
+    # Residuals are arrays; the keys of a dict, however, are part of their structure.
+    return results, (arrays, out, lse, dict.fromkeys(wrt))
+
+
+def _backward(call: Call, residuals, grads):
+    arrays, out, lse, wrt = residuals
+    grad_out, *grad_lse = grads
+    if isinstance(grad_out, SymbolicZero):
+        grad_out = jax.numpy.zeros_like(out)
+    grad_lse = [x for x in grad_lse if not isinstance(x, SymbolicZero)]
+    found = _gradients(call, tuple(wrt), grad_out, out, lse, *arrays, *grad_lse)
+    by_name = dict(zip(("q", "k", "v", *wrt), found, strict=True))
+    return tuple(map(by_name.get, call.names))
+
+
+_attend.defvjp(_forward, _backward, symbolic_zeros=True)
+
+# ``attend(call, q, k, v, *arrays)`` is ``[out]``, or ``[out, lse]`` with lse (..., Hq, Sq).
+attend = jax.jit(_attend, static_argnums=0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _gradients(call: Call, wrt: tuple[str, ...], *arrays):
+    operands = dict(zip(call.names, arrays[3:], strict=False))
+    sources = [operands[name] for name in ("q", "k", "v", *wrt)]
+    return buffer_callback(
+        partial(_run_backward, call, wrt),
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sources),
+        vmap_method=call.vmap_method,
+    )(*arrays)
+
+
+@_gradients.defjvp
+def _second(call, wrt, primals, tangents):
+    raise NotImplementedError("scaled_dot: a second derivative wanted, there is only the first")
+
+
+# ------------------------------------------------------------- on arrays that are XLA's own memory
+
+
+def _run(call: Call, context, results, *buffers) -> None:
+    out, *lse = (np.asarray(x) for x in results)
+    words = call.words(_batched(call, out, buffers))
+    found = fastattn.scaled_dot(
+        **words, out=call.swapped(out), return_lse=call.return_lse, backend=call.backend
+    )
+    if call.return_lse:
+        lse[0][...] = found[1]
+
+
+def _run_backward(call: Call, wrt, context, results, *buffers) -> None:
+    found = [np.asarray(x) for x in results]
+    grad_out, out, lse, *arrays = _batched(call, found[0], buffers)
+    n = len(call.names)
+    grads = fastattn.scaled_dot_backward(
+        call.swapped(grad_out), **call.words(arrays[:n]), out=call.swapped(out), lse=lse,
+        grad_lse=arrays[n] if arrays[n:] else None, wrt=wrt, backend=call.backend,
+    )  # fmt: skip
+    for result, grad, name in zip(found, grads, ("q", "k", "v", *wrt), strict=True):
+        result[...] = call.swapped(grad) if name in "qkv" else grad
+
+
+def _batched(call: Call, result: np.ndarray, buffers) -> list[np.ndarray]:
+    """The buffers as arrays, each with all of the axes that `jax.vmap` put in front: what is the
+    same along one has length 1 there, but a gradient for each place.
+    """
+    arrays = [np.asarray(x) for x in buffers]
+    added = result.ndim - call.axes
+    if not added:
+        return arrays
+    front = result.shape[:added]
+    return [np.broadcast_to(x, front + x.shape[added:]) for x in arrays]
