@@ -86,6 +86,7 @@ cdef extern from "tile.h" nogil:
         Py_ssize_t pooled_row, columns, n_keys
         Candidate *best
         Py_ssize_t n_best
+        double least[MAX_QUERIES]
         int64_t *keys[MAX_QUERIES]
         Py_ssize_t first, last
 
@@ -104,6 +105,7 @@ cdef extern from "tile.h" nogil:
         bint (*finish)(Tile *) noexcept nogil
         void (*weights)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*pool)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*collect)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*rank)(Tile *) noexcept nogil
         double (*join)(
             char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, char *, Py_ssize_t,
@@ -512,6 +514,8 @@ cdef bint attend_tile(
             return False
         return add_in_turn(walk, tile, at, listen, last_look, stopped)
     if walk.survey.n_best:
+        if not each_pass(walk.kernels.collect, keys, tile, listen, last_look, stopped):
+            return False
         walk.kernels.rank(tile)
         return True
     if walk.weights.data is not NULL:

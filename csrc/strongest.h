@@ -1,4 +1,6 @@
-/* Each query's strongest keys, collected while their scores pass by. */
+/* Each query's strongest keys. Where they may be shows while the scores pass by in attend; they are
+ * collected when the scores are made once more, as for weights().
+ */
 #ifndef FASTATTN_STRONGEST_H
 #define FASTATTN_STRONGEST_H
 
@@ -24,20 +26,42 @@ static void sink(Candidate *heap, ptrdiff_t n) {
     heap[at] = sinking;
 }
 
-/* Keys come in their order: one that equals the weakest loses to it. */
-static void collect(const Tile *t, int p, const Strip *strip) {
+/* Candidates come in the order of their keys: one that equals the weakest loses to it. */
+static void offer(Candidate *heap, ptrdiff_t n, double score, ptrdiff_t key) {
+    if (!(score > heap->score)) return;
+    *heap = (Candidate){score, key};
+    sink(heap, n);
+}
+
+/* First, the strips whose largest scores are the largest: no other has one of the strongest keys. */
+static void collect_strip(const Tile *t, int p, const Strip *strip) {
+    vec top[TILE_VECS];
+    take_max(t->panel[p].vecs, strip, top);
+    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++)
+        offer(t->best + (p * PANEL + i) * t->n_best, t->n_best, top[i / LANES][i % LANES], strip->key);
+}
+
+/* As many keys as strips have been collected are no weaker than the weakest of these. */
+static void settle_least(Tile *t) {
+    for (ptrdiff_t i = 0; i < t->n_queries && t->n_best > 0; i++)
+        t->least[i] = t->best[i * t->n_best].score;
+    clear_best(t);
+}
+
+/* Then keys. Without the strips a row whose scores rise from key to key would collect them all. */
+static void collect_keys(const Tile *t, const Scratch *s, int p, const Strip *strip) {
     vec top[TILE_VECS];
     take_max(t->panel[p].vecs, strip, top);
     for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++) {
         Candidate *heap = t->best + (p * PANEL + i) * t->n_best;
-        if (!(top[i / LANES][i % LANES] > heap->score)) continue;
+        double least = t->least[p * PANEL + i], most = top[i / LANES][i % LANES];
+        if (!(most >= least && most > heap->score)) continue;
         for (int j = 0; j < strip->keys; j++) {
             double score = strip->scores[j * PANEL + i];
-            if (!(score > heap->score)) continue;
-            *heap = (Candidate){score, strip->key + j};
-            sink(heap, t->n_best);
+            if (score >= least) offer(heap, t->n_best, score, strip->key + j);
         }
     }
+    (void)s;
 }
 
 /* A row that is not a number has no order. */

@@ -256,7 +256,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     raise_max(t, &b, s->row_max + p * PANEL);
     for (int i = 0; i < strips; i++) {
         if (b.strips[i].seen == SEE_NONE) continue;
-        if (t->n_best > 0) collect(t, p, &b.strips[i]);
+        if (t->n_best > 0) collect_strip(t, p, &b.strips[i]);
         if (t->value_dim > 0)
             need(t, s, b.strips[i].key, &s->ready->values, ready_values);
         else
@@ -299,6 +299,7 @@ static bool overflowed(const Tile *t, const Scratch *s) {
 static int finish(Tile *t) {
     Scratch s = scratch_of(t);
     if (t->margin == 0 && overflowed(t, &s)) return 0;
+    settle_least(t);
     for (int p = 0; p < t->panels; p++)
         for (int n = 0; n < t->panel[p].vecs; n++) {
             ptrdiff_t at = p * PANEL + n * LANES;
@@ -357,6 +358,8 @@ static void each_strip(Tile *t, ptrdiff_t begin, ptrdiff_t end,
 
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, store_weights); }
 
+static void collect(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, collect_keys); }
+
 #include "maps.h"
 
 static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
@@ -393,5 +396,5 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_ke
 #endif
 
 const TileKernels TABLE = {TILE_QUERIES, PANEL, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
-                           weights,      pool,  rank,          join,         sizeof(real),
+                           weights,      pool,  collect,   rank,          join,         sizeof(real),
                            GRADIENT,     peak};

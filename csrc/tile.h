@@ -89,10 +89,11 @@ typedef struct {
     int slot[MAX_QUERIES]; /* of the query; less than 0 behind the last */
     ptrdiff_t pooled_row, columns, n_keys;
 
-    /* For the strongest keys: attend keeps n_best of them for each query, and rank() writes them to
+    /* For the strongest keys: collect() keeps n_best of them for each query, and rank() writes them to
      * `keys` and, of out_format, `weights`. */
     Candidate *best; /* [query][n_best], a heap with the weakest at its root */
     ptrdiff_t n_best;
+    double least[MAX_QUERIES]; /* no score below it is among theirs */
     int64_t *keys[MAX_QUERIES];
 
     /* Set by begin. Some query of the tile, or of one panel of it, sees first <= j < last; every
@@ -134,7 +135,8 @@ typedef struct {
     int (*finish)(Tile *); /* 0: a sum overflowed; begin again with a margin */
     void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
     void (*pool)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
-    void (*rank)(Tile *);                                    /* after finish */
+    void (*collect)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
+    void (*rank)(Tile *);                                    /* after collect */
     /* One row of attention to all keys from `parts` of them, each at partial + part * bytes: an lse
      * for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of all. */
     double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,

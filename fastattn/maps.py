@@ -139,7 +139,8 @@ def top_keys(q, k, n, *, backend=None, **options):
     Memory is O(n * Sq + Sk). The scores are made twice, as in `key_importance`, and ranked as they
     are: they tell more keys apart than weights do. Scores that differ by no more than rounding may
     change places from one backend or instruction set to another. A score of ``-inf`` is never among
-    the strongest.
+    the strongest. The time grows with `n` where that is not small beside ``Sk / 64``: 100 of 4096
+    keys take five times as long as 10 (`cython`).
 
     Examples
     --------

@@ -189,11 +189,12 @@ FUNCTIONS = {"key_importance": (), "attention_map": ((7, 30),), "top_keys": (6,)
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("shape", [Shape(2, 4, 450, 700, 16, kv_heads=2), Shape(3, 1, 9, 5000, 8)])
-def test_same_bits(target, name, shape):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])  # the sums are of float64
+def test_same_bits(target, name, shape, dtype):
     """For any number of threads, any slice of the batch and of the heads (promise 4)."""
     if not target.bitwise:
         pytest.skip(f"promise 4 is made by cython and numba; {target.backend} leaves it to BLAS")
-    q, k, _ = shape.arrays()
+    q, k, _ = shape.arrays(dtype)
 
     def results(q, k, **more):
         found = call(target, name, q, k, *FUNCTIONS[name], causal=True, **more)
