@@ -8,8 +8,8 @@ from .config import show_config
 from .explain import available_backends, explain
 from .flex import flex
 from .gaussian import gaussian
-from .measures import additive, euclidean
 from .maps import attention_map, key_importance, top_keys
+from .measures import additive, euclidean
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .scores import cosine, dot, pool
