@@ -382,6 +382,8 @@ def flag(name: str, value) -> bool:
 
 def number(name: str, value) -> float:
     """A real number, or an error that names the argument."""
+    if type(value) is float:
+        return value
     x = plain(name, value)
     if x.ndim or not _is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
@@ -407,7 +409,12 @@ def integers(name: str, value) -> np.ndarray:
         raise TypeError(f"{name}: {x.dtype} given, integers wanted")
     if x.dtype.kind == "u":
         return np.minimum(x, np.asarray(_FAR, np.uint64)).astype(np.int64)
-    return np.asarray(np.clip(x, -_FAR, _FAR)).astype(np.int64)
+    return _within(x, -_FAR, _FAR).astype(np.int64)
+
+
+def _within(x, low, high) -> np.ndarray:
+    """``np.clip``, which takes four times as long for a few numbers."""
+    return np.asarray(np.minimum(np.maximum(x, low), high))
 
 
 def _broadcast(name, x, shape, axes):
@@ -471,6 +478,8 @@ def _kv_lengths(value, batch, n_keys) -> np.ndarray:
 
 
 def _q_offset(value, batch) -> int | np.ndarray:
+    if type(value) is int and -_FAR < value < _FAR:
+        return value
     x = integers("q_offset", value)
     return int(x) if x.ndim == 0 else _broadcast("q_offset", x, batch, "the leading axes")
 
@@ -485,7 +494,7 @@ def span_sides(value) -> tuple:
 
 
 def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
-    start, stop = (np.clip(integers("spans", x), 0, n_keys) for x in span_sides(value))
+    start, stop = (_within(integers("spans", x), 0, n_keys) for x in span_sides(value))
     axes = "(..., heads, queries)"
     return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
 

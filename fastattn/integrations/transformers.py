@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch import bool as torch_bool
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -29,7 +31,7 @@ def register(name: str = "fastattn") -> None:
 
     Notes
     -----
-    The masks of the library reach the kernels as intervals of keys: causal, sliding windows, chunks,
+    The library's masks reach the kernels as intervals of keys: causal, sliding windows, chunks,
     padding on either side, packed sequences, alone or together. Others are bool arrays. A padded
     query without a key to see gets 0, where ``eager`` averages the values of padding.
 
@@ -113,19 +115,21 @@ def attention(
                 f"{name}: {x if isinstance(x, bool) else type(x).__name__} given, None wanted; "
                 'fastattn has no such option, use attn_implementation="eager"'
             )
-    words: dict = {} if scaling is None else {"scale": scaling}
-    if softcap is not None:
-        words["softcap"] = softcap
-    bias, mask, start, stop = position_bias, None, None, None
+    words: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "bias": position_bias,
+    }
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and query.shape[2] > 1:
             words.update(causal=True, q_offset=0)
     elif isinstance(attention_mask, SpanMask):
-        start, stop = attention_mask.start, attention_mask.stop
+        words["spans"] = attention_mask.spans
     elif attention_mask.dtype == torch_bool:
-        mask = attention_mask
+        words["mask"] = attention_mask
     else:
-        bias = attention_mask if bias is None else bias + attention_mask
-    out, _ = attend(query, key, value, bias, None, s_aux, mask, None, None, start, stop, **words)
+        words["bias"] = attention_mask if position_bias is None else position_bias + attention_mask
+    out, _ = attend(query, key, value, **words)
     return out.transpose(1, 2).contiguous(), None

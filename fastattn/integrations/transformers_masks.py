@@ -1,15 +1,15 @@
-"""The masks of Hugging Face Transformers as one interval of keys per query, wherever they are that."""
+"""The masks of Hugging Face Transformers as one interval of keys per query, where they are that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
-from transformers.utils.import_utils import is_tracing
 
 __all__ = ["SpanMask", "make_mask"]
 
@@ -27,21 +27,21 @@ class SpanMask(Tensor):
 
     Attributes
     ----------
-    start, stop : Tensor of int64, (batch or 1, 1, queries)
+    spans : (start, stop), arrays of int64, (batch or 1, 1, queries)
         Query ``i`` sees the keys ``start[i] <= j < stop[i]``.
     """
 
-    start: Tensor
-    stop: Tensor
+    spans: Spans
 
     @staticmethod
-    def __new__(cls, batch: int, n_keys: int, start: np.ndarray, stop: np.ndarray):
-        shape = (batch, 1, start.shape[-1], n_keys)
+    def __new__(cls, batch: int, n_keys: int, spans: Spans):
+        shape = (batch, 1, spans[0].shape[-1], n_keys)
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)  # type: ignore
-        mask.start, mask.stop = torch.from_numpy(start), torch.from_numpy(stop)
+        mask.spans = spans
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operations give plain tensors
+    # Operations give plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
@@ -50,16 +50,17 @@ class SpanMask(Tensor):
 
     def written_out(self) -> Tensor:
         """The same as a plain tensor."""
-        j = torch.arange(self.shape[-1])
-        mask = (self.start[..., None] <= j) & (j < self.stop[..., None])
-        return mask.expand(self.shape)
+        start, stop = self.spans
+        j = np.arange(self.shape[-1])
+        mask = (start[..., None] <= j) & (j < stop[..., None])
+        return torch.from_numpy(mask).expand(self.shape)
 
 
 def make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -73,7 +74,7 @@ def make_mask(
     Parameters
     ----------
     batch_size, q_length, kv_length : int
-    q_offset, kv_offset : int
+    q_offset, kv_offset : int, or Tensor of one
         The positions of the first query and of the first key.
     mask_function : callable
         ``(batch, head, q_position, kv_position) -> bool``, made by `transformers.masking_utils`.
@@ -90,7 +91,8 @@ def make_mask(
         A `SpanMask` where each query sees an interval of keys, unless the call is being traced.
     """
     spans = None
-    if not use_vmap and not is_tracing(attention_mask) and not is_tracing(q_offset):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not use_vmap and not traced and type(attention_mask) in (Tensor, NoneType):
         spans = _spans(mask_function, np.arange(q_length)[None, None] + int(q_offset))
         spans = _without_padding(spans, attention_mask)
     if spans is None:
@@ -106,7 +108,7 @@ def make_mask(
         none = kv_length if every else np.minimum(np.arange(q_length) + 1, kv_length)
         if not start.any() and (stop == none).all():
             return None
-    return SpanMask(batch_size, kv_length, *map(np.ascontiguousarray, (start, stop)))
+    return SpanMask(batch_size, kv_length, (start, stop))
 
 
 def _without_padding(spans: Spans | None, attention_mask: Tensor | None) -> Spans | None:
@@ -169,7 +171,7 @@ def _spans(function: Callable, q: np.ndarray) -> Spans | None:
 
 
 def _runs(ids: np.ndarray, q: np.ndarray) -> Spans:
-    """Where the run of equal, never decreasing `ids` (batch, length) at each `q` starts and stops."""
+    """Where the run of `ids`, (batch, length) and never decreasing, starts and ends around `q`."""
     j = np.arange(ids.shape[1])
     new = np.diff(ids, axis=1) != 0
     start, stop = np.zeros_like(ids), np.full_like(ids, len(j))
