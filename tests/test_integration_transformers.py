@@ -77,26 +77,26 @@ def switched(model, implementation):
     return model
 
 
-def rms(x):
-    return x.double().square().mean().sqrt().item()
-
-
 # --------------------------------------------------------------------------------- whole models
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_eagers(name):
-    """As near to those in float64 as the library's own float32 is, for all that is real."""
+    """For all that is real, within twice of what two results may differ that are both as far from
+    those of float64 as eager's. (Eager's float64 itself is NaN where a query sees no key.)
+    """
     model, ids = make(name), tokens()
-    exact = switched(copy.deepcopy(model).double(), "eager")
-    for padding, mask in paddings().items():
-        real = torch.ones_like(ids).bool() if mask is None else mask.bool()
-        with torch.inference_mode():
-            want = exact(ids, attention_mask=mask).logits[real]
-            eager = switched(model, "eager")(ids, attention_mask=mask).logits[real]
-            found = switched(model, "fastattn")(ids, attention_mask=mask).logits[real]
-        ulp = torch.finfo(torch.float32).eps * want.abs().max().item()
-        assert rms(found - want) <= 2 * rms(eager - want) + 2 * ulp, padding
+    with torch.inference_mode():
+        exact = switched(copy.deepcopy(model).double(), "eager")(ids).logits
+        error = (switched(model, "eager")(ids).logits - exact).abs().max().item()
+        for padding, mask in paddings().items():
+            real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+            want, found = (
+                switched(model, x)(ids, attention_mask=mask).logits[real]
+                for x in ("eager", "fastattn")
+            )
+            assert (found - want).abs().max().item() <= 4 * error, padding
+    assert error < 1e-5 * exact.abs().max().item()
 
 
 @pytest.mark.parametrize("name", DECODERS)
