@@ -1,7 +1,8 @@
 """Pictures of a ranking: ``python benchmarks/plot.py benchmarks/results/NAME.json``.
 
 The file is what ``python -m fastattn bench --case '*' --json FILE`` writes; the pictures go beside
-it: NAME-time.png, NAME-memory.png and NAME-ranking.png.
+it: NAME-time.png, NAME-memory.png and NAME-ranking.png, and, where whole models were ranked,
+NAME-models.png.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ Rankings = dict[str, dict[str, Any]]
 def main(path: Path) -> None:
     """Draw all pictures of one file."""
     data = json.loads(path.read_text())
-    rankings = {ranking["name"]: ranking for ranking in data["rankings"]}
+    rankings = {r["name"]: r for r in data["rankings"] if "tokens" not in r}
+    models = {r["name"]: r for r in data["rankings"] if "tokens" in r}
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     pictures = {"time": times(rankings), "memory": memory(rankings), "ranking": bars(rankings)}
+    if models:
+        pictures["models"] = model_bars(models)
     for name, figure in pictures.items():
         figure.text(0.01, 0.01, caption(data), fontsize=7.5, color="0.35")
         target = path.with_name(f"{path.stem}-{name}.png")
@@ -117,6 +121,25 @@ def bars(rankings: Rankings):
             axes.axvline(peak, color="0.3", ls="--", lw=1, zorder=1)
             axes.set_xlim(0, 1.15 * max(peak, *rates))
             axes.set_xlabel(f"GFLOP/s (FMA peak: {peak:.0f})")
+    return figure
+
+
+def model_bars(rankings: Rankings):
+    """The time of whole models with each kind of attention, the fastest on top."""
+    figure, panels = plt.subplots(
+        len(rankings), 1, figsize=(7, 1.3 * len(rankings) + 0.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
+    for axes, ranking in zip(panels[:, 0], rankings.values(), strict=True):
+        entries = ranking["entries"][::-1]
+        names = [entry["name"] for entry in entries]
+        colors = [style("fastattn-cython")[0] if ours(n) else "0.7" for n in names]
+        drawn = axes.barh(names, [1e3 * entry["median"] for entry in entries], color=colors)
+        axes.bar_label(drawn, [f"{1e3 * entry['median']:.3g} ms" for entry in entries], padding=4)
+        axes.set_title(ranking["case"], loc="left", fontsize=10)
+        axes.set_xlim(0, 1.15e3 * entries[0]["median"])
+        axes.set_xticks([])
     return figure
 
 
