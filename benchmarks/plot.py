@@ -14,6 +14,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from fastattn.bench.report import duration
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each.
 STYLES = {
     "fastattn-cython": ("#D55E00", "o"),
@@ -136,9 +138,9 @@ def model_bars(rankings: Rankings):
         names = [entry["name"] for entry in entries]
         colors = [style("fastattn-cython")[0] if ours(n) else "0.7" for n in names]
         drawn = axes.barh(names, [1e3 * entry["median"] for entry in entries], color=colors)
-        axes.bar_label(drawn, [f"{1e3 * entry['median']:.3g} ms" for entry in entries], padding=4)
+        axes.bar_label(drawn, [duration(entry["median"]) for entry in entries], padding=4)
         axes.set_title(ranking["case"], loc="left", fontsize=10)
-        axes.set_xlim(0, 1.15e3 * entries[0]["median"])
+        axes.set_xlim(0, 1.2e3 * entries[0]["median"])
         axes.set_xticks([])
     return figure
 

@@ -217,10 +217,10 @@ def _words(tensors, options) -> dict:
 def _array(x: Tensor) -> np.ndarray:
     """The same memory as an array."""
     if x.dtype != torch.bfloat16:
-        return x.numpy(force=True)  # gradients are none of its business
+        return x.detach().numpy()  # gradients are none of its business
     import ml_dtypes
 
-    return x.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    return x.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _tensor(x: np.ndarray) -> Tensor:

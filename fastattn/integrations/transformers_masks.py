@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from types import NoneType
 
 import numpy as np
@@ -16,7 +17,8 @@ __all__ = ["SpanMask", "make_mask"]
 # Beyond every position; sums of a few of them still fit an int64.
 _FAR = 1 << 40
 
-Spans = tuple[np.ndarray, np.ndarray]
+# (start, stop), each one for all queries or one per query.
+Spans = tuple[int | np.ndarray, int | np.ndarray]
 
 
 class SpanMask(Tensor):
@@ -27,15 +29,14 @@ class SpanMask(Tensor):
 
     Attributes
     ----------
-    spans : (start, stop), arrays of int64, (batch or 1, 1, queries)
+    spans : (start, stop), arrays of int64 that broadcast to (batch, 1, queries)
         Query ``i`` sees the keys ``start[i] <= j < stop[i]``.
     """
 
-    spans: Spans
+    spans: tuple[np.ndarray, np.ndarray]
 
     @staticmethod
-    def __new__(cls, batch: int, n_keys: int, spans: Spans):
-        shape = (batch, 1, spans[0].shape[-1], n_keys)
+    def __new__(cls, shape: tuple[int, int, int, int], spans):
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)  # type: ignore
         mask.spans = spans
         return mask
@@ -94,7 +95,8 @@ def make_mask(
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if not use_vmap and not traced and type(attention_mask) in (Tensor, NoneType):
         spans = _spans(mask_function, np.arange(q_length)[None, None] + int(q_offset))
-        spans = _without_padding(spans, attention_mask)
+        if spans is not None and attention_mask is not None:
+            spans = _without_padding(spans, attention_mask, kv_offset + kv_length)
     if spans is None:
         return masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
@@ -102,22 +104,22 @@ def make_mask(
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             use_vmap=use_vmap, **options,
         )  # fmt: skip
-    start, stop = (np.clip(x - kv_offset, 0, kv_length) for x in spans)
+    start, stop = (np.minimum(np.maximum(x - kv_offset, 0), kv_length) for x in spans)
     if allow_is_causal_skip or allow_is_bidirectional_skip:
         every = allow_is_bidirectional_skip or q_length == 1
         none = kv_length if every else np.minimum(np.arange(q_length) + 1, kv_length)
         if not start.any() and (stop == none).all():
             return None
-    return SpanMask(batch_size, kv_length, (start, stop))
+    return SpanMask((batch_size, 1, q_length, kv_length), (start, stop))
 
 
-def _without_padding(spans: Spans | None, attention_mask: Tensor | None) -> Spans | None:
-    """Also within what is real, or None where that is not an interval."""
-    if spans is None or attention_mask is None:
-        return spans
+def _without_padding(spans: Spans, attention_mask: Tensor, length: int) -> Spans | None:
+    """Also within what is real of so many positions, or None where that is not an interval."""
     if attention_mask.ndim != 2:
         return None
     real = attention_mask.numpy()
+    if real.shape[1] >= length and real.all():
+        return spans
     first = real.argmax(axis=1)[:, None]
     last = first + real.sum(axis=1)[:, None]
     j = np.arange(real.shape[1])
@@ -138,14 +140,13 @@ def _spans(function: Callable, q: np.ndarray) -> Spans | None:
         return None
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     given = {name: cell.cell_contents for name, cell in cells}
-    unbounded = np.full_like(q, -_FAR), np.full_like(q, _FAR)
     match function.__qualname__.partition(".")[0]:
         case "bidirectional_mask_function":
-            return unbounded
+            return -_FAR, _FAR
         case "causal_mask_function":
-            return unbounded[0], q + 1
+            return -_FAR, q + 1
         case "sliding_window_overlay":
-            return q - given["sliding_window"] + 1, unbounded[1]
+            return q - given["sliding_window"] + 1, _FAR
         case "sliding_window_bidirectional_overlay":
             return q - given["sliding_window"], q + given["sliding_window"] + 1
         case "chunked_overlay":
@@ -161,12 +162,9 @@ def _spans(function: Callable, q: np.ndarray) -> Spans | None:
             spans = _spans(given["mask_function"], positions)
             return spans and (spans[0] + (q - positions), spans[1] + (q - positions))
         case "and_masks":
-            for part in given["mask_functions"]:
-                spans = _spans(part, q)
-                if spans is None:
-                    return None
-                unbounded = _intersection(unbounded, spans)
-            return unbounded
+            parts = [_spans(part, q) for part in given["mask_functions"]]
+            known = [spans for spans in parts if spans is not None]
+            return reduce(_intersection, known) if len(known) == len(parts) else None
     return None
 
 
