@@ -21,6 +21,7 @@ __all__ = ["Gradient", "Problem", "pose"]
 _ndarray = np.ndarray
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
+_INT64 = np.dtype(np.int64)
 _FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become float64)"
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -409,12 +410,7 @@ def integers(name: str, value) -> np.ndarray:
         raise TypeError(f"{name}: {x.dtype} given, integers wanted")
     if x.dtype.kind == "u":
         return np.minimum(x, np.asarray(_FAR, np.uint64)).astype(np.int64)
-    return _within(x, -_FAR, _FAR).astype(np.int64)
-
-
-def _within(x, low, high) -> np.ndarray:
-    """``np.clip``, which takes four times as long for a few numbers."""
-    return np.asarray(np.minimum(np.maximum(x, low), high))
+    return np.asarray(np.clip(x, -_FAR, _FAR)).astype(np.int64)
 
 
 def _broadcast(name, x, shape, axes):
@@ -494,9 +490,15 @@ def span_sides(value) -> tuple:
 
 
 def _spans(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
-    start, stop = (_within(integers("spans", x), 0, n_keys) for x in span_sides(value))
-    axes = "(..., heads, queries)"
-    return _broadcast("spans", start, rows, axes), _broadcast("spans", stop, rows, axes)
+    start, stop = (_span(x, rows, n_keys) for x in span_sides(value))
+    return start, stop
+
+
+def _span(value, rows, n_keys) -> np.ndarray:
+    quick = type(value) is _ndarray and value.dtype is _INT64  # far ones need no drawing in
+    x = value if quick else integers("spans", value)
+    x = np.minimum(np.maximum(x, 0), n_keys)  # np.clip takes four times as long for a few
+    return _broadcast("spans", x, rows, "(..., heads, queries)")
 
 
 def _block_mask(value, mask_mod, grid) -> None:
