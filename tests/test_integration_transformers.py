@@ -170,6 +170,19 @@ def test_packed_sequences():
         torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
 
 
+def test_compiled():
+    """Traced, masks are plain tensors, and attention is an operator of the graph."""
+    model, ids, mask = switched(make("mistral"), "fastattn"), tokens(), paddings()["left"]
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        want, found = (
+            x(ids, attention_mask=mask, use_cache=False).logits for x in (model, compiled)
+        )
+    torch.compiler.reset()
+    size = want.abs().max().item()
+    torch.testing.assert_close(found[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5 * size)
+
+
 # ------------------------------------------------------------------- what reaches fastattn, and how
 
 
