@@ -2,7 +2,7 @@
 
 The file is what ``python -m fastattn bench --case '*' --json FILE`` writes; the pictures go beside
 it: NAME-time.png, NAME-memory.png, NAME-ranking.png and, where they were measured,
-NAME-integrations.png.
+NAME-integrations.png and NAME-models.png.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+
+from fastattn.bench.report import duration
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each.
 STYLES = {
@@ -36,7 +38,8 @@ Rankings = dict[str, dict[str, Any]]
 def main(path: Path) -> None:
     """Draw all pictures of one file."""
     data = json.loads(path.read_text())
-    rankings = {ranking["name"]: ranking for ranking in data["rankings"]}
+    rankings = {r["name"]: r for r in data["rankings"] if "tokens" not in r}
+    models = {r["name"]: r for r in data["rankings"] if "tokens" in r}
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     pictures = {
         "time": times(rankings),
@@ -45,6 +48,8 @@ def main(path: Path) -> None:
     }
     if rankings.keys() & INTEGRATIONS:
         pictures["integrations"] = bars(rankings, INTEGRATIONS)
+    if models:
+        pictures["models"] = model_bars(models)
     for name, figure in pictures.items():
         figure.text(0.01, 0.01, caption(data), fontsize=7.5, color="0.35")
         target = path.with_name(f"{path.stem}-{name}.png")
@@ -126,6 +131,25 @@ def bars(rankings: Rankings, cases: tuple[str, ...]):
             axes.axvline(peak, color="0.3", ls="--", lw=1, zorder=1)
             axes.set_xlim(0, 1.15 * max(peak, *rates))
             axes.set_xlabel(f"GFLOP/s (FMA peak: {peak:.0f})")
+    return figure
+
+
+def model_bars(rankings: Rankings):
+    """The time of whole models with each kind of attention, the fastest on top."""
+    figure, panels = plt.subplots(
+        len(rankings), 1, figsize=(7, 1.3 * len(rankings) + 0.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
+    for axes, ranking in zip(panels[:, 0], rankings.values(), strict=True):
+        entries = ranking["entries"][::-1]
+        names = [entry["name"] for entry in entries]
+        colors = [style("fastattn-cython")[0] if ours(n) else "0.7" for n in names]
+        drawn = axes.barh(names, [1e3 * entry["median"] for entry in entries], color=colors)
+        axes.bar_label(drawn, [duration(entry["median"]) for entry in entries], padding=4)
+        axes.set_title(ranking["case"], loc="left", fontsize=10)
+        axes.set_xlim(0, 1.2e3 * entries[0]["median"])
+        axes.set_xticks([])
     return figure
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import pytest
 
-from fastattn.bench import machine, timing
+from fastattn.bench import machine, models, timing
 from fastattn.bench.cases import CASES
 from fastattn.bench.contestants import CONTESTANTS
 from fastattn.bench.ranking import rms_error
@@ -54,3 +54,17 @@ def test_ranking(benchmark, case, contestant):
         gflops=case.flops / benchmark.stats["median"] / 1e9,
         error=error,
     )
+
+
+@pytest.mark.parametrize("implementation", models.IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", models.MODELS.values(), ids=models.MODELS.keys())
+def test_models(benchmark, case, implementation):
+    reason = models.unavailable(case, implementation)
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
+    call = models.prepare(case, machine.default_threads(), [implementation])[implementation]
+    call()
+    timing.settle()
+    benchmark.group = str(case)
+    benchmark.pedantic(call, rounds=2, warmup_rounds=1)
+    benchmark.extra_info.update(case._asdict(), implementation=implementation)

@@ -9,14 +9,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .bench import machine, ranking, report
+from .bench import machine, models, ranking, report
 from .bench.cases import CASES, Case, parse_shape
 from .bench.contestants import CONTESTANTS, Contestant
+from .bench.models import MODELS, ModelCase
 
 DEFAULT_SHAPE = "1,8,4096,64"
 FOOTNOTE = """
 Rounds are interleaved; who takes over 3 times as long as the fastest is in one only.
-memory: at the peak, beyond inputs and result. error: rms, against float64 (float64: long double).
+memory: at the peak, beyond inputs and result. error: rms, against float64 (float64: long double;
+models: of the logits, against eager's).
 ratio: time over that of fastattn's fastest."""
 
 
@@ -68,9 +70,12 @@ def bench(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     steps = ranking.steps(len(contestants), chosen.repeat, with_memory)
     for name, case in cases.items():
         with report.progress(steps) as tick:
-            result = ranking.rank(
-                name, case, contestants, threads, chosen.repeat, with_memory, tick
-            )
+            if isinstance(case, ModelCase):
+                result = models.rank(name, case, threads, chosen.repeat, tick)
+            else:
+                result = ranking.rank(
+                    name, case, contestants, threads, chosen.repeat, with_memory, tick
+                )
         rankings.append(result)
         if show:
             report.print_ranking(result, chosen.repeat)
@@ -81,11 +86,14 @@ def bench(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     return 0
 
 
-def wanted_cases(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> dict[str, Case]:
+def wanted_cases(
+    parser: argparse.ArgumentParser, chosen: argparse.Namespace
+) -> dict[str, Case | ModelCase]:
     """The cases that were asked for, by name."""
-    cases = {n: c for n, c in CASES.items() if any(fnmatch(n, p) for p in chosen.case)}
+    every: dict[str, Case | ModelCase] = {**CASES, **MODELS}
+    cases = {n: c for n, c in every.items() if any(fnmatch(n, p) for p in chosen.case)}
     if chosen.case and not cases:
-        parser.error(f"--case: none of {', '.join(CASES)} matches {' '.join(chosen.case)}")
+        parser.error(f"--case: none of {', '.join(every)} matches {' '.join(chosen.case)}")
     shapes = chosen.shape or ([] if chosen.case else [DEFAULT_SHAPE])
     # Asked for nothing in particular, both are shown.
     both = not chosen.shape and not chosen.causal
@@ -149,7 +157,7 @@ def add_bench(commands) -> None:
         "bench",
         help=bench.__doc__,
         description=f"{bench.__doc__} Without options: {DEFAULT_SHAPE}, plain and causal.",
-        epilog=f"cases: {', '.join(CASES)}",
+        epilog=f"cases: {', '.join((*CASES, *MODELS))}",
     )
     added.set_defaults(command=bench)
     ours = [short_name(c) for c in CONTESTANTS if c.ours]

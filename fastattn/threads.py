@@ -12,6 +12,9 @@ from .problem import Problem, count
 
 __all__ = ["affinity", "openmp_setting", "thread_count", "worth_threads"]
 
+# With fewer, the time goes into reading the keys, and the arithmetic is for nothing.
+FEWEST_QUERIES = 4
+
 
 def thread_count(requested: int | None, openmp: int) -> int:
     """``threads=``, else ``FASTATTN_NUM_THREADS``, else the least of the OpenMP setting (which
@@ -44,7 +47,8 @@ def openmp_setting() -> int:
 def worth_threads(problem: Problem, openmp: Callable[[], int], least_flops: int) -> int:
     """How many threads a problem gets: one where it has fewer than `least_flops`."""
     p = problem
-    flops = 2 * p.n_queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
+    queries = max(p.n_queries, FEWEST_QUERIES)
+    flops = 2 * queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
     for n in p.batch:
         flops *= n
     return 1 if flops < least_flops else thread_count(p.threads, openmp())

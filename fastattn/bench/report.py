@@ -140,20 +140,22 @@ def headline(conditions: dict[str, Any]) -> str:
 
 
 def print_ranking(ranking: dict[str, Any], repeat: int) -> None:
-    """Print one result of `fastattn.bench.ranking.rank`."""
-    work, unit, roof = ("bytes", "GB", "read bandwidth")
-    if not ranking["decodes"]:
-        work, unit, roof = ("flops", "GFLOP", "FMA peak")
-    title = [ranking["case"], f"{ranking[work] / 1e9:.3g} {unit}", f"median of {repeat}"]
+    """Print one result of `fastattn.bench.ranking.rank`, or of `models.rank`."""
+    work, unit, scale, roof = ("flops", "GFLOP", 1e9, "FMA peak")
+    if "tokens" in ranking:
+        work, unit, scale = ("tokens", "tokens", 1)
+    elif ranking["decodes"]:
+        work, unit, roof = ("bytes", "GB", "read bandwidth")
+    title = [ranking["case"], f"{ranking[work] / scale:.3g} {unit}", f"median of {repeat}"]
     if ranking["peak"]:
-        title.append(f"{roof} {ranking['peak'] / 1e9:.0f} {unit}/s")
+        title.append(f"{roof} {ranking['peak'] / scale:.0f} {unit}/s")
     entries = ranking["entries"]
     headers = ("", "time", f"{unit}/s", "of peak", "memory", "error", "ratio")
     rows = [
         (
             entry["name"] if entry["ours"] else f"{entry['name']} {entry['version']}",
             duration(entry["median"]),
-            f"{entry[f'{work} per second'] / 1e9:.1f}",
+            f"{entry[f'{work} per second'] / scale:.1f}",
             _maybe(entry["share of peak"], "{:.0%}".format),
             _maybe(entry["memory"], size),
             f"{entry['error']:.1e}",

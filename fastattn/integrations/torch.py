@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..problem import span_sides, window_sides
 from .torch_operators import attend
 
 __all__ = ["scaled_dot", "scaled_dot_product_attention"]
@@ -77,10 +75,9 @@ def scaled_dot_product_attention(
     options: dict[str, Any] = {"causal": True, "q_offset": 0} if is_causal else {}
     if scale is not None:
         options["scale"] = scale
-    if attn_mask is None:
-        return attend(query, key, value, **options)[0]
-    bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
-    return attend(query, key, value, bias, None, None, mask, **options)[0]
+    if attn_mask is not None:
+        options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+    return attend(query, key, value, **options)[0]
 
 
 def scaled_dot(
@@ -121,20 +118,9 @@ def scaled_dot(
     >>> sinks.grad.shape
     torch.Size([8])
     """
-    left, right = (None, None) if window is None else window_sides(window)
-    start, stop = (None, None) if spans is None else span_sides(spans)
-    offset, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
-    tensors = (
-        None if x is None else _as_tensor(x)
-        for x in (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop)
-    )
     out, lse = attend(
-        q, k, v, *tensors, scale=scale, softcap=softcap, causal=causal, left=left, right=right,
-        q_offset=offset, return_lse=return_lse, backend=backend, threads=threads,
-        precision=precision,
+        q, k, v, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks, causal=causal,
+        window=window, q_offset=q_offset, kv_lengths=kv_lengths, spans=spans, mask=mask,
+        return_lse=return_lse, backend=backend, threads=threads, precision=precision,
     )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def _as_tensor(x) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))

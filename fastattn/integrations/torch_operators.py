@@ -10,6 +10,8 @@ from torch import Tensor
 
 import fastattn
 
+from ..problem import span_sides, window_sides
+
 __all__ = ["attend"]
 
 _TENSORS = """
@@ -37,30 +39,74 @@ _BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
 _OPTIONAL = ("bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop")
 
 
-def attend(*tensors, return_lse=False, **options) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of the operator; without `return_lse`, lse may be empty."""
-    options["return_lse"] = return_lse or _needs_gradient(tensors)  # the way back starts from lse
-    if torch.compiler.is_compiling():
-        return _FORWARD(*tensors, **options)
-    return _differentiable(*tensors, **options)  # where the dispatcher would go, 5 us later
+def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse)`` of `fastattn.scaled_dot`, whose words may be tensors.
+
+    Without `return_lse`, lse may be empty or None.
+    """
+    compiling = _is_compiling()
+    gradient = torch.is_grad_enabled() and _needs_gradient((q, k, v, *words.values()))
+    if (
+        not compiling and not gradient
+        and type(q) is Tensor and type(k) is Tensor and type(v) is Tensor
+        and q.is_cpu and k.is_cpu and v.is_cpu
+        and _listeners().raw_repr() in _NOBODY and not _profiles()
+    ):  # fmt: skip
+        # The dispatcher would go straight to the CPU's kernel, and take 6 us to get there; in a
+        # model, whose weights drive its code out of the caches, three times as long.
+        return _run(q, k, v, return_lse, words)
+    tensors, options = _operands(**words)
+    options["return_lse"] = return_lse or gradient  # the way back starts from lse
+    if gradient and not compiling:
+        return _ScaledDot.apply(options, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
+    return _FORWARD(q, k, v, *tensors, **options)
 
 
-def _needs_gradient(tensors) -> bool:
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return False
+_is_compiling = torch.compiler.is_compiling
+_profiles = torch._C._autograd._profiler_enabled
+_listeners = torch._C._dispatch_tls_local_include_set
+_NOBODY = {_listeners().raw_repr(), torch.inference_mode()(_listeners)().raw_repr()}
+
+
+def _needs_gradient(values) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in values)
+
+
+def _operands(
+    bias=None, alibi=None, sinks=None, mask=None, q_offset=None, kv_lengths=None, spans=None,
+    window=None, **options,
+):  # fmt: skip
+    """Words as the operators take them: optional tensors in their order, and options."""
+    if window is not None:
+        options["left"], options["right"] = window_sides(window)
+    start, stop = (None, None) if spans is None else span_sides(spans)
+    offsets = None
+    if isinstance(q_offset, int):
+        options["q_offset"] = q_offset
+    else:
+        offsets = q_offset
+    optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop)
+    return [None if x is None else _as_tensor(x) for x in optional], options
+
+
+def _as_tensor(x) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))
 
 
 def _forward(q, k, v, *tensors, return_lse=False, **options):
-    found = fastattn.scaled_dot(
-        _array(q), _array(k), _array(v), return_lse=return_lse, **_options(tensors, options)
-    )
+    out, lse = _run(q, k, v, return_lse, _words(tensors, options))
+    return out, out.new_empty(0, dtype=_sums(out)) if lse is None else lse
+
+
+def _run(q, k, v, return_lse, words) -> tuple[Tensor, Tensor | None]:
+    for name, x in words.items():
+        if isinstance(x, Tensor):
+            words[name] = _array(x)
+    found = fastattn.scaled_dot(_array(q), _array(k), _array(v), return_lse=return_lse, **words)
     out = _tensor(found[0] if return_lse else found)
     if not q.is_contiguous() and (q.stride(-1) != 1 or not _alike(out, q)):
         out = _laid_out(out, _empty_result(q, k, v))
-    return out, _tensor(found[1]) if return_lse else out.new_empty(0, dtype=_sums(out))
+    return out, _tensor(found[1]) if return_lse else None
 
 
 def _forward_fake(q, k, v, *tensors, return_lse=False, **options):
@@ -78,7 +124,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
         *arrays,
         grad_lse=None if grad_lse is None else _array(grad_lse),
         wrt=tuple(wrt),
-        **_options(tensors, options),
+        **_words(tensors, options),
     )
     sources = _sources(q, k, v, tensors, wrt)
     found = []
@@ -119,7 +165,7 @@ class _ScaledDot(torch.autograd.Function):
 
 
 def _differentiable(*tensors, **options):
-    if _needs_gradient(tensors):
+    if torch.is_grad_enabled() and _needs_gradient(tensors):
         return _ScaledDot.apply(options, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return _FORWARD(*tensors, **options)
@@ -137,7 +183,7 @@ class _ScaledDotBackward(torch.autograd.Function):
 
 
 def _differentiable_backward(*tensors, **options):
-    if _needs_gradient(tensors):
+    if torch.is_grad_enabled() and _needs_gradient(tensors):
         return list(_ScaledDotBackward.apply(options, *tensors))
     with torch._C._AutoDispatchBelowAutograd():
         return _BACKWARD(*tensors, **options)
@@ -151,7 +197,7 @@ torch.library.register_fake("fastattn::scaled_dot", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("fastattn::scaled_dot_backward", _backward_fake, lib=_LIBRARY)
 
 
-def _options(tensors, options) -> dict:
+def _words(tensors, options) -> dict:
     """The words of `fastattn.scaled_dot` for what an operator was given."""
     for name, x in zip(_OPTIONAL, tensors, strict=False):
         if x is not None:
@@ -171,10 +217,10 @@ def _options(tensors, options) -> dict:
 def _array(x: Tensor) -> np.ndarray:
     """The same memory as an array."""
     if x.dtype != torch.bfloat16:
-        return x.numpy(force=True)  # gradients are none of its business
+        return x.detach().numpy()  # gradients are none of its business
     import ml_dtypes
 
-    return x.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    return x.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _tensor(x: np.ndarray) -> Tensor:
