@@ -38,8 +38,7 @@ for n_queries in (1, 5, 300):
         "spans": (2048, 5120, {"spans": (3000, 5000)}),
         "nothing": (0, 0, {"kv_lengths": 0}),
         "mask": (2048, 5120, {"mask": (np.arange(n_keys) >= 3000) & (np.arange(n_keys) < 5000)}),
-        "bias": (2048, 5120, {"bias": np.where((np.arange(n_keys) >= 3000) & (np.arange(n_keys) < 5000),
-                                               np.float32(0.5), -np.inf)}),
+        "bias": (2048, 5120, {"bias": np.where(abs(np.arange(n_keys) - 4000) < 1000, 1, -np.inf)}),
         "windows apart": (3072, 6144, {"window": (200, 200), "q_offset": 5000, "kv_lengths": 5100}),
     }[case]
     q = np.random.default_rng(1).standard_normal((n_queries, dim), np.float32)

@@ -1,0 +1,82 @@
+"""The compiled extension as backends call it: whether it is there, and what a problem is to it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..problem import Problem
+from ..threads import worth_threads
+
+missing: str | None = None  # why the extension is not there
+try:
+    import fastattn._kernels as kernels
+except ModuleNotFoundError:
+    kernels = None  # type: ignore[assignment]
+    missing = "the extension was not built"
+except ImportError as error:
+    kernels = None  # type: ignore[assignment]
+    missing = f"the extension cannot be loaded ({error})"
+
+
+__all__ = ["attend", "kernels", "missing", "product", "score_arguments", "threads"]
+
+# Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
+ONE_THREAD_FLOPS = 2_000_000
+# How many multiply-adds of a product take as long as one term of an additive score.
+ADDITIVE_FLOPS = 10
+
+if kernels is not None:
+    kernels.instruction_set()  # a wrong FASTATTN_DISABLE_CPU_FEATURES is an error from the start
+
+
+# scale, softcap; bias, alibi, sinks, q_offset, start, stop, mask
+_Array = np.ndarray | None
+ScoreArguments = tuple[
+    float, float, _Array, _Array, _Array, _Array, _Array, _Array, _Array
+]  # fmt: skip
+
+
+def score_arguments(p: Problem) -> ScoreArguments:
+    """What the kernels are told of the scores of `p`, and of who sees which keys."""
+    intervals = p.intervals()
+    start, stop = (None, None) if intervals is None else map(np.atleast_2d, intervals)
+    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
+    return (
+        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
+    )  # fmt: skip
+
+
+def attend(p: Problem, result, lse=None, weights=None, for_gradients=False, **survey) -> None:
+    """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
+    scores = score_arguments(p)
+    kernels.attend(
+        p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads, *scores,
+        lse, weights, _longest_first(p, *scores[6:8]), product(p), threads(p), for_gradients,
+        p.measure.name, p.measure.weights, **survey,
+    )  # fmt: skip
+
+
+def _longest_first(p: Problem, start, stop) -> np.ndarray | None:
+    """The flattened batch entries in the order of what they see, or None where all see the same:
+    a run that ends in small pieces leaves no thread waiting for another.
+    """
+    if start is None or max(p.batch, default=1) < 2 or (start.ndim < 3 and stop.ndim < 3):
+        return None
+    seen = (stop - start).max(axis=(-2, -1), initial=0)
+    return np.argsort(-np.broadcast_to(seen, p.batch).ravel(), kind="stable")
+
+
+def product(problem: Problem) -> str:
+    """Whose kernels multiply, as the character of a dtype."""
+    p = problem
+    if p.dtype.char == "f" and p.precision == "bfloat16":
+        return "E"
+    if p.k_scales is not None and p.dtype.char != "d":
+        return "f"  # scaled numbers are no halves
+    return p.dtype.char
+
+
+def threads(problem: Problem) -> int:
+    """How many threads `problem` is worth; what it computes does not depend on it."""
+    cost = ADDITIVE_FLOPS if problem.measure.name == "additive" else 1
+    return worth_threads(problem, kernels.openmp_threads, ONE_THREAD_FLOPS // cost)
