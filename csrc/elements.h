@@ -104,6 +104,14 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
     return x;
 }
 
+/* The first `n` of LANES such numbers, 0 behind them. Only they are read. */
+INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
+    if (n >= LANES) return load_numbers(at, format);
+    char some[LANES * sizeof(real)] __attribute__((aligned(64))) = {0};
+    memcpy(some, at, (size_t)(n * format.bytes));
+    return load_numbers(some, format);
+}
+
 INLINE void write_number(char *at, NumberFormat format, real x) {
     if (is_real(format)) {
         memcpy(at, &x, sizeof x);
@@ -135,11 +143,17 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
     for (int j = 0; j < rows; j++, at += row, to += dims) {
         real scale = scales ? (real)scales[j] : 1;
         ptrdiff_t d = 0;
-        if (dim == format.bytes)
+        if (dim == format.bytes) {
             for (; d + LANES <= dims; d += LANES) {
                 vec x = load_numbers(at + d * dim, format);
                 store_unaligned(to + d, scales ? x * scale : x);
             }
+            if (d < dims) {
+                vec x = load_some(at + d * dim, dims - d, format) * scale;
+                memcpy(to + d, &x, sizeof(real) * (size_t)(dims - d));
+            }
+            continue;
+        }
         for (; d < dims; d++) to[d] = (real)read_number(at + d * dim, format) * scale;
     }
 }

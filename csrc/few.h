@@ -41,14 +41,6 @@ static FewRows few_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberForm
     return (FewRows){(const char *)to, dims * (ptrdiff_t)sizeof(real)};
 }
 
-/* The first `dims` of LANES numbers, 0 behind them. */
-INLINE vec load_some(const char *at, ptrdiff_t dims, NumberFormat format) {
-    if (dims >= LANES) return load_numbers(at, format);
-    vec x = {0};
-    for (int i = 0; i < dims; i++) x[i] = (real)read_number(at + i * format.bytes, format);
-    return x;
-}
-
 /* q[query][dims], padded by 0. */
 static void ready_few_queries(const Tile *t, const Scratch *s) {
     ptrdiff_t padded = round_up(t->head_dim, LANES);

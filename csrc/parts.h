@@ -84,7 +84,7 @@ INLINE void split_pairs(vec first, vec second, __m512i parts[PARTS]) {
 /* The dims [d, d + LANES) of a row, 0 from `dims` on. */
 INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims,
                      NumberFormat format, float scale) {
-    if (dim == format.bytes && d + LANES <= dims) return load_numbers(row + d * dim, format) * scale;
+    if (dim == format.bytes && d < dims) return load_some(row + d * dim, dims - d, format) * scale;
     vec x = {0};
     for (int i = 0; i < LANES && d + i < dims; i++)
         x[i] = (float)read_number(row + (d + i) * dim, format) * scale;

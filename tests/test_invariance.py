@@ -7,8 +7,8 @@ from cases import SCORE_OPTIONS, Shape, same_bits
 from layouts import LAYOUTS
 
 SHAPES = {
-    "many queries": Shape(3, 8, 70, 600, 24, kv_heads=4),
-    "square": Shape(3, 4, 140, 140, 32),
+    "many queries": Shape(3, 8, 70, 600, 96, kv_heads=4),
+    "square": Shape(3, 4, 140, 140, 64),
     "decode": Shape(3, 8, 1, 3000, 16, kv_heads=2),
     "few queries": Shape(3, 4, 5, 1300, 24, kv_heads=4),
 }

@@ -10,7 +10,7 @@ from maps import call, check_maps, check_top, posed
 import fastattn
 from fastattn import reference
 
-SHAPE = Shape(2, 4, 70, 90, 16, kv_heads=2)
+SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)
 EVERYTHING = ("window", "kv_lengths", "spans", "mask", "-inf", *SCORE_OPTIONS)
 OPTIONS = [(), *((n,) for n in (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")), EVERYTHING]
 

@@ -9,7 +9,7 @@ from cases import Shape, assert_solves, check
 from fastattn import reference
 from fastattn.problem import pose
 
-SHAPE = Shape(2, 4, 70, 90, 16, kv_heads=2)
+SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)
 
 
 @pytest.mark.parametrize("bias_dtype", ["float16", "float32", "float64"])

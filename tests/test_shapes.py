@@ -24,7 +24,7 @@ def test_long_sizes_around_block_edges(target, n, dtype):
 
 @pytest.mark.parametrize("n", LONG_EDGES)
 def test_long_squares(target, n):
-    check(target, *Shape(1, 1, n, n, 8).arrays())
+    check(target, *Shape(1, 1, n, n, 64).arrays())
 
 
 @pytest.mark.parametrize("dtype", ORDINARY)

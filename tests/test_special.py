@@ -8,7 +8,7 @@ from fastattn import reference
 from fastattn.problem import pose
 
 # More than one tile both ways, with ragged ends; key 40 is seen by some queries and not by others.
-SHAPE = Shape(2, 4, 70, 90, 16, kv_heads=2)
+SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)
 LONG = Shape(1, 2, 5, 1200, 16, kv_heads=1)
 KEY = 40
 POISON = [np.nan, np.inf, -np.inf]

@@ -11,8 +11,8 @@ from fastattn.problem import pose
 
 NAMES = (*INTERVAL_OPTIONS, "mask", "-inf")
 COMBINATIONS = [names for n in range(len(NAMES) + 1) for names in itertools.combinations(NAMES, n)]
-SHAPE = Shape(3, 4, 11, 17, 8, kv_heads=2)
-CAUSAL_SHAPE = Shape(2, 2, 40, 70, 16)
+SHAPE = Shape(3, 4, 11, 17, 64, kv_heads=2)
+CAUSAL_SHAPE = Shape(2, 2, 40, 70, 64)
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
