@@ -192,7 +192,7 @@ cdef bint worth_three_parts(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept 
     both take as long, at 48 and 80 parts are slower, at 96 and 128 they are 13 % faster.
     """
     cdef Py_ssize_t padded = (head_dim + 31) // 32 * 32 + (value_dim + 15) // 16 * 16
-    return 4 * (head_dim + value_dim) - 3 * padded > (110 if value_dim else 55)
+    return 4 * (head_dim + value_dim) - 3 * padded > (125 if value_dim else 62)
 
 
 def tile_size(

@@ -156,9 +156,12 @@ def _centre(parts: list[Problem]) -> np.ndarray:
     """The mean of the keys that are seen and finite: (batch, kv_heads, 1, head_dim)."""
     p = parts[0]
     seen = functools.reduce(np.logical_or, map(seen_keys, parts))
-    used = (seen & np.isfinite(p.k).all(axis=-1))[..., None]
-    total = np.where(used, p.k, 0).sum(axis=-2, keepdims=True, dtype=np.float64)
-    return (total / np.maximum(used.sum(axis=-2, keepdims=True), 1)).astype(p.accumulator)
+    total, count = p.k.sum(axis=-2, keepdims=True, dtype=np.float64), p.n_keys
+    if not (seen.all() and np.isfinite(total).all()):  # or else there is nothing to leave out
+        used = (seen & np.isfinite(p.k).all(axis=-1))[..., None]
+        total = np.where(used, p.k, 0).sum(axis=-2, keepdims=True, dtype=np.float64)
+        count = used.sum(axis=-2, keepdims=True)
+    return (total / np.maximum(count, 1)).astype(p.accumulator)
 
 
 def _attend(lifted: _Lifted):

@@ -59,21 +59,21 @@ def masks():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", masks().values(), ids=masks())
 def test_results_and_gradients_are_torchs(options, dtype):
-    """A row without a key included, for which torch returns 0 as well."""
-    if "attn_mask" in options and options["attn_mask"].is_floating_point():
-        options = {"attn_mask": options["attn_mask"].to(dtype).requires_grad_()}
-    arrays = tensors(dtype=dtype, requires_grad=True)
+    """Torch's in float64. A row without a key included, for which torch returns 0 as well."""
+    arrays, scores = tensors(dtype=dtype), options.get("attn_mask")
+    if scores is not None and scores.is_floating_point():
+        arrays = [*arrays, scores.to(dtype)]
     found = []
-    for function in (ours, theirs):
-        out = function(*arrays, **options)
+    for function, real in ((ours, dtype), (theirs, torch.float64)):
+        sources = [x.detach().to(real).requires_grad_() for x in arrays]
+        given = options | dict(zip(["attn_mask"], sources[3:], strict=False))
+        out = function(*sources[:3], **given)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-        sources = [*arrays, *(x for x in options.values()
-                              if isinstance(x, torch.Tensor) and x.requires_grad)]  # fmt: skip
-        found.append([out, *torch.autograd.grad(out, sources, grad)])
+        found.append([out, *torch.autograd.grad(out, sources, grad.to(real))])
     for got, want in zip(*found, strict=True):
-        assert got.dtype == want.dtype and got.shape == want.shape
+        assert got.dtype == dtype and got.shape == want.shape
         size = 1 + want.detach().abs().max().item()
-        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[dtype] * size)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[dtype] * size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
