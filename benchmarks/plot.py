@@ -51,18 +51,19 @@ def main(path: Path) -> None:
     if models:
         pictures["models"] = model_bars(models)
     for name, figure in pictures.items():
-        figure.text(0.01, 0.01, caption(data), fontsize=7.5, color="0.35")
+        shown = models if name == "models" else rankings
+        figure.text(0.01, 0.01, caption(data, shown), fontsize=7.5, color="0.35")
         target = path.with_name(f"{path.stem}-{name}.png")
         figure.savefig(target, dpi=160)
         print(target)
 
 
-def caption(data: dict[str, Any]) -> str:
-    """The machine and the conditions, in two lines."""
+def caption(data: dict[str, Any], rankings: Rankings) -> str:
+    """The machine and the conditions, and who took part, in two lines."""
     machine = data["machine"]
     versions = {
         entry["name"]: entry["version"]
-        for ranking in data["rankings"]
+        for ranking in rankings.values()
         for entry in ranking["entries"]
         if not entry["ours"]
     }

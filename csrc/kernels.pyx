@@ -170,7 +170,7 @@ cdef enum:
 
 
 cdef const TileKernels *kernels_for(
-    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, str measure
+    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ) except NULL:
     """The kernels in use for products of that kind and that many queries of one key head.
 
@@ -179,7 +179,7 @@ cdef const TileKernels *kernels_for(
     cdef const InstructionSet *isa = chosen()
     if product == "d":
         return isa.float64
-    if queries <= FEW or measure != "dot":  # other measures have no parts to multiply
+    if queries <= FEW or not dot:  # other measures have no parts to multiply
         return isa.few
     if product == "f":
         return isa.float32 if worth_three_parts(head_dim, value_dim) else isa.few
@@ -196,19 +196,19 @@ cdef bint worth_three_parts(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept 
 
 
 def tile_size(
-    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, str measure
+    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):
     """How many of the queries of one key head a tile and a panel take, and how many keys a pass."""
-    cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, measure)
+    cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, dot)
     return min(queries, kernels.queries), min(queries, kernels.panel), kernels.pass_keys
 
 
 def multiplied_as(
-    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, str measure
+    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):
     """What the kernels for such products multiply, in words."""
     cdef const InstructionSet *isa = chosen()
-    cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, measure)
+    cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, dot)
     if kernels is isa.float64:
         return "float64"
     if kernels is isa.few:
@@ -584,8 +584,7 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
-    bint for_gradients=False, str measure="dot", cnp.ndarray measure_weights=None,
-    cnp.ndarray sums=None, cnp.ndarray indices=None,
+    bint for_gradients, measure, cnp.ndarray sums, cnp.ndarray indices,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
@@ -595,7 +594,7 @@ def attend(
     before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
     `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
-    bit as `differentiate` does. `measure` is that of a Problem, its weights contiguous. All must have
+    bit as `differentiate` does. `measure` is that of a Problem if other than DOT. All must have
     been validated: nothing is checked here.
 
     To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each cell of
@@ -617,7 +616,7 @@ def attend(
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     walk.kernels = kernels_for(
         product, 1 if for_gradients else walk.group * walk.n_queries, q.shape[q.ndim - 1],
-        v.shape[v.ndim - 1], measure,
+        v.shape[v.ndim - 1], measure is None,
     )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     describe_survey(&walk, sums, indices)
@@ -638,8 +637,9 @@ def attend(
     try:
         describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
         tiles.weights_key = walk.weights.dim
-        tiles.measure = {"dot": DOT, "distance": DISTANCE, "additive": ADDITIVE}[measure]
-        tiles.measure_weights = doubles(measure_weights)
+        if measure is not None:
+            tiles.measure = {"distance": DISTANCE, "additive": ADDITIVE}[measure[0]]
+            tiles.measure_weights = doubles(measure[1])
         tiles.want_lse = lse is not None
         tiles.differentiating = for_gradients  # no other layout for few queries
         if walk.parts > 1:
@@ -908,7 +908,7 @@ def differentiate(
     pull.sharers = key_heads.shape[1]
     pull.grad_k = <char *>cnp.PyArray_DATA(grad_k)
     pull.grad_v = <char *>cnp.PyArray_DATA(grad_v)
-    walk.kernels = kernels_for("d" if grad_q.descr.type_num == cnp.NPY_FLOAT64 else "f", 1, 0, 0, "dot")
+    walk.kernels = kernels_for("d" if grad_q.descr.type_num == cnp.NPY_FLOAT64 else "f", 1, 0, 0, True)
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     pull.blocks = (walk.n_keys + walk.kernels.pass_keys - 1) // walk.kernels.pass_keys
     if walk.key_heads * pull.blocks == 0:
@@ -943,7 +943,7 @@ def peak_flops(dtype, int threads, Py_ssize_t rounds=2_000_000):
     """
     kind = np.dtype(dtype).char
     cdef const TileKernels *kernels = kernels_for(
-        kind, 1 if kind == "f" else MAX_QUERIES, 0, 0, "dot"
+        kind, 1 if kind == "f" else MAX_QUERIES, 0, 0, True
     )
     cdef double flops = 0, began = seconds()
     cdef int i

@@ -112,9 +112,10 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
 static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
     for (ptrdiff_t i = first; i < first + LANES; i++) {
         double sink = t->has_sinks && i < t->n_queries ? t->sink[i] : -INFINITY;
-        double weight = WEIGHT_UNIT * exp(sink - (sink + t->margin));
         s->row_max[i] = (real)(sink + t->margin);
-        s->row_sum[i] = (real)(sink == -INFINITY ? 0 : sink == INFINITY ? 1 : weight);
+        s->row_sum[i] = sink == -INFINITY  ? 0
+                        : sink == INFINITY ? 1
+                                           : (real)(WEIGHT_UNIT * exp(sink - (sink + t->margin)));
         s->saw[i] = 0;
     }
 }

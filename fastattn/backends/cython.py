@@ -79,7 +79,7 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    kind = product(p), together, p.head_dim, p.value_dim, p.measure.name
+    kind = product(p), together, p.head_dim, p.value_dim, p.measure is DOT
     queries, panel, keys = kernels.tile_size(*kind)
     return {
         "kernel": f"{p.dtype}, multiplied as {kernels.multiplied_as(*kind)}",

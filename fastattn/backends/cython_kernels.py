@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..problem import Problem
+from ..problem import DOT, Problem
 from ..threads import worth_threads
 
 missing: str | None = None  # why the extension is not there
@@ -18,7 +18,7 @@ except ImportError as error:
     missing = f"the extension cannot be loaded ({error})"
 
 
-__all__ = ["attend", "kernels", "missing", "product", "score_arguments", "threads"]
+__all__ = ["attend", "bounds", "kernels", "missing", "product", "threads"]
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
@@ -29,38 +29,32 @@ if kernels is not None:
     kernels.instruction_set()  # a wrong FASTATTN_DISABLE_CPU_FEATURES is an error from the start
 
 
-# scale, softcap; bias, alibi, sinks, q_offset, start, stop, mask
-_Array = np.ndarray | None
-ScoreArguments = tuple[
-    float, float, _Array, _Array, _Array, _Array, _Array, _Array, _Array
-]  # fmt: skip
-
-
-def score_arguments(p: Problem) -> ScoreArguments:
-    """What the kernels are told of the scores of `p`, and of who sees which keys."""
-    intervals = p.intervals()
-    start, stop = (None, None) if intervals is None else map(np.atleast_2d, intervals)
-    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
-    return (
-        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
-    )  # fmt: skip
-
-
-def attend(p: Problem, result, lse=None, weights=None, for_gradients=False, **survey) -> None:
+def attend(
+    p: Problem, result, lse=None, weights=None, for_gradients=False, sums=None, indices=None
+) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
-    scores = score_arguments(p)
+    start, stop = bounds(p)
+    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
+    order = None if start is None else _longest_first(p, start, stop)
     kernels.attend(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads, *scores,
-        lse, weights, _longest_first(p, *scores[6:8]), product(p), threads(p), for_gradients,
-        p.measure.name, p.measure.weights, **survey,
+        p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
+        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
+        lse, weights, order, product(p), threads(p), for_gradients,
+        None if p.measure is DOT else p.measure, sums, indices,
     )  # fmt: skip
+
+
+def bounds(p: Problem):
+    """The intervals of a problem, of (heads, queries) at least, or ``(None, None)``."""
+    intervals = p.intervals()
+    return (None, None) if intervals is None else tuple(map(np.atleast_2d, intervals))
 
 
 def _longest_first(p: Problem, start, stop) -> np.ndarray | None:
     """The flattened batch entries in the order of what they see, or None where all see the same:
     a run that ends in small pieces leaves no thread waiting for another.
     """
-    if start is None or max(p.batch, default=1) < 2 or (start.ndim < 3 and stop.ndim < 3):
+    if max(p.batch, default=1) < 2 or (start.ndim < 3 and stop.ndim < 3):
         return None
     seen = (stop - start).max(axis=(-2, -1), initial=0)
     return np.argsort(-np.broadcast_to(seen, p.batch).ravel(), kind="stable")
