@@ -10,11 +10,13 @@ from layouts import LAYOUTS
 EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")
 
 
+SMALL_DIMS = st.integers(1, 40)
+
+
 @st.composite
-def shapes(draw):
+def shapes(draw, dims=SMALL_DIMS):
     """Small, but enough results that their rms error is not luck."""
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    dims = st.one_of(st.integers(1, 40), st.sampled_from([64, 96]))  # from 56 on AMX splits float32
     return Shape(
         batch=draw(st.integers(3, 5)),
         heads=kv_heads * group,
@@ -53,6 +55,14 @@ def test_interval_options(target, shape, names, dtype, seed):
 def test_every_option(target, shape, names, seed, dtype, return_weights):
     arrays = shape.arrays(dtype, seed)
     check(target, *arrays, return_weights=return_weights, **options(names, shape, seed))
+
+
+@given(shape=shapes(st.sampled_from([64, 96, 100])), names=subsets(EVERY_OPTION),
+       seed=st.integers(0, 2**16))  # fmt: skip
+def test_every_option_of_wide_heads(target, shape, names, seed):
+    """Whose float32 AMX multiplies in parts."""
+    shape = shape._replace(n_queries=shape.n_queries + 16)
+    check(target, *shape.arrays("float32", seed), **options(names, shape, seed))
 
 
 @given(st.data())
