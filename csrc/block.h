@@ -100,16 +100,19 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(values, direct(t) ? 0 : pass_keys * t->value_dim)
     TAKE(few_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
     TAKE(few_sums, FEW_QUERIES * round_up(t->value_dim, LANES))
-    ptrdiff_t additive = t->measure == ADDITIVE, measured = t->measure != DOT;
-    TAKE(weights, additive * t->head_dim)
-    TAKE(q_high, additive * row * t->head_dim)
-    TAKE(q_low, additive * row * t->head_dim)
-    TAKE(key_high, additive * pass_keys * t->head_dim)
-    TAKE(key_low, additive * pass_keys * t->head_dim)
-    TAKE(odd_queries, additive * row)
-    TAKE(odd_keys, additive * pass_keys)
-    TAKE(key_columns, measured * PANEL * t->head_dim)
-    TAKE(measured, measured * STRIP_KEYS * PANEL)
+    if (t->measure != DOT) {
+        TAKE(key_columns, PANEL * t->head_dim)
+        TAKE(measured, STRIP_KEYS * PANEL)
+    }
+    if (t->measure == ADDITIVE) {
+        TAKE(weights, t->head_dim)
+        TAKE(q_high, row * t->head_dim)
+        TAKE(q_low, row * t->head_dim)
+        TAKE(key_high, pass_keys * t->head_dim)
+        TAKE(key_low, pass_keys * t->head_dim)
+        TAKE(odd_queries, row)
+        TAKE(odd_keys, pass_keys)
+    }
 #endif
     TAKE(scores, PANEL * block_keys)
 #undef TAKE

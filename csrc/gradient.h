@@ -193,10 +193,8 @@ static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const St
 static void add_to_slopes(Tile *t, const GradientScratch *g, int p, const Strip *strip) {
     for (int n = 0; n < t->panel[p].vecs; n++) {
         ptrdiff_t first = p * PANEL + n * LANES;
-        real distances[LANES] = {0};
-        for (int i = 0; i < LANES && first + i < t->n_queries; i++)
-            distances[i] = (real)(t->position[first + i] - strip->key);
-        vec distance = load_unaligned(distances), slope = splat(0), sum = splat(0), mean = splat(0);
+        vec distance = distances(t, first, strip->key);
+        vec slope = splat(0), sum = splat(0), mean = splat(0);
         for (int j = 0; j < strip->keys; j++) {
             vec grad = load(g->grad_scores + j * PANEL + n * LANES);
             slope += grad * magnitude(distance);
@@ -278,7 +276,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     bool begun[PANELS] = {false}, any = false;
     lay_out_gradient(t, &g);
     open_queries(t, &g);
-    memset(t->grad_slope, 0, sizeof *t->grad_slope * (size_t)t->n_queries);
+    if (t->wants_slope) memset(t->grad_slope, 0, sizeof *t->grad_slope * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS) {
         /* Whole strips, so that a row of dK or dV has one place. */
         int keys = fewer(end - key, STRIP_KEYS);

@@ -39,7 +39,6 @@ static int has_avx512_bf16(void) {
     unsigned a, b, c, d;
     return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
-
 #endif
 
 #ifndef WITHOUT_amx

@@ -582,7 +582,8 @@ def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
     cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset,
+    cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
     bint for_gradients, measure, cnp.ndarray sums, cnp.ndarray indices,
 ):

@@ -167,14 +167,20 @@ static void cap(real size, real inverse, int vecs, const Strip *strip, vec *top)
         }
 }
 
+/* How far the LANES queries from `first` on are from a key; each key on is one less. */
+static vec distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
+    real x[LANES] = {0};
+    for (int i = 0; i < LANES && first + i < t->n_queries; i++)
+        x[i] = (real)(t->position[first + i] - key);
+    return load_unaligned(x);
+}
+
 static void subtract_alibi(const Tile *t, int p, const Strip *strip, vec *top) {
     for (int n = 0; n < t->panel[p].vecs; n++) {
-        real slopes[LANES] = {0}, distances[LANES] = {0};
-        for (int i = 0; i < LANES && p * PANEL + n * LANES + i < t->n_queries; i++) {
-            slopes[i] = (real)t->slope[p * PANEL + n * LANES + i];
-            distances[i] = (real)(t->position[p * PANEL + n * LANES + i] - strip->key);
-        }
-        vec slope = load_unaligned(slopes), distance = load_unaligned(distances);
+        ptrdiff_t first = p * PANEL + n * LANES;
+        real slopes[LANES] = {0};
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++) slopes[i] = (real)t->slope[first + i];
+        vec slope = load_unaligned(slopes), distance = distances(t, first, strip->key);
         vec most = splat(-INFINITY);
         for (int j = 0; j < strip->keys; j++) {
             real *s = strip->scores + j * PANEL + n * LANES;

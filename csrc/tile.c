@@ -396,6 +396,6 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_ke
 #define GRADIENT &GRADIENT_KERNELS
 #endif
 
-const TileKernels TABLE = {TILE_QUERIES, PANEL, PASS_KEYS, scratch_bytes, begin,        attend,   finish,
-                           weights,      pool,  collect,   rank,          join,         sizeof(real),
-                           GRADIENT,     peak};
+const TileKernels TABLE = {TILE_QUERIES, PANEL,   PASS_KEYS, scratch_bytes, begin, attend,       finish,
+                           weights,      pool,    collect,   rank,          join,  sizeof(real), GRADIENT,
+                           peak};

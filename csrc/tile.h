@@ -28,6 +28,7 @@ typedef struct {
 
 /* How a query and a key compare: by q . k, |q - k|, or the weighted sum of tanh(q + k). */
 typedef enum { DOT, DISTANCE, ADDITIVE } Measure;
+
 /* A key that may be one of a query's strongest. */
 typedef struct {
     double score;

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from cases import DTYPES, Shape, assert_solves, check, float_type, same_bits
+from memory import STATUS
 
 import fastattn
 from fastattn import KVCache
@@ -286,15 +287,9 @@ def test_rounds_to_infinity_without_a_word():
 
 
 # Prints by how many MiB attention to 2 x 8 MiB of int8 raises the peak of the process.
-PROGRAM = """
-import sys
-import numpy as np
-import fastattn
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
+PROGRAM = (
+    STATUS
+    + """
 backend, n = sys.argv[1], int(sys.argv[2])
 cache = fastattn.KVCache(1, 2, 128, capacity=32768, dtype="int8")
 rng = np.random.default_rng(0)
@@ -307,6 +302,7 @@ top = status("VmHWM")
 cache.attend(q, backend=backend, threads=2)
 print(max(0, status("VmHWM") - max(before, top)))
 """
+)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

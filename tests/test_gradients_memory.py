@@ -5,21 +5,16 @@ import sys
 import numpy as np
 import pytest
 from cases import Shape
+from memory import STATUS
 from test_skipping import CASES
 from test_skipping import PROGRAM as FORWARD
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 # Prints by how many MiB a call raises the peak of the process beyond its arrays and gradients.
-PROGRAM = """
-import sys
-import numpy as np
-import fastattn
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
+PROGRAM = (
+    STATUS
+    + """
 backend, n_queries, n_keys, case = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 rng = np.random.default_rng(0)
 q = rng.standard_normal((n_queries, 16), np.float32)
@@ -39,6 +34,7 @@ found = pullback(grad)
 after = status("VmHWM")
 print(max(after - max(before, top), 0) - sum(x.nbytes for x in found) / 2**20)
 """
+)
 
 
 @linux

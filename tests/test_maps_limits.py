@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 import test_skipping
 from maps import call
+from memory import STATUS
 from test_memory import HUGE
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 # Prints by how many MiB a call raises the peak of the process beyond its arrays and results.
-MEMORY = """
-import sys
-import numpy as np
-import fastattn
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
+MEMORY = (
+    STATUS
+    + """
 backend, n_queries, n_keys, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 rng = np.random.default_rng(0)
 q = rng.standard_normal((n_queries, 16), np.float32)
@@ -33,6 +28,7 @@ after = status("VmHWM")
 found = found if isinstance(found, tuple) else (found,)
 print(max(after - max(before, top), 0) - sum(x.nbytes for x in found) / 2**20)
 """
+)
 
 
 @pytest.fixture

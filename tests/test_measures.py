@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from cases import DTYPES, Shape, assert_exact_enough, assert_solves, options, plain_numpy, same_bits
+from memory import STATUS
 
 import fastattn
 from fastattn import reference
@@ -265,15 +266,9 @@ def test_same_bits_for_any_threads_and_slices(target, name):
     assert same_bits(call(target, name, q[:, 2:], k[:, 1:], v[:, 1:], **given), whole[:, 2:])
 
 
-PROGRAM = """
-import sys
-import numpy as np
-import fastattn
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
+PROGRAM = (
+    STATUS
+    + """
 name, backend = sys.argv[1:]
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((n, 32), np.float32) for n in (128, 16384, 16384))
@@ -286,6 +281,7 @@ before = status("VmHWM")
 call(16384)
 print(status("VmHWM") - before)
 """
+)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

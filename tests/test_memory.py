@@ -4,19 +4,14 @@ import sys
 
 import numpy as np
 import pytest
+from memory import STATUS
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 # Prints by how many MiB a call raises the peak of the process beyond what it had before.
-PROGRAM = """
-import sys
-import numpy as np
-import fastattn
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
+PROGRAM = (
+    STATUS
+    + """
 backend, n_queries, case = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 n_keys = 65536
 rng = np.random.default_rng(0)
@@ -49,6 +44,7 @@ after = status("VmHWM")
 assert top - before < 40, (top, before)
 print(max(0, after - max(before, top)) + (top - before if after > top else 0))
 """
+)
 
 
 @linux

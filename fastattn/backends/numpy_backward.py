@@ -11,7 +11,7 @@ import numpy as np
 
 from ..backward_problem import Backward
 from ..problem import DOT, Problem, empty_like
-from .numpy_measures import measure_gradients
+from .numpy_measures import measure_gradients, where_seen
 from .numpy_tiles import (
     Heads,
     capped_products,
@@ -93,16 +93,16 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         s, seen = scores(p, h, products, r.queries, keys)
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
         weights = np.exp(s - r.shift[..., None]) / r.total[..., None]
-        weights = _where(seen, weights)
+        weights = where_seen(seen, weights)
         grad_s = weights * (r.grad_out @ v.swapaxes(-1, -2) - r.delta[..., None])
-        grad_s = _where(seen, grad_s)
+        grad_s = where_seen(seen, grad_s)
         if "bias" in found:
             _add_to_bias(found["bias"], h, r.queries, keys, grad_s)
         if "alibi" in found:
             steps = (grad_s * distances(h, r.queries, keys).astype(real)).sum(axis=(-1, -2))
             found["alibi"][h.where[-1]] -= steps.ravel()
         if p.softcap is not None:
-            grad_s = _where(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
+            grad_s = where_seen(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
         of_keys = (*h.kv_where, keys)
         if p.measure is DOT:
             grad_q += product(grad_s, seen, k)
@@ -120,10 +120,6 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
     if "sinks" in found:
         weights = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
         found["sinks"][h.where[-1]] -= (weights * r.delta).sum(axis=-1).ravel()
-
-
-def _where(seen, x):
-    return x if seen is None else np.where(seen, x, 0)
 
 
 def _add_to_bias(found, h: Heads, queries: slice, keys: slice, grad_s) -> None:

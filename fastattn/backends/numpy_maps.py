@@ -6,7 +6,16 @@ import numpy as np
 
 from ..cells import covered, nothing_seen
 from ..problem import Problem
-from .numpy_tiles import Heads, capped_products, key_blocks, query_blocks, scores, sums
+from .numpy_measures import where_seen
+from .numpy_tiles import (
+    Heads,
+    capped_products,
+    key_blocks,
+    queries_of,
+    query_blocks,
+    scores,
+    sums,
+)
 
 __all__ = ["run_map", "run_top"]
 
@@ -23,14 +32,12 @@ def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
 
 def _pool(p: Problem, h: Heads, queries: slice, found) -> None:
     """Add the weights of one block of queries to `found`, (heads, rows, columns)."""
-    q = _scaled(p, h, queries)
+    q = queries_of(p, h, queries)
     shift, total = sums(p, h, q, queries)
     rows, first_queries = covered(queries, p.n_queries, found.shape[-2])
     for keys in key_blocks(p, h, queries):
         s, seen = scores(p, h, capped_products(p, h, q, keys), queries, keys)
-        weights = np.exp(s - shift[..., None]) / total[..., None]
-        if seen is not None:
-            weights = np.where(seen, weights, 0)
+        weights = where_seen(seen, np.exp(s - shift[..., None]) / total[..., None])
         columns, first_keys = covered(keys, p.n_keys, found.shape[-1])
         weights = np.add.reduceat(weights, first_queries, axis=-2, dtype=np.float64)
         weights = np.add.reduceat(weights, first_keys, axis=-1)
@@ -53,7 +60,7 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _strongest(p: Problem, h: Heads, queries: slice, n: int):
     """``(indices, weights)`` of one block of queries, (kv_heads, group, queries, n)."""
-    q = _scaled(p, h, queries)
+    q = queries_of(p, h, queries)
     best = np.full((*q.shape[:-1], n), -np.inf, p.accumulator)
     indices = np.full(best.shape, -1)
     some = np.zeros(q.shape[:-1], bool)
@@ -72,7 +79,3 @@ def _strongest(p: Problem, h: Heads, queries: slice, n: int):
     weights = np.where(indices < 0, 0, np.exp(best - shift) / total)
     wrong = np.isnan(total) | (some[..., None] & (total == 0))
     return np.where(wrong, -1, indices), np.where(wrong, np.nan, weights)
-
-
-def _scaled(p: Problem, h: Heads, queries: slice):
-    return h.q[:, :, queries].astype(p.accumulator) * p.accumulator.type(p.scale)

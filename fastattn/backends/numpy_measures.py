@@ -13,7 +13,7 @@ import numpy as np
 
 from ..problem import Measure
 
-__all__ = ["measure", "measure_gradients"]
+__all__ = ["measure", "measure_gradients", "where_seen"]
 
 # Dimensions that are summed from zero before they join the running sum, which alone would have
 # several times the rounding error of `numpy.sum`.
@@ -52,9 +52,9 @@ def measure_gradients(how: Measure, q, k, seen, grad):
         else:
             tanh = np.tanh(x + y)
             terms = grad * (1 - tanh * tanh) * how.weights[d].astype(q.dtype)
-            grad_w[d] = _where(seen, grad * tanh).sum()
+            grad_w[d] = where_seen(seen, grad * tanh).sum()
             sign = 1
-        terms = _where(seen, terms)
+        terms = where_seen(seen, terms)
         grad_q[..., d] = terms.sum(axis=-1)
         grad_k[..., d] = sign * terms.sum(axis=-2)
     return grad_q, grad_k, grad_w
@@ -84,5 +84,6 @@ def _sum(terms: Iterator[np.ndarray]) -> np.ndarray:
     return total
 
 
-def _where(seen, x):
+def where_seen(seen, x):
+    """`x` where a key is seen, 0 elsewhere; `seen` is None if all are seen."""
     return x if seen is None else np.where(seen, x, 0)
