@@ -5,7 +5,7 @@
 #include "elements.h"
 
 /* A strip's keys as bits, in words as wide as a lane, so that lanes can test their own. */
-#define STRIPS (BLOCK_KEYS / STRIP_KEYS)
+#define STRIPS (PASS_KEYS / STRIP_KEYS)
 #define WORDS (STRIP_KEYS / LANE_BITS)
 
 static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
@@ -29,7 +29,7 @@ typedef struct {
     lane_int *seen;          /* [strip of the block][WORDS][PANEL]: see Seen */
     real *out;               /* [panel][value_dim][PANEL], the running sum */
     real *block_out;         /* [value_dim][PANEL], the sum of one block */
-    real *scores;            /* [keys of the block][PANEL], then the weights */
+    real *scores;            /* [SCORE_KEYS of the block][PANEL], then the weights */
     real *bias;              /* [STRIP_KEYS][PANEL] */
     real *q;                 /* [panel][head_dim][PANEL], times q_scale */
     real *keys, *values;     /* [keys of the pass][dim]: widened ones */
@@ -69,7 +69,6 @@ typedef struct {
 static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     size_t bytes = 0;
     ptrdiff_t row = panels * PANEL, pass_keys = round_up(t->pass_keys, 2 * ROW_GRAIN);
-    ptrdiff_t block_keys = pass_keys < BLOCK_KEYS ? pass_keys : BLOCK_KEYS;
     s->out_rows = round_up(t->value_dim, ROW_GRAIN);
     s->key_rows = pass_keys;
 #define TAKE(field, count)                                                                        \
@@ -91,7 +90,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(key_parts, PARTS * pass_keys * round_up(t->head_dim, CHUNK))
     TAKE(value_parts, PARTS * pass_keys * s->out_rows)
     TAKE(value_pairs, PARTS * CHUNK / 2 * s->out_rows)
-    TAKE(weight_parts, PARTS * PANEL * BLOCK_KEYS / 2)
+    TAKE(weight_parts, PARTS * PANEL * PASS_KEYS / 2)
     TAKE(odd_keys, PASS_KEYS / STRIP_KEYS)
     TAKE(odd_values, PASS_KEYS / STRIP_KEYS)
 #else
@@ -114,7 +113,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
         TAKE(odd_keys, pass_keys)
     }
 #endif
-    TAKE(scores, PANEL * block_keys)
+    TAKE(scores, PANEL * (pass_keys < SCORE_KEYS ? pass_keys : SCORE_KEYS))
 #undef TAKE
     return bytes;
 }

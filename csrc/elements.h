@@ -127,11 +127,17 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
         store_unaligned((real *)at, x);
         return;
     }
-#if defined(HAS_HALF) && !defined(REAL_IS_DOUBLE)
+#ifndef REAL_IS_DOUBLE
+    if (format.kind == 'b') {
+        store_bfloats(at, x);
+        return;
+    }
+#ifdef HAS_HALF
     if (format.kind == 'f') {
         store_halves(at, x);
         return;
     }
+#endif
 #endif
     for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
 }

@@ -24,6 +24,12 @@
 #define GRAIN CHUNK
 #define EXACT_QUERIES (PARTS < 3)
 #define PAIRS (CHUNK / 2)
+#define WEIGHT_PART (PASS_KEYS / 2 * PANEL)
+
+/* Products of parts i and j with i + j <= order: of a float16's scores all, so that they are exact, and
+ * less than float32 rounds of three parts. */
+#define KEY_ORDER 2
+#define VALUE_ORDER (PARTS - 1)
 
 typedef uint16_t bfloat;
 typedef uint32_t pair;
@@ -69,6 +75,13 @@ INLINE __m512i interleave(__m512i rows) {
     return _mm512_permutexvar_epi16(order, rows);
 }
 
+/* Two rounded to bfloat16 side by side. Halves go away from zero, which saves an instruction or two. */
+INLINE __m512i round_pairs(vec first, vec second) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)first, half), 16);
+    return _mm512_mask_mov_epi16(low, 0xaaaaaaaa, _mm512_add_epi32((__m512i)second, half));
+}
+
 /* parts[i] = the i-th parts of 16 pairs. */
 INLINE void split_pairs(vec first, vec second, __m512i parts[PARTS]) {
 #pragma GCC unroll 3
@@ -78,7 +91,7 @@ INLINE void split_pairs(vec first, vec second, __m512i parts[PARTS]) {
         first -= a;
         second -= b;
     }
-    parts[PARTS - 1] = interleave((__m512i)_mm512_cvtne2ps_pbh(second, first));
+    parts[PARTS - 1] = round_pairs(first, second);
 }
 
 /* The dims [d, d + LANES) of a row, 0 from `dims` on. */
@@ -149,6 +162,18 @@ static uint64_t bits_of(const uint64_t *bits, const Strip *strip) {
     return bits[strip->key % PASS_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
 }
 
+/* Two rows of 16 bfloat16. */
+INLINE __m512i load_two(const char *low, const char *high) {
+    __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low));
+    return _mm512_inserti64x4(x, _mm256_loadu_si256((const __m256i *)high), 1);
+}
+
+/* Which of 32 bfloat16 are NaN or Inf. */
+INLINE __mmask32 outside_bfloats(__m512i x) {
+    const __m512i infinity = _mm512_set1_epi16(0x7f80);
+    return _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, infinity), infinity);
+}
+
 /* pairs[part][pair][d] of up to CHUNK values, and the bits of those that parts cannot express.
  * Values whose bits are not set in `use` are 0. */
 INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *odd,
@@ -158,18 +183,28 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
     *odd = 0;
     for (int j = 0; j < CHUNK; j += 2, pairs += dims) {
         __mmask16 out[2] = {0};
+        bool both = (use >> j & 3) == 3;
         for (ptrdiff_t d = 0; d < dims; d += LANES) {
             __m512i parts[PARTS];
-            vec x[2];
+            if (PARTS == 1 && format.kind == 'b' && t->v_dim == 2 && d + LANES <= t->value_dim && both) {
+                /* What is in parts already. */
+                __m512i x = load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
+                __mmask32 wrong = outside_bfloats(x);
+                out[0] |= (__mmask16)wrong;
+                out[1] |= (__mmask16)(wrong >> LANES);
+                parts[0] = interleave(x);
+            } else {
+                vec x[2];
 #pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                x[i] = splat(0);
-                if (use >> (j + i) & 1)
-                    x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim, format,
-                                     t->v_scales ? t->v_scales[key + j + i] : 1);
-                out[i] |= outside(x[i]);
+                for (int i = 0; i < 2; i++) {
+                    x[i] = splat(0);
+                    if (use >> (j + i) & 1)
+                        x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim, format,
+                                         t->v_scales ? t->v_scales[key + j + i] : 1);
+                    out[i] |= outside(x[i]);
+                }
+                split_pairs(x[0], x[1], parts);
             }
-            split_pairs(x[0], x[1], parts);
 #pragma GCC unroll 3
             for (int i = 0; i < PARTS; i++)
                 _mm512_store_si512(pairs + i * PAIRS * dims + d, parts[i]);
@@ -372,34 +407,41 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
     Rows k = {s->key_parts + strip->key % PASS_KEYS * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
-    /* All products of a float16, so that scores are exact; less than float32 rounds of three parts. */
-    multiply(2, t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
+    multiply(KEY_ORDER, t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
     uint64_t odd = bits_of(s->odd_keys, strip);
     if (odd | t->panel[p].outside) patch_scores(t, s, p, strip, odd);
     take_max(t->panel[p].vecs, strip, top);
 }
 
+INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec exponent, const vec *top,
+                        vec *sum, pair *to, ptrdiff_t part) {
+#pragma GCC unroll 3
+    for (int n = 0; n < vecs; n++) {
+        __m512i parts[PARTS];
+        vec even = weight_from(load(scores + n * LANES), top[n], exponent), odd = splat(0);
+        if (both) odd = weight_from(load(scores + PANEL + n * LANES), top[n], exponent);
+        sum[n] += even;
+        sum[n] += odd;
+        split_pairs(even, odd, parts);
+#pragma GCC unroll 3
+        for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part + n * LANES, parts[i]);
+    }
+}
+
 INLINE void weigh_vecs(const int vecs, const Strip *strip, vec exponent, const vec *top, vec *sum,
                        pair *to, ptrdiff_t part) {
     vec shift[TILE_VECS], total[TILE_VECS];
+    int j = 0;
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
-    for (int j = 0; j < round_up(strip->keys, CHUNK); j += 2, to += PANEL) {
-#pragma GCC unroll 3
-        for (int n = 0; n < vecs; n++) {
-            const real *scores = strip->scores + j * PANEL + n * LANES;
-            __m512i parts[PARTS];
-            vec even = splat(0), odd = splat(0);
-            if (j < strip->keys) even = weight_from(load(scores), shift[n], exponent);
-            if (j + 1 < strip->keys) odd = weight_from(load(scores + PANEL), shift[n], exponent);
-            total[n] += even;
-            total[n] += odd;
-            split_pairs(even, odd, parts);
-#pragma GCC unroll 3
-            for (int i = 0; i < PARTS; i++)
-                _mm512_store_si512(to + i * part + n * LANES, parts[i]);
-        }
+    for (; j + 2 <= strip->keys; j += 2, to += PANEL)
+        weigh_pairs(vecs, true, strip->scores + j * PANEL, exponent, shift, total, to, part);
+    if (j < strip->keys) {
+        weigh_pairs(vecs, false, strip->scores + j * PANEL, exponent, shift, total, to, part);
+        j += 2, to += PANEL;
     }
+    for (; j < round_up(strip->keys, CHUNK); j += 2, to += PANEL)
+        for (int i = 0; i < PARTS; i++) memset(to + i * part, 0, PANEL * sizeof *to);
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) sum[n] = total[n];
 }
@@ -437,30 +479,29 @@ static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBl
     }
 }
 
-/* The panel's weights of a block, and the weighted sum of its values. */
-static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, int strips, real *out) {
-    ptrdiff_t part = BLOCK_KEYS / 2 * PANEL;
-    bool begun = false;
-    for (int i = 0; i < strips;) {
-        ptrdiff_t key = b->strips[i].key, end = key;
-        pair *weights = s->weight_parts + key % BLOCK_KEYS / 2 * PANEL;
+static pair *weights_of(const Scratch *s, const Strip *strip) {
+    return s->weight_parts + strip->key % PASS_KEYS / 2 * PANEL;
+}
+
+/* Sum the values of the strips [i, end) of a block, as their weights say. */
+static void sum_strips(const Tile *t, const Scratch *s, int p, const PanelBlock *b, int i, int end,
+                       real *out, bool *begun) {
+    while (i < end && t->value_dim > 0) {
+        const Strip *first = &b->strips[i];
+        int chunks = 0;
         /* Strips without a gap between them make one product. */
-        for (; i < strips && b->strips[i].seen != SEE_NONE && b->strips[i].key == end; i++) {
-            weigh(t->panel[p].vecs, t->exponent, &b->strips[i], b->top, b->sum,
-                  weights + (end - key) / 2 * PANEL, part);
-            end += round_up(b->strips[i].keys, CHUNK);
-        }
-        if (end == key) {
+        for (; i < end && b->strips[i].seen != SEE_NONE &&
+               b->strips[i].key == first->key + chunks * CHUNK; i++)
+            chunks += (int)round_up(b->strips[i].keys, CHUNK) / CHUNK;
+        if (chunks == 0) {
             i++;
             continue;
         }
-        Rows v = {s->value_parts + key % PASS_KEYS * s->out_rows, s->key_rows * s->out_rows,
+        Rows v = {s->value_parts + first->key % PASS_KEYS * s->out_rows, s->key_rows * s->out_rows,
                   CHUNK * s->out_rows};
-        Lanes w = {weights, part, PAIRS * PANEL};
-        multiply(PARTS - 1, t->panel[p].vecs, s->out_rows, v, w, (int)((end - key) / CHUNK), out, begun);
-        begun = true;
+        Lanes w = {weights_of(s, first), WEIGHT_PART, PAIRS * PANEL};
+        multiply(VALUE_ORDER, t->panel[p].vecs, s->out_rows, v, w, chunks, out, *begun);
+        *begun = true;
     }
-    for (int i = 0; i < strips; i++)
-        if (b->strips[i].seen != SEE_NONE) add_odd_values(t, s, p, b, &b->strips[i], out);
 }
 #endif

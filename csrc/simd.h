@@ -108,6 +108,18 @@ INLINE vec load_bfloats(const char *p) {
     return (vec)(__builtin_convertvector(x, uvec) << 16);
 #endif
 }
+/* To nearest, ties to even; unlike the hardware's own instruction it keeps subnormals. */
+INLINE void store_bfloats(char *p, vec x) {
+    uvec bits = (uvec)x, nearest = bits + 0x7fff + (bits >> 16 & 1);
+    uvec upper = (uvec)(x != x) & (bits | 0x400000);
+    upper = (upper | (nearest & ~(uvec)(x != x))) >> 16;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)upper));
+#else
+    half_lanes lanes = __builtin_convertvector(upper, half_lanes);
+    __builtin_memcpy(p, &lanes, sizeof lanes);
+#endif
+}
 INLINE vec load_bytes(const char *p) {
 #if defined(__AVX512F__)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));

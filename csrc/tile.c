@@ -9,16 +9,15 @@
  */
 #include "simd.h"
 
-/* Keys whose scores are summed from zero before they join the running sum. One run over all keys
- * would have 3 to 25 times NumPy's rounding error; blocks of 128 make too many partial sums, but not
- * for parts, which are summed by chunks in any case, and gain from scores that stay in the
- * first-level cache. */
-#define PASS_KEYS 512 /* keys that all panels pass over in turn, while they are in the cache */
+/* Keys that all panels pass over in turn while they are in the cache, and whose values are summed from
+ * zero before they join the running sum. One run over all keys would have 3 to 25 times NumPy's rounding
+ * error; blocks of 128 make too many partial sums. */
+#define PASS_KEYS 512
 #ifdef PARTS
-#define BLOCK_KEYS 128
 #define CHUNK 32 /* head dims or keys that one step of a product in parts sums up */
+#define SCORE_KEYS STRIP_KEYS /* whose scores are kept: see late.h */
 #else
-#define BLOCK_KEYS PASS_KEYS
+#define SCORE_KEYS PASS_KEYS
 #endif
 
 #include "product.h"
@@ -143,11 +142,12 @@ static void need(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *done,
     *done |= bit;
 }
 
-/* One panel's scores for a strip, -inf where unseen; `top` takes part in their maximum. */
-static void score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top) {
+/* One panel's scores for a strip, -inf where unseen; `top` takes part in their maximum. Returns whether
+ * anything is seen. */
+static bool score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top) {
     int vecs = t->panel[p].vecs;
-    strip->seen = look(t, p, strip);
-    if (strip->seen == SEE_NONE) return;
+    strip->seen = strip->keys > 0 ? look(t, p, strip) : SEE_NONE;
+    if (strip->seen == SEE_NONE) return false;
 
     vec strip_top[TILE_VECS];
     for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
@@ -161,10 +161,12 @@ static void score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top
         if (strip->seen == SEE_ALL) *saw = splat_int(-1);
         top[n] = larger(strip_top[n], top[n]);
     }
+    return true;
 }
 
-/* The panel's strips of the keys [begin, end): of each what the panel may see, in whole grains. */
-static void open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
+/* The panel's strips of the keys [begin, end): of each what the panel may see, in whole grains. Returns
+ * their number. */
+static int open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
                        PanelBlock *b) {
     b->live = false;
     for (int n = 0; n < TILE_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
@@ -176,25 +178,12 @@ static void open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, 
         b->strips[i] = (Strip){
             .key = from,
             .keys = to > from ? (int)(to - from) : 0,
-            .scores = s->scores + (from - begin) * PANEL,
+            .scores = s->scores + (from - begin) % SCORE_KEYS * PANEL,
             .words = s->seen + i * WORDS * PANEL,
             .seen = SEE_NONE,
         };
     }
-}
-
-static void raise_max(const Tile *t, PanelBlock *b, real *row_max) {
-    vec exponent = splat((real)t->exponent);
-    for (int n = 0; n < TILE_VECS; n++) {
-        vec before = load(row_max + n * LANES);
-        vec now = larger(before, b->top[n] + (real)t->margin);
-        store(row_max + n * LANES, now);
-        /* While a row has seen nothing its maximum is -inf; any finite one will do. */
-        b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
-        /* An unchanged maximum may be an infinite sink. */
-        vec factor = weight_from(before, b->top[n], exponent) * (real)(1 / WEIGHT_UNIT);
-        b->rescale[n] = choose(before == now, splat(1), factor);
-    }
+    return (int)((end - begin + STRIP_KEYS - 1) / STRIP_KEYS);
 }
 
 static void join_block(const PanelBlock *b, int vecs, ptrdiff_t value_dim, real *row_sum,
@@ -208,26 +197,6 @@ static void join_block(const PanelBlock *b, int vecs, ptrdiff_t value_dim, real 
             store(total, load(total) * b->rescale[n] + load(block_out + d * PANEL + n * LANES));
         }
     }
-}
-
-/* The panel's scores of a block. Returns the number of its strips. */
-static int score_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
-                       PanelBlock *b) {
-    int strips = (int)((end - begin + STRIP_KEYS - 1) / STRIP_KEYS);
-    open_block(t, s, p, begin, end, b);
-    for (int i = 0; i < strips; i++) {
-        Strip *strip = &b->strips[i];
-        if (strip->keys == 0) continue;
-        score(t, s, p, strip, b->top);
-        if (strip->seen != SEE_NONE) b->live = true;
-    }
-    return strips;
-}
-
-/* Where the block that `key` lies in ends. */
-static ptrdiff_t key_end(ptrdiff_t key, ptrdiff_t end) {
-    ptrdiff_t block_end = (key / BLOCK_KEYS + 1) * BLOCK_KEYS;
-    return block_end < end ? block_end : end;
 }
 
 /* Where there are no values to weigh. */
@@ -247,10 +216,28 @@ static void sum_weights(const Tile *t, int p, PanelBlock *b, const Strip *strip)
     }
 }
 
+#ifdef PARTS
+#include "late.h"
+#else
+static void raise_max(const Tile *t, PanelBlock *b, real *row_max) {
+    vec exponent = splat((real)t->exponent);
+    for (int n = 0; n < TILE_VECS; n++) {
+        vec before = load(row_max + n * LANES);
+        vec now = larger(before, b->top[n] + (real)t->margin);
+        store(row_max + n * LANES, now);
+        /* While a row has seen nothing its maximum is -inf; any finite one will do. */
+        b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
+        /* An unchanged maximum may be an infinite sink. */
+        vec factor = weight_from(before, b->top[n], exponent) * (real)(1 / WEIGHT_UNIT);
+        b->rescale[n] = choose(before == now, splat(1), factor);
+    }
+}
+
 /* One panel's attention to one block. */
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     PanelBlock b;
-    int strips = score_block(t, s, p, begin, end, &b);
+    int strips = open_block(t, s, p, begin, end, &b);
+    for (int i = 0; i < strips; i++) b.live |= score(t, s, p, &b.strips[i], b.top);
     if (!b.live) return;
     real *out = s->out + p * PANEL * s->out_rows;
     real *block_out = t->panel[p].started ? s->block_out : out;
@@ -267,14 +254,13 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     join_block(&b, t->panel[p].vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
     t->panel[p].started = 1;
 }
+#endif
 
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
     *s.ready = (Ready){.end = end};
-    for (int p = 0; p < t->panels; p++)
-        for (ptrdiff_t key = begin; key < end; key = (key / BLOCK_KEYS + 1) * BLOCK_KEYS)
-            attend_block(t, &s, p, key, key_end(key, end));
+    for (int p = 0; p < t->panels; p++) attend_block(t, &s, p, begin, end);
     CLOSE_TILES();
 }
 
@@ -347,13 +333,12 @@ static void each_strip(Tile *t, ptrdiff_t begin, ptrdiff_t end,
     Scratch s = scratch_of(t);
     OPEN_TILES();
     *s.ready = (Ready){.end = end};
-    for (int p = 0; p < t->panels; p++)
-        for (ptrdiff_t key = begin; key < end; key = (key / BLOCK_KEYS + 1) * BLOCK_KEYS) {
-            PanelBlock b;
-            int strips = score_block(t, &s, p, key, key_end(key, end), &b);
-            for (int i = 0; i < strips; i++)
-                if (b.strips[i].seen != SEE_NONE) use(t, &s, p, &b.strips[i]);
-        }
+    for (int p = 0; p < t->panels; p++) {
+        PanelBlock b;
+        int strips = open_block(t, &s, p, begin, end, &b);
+        for (int i = 0; i < strips; i++)
+            if (score(t, &s, p, &b.strips[i], b.top)) use(t, &s, p, &b.strips[i]);
+    }
     CLOSE_TILES();
 }
 

@@ -1,0 +1,93 @@
+/* How products in parts attend to a block of keys. The maximum that weights are relative to is raised
+ * only where scores are far above it. So the scores of one strip are all that is kept, and stay in
+ * the first-level cache, and the values of strips are summed by one product, as late as can be.
+ */
+#ifndef FASTATTN_LATE_H
+#define FASTATTN_LATE_H
+
+#include "parts.h"
+
+/* Weights may be 2**MOST_RISE times what the maximum's is. */
+#define MOST_RISE 8
+
+typedef struct {
+    ivec lanes[TILE_VECS]; /* where scores are far above the maximum */
+    bool any;
+} Rise;
+
+static Rise rise_of(const Tile *t, int vecs, const vec *top, const real *row_max) {
+    Rise rise;
+    lane_int any = 0;
+    for (int n = 0; n < vecs; n++) {
+        vec above = (top[n] + (real)t->margin - load(row_max + n * LANES)) * (real)t->exponent;
+        rise.lanes[n] = above > splat(t->margin > 0 ? 0 : MOST_RISE);
+        for (int i = 0; i < LANES; i++) any |= rise.lanes[n][i];
+    }
+    rise.any = any;
+    return rise;
+}
+
+/* Raise the maximum of some lanes; the others do not notice. */
+static void raise_lanes(const Tile *t, int vecs, const Rise *rise, const vec *top, PanelBlock *b,
+                        real *row_max, real *sums) {
+    vec exponent = splat((real)t->exponent);
+    for (int n = 0; n < vecs; n++) {
+        vec before = load(row_max + n * LANES);
+        vec now = choose(rise->lanes[n], top[n] + (real)t->margin, before);
+        vec factor = weight_from(before, now, exponent) * (real)(1 / WEIGHT_UNIT);
+        factor = choose(rise->lanes[n], factor, splat(1));
+        store(row_max + n * LANES, now);
+        b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
+        b->sum[n] *= factor;
+        b->rescale[n] *= factor;
+        for (ptrdiff_t d = 0; sums && d < t->value_dim; d++) {
+            real *sum = sums + d * PANEL + n * LANES;
+            store(sum, load(sum) * factor);
+        }
+    }
+}
+
+/* One panel's attention to one block. */
+static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
+    PanelBlock b;
+    int vecs = t->panel[p].vecs, first = 0; /* of the strips whose values are still to be summed */
+    real *row_max = s->row_max + p * PANEL, *out = s->out + p * PANEL * s->out_rows;
+    real *block_out = t->panel[p].started ? s->block_out : out;
+    bool begun = false;
+    int strips = open_block(t, s, p, begin, end, &b);
+    for (int n = 0; n < TILE_VECS; n++) {
+        vec top = load(row_max + n * LANES);
+        b.top[n] = choose(top == splat(-INFINITY), splat(0), top);
+        b.rescale[n] = splat(1);
+    }
+    for (int i = 0; i < strips; i++) {
+        Strip *strip = &b.strips[i];
+        vec top[TILE_VECS];
+        for (int n = 0; n < TILE_VECS; n++) top[n] = splat(-INFINITY);
+        if (!score(t, s, p, strip, top)) continue;
+        b.live = true;
+        if (t->n_best > 0) collect_strip(t, p, strip);
+        Rise rise = rise_of(t, vecs, top, row_max);
+        if (rise.any) {
+            sum_strips(t, s, p, &b, first, i, block_out, &begun);
+            raise_lanes(t, vecs, &rise, top, &b, row_max, begun ? block_out : NULL);
+            first = i;
+        }
+        if (t->value_dim == 0) {
+            sum_weights(t, p, &b, strip);
+            continue;
+        }
+        weigh(vecs, t->exponent, strip, b.top, b.sum, weights_of(s, strip), WEIGHT_PART);
+        need(t, s, strip->key, &s->ready->values, ready_values);
+        if (bits_of(s->odd_values, strip)) {
+            sum_strips(t, s, p, &b, first, i + 1, block_out, &begun);
+            add_odd_values(t, s, p, &b, strip, block_out);
+            first = i + 1;
+        }
+    }
+    if (!b.live) return;
+    sum_strips(t, s, p, &b, first, strips, block_out, &begun);
+    join_block(&b, vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
+    t->panel[p].started = 1;
+}
+#endif
