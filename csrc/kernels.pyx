@@ -188,11 +188,12 @@ cdef const TileKernels *kernels_for(
 
 cdef bint worth_three_parts(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil:
     """Do parts multiply so many dims of float32 sooner than multiply-adds? They take 3/4 of the time
-    a dim, but dims in whole chunks of 32 and of 16, and longer for what comes with every key: at 64
-    both take as long, at 48 and 80 parts are slower, at 96 and 128 they are 13 % faster.
+    a dim, but dims in whole chunks of 32 and of 16, and longer for what comes with every key: at 32,
+    48 and 56 both take as long, at 64 parts are 15 % faster, and 20 % at 96 and 128.
     """
     cdef Py_ssize_t padded = (head_dim + 31) // 32 * 32 + (value_dim + 15) // 16 * 16
-    return 4 * (head_dim + value_dim) - 3 * padded > (125 if value_dim else 62)
+    return 4 * (head_dim + value_dim) - 3 * padded > (75 if value_dim else 37)
+
 
 
 def tile_size(
