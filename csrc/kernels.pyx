@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 cimport numpy as cnp
+from cpython.unicode cimport PyUnicode_AsUTF8
 from cython.parallel cimport prange, threadid
 from libc.math cimport log
 from libc.stdint cimport int64_t, uintptr_t
@@ -141,7 +142,7 @@ cdef extern from "sched.h" nogil:
 
 def getenv(str name):
     """The environment variable `name`, or None; as `os.getenv`, but fast."""
-    cdef const char *value = c_getenv(name.encode())
+    cdef const char *value = c_getenv(PyUnicode_AsUTF8(name))
     return None if value is NULL else value.decode("utf-8", "surrogateescape")
 
 
