@@ -310,6 +310,7 @@ cdef struct Walk:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
     Operand q, k, v, k_scales, v_scales, out, start, stop, q_offset, mask, bias, weights, lse
+    int lse_bytes  # of one number
     int n_batch
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
@@ -457,9 +458,11 @@ cdef void store_lse(
     cdef char *to = entry(walk, &walk.lse, at.batch)
     row += at.first
     if to is not NULL:
-        (<double *>row_of(
-            &walk.lse, to, at.kv_head * walk.group + row % walk.group, row // walk.group
-        ))[0] = lse
+        to = row_of(&walk.lse, to, at.kv_head * walk.group + row % walk.group, row // walk.group)
+        if walk.lse_bytes == sizeof(double):
+            (<double *>to)[0] = lse
+        else:
+            (<float *>to)[0] = <float>lse
 
 
 cdef void join_parts(const Walk *walk, Tile *tile) noexcept nogil:
@@ -592,8 +595,9 @@ def attend(
 
     `k` and `v` have one dtype: float16, bfloat16, that of the kernels, or int8 with `k_scales` and
     `v_scales`, float32 (batch, kv_heads, keys) without gaps between the keys.
-    `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
-    before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
+    `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
+    must be 0 before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64,
+    `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
     `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
     bit as `differentiate` does. `measure` is that of a Problem if other than DOT. All must have
@@ -615,6 +619,7 @@ def attend(
     describe(&walk, &walk.v_scales, v_scales, 2)
     describe(&walk, &walk.weights, weights, 3)
     describe(&walk, &walk.lse, lse, 2)
+    walk.lse_bytes = 0 if lse is None else lse.descr.itemsize
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     walk.kernels = kernels_for(
         product, 1 if for_gradients else walk.group * walk.n_queries, q.shape[q.ndim - 1],
