@@ -453,9 +453,9 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
 
 
 cdef void store_lse(
-    const Walk *walk, Place at, Py_ssize_t row, double lse
+    const Walk *walk, char *to, Place at, Py_ssize_t row, double lse
 ) noexcept nogil:
-    cdef char *to = entry(walk, &walk.lse, at.batch)
+    """`to` is the entry of the batch."""
     row += at.first
     if to is not NULL:
         to = row_of(&walk.lse, to, at.kv_head * walk.group + row % walk.group, row // walk.group)
@@ -470,13 +470,15 @@ cdef void join_parts(const Walk *walk, Tile *tile) noexcept nogil:
     cdef Py_ssize_t item, i, head, dim = walk.out.dim
     cdef Py_ssize_t rows = walk.group * walk.n_queries
     cdef char *out
+    cdef char *lse
     cdef Place at
     for item in range(walk.key_heads):
         at = place_of(walk, item * walk.parts)
         out = entry(walk, &walk.out, at.batch)
+        lse = entry(walk, &walk.lse, at.batch)
         for i in range(rows):
             head = at.kv_head * walk.group + i % walk.group
-            store_lse(walk, at, i, walk.kernels.join(
+            store_lse(walk, lse, at, i, walk.kernels.join(
                 partial_of(walk, at.batch, at.kv_head), walk.parts, walk.partial_bytes, rows, i,
                 tile.value_dim, row_of(&walk.out, out, head, i // walk.group), dim,
                 walk.out_format,
@@ -507,6 +509,7 @@ cdef bint attend_tile(
     """Attend from the queries of one tile. False if a signal came in between."""
     cdef Py_ssize_t keys = walk.kernels.pass_keys, i
     cdef Place at = place_of(walk, item)
+    cdef char *lse = entry(walk, &walk.lse, at.batch)
     cdef double *partial
     set_tile(walk, tile, at)
     set_survey(walk, tile, at)
@@ -524,8 +527,8 @@ cdef bint attend_tile(
         )
         memcpy(partial, tile.lse, tile.n_queries * sizeof(double))
         return True
-    for i in range(tile.n_queries if walk.lse.data is not NULL else 0):
-        store_lse(walk, at, i, tile.lse[i])
+    for i in range(tile.n_queries if lse is not NULL else 0):
+        store_lse(walk, lse, at, i, tile.lse[i])
     if walk.survey.sums is not NULL:
         if not each_pass(walk.kernels.pool, keys, tile, listen, last_look, stopped):
             return False
