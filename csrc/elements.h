@@ -6,7 +6,6 @@
 #ifndef FASTATTN_ELEMENTS_H
 #define FASTATTN_ELEMENTS_H
 
-#include <stdbool.h>
 #include <string.h>
 
 #include "simd.h"
@@ -164,28 +163,6 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
     }
 }
 
-/* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */
-static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
-                         ptrdiff_t n_rows, double factor, ptrdiff_t first, real *columns) {
-    const char *rows[LANES];
-    ptrdiff_t d = 0;
-    for (int i = 0; i < LANES; i++) /* a lane without a row repeats the last one */
-        rows[i] = at[first + i < n_rows ? first + i : n_rows - 1];
-    vec scale = splat((real)factor);
-    if (dim == format.bytes)
-        for (; d + LANES <= dims; d += LANES) {
-            vec x[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
-            transpose(x);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * scale);
-        }
-    for (; d < dims; d++)
-        for (int i = 0; i < LANES; i++)
-            columns[d * PANEL + i] = (real)read_number(rows[i] + d * dim, format) * scale[0];
-}
-
 /* Call `function` with a constant format of keys and values last, or the choice between formats would
  * be made for each vector. */
 #define WITH_FORMAT(format, function, ...)                                                        \
@@ -197,4 +174,30 @@ static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat form
         else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                            \
         else function(__VA_ARGS__, AS_HALF);                                                      \
     } while (0)
+
+INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t dims, vec factor,
+                            real *columns, NumberFormat format) {
+    ptrdiff_t d = 0;
+    if (dim == format.bytes)
+        for (; d + LANES <= dims; d += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * factor);
+        }
+    for (; d < dims; d++)
+        for (int i = 0; i < LANES; i++)
+            columns[d * PANEL + i] = (real)read_number(rows[i] + d * dim, format) * factor[0];
+}
+
+/* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */
+static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
+                         ptrdiff_t n_rows, double factor, ptrdiff_t first, real *columns) {
+    const char *rows[LANES];
+    for (int i = 0; i < LANES; i++) /* a lane without a row repeats the last one */
+        rows[i] = at[first + i < n_rows ? first + i : n_rows - 1];
+    WITH_FORMAT(format, load_columns_as, rows, dim, dims, splat((real)factor), columns);
+}
 #endif

@@ -44,11 +44,12 @@ static FewRows few_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberForm
 /* q[query][dims], padded by 0. */
 static void ready_few_queries(const Tile *t, const Scratch *s) {
     ptrdiff_t padded = round_up(t->head_dim, LANES);
-    for (ptrdiff_t i = 0; i < t->n_queries; i++)
-        for (ptrdiff_t d = 0; d < padded; d++)
-            s->q[i * padded + d] =
-                d < t->head_dim ? (real)read_number(t->q[i] + d * t->q_dim, t->q_format) * (real)t->q_scale
-                                : 0;
+    for (ptrdiff_t i = 0; i < t->n_queries; i++) {
+        real *q = s->q + i * padded;
+        for (ptrdiff_t d = t->head_dim; d < padded; d++) q[d] = 0;
+        widen(t->q[i], 0, t->q_dim, t->q_format, NULL, 1, t->head_dim, q);
+        for (ptrdiff_t d = 0; d < t->head_dim; d++) q[d] *= (real)t->q_scale;
+    }
 }
 
 /* How many queries and keys, or queries and vectors of dims, share what is loaded: as many as the

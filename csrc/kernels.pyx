@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 cimport numpy as cnp
+from cpython.unicode cimport PyUnicode_AsUTF8
 from cython.parallel cimport prange, threadid
 from libc.math cimport log
 from libc.stdint cimport int64_t, uintptr_t
@@ -141,7 +142,7 @@ cdef extern from "sched.h" nogil:
 
 def getenv(str name):
     """The environment variable `name`, or None; as `os.getenv`, but fast."""
-    cdef const char *value = c_getenv(name.encode())
+    cdef const char *value = c_getenv(PyUnicode_AsUTF8(name))
     return None if value is NULL else value.decode("utf-8", "surrogateescape")
 
 
@@ -310,6 +311,7 @@ cdef struct Walk:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
     Operand q, k, v, k_scales, v_scales, out, start, stop, q_offset, mask, bias, weights, lse
+    int lse_bytes  # of one number
     int n_batch
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
@@ -452,14 +454,16 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
 
 
 cdef void store_lse(
-    const Walk *walk, Place at, Py_ssize_t row, double lse
+    const Walk *walk, char *to, Place at, Py_ssize_t row, double lse
 ) noexcept nogil:
-    cdef char *to = entry(walk, &walk.lse, at.batch)
+    """`to` is the entry of the batch."""
     row += at.first
     if to is not NULL:
-        (<double *>row_of(
-            &walk.lse, to, at.kv_head * walk.group + row % walk.group, row // walk.group
-        ))[0] = lse
+        to = row_of(&walk.lse, to, at.kv_head * walk.group + row % walk.group, row // walk.group)
+        if walk.lse_bytes == sizeof(double):
+            (<double *>to)[0] = lse
+        else:
+            (<float *>to)[0] = <float>lse
 
 
 cdef void join_parts(const Walk *walk, Tile *tile) noexcept nogil:
@@ -467,13 +471,15 @@ cdef void join_parts(const Walk *walk, Tile *tile) noexcept nogil:
     cdef Py_ssize_t item, i, head, dim = walk.out.dim
     cdef Py_ssize_t rows = walk.group * walk.n_queries
     cdef char *out
+    cdef char *lse
     cdef Place at
     for item in range(walk.key_heads):
         at = place_of(walk, item * walk.parts)
         out = entry(walk, &walk.out, at.batch)
+        lse = entry(walk, &walk.lse, at.batch)
         for i in range(rows):
             head = at.kv_head * walk.group + i % walk.group
-            store_lse(walk, at, i, walk.kernels.join(
+            store_lse(walk, lse, at, i, walk.kernels.join(
                 partial_of(walk, at.batch, at.kv_head), walk.parts, walk.partial_bytes, rows, i,
                 tile.value_dim, row_of(&walk.out, out, head, i // walk.group), dim,
                 walk.out_format,
@@ -504,6 +510,7 @@ cdef bint attend_tile(
     """Attend from the queries of one tile. False if a signal came in between."""
     cdef Py_ssize_t keys = walk.kernels.pass_keys, i
     cdef Place at = place_of(walk, item)
+    cdef char *lse = entry(walk, &walk.lse, at.batch)
     cdef double *partial
     set_tile(walk, tile, at)
     set_survey(walk, tile, at)
@@ -521,8 +528,8 @@ cdef bint attend_tile(
         )
         memcpy(partial, tile.lse, tile.n_queries * sizeof(double))
         return True
-    for i in range(tile.n_queries if walk.lse.data is not NULL else 0):
-        store_lse(walk, at, i, tile.lse[i])
+    for i in range(tile.n_queries if lse is not NULL else 0):
+        store_lse(walk, lse, at, i, tile.lse[i])
     if walk.survey.sums is not NULL:
         if not each_pass(walk.kernels.pool, keys, tile, listen, last_look, stopped):
             return False
@@ -592,8 +599,9 @@ def attend(
 
     `k` and `v` have one dtype: float16, bfloat16, that of the kernels, or int8 with `k_scales` and
     `v_scales`, float32 (batch, kv_heads, keys) without gaps between the keys.
-    `lse`, (batch, heads, queries), is float64; `weights`, (batch, heads, queries, keys), must be 0
-    before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64, `q_offset` int64.
+    `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
+    must be 0 before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64,
+    `q_offset` int64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
     `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
     bit as `differentiate` does. `measure` is that of a Problem if other than DOT. All must have
@@ -615,6 +623,7 @@ def attend(
     describe(&walk, &walk.v_scales, v_scales, 2)
     describe(&walk, &walk.weights, weights, 3)
     describe(&walk, &walk.lse, lse, 2)
+    walk.lse_bytes = 0 if lse is None else lse.descr.itemsize
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     walk.kernels = kernels_for(
         product, 1 if for_gradients else walk.group * walk.n_queries, q.shape[q.ndim - 1],

@@ -16,14 +16,12 @@ typedef struct {
 } Rise;
 
 static Rise rise_of(const Tile *t, int vecs, const vec *top, const real *row_max) {
-    Rise rise;
-    lane_int any = 0;
+    Rise rise = {.any = false};
     for (int n = 0; n < vecs; n++) {
         vec above = (top[n] + (real)t->margin - load(row_max + n * LANES)) * (real)t->exponent;
         rise.lanes[n] = above > splat(t->margin > 0 ? 0 : MOST_RISE);
-        for (int i = 0; i < LANES; i++) any |= rise.lanes[n][i];
+        rise.any |= any_lane(rise.lanes[n]);
     }
-    rise.any = any;
     return rise;
 }
 
@@ -55,7 +53,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *block_out = t->panel[p].started ? s->block_out : out;
     bool begun = false;
     int strips = open_block(t, s, p, begin, end, &b);
-    for (int n = 0; n < TILE_VECS; n++) {
+    for (int n = 0; n < vecs; n++) {
         vec top = load(row_max + n * LANES);
         b.top[n] = choose(top == splat(-INFINITY), splat(0), top);
         b.rescale[n] = splat(1);
@@ -63,7 +61,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     for (int i = 0; i < strips; i++) {
         Strip *strip = &b.strips[i];
         vec top[TILE_VECS];
-        for (int n = 0; n < TILE_VECS; n++) top[n] = splat(-INFINITY);
+        for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
         if (!score(t, s, p, strip, top)) continue;
         b.live = true;
         if (t->n_best > 0) collect_strip(t, p, strip);

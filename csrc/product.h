@@ -171,9 +171,8 @@ static bool all_finite(View v, int keys, ptrdiff_t dims) {
         }
         for (; d < dims; d++) rest += row[d * v.dim] * 0;
     }
-    vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int i = 0; i < LANES; i++) rest += sum[i];
-    return rest == 0;
+    vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]) + rest;
+    return !any_lane(sum != splat(0));
 }
 
 /* The second product where some query must not meet a NaN or an Inf in some v that it does not

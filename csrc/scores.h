@@ -32,10 +32,7 @@ static bool hidden_by_bias(const Tile *t, int p, const Strip *strip) {
         const char *row = bias_row(t, p, i, strip->key);
         int j = 0;
         for (; plain && j + LANES <= strip->keys; j += LANES) {
-            ivec other = load_unaligned((const real *)row + j) != splat(-INFINITY);
-            lane_int any = 0;
-            for (int l = 0; l < LANES; l++) any |= other[l];
-            if (any) return false;
+            if (any_lane(load_unaligned((const real *)row + j) != splat(-INFINITY))) return false;
         }
         for (; j < strip->keys; j++)
             if (read_number(row + j * t->bias_key, t->bias_format) != -INFINITY) return false;

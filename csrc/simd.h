@@ -9,6 +9,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "tile.h"
@@ -168,6 +169,13 @@ INLINE vec choose(ivec condition, vec yes, vec no) {
     ivec all = condition < 0;
     return (vec)(((ivec)yes & all) | ((ivec)no & ~all));
 #endif
+}
+
+/* Is any lane not 0? */
+INLINE bool any_lane(ivec x) {
+    lane_int any = 0;
+    for (int i = 0; i < LANES; i++) any |= x[i];
+    return any != 0;
 }
 
 #define SIGN_BIT splat_int((lane_int)((lane_uint)1 << (LANE_BITS - 1)))

@@ -128,7 +128,7 @@ static void begin(Tile *t) {
     Scratch s = scratch_of(t);
     for (int p = 0; p < t->panels; p++) {
         bound_panel(t, p);
-        for (int n = 0; n < TILE_VECS; n++) start_rows(t, &s, p * PANEL + n * LANES);
+        for (int n = 0; n < t->panel[p].vecs; n++) start_rows(t, &s, p * PANEL + n * LANES);
         ready_queries(t, &s, p);
     }
 }
@@ -219,9 +219,9 @@ static void sum_weights(const Tile *t, int p, PanelBlock *b, const Strip *strip)
 #ifdef PARTS
 #include "late.h"
 #else
-static void raise_max(const Tile *t, PanelBlock *b, real *row_max) {
+static void raise_max(const Tile *t, int vecs, PanelBlock *b, real *row_max) {
     vec exponent = splat((real)t->exponent);
-    for (int n = 0; n < TILE_VECS; n++) {
+    for (int n = 0; n < vecs; n++) {
         vec before = load(row_max + n * LANES);
         vec now = larger(before, b->top[n] + (real)t->margin);
         store(row_max + n * LANES, now);
@@ -241,7 +241,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     if (!b.live) return;
     real *out = s->out + p * PANEL * s->out_rows;
     real *block_out = t->panel[p].started ? s->block_out : out;
-    raise_max(t, &b, s->row_max + p * PANEL);
+    raise_max(t, t->panel[p].vecs, &b, s->row_max + p * PANEL);
     for (int i = 0; i < strips; i++) {
         if (b.strips[i].seen == SEE_NONE) continue;
         if (t->n_best > 0) collect_strip(t, p, &b.strips[i]);
@@ -272,15 +272,19 @@ static bool overflowed(const Tile *t, const Scratch *s) {
         for (int n = 0; n < t->panel[p].vecs && t->panel[p].started; n++) {
             ptrdiff_t at = p * PANEL + n * LANES;
             const real *out = s->out + p * PANEL * s->out_rows + n * LANES;
-            vec not_finite = splat(0); /* x * 0 is a NaN then, and so is every sum with it */
-            for (ptrdiff_t d = 0; d < t->value_dim; d++) not_finite += load(out + d * PANEL) * 0;
+            /* x * 0 is a NaN then, and so is every sum with it; four hide each other's latency. */
+            vec not_finite[4] = {{0}};
+            ptrdiff_t d = 0;
+            for (; d + 4 <= t->value_dim; d += 4)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) not_finite[i] += load(out + (d + i) * PANEL) * 0;
+            for (; d < t->value_dim; d++) not_finite[0] += load(out + d * PANEL) * 0;
+            vec any = (not_finite[0] + not_finite[1]) + (not_finite[2] + not_finite[3]);
             vec sum = load(s->row_sum + at);
-            wrong += choose(sum * 0 == splat(0), not_finite, splat(0));
+            wrong += choose(sum * 0 == splat(0), any, splat(0));
             wrong += choose(*(const ivec *)(s->saw + at), load(s->row_max + at) * 0, splat(0));
         }
-    real all = 0;
-    for (int i = 0; i < LANES; i++) all += wrong[i];
-    return all != 0;
+    return any_lane(wrong != splat(0));
 }
 
 static int finish(Tile *t) {

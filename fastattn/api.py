@@ -154,6 +154,6 @@ def answer(problem: Problem, backend: str | None, out):
     if problem.one_head and not problem.on_device:
         lse = None if lse is None else lse[0]
         weights = None if weights is None else weights[0]
-    if lse is None and weights is None:
-        return result
-    return (result, *(x for x in (lse, weights) if x is not None))
+    if weights is None:
+        return result if lse is None else (result, lse)
+    return (result, weights) if lse is None else (result, lse, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -115,7 +116,7 @@ def _lift(q, k, v, alpha, normalize, exclude_self, options, **results) -> _Lifte
         )
     parts = _without_self(p) if exclude_self else (p.spans,)
     with np.errstate(all="ignore"):
-        centre = _centre([p._replace(spans=spans) for spans in parts])
+        centre = _centre([replace(p, spans=spans) for spans in parts])
         k, squares = _moved(p.k, centre)
         far = np.isinf(squares)  # a score of -inf, whatever the query: not Inf - Inf
         if far.any():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from types import FunctionType
 from typing import NamedTuple
 
@@ -46,7 +48,8 @@ class Measure(NamedTuple):
 DOT, DISTANCE = Measure("dot"), Measure("distance")
 
 
-class Problem(NamedTuple):
+@dataclass(slots=True, eq=False)  # whose fields are read three times as fast as a named tuple's
+class Problem:
     """A validated attention problem: every default filled in, every array readable as it stands.
 
     ``batch`` stands for any number of leading axes. Arrays with ``batch`` or ``heads`` in their
@@ -195,7 +198,7 @@ def pose(
             dtype, kv_dtype = float_dtype("q", q), k.dtype
         q, k, v = _readable(q, dtype), _readable(k, kv_dtype), _readable(v, kv_dtype)
         pairs = zip("qkv", originals, (q, k, v), strict=True)
-        copied = tuple(name for name, old, new in pairs if not _may_overlap(old, new))
+        copied = tuple(n for n, old, new in pairs if old is not new and not _may_overlap(old, new))
 
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     batch = q_shape[:-3]
@@ -275,13 +278,13 @@ def pose(
         result = np.empty(shape, dtype)
     else:
         result = empty_like(q, shape, dtype)
-    return Problem._make((  # the quickest way to a named tuple
+    return Problem(
         q, k, v, k_scales, v_scales, dtype, batch, heads, kv_heads, n_queries, n_keys,
         head_dim, value_dim, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, result, out, one_head, threads, precision, copied,
         wanted, score_mod, mask_mod, block_mask, measure,
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 def count(name: str, value) -> int:
@@ -323,7 +326,9 @@ def plain(name, value) -> np.ndarray:
 
 def _readable(x, dtype):
     """`x` as backends read it: native, aligned, of that dtype; on a device the kernel converts."""
-    return x if isinstance(x, DeviceArray) else np.require(x, dtype, "A")
+    if isinstance(x, DeviceArray) or (x.dtype is dtype and x.flags.aligned):
+        return x
+    return np.require(x, dtype, "A")
 
 
 def _may_overlap(x, y) -> bool:
@@ -351,13 +356,19 @@ def _widened(k, v, dtype) -> bool:
 
 def float_dtype(name: str, x: np.ndarray) -> np.dtype:
     """The dtype that `x` is computed in, or an error that names the argument."""
-    if x.dtype is _FLOAT32 or x.dtype is _FLOAT64:
-        return x.dtype  # a name takes 2 us
-    if x.dtype.kind in "biu":
+    dtype = _computed_in(x.dtype)
+    if dtype is None:
+        raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+    return dtype
+
+
+@lru_cache  # a dtype's name takes 2 us
+def _computed_in(dtype: np.dtype) -> np.dtype | None:
+    if dtype.kind in "biu":
         return _FLOAT64
-    if x.dtype.name in ("float16", "bfloat16", "float32", "float64"):
-        return x.dtype.newbyteorder("=")
-    raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+    if dtype.name in ("float16", "bfloat16", "float32", "float64"):
+        return np.dtype(dtype.type)  # native
+    return None
 
 
 def _promote(q, k, v) -> np.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from .api import answer, scaled_dot
@@ -92,7 +94,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     p = pose(q, k, v, scale=scale, out=out, **options)
     (q, _), (k, _) = _unit(p.q), _unit(p.k)
-    return answer(p._replace(q=q, k=k), backend, out)
+    return answer(replace(p, q=q, k=k), backend, out)
 
 
 def pool(

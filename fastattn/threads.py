@@ -47,7 +47,7 @@ def openmp_setting() -> int:
 def worth_threads(problem: Problem, openmp: Callable[[], int], least_flops: int) -> int:
     """How many threads a problem gets: one where it has fewer than `least_flops`."""
     p = problem
-    queries = max(p.n_queries, FEWEST_QUERIES)
+    queries = p.n_queries if p.n_queries > FEWEST_QUERIES else FEWEST_QUERIES
     flops = 2 * queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
     for n in p.batch:
         flops *= n

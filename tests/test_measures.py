@@ -1,6 +1,7 @@
 """Attention by distance and by the additive score (SYSTEMS.md, 2 and 4)."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,7 +142,8 @@ def test_projections(dtype):
     real = np.longdouble if dtype == "float64" else np.float64
     wide = {name: x.astype(real) for name, x in given.items()}
     exact = reference.attend(
-        p._replace(
+        replace(
+            p,
             q=q.astype(real) @ wide["w_q"] + wide["b"],
             k=k.astype(real) @ wide["w_k"],
             measure=Measure("additive", wide["w"]),
@@ -150,7 +152,7 @@ def test_projections(dtype):
     )
     own = ((x @ given[w]).astype(q.dtype) for x, w in ((q, "w_q"), (k, "w_k")))
     own_q, own_k = own
-    plain = plain_numpy(p._replace(q=(own_q + given["b"]).astype(q.dtype), k=own_k), p.dtype)
+    plain = plain_numpy(replace(p, q=(own_q + given["b"]).astype(q.dtype), k=own_k), p.dtype)
     for got, truth, yardstick in zip(results, exact, plain, strict=True):
         assert_exact_enough(got, truth, yardstick, got.dtype)
 

@@ -1,5 +1,7 @@
 """Scores by dot product, cosine and distance, and attention pooling (SYSTEMS.md, 1, 2 and 4)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cases import DTYPES, Shape, assert_exact_enough, options, same_bits
@@ -51,7 +53,7 @@ def solve(p, score, real, normalize=True, hidden=None):
 def check(results, p, score, offset=0.0, **how):
     """Promise 1; the yardstick is that of the same inputs less `offset`."""
     real = np.longdouble if p.accumulator == np.float64 else np.float64
-    near = p._replace(q=p.q - p.dtype.type(offset), k=p.k - p.dtype.type(offset))
+    near = replace(p, q=p.q - p.dtype.type(offset), k=p.k - p.dtype.type(offset))
     exact = solve(p, score, real, **how)
     plain = [x.astype(p.dtype) for x in solve(near, score, p.accumulator, **how)]
     names = ("out", "lse", "weights")

@@ -39,12 +39,9 @@ _BIAS_FLOATS = ("float16", "bfloat16", "float32", "float64", np.dtype(np.longdou
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    lse = np.empty(p.rows()) if p.return_lse else None
+    lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     attend(p, p.result, lse, weights)
-    if lse is not None:
-        with np.errstate(over="ignore"):
-            lse = lse.astype(p.accumulator, copy=False)
     return lse, weights
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 
@@ -52,7 +53,7 @@ def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
     if p.k.dtype != p.dtype:  # its tiles widen half types, of one kind in a call
-        p = p._replace(k=p.k.astype(p.dtype), v=p.v.astype(p.dtype))
+        p = replace(p, k=p.k.astype(p.dtype), v=p.v.astype(p.dtype))
     real = p.accumulator
     halves = p.dtype != real
     result = np.empty(p.rows(p.value_dim), real) if halves else p.result

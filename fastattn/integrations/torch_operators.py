@@ -45,38 +45,52 @@ def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None
     Without `return_lse`, lse may be empty or None.
     """
     compiling = _is_compiling()
-    gradient = torch.is_grad_enabled() and _needs_gradient((q, k, v, *words.values()))
-    if (
-        not compiling and not gradient
-        and type(q) is Tensor and type(k) is Tensor and type(v) is Tensor
-        and q.is_cpu and k.is_cpu and v.is_cpu
-        and _listeners().raw_repr() in _NOBODY and not _profiles()
-    ):  # fmt: skip
-        # The dispatcher would go straight to the CPU's kernel, and take 6 us to get there; in a
-        # model, whose weights drive its code out of the caches, three times as long.
+    given = [q, k, v]
+    for x in words.values():
+        if isinstance(x, Tensor):
+            given.append(x)
+    gradient = _needs_gradient(given)
+    if not (compiling or gradient) and _straight_to_cpu(given):
         return _run(q, k, v, return_lse, words)
     tensors, options = _operands(**words)
-    options["return_lse"] = return_lse or gradient  # the way back starts from lse
     if gradient and not compiling:
         return _ScaledDot.apply(options, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
-    return _FORWARD(q, k, v, *tensors, **options)
+    # The way back starts from lse.
+    return _FORWARD(q, k, v, *tensors, return_lse=return_lse or gradient, **options)
 
 
 _is_compiling = torch.compiler.is_compiling
 _profiles = torch._C._autograd._profiler_enabled
 _listeners = torch._C._dispatch_tls_local_include_set
 _NOBODY = {_listeners().raw_repr(), torch.inference_mode()(_listeners)().raw_repr()}
+_ORDINARY = {Tensor, torch.nn.Parameter}
 
 
-def _needs_gradient(values) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in values)
+def _needs_gradient(tensors) -> bool:
+    if torch.is_grad_enabled():
+        for x in tensors:  # `any` takes three times as long for a few
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def _straight_to_cpu(tensors) -> bool:
+    """Would the dispatcher, beneath autograd, do nothing but call the CPU's kernel? It takes 6 us
+    to get there; in a model, whose weights drive its code out of the caches, three times as long.
+    """
+    for x in tensors:
+        if x is not None and not (type(x) in _ORDINARY and x.is_cpu):
+            return False
+    return _listeners().raw_repr() in _NOBODY and not _profiles()
 
 
 def _operands(
     bias=None, alibi=None, sinks=None, mask=None, q_offset=None, kv_lengths=None, spans=None,
     window=None, **options,
 ):  # fmt: skip
-    """Words as the operators take them: optional tensors in their order, and options."""
+    """Words as the operators take them: optional tensors in their order, to the last one given,
+    and options.
+    """
     if window is not None:
         options["left"], options["right"] = window_sides(window)
     start, stop = (None, None) if spans is None else span_sides(spans)
@@ -85,8 +99,13 @@ def _operands(
         options["q_offset"] = q_offset
     else:
         offsets = q_offset
+    tensors = []  # each None costs autograd 0.3 us
     optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop)
-    return [None if x is None else _as_tensor(x) for x in optional], options
+    for place, x in enumerate(optional):
+        if x is not None:
+            tensors += [None] * (place - len(tensors))
+            tensors.append(_as_tensor(x))
+    return tensors, options
 
 
 def _as_tensor(x) -> Tensor:
@@ -142,12 +161,13 @@ class _ScaledDot(torch.autograd.Function):
     # What torch.library.register_autograd would make, but that takes 100 us to fill in defaults.
     @staticmethod
     def forward(ctx, options, *tensors):
-        if not options.get("return_lse"):
-            raise ValueError("return_lse: False given, True wanted where gradients are")
-        with torch._C._AutoDispatchBelowAutograd():
-            results = _FORWARD(*tensors, **options)
+        if _straight_to_cpu(tensors):
+            results = _forward(*tensors, return_lse=True, **options)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = _FORWARD(*tensors, return_lse=True, **options)
         ctx.save_for_backward(*tensors, *results)
-        ctx.options = {name: x for name, x in options.items() if name != "return_lse"}
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return results
 
@@ -159,16 +179,20 @@ class _ScaledDot(torch.autograd.Function):
         wrt = [name for name, wanted in needed if wanted and name in ("bias", "alibi", "sinks")]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = _BACKWARD(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt=wrt, **ctx.options)
+        given = (grad_out, grad_lse, q, k, v, out, lse, *tensors)
+        straight = not torch.is_grad_enabled() and _straight_to_cpu(given)
+        grads = (_backward if straight else _BACKWARD)(*given, wrt=wrt, **ctx.options)
         found = dict(zip(("q", "k", "v", *wrt), grads, strict=True))
         return None, *map(found.get, names)
 
 
-def _differentiable(*tensors, **options):
-    if torch.is_grad_enabled() and _needs_gradient(tensors):
+def _differentiable(*tensors, return_lse=False, **options):
+    if _needs_gradient(tensors):
+        if not return_lse:
+            raise ValueError("return_lse: False given, True wanted where gradients are")
         return _ScaledDot.apply(options, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*tensors, **options)
+        return _FORWARD(*tensors, return_lse=return_lse, **options)
 
 
 class _ScaledDotBackward(torch.autograd.Function):
@@ -183,7 +207,7 @@ class _ScaledDotBackward(torch.autograd.Function):
 
 
 def _differentiable_backward(*tensors, **options):
-    if torch.is_grad_enabled() and _needs_gradient(tensors):
+    if _needs_gradient(tensors):
         return list(_ScaledDotBackward.apply(options, *tensors))
     with torch._C._AutoDispatchBelowAutograd():
         return _BACKWARD(*tensors, **options)
@@ -217,7 +241,7 @@ def _words(tensors, options) -> dict:
 def _array(x: Tensor) -> np.ndarray:
     """The same memory as an array."""
     if x.dtype != torch.bfloat16:
-        return x.detach().numpy()  # gradients are none of its business
+        return x.numpy(force=True)  # gradients are none of its business
     import ml_dtypes
 
     return x.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
