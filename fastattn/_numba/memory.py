@@ -25,6 +25,7 @@ def _pointer_intrinsic(item):
 ints = _pointer_intrinsic(types.int64)
 uint64s = _pointer_intrinsic(types.uint64)
 doubles = _pointer_intrinsic(types.float64)
+floats = _pointer_intrinsic(types.float32)
 flags = _pointer_intrinsic(types.uint8)
 halfwords = _pointer_intrinsic(types.uint16)
 

@@ -12,6 +12,7 @@ from .memory import (
     ahead,
     doubles,
     flags,
+    floats,
     ints,
     load,
     load_flags,
@@ -74,9 +75,11 @@ def score_block(t, begin, scale, score_mod, mask_mod):
         first, last = strip_of(begin, strip, t.first, t.last)
         k = t.k_head + first * t.k_row
         k_row, k_dim = t.k_row, t.k_dim
-        if t.format != REAL and first < last:
-            widen(k, k_row, k_dim, last - first, t.head_dim, t.format, reals(t.widened, scale))
-            k, k_row, k_dim = t.widened, 4 * t.head_dim, 4
+        if t.kv_format != REAL and first < last:
+            widen(k, k_row, k_dim, last - first, t.head_dim, t.kv_format,
+                  floats(t.k_scale + 4 * first), reals(t.widened, scale))  # fmt: skip
+            k_dim = VECTOR_BYTES // lanes(scale)
+            k, k_row = t.widened, t.head_dim * k_dim
         for p in range(t.panels):
             panel = ints(t.panel + 8 * PANEL_FIELDS * p)
             key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])

@@ -41,8 +41,6 @@ def unsupported(problem: Problem) -> str | None:
         return missing
     from .._numba.numbers import format_of
 
-    if p.k_scales is not None:
-        return "no kernel for int8 keys and values"
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -51,8 +49,6 @@ def unsupported(problem: Problem) -> str | None:
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    if p.k.dtype != p.dtype:  # its tiles widen half types, of one kind in a call
-        p = p._replace(k=p.k.astype(p.dtype), v=p.v.astype(p.dtype))
     real = p.accumulator
     halves = p.dtype != real
     result = np.empty(p.rows(p.value_dim), real) if halves else p.result
@@ -96,13 +92,16 @@ class _Call:
             t["measure_weights"] = self.address(factors.astype(p.accumulator))
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
-        if p.dtype != p.accumulator:
-            t["format"] = numbers.format_of(p.dtype)
+        for format, x in (("q_format", p.q), ("kv_format", p.k)):
+            t[format] = numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
         flops = 2 * rows * p.n_keys * (p.head_dim + p.value_dim)
         self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (4 * self.threads)))
         for operand in ("q", "k", "v"):
             self.point(p, operand, getattr(p, operand))
+        if p.k_scales is not None:
+            self.point(p, "k_scales", p.k_scales[..., None])
+            self.point(p, "v_scales", p.v_scales[..., None])
         self.point(p, "out", result)
         intervals = p.intervals()
         if intervals is not None:
@@ -138,9 +137,9 @@ class _Call:
 
     def point(self, p: Problem, operand: str, array: np.ndarray) -> None:
         """Let the record find an array of (batch, heads, rows, dims), whose axes may broadcast."""
-        heads = p.kv_heads if operand in ("k", "v") else p.heads
-        shared = operand in ("k", "v", "blocks")
-        rows = array.shape[-2] if shared else p.n_queries
+        of_keys = operand in ("k", "v", "k_scales", "v_scales")
+        heads = p.kv_heads if of_keys else p.heads
+        rows = array.shape[-2] if of_keys or operand == "blocks" else p.n_queries
         array = np.broadcast_to(array, (*p.batch, heads, rows, array.shape[-1]))
         table = np.array(self.address(array), np.int64)
         for n, stride in zip(array.shape[:-2], array.strides[:-2], strict=True):
