@@ -17,6 +17,8 @@ from .memory import (
     load,
     load_flags,
     nonzero_bytes,
+    own_flags,
+    own_vector,
     reals,
     rows_to_columns,
     store,
@@ -83,34 +85,77 @@ def score_block(t, begin, scale, score_mod, mask_mod):
         for p in range(t.panels):
             panel = ints(t.panel + 8 * PANEL_FIELDS * p)
             key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
-            state = SEE_NONE
-            if key < stop:
+            state = see(t, p, key, stop - key, begin, scale, mask_mod)
+            if state == SEE_SOME:
+                state = trim(t, p, key, stop - key, begin, scale)
+                key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
+            if state != SEE_NONE:
                 at = k + (key - first) * k_row
-                state = score(t, p, key, stop - key, begin, at, k_row, k_dim, scale, score_mod,
-                              mask_mod)  # fmt: skip
+                state = score(t, p, key, stop - key, begin, at, k_row, k_dim, state, scale,
+                              score_mod)  # fmt: skip
             ints(t.strip)[p * STRIPS + strip] = state
             if state != SEE_NONE:
                 panel[LIVE] = 1
 
 
 @compiled
-def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
-    """One panel's scores for `keys` keys from `key` on. Returns what it sees of them."""
-    size = TILE_VECS * lanes(scale)
-    panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-    vecs = panel[VECS]
-    scores, seen = (
-        in_block(t.scores, scale, p, key - begin),
-        seen_in_block(t, scale, p, key - begin),
-    )
+def see(t, p, key, keys, begin, scale, mask_mod):
+    """What one panel sees of `keys` keys from `key` on, before their scores are known. Where that
+    is some of them, set seen[key][lane].
+    """
+    if keys <= 0:
+        return SEE_NONE
+    panel, seen = ints(t.panel + 8 * PANEL_FIELDS * p), seen_in_block(t, scale, p, key - begin)
     state = SEE_ALL
     inside = panel[INNER_FIRST] <= key and key + keys <= panel[INNER_LAST]
     if not inside or t.mask != 0:
         state = look(t, p, key, keys, seen, scale)
     if mask_mod is not None and state != SEE_NONE:
         state = call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod)
-    if state == SEE_NONE:
-        return state
+    return state
+
+
+@compiled
+def trim(t, p, key, keys, begin, scale):
+    """Narrow the panel to the first and the last key that somebody sees, if these are its outermost
+    keys. Returns what it sees of those that are left.
+    """
+    size = TILE_VECS * lanes(scale)
+    panel, seen = ints(t.panel + 8 * PANEL_FIELDS * p), seen_in_block(t, scale, p, key - begin)
+    first, last = 0, keys
+    if key == panel[FIRST]:
+        while not somebody_sees(ahead(seen, first * size), size):
+            first += 1
+        panel[FIRST] = key + first
+    if key + keys == panel[LAST]:
+        while not somebody_sees(ahead(seen, (last - 1) * size), size):
+            last -= 1
+        panel[LAST] = key + last
+    every = np.uint8(1)
+    for x in range(first * size, last * size):
+        every = np.uint8(every & seen[x])
+    return SEE_ALL if every else SEE_SOME
+
+
+@compiled
+def somebody_sees(seen, count):
+    some = np.uint8(0)
+    for x in range(count):
+        some = np.uint8(some | seen[x])
+    return some != 0
+
+
+@compiled
+def score(t, p, key, keys, begin, k, k_row, k_dim, state, scale, score_mod):
+    """One panel's scores for `keys` keys from `key` on, of which it sees what `state` tells.
+    Returns what it sees of them.
+    """
+    size = TILE_VECS * lanes(scale)
+    vecs = ints(t.panel + 8 * PANEL_FIELDS * p)[VECS]
+    scores, seen = (
+        in_block(t.scores, scale, p, key - begin),
+        seen_in_block(t, scale, p, key - begin),
+    )
     bias = reals(t.bias_tile, scale)
     if t.bias != 0:
         load_bias(t, p, key, keys, bias, scale)
@@ -129,13 +174,7 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
     if t.alibi != 0:
         subtract_alibi(t, p, key, keys, scores, scale)
     if score_mod is not None:
-        head, query = ints(t.row_head)[p * size] % t.heads, ints(t.row_query)[p * size]
-        rows = min(size, t.rows - p * size)
-        widest_vectors()
-        for j in range(keys):
-            row = ahead(scores, j * size)
-            for i in range(rows):
-                row[i] = score_mod(row[i], t.batch, head, query + i, key + j)
+        call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod)
         state = exclude(scores, vecs, keys, seen, state, scale)
     tops, saw = ahead(reals(t.top, scale), p * size), ahead(flags(t.saw), p * size)
     if state == SEE_SOME:
@@ -198,14 +237,30 @@ def mask_bits(at, stride, keys):
 
 
 @compiled
+def call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod):
+    """Let the function change the scores."""
+    widest_vectors()
+    size, width = TILE_VECS * lanes(scale), lanes(scale)
+    batch, head = t.batch, ints(t.row_head)[p * size] % t.heads
+    last, one = ints(t.row_query)[p * size + size - 1], own_vector(scale)
+    for n in range(0, vecs * width, width):
+        query = ints(t.row_query)[p * size] + n
+        for j in range(keys):
+            at = ahead(scores, j * size + n)
+            store(one, load(at))
+            for i in range(width):
+                one[i] = score_mod(one[i], batch, head, min(query + i, last), key + j)
+            store(at, load(one))
+
+
+@compiled
 def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
     """Take the keys that the function hides out of `seen`. Returns what the panel sees then. Only
     blocks of which somebody sees some and not all are worth a call.
     """
     widest_vectors()
     size = TILE_VECS * lanes(scale)
-    head, query = ints(t.row_head)[p * size], ints(t.row_query)[p * size]
-    rows = min(size, t.rows - p * size)
+    batch, head = t.batch, ints(t.row_head)[p * size]
     begin, end = mask_rows(t, p, scale)
     if blocks_agree(t, head, begin, end, key, SEE_NONE):
         return SEE_NONE
@@ -214,24 +269,23 @@ def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
     if state == SEE_ALL:
         for x in range(keys * size):
             seen[x] = 1
-    for row in range(begin, end):
-        first = max(row * MASK_QUERIES - query, 0)
-        last = min((row + 1) * MASK_QUERIES - query, rows)
-        block = block_of(t, head, row, key)
-        for j in range(keys if block != SEE_ALL else 0):
-            at = ahead(seen, j * size)
-            if block == SEE_NONE:
-                for i in range(first, last):
-                    at[i] = 0
-            else:
-                for i in range(first, last):
-                    shown = mask_mod(t.batch, head % t.heads, query + i, key + j)
-                    at[i] &= np.uint8(bool(shown))
-    count = 0
-    for j in range(keys):
-        for i in range(rows):
-            count += seen[j * size + i]
-    return SEE_NONE if count == 0 else SEE_ALL if count == keys * rows else SEE_SOME
+    first, last = ints(t.row_query)[p * size], ints(t.row_query)[p * size + size - 1]
+    shown = own_flags(np.uint8(0))
+    # Panels and rows of the block mask begin at multiples of it, so such lanes lie in one row.
+    width = min(size & -size, MASK_QUERIES)
+    for n in range(0, size, width):
+        query = first + n
+        block = block_of(t, head, min(query, last) // MASK_QUERIES, key)
+        for x in range(keys * width):
+            shown[x] = block != SEE_NONE
+        for j in range(keys if block == SEE_SOME else 0):
+            for i in range(width):
+                sees = mask_mod(batch, head % t.heads, min(query + i, last), key + j)
+                shown[j * width + i] = bool(sees)
+        for j in range(keys):
+            for i in range(width):
+                seen[j * size + n + i] &= shown[j * width + i]
+    return SEE_SOME if somebody_sees(seen, keys * size) else SEE_NONE
 
 
 @compiled
