@@ -55,11 +55,11 @@ from .vectors import (
     choose,
     compiled,
     constant,
+    for_lanes,
     lanes,
     larger,
     magnitude,
     splat,
-    widest_vectors,
     with_sign_of,
 )
 
@@ -132,8 +132,9 @@ def trim(t, p, key, keys, begin, scale):
             last -= 1
         panel[LAST] = key + last
     every = np.uint8(1)
-    for x in range(first * size, last * size):
-        every = np.uint8(every & seen[x])
+    for j in range(first, last):
+        for i in range(min(size, t.rows - p * size)):
+            every = np.uint8(every & seen[j * size + i])
     return SEE_ALL if every else SEE_SOME
 
 
@@ -239,18 +240,22 @@ def mask_bits(at, stride, keys):
 @compiled
 def call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod):
     """Let the function change the scores."""
-    widest_vectors()
     size, width = TILE_VECS * lanes(scale), lanes(scale)
     batch, head = t.batch, ints(t.row_head)[p * size] % t.heads
-    last, one = ints(t.row_query)[p * size + size - 1], own_vector(scale)
+    one = own_vector(scale)
     for n in range(0, vecs * width, width):
         query = ints(t.row_query)[p * size] + n
+        rows = min(width, t.rows - p * size - n)
         for j in range(keys):
             at = ahead(scores, j * size + n)
             store(one, load(at))
-            for i in range(width):
-                one[i] = score_mod(one[i], batch, head, min(query + i, last), key + j)
+            for_lanes(change, rows, scale, one, batch, head, query, key + j, score_mod)
             store(at, load(one))
+
+
+@compiled
+def change(i, scores, batch, head, query, key, score_mod):
+    scores[i] = score_mod(scores[i], batch, head, query + i, key)
 
 
 @compiled
@@ -258,7 +263,6 @@ def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
     """Take the keys that the function hides out of `seen`. Returns what the panel sees then. Only
     blocks of which somebody sees some and not all are worth a call.
     """
-    widest_vectors()
     size = TILE_VECS * lanes(scale)
     batch, head = t.batch, ints(t.row_head)[p * size]
     begin, end = mask_rows(t, p, scale)
@@ -269,23 +273,26 @@ def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
     if state == SEE_ALL:
         for x in range(keys * size):
             seen[x] = 1
-    first, last = ints(t.row_query)[p * size], ints(t.row_query)[p * size + size - 1]
     shown = own_flags(np.uint8(0))
     # Panels and rows of the block mask begin at multiples of it, so such lanes lie in one row.
     width = min(size & -size, MASK_QUERIES)
     for n in range(0, size, width):
-        query = first + n
-        block = block_of(t, head, min(query, last) // MASK_QUERIES, key)
+        query, rows = ints(t.row_query)[p * size] + n, min(width, t.rows - p * size - n)
+        block = block_of(t, head, query // MASK_QUERIES, key) if rows > 0 else SEE_NONE
         for x in range(keys * width):
-            shown[x] = block != SEE_NONE
+            shown[x] = block == SEE_ALL
         for j in range(keys if block == SEE_SOME else 0):
-            for i in range(width):
-                sees = mask_mod(batch, head % t.heads, min(query + i, last), key + j)
-                shown[j * width + i] = bool(sees)
+            to = ahead(shown, j * width)
+            for_lanes(show, rows, scale, to, batch, head % t.heads, query, key + j, mask_mod)
         for j in range(keys):
             for i in range(width):
                 seen[j * size + n + i] &= shown[j * width + i]
     return SEE_SOME if somebody_sees(seen, keys * size) else SEE_NONE
+
+
+@compiled
+def show(i, shown, batch, head, query, key, mask_mod):
+    shown[i] = bool(mask_mod(batch, head, query + i, key))
 
 
 @compiled

@@ -298,15 +298,39 @@ def polynomial(typingctx, f):
 
 
 @intrinsic
-def widest_vectors(typingctx):
-    """Let LLVM use vectors of this width in the plain loops of the function where this stands; for
-    AVX-512 it prefers half of it.
-    """
+def for_lanes(typingctx, body, rows, like, *args):
+    """Call ``body(i, *args)`` for 0 <= i < rows, as many at once as `like`, a scalar, has lanes.
 
-    def emit(context, builder, sig, args):
-        # `add` of the set itself: llvmlite's own knows only attributes without a value.
-        width = f'"prefer-vector-width"="{8 * VECTOR_BYTES}"'
-        set.add(builder.function.attributes, width)
+    LLVM would unroll a loop as short as this one, or use vectors of half the width.
+    """
+    call = typingctx.resolve_function_type(body, (types.int64, *args), {})
+
+    def emit(context, builder, sig, values):
+        function, begin = context.get_function(body, call), builder.basic_block
+        blocks = (builder.append_basic_block(f"lanes.{part}") for part in ("test", "body", "end"))
+        test, body_block, end = blocks
+        builder.branch(test)
+        builder.position_at_end(test)
+        i = builder.phi(ir.IntType(64))
+        i.add_incoming(i.type(0), begin)
+        builder.cbranch(builder.icmp_signed("<", i, values[1]), body_block, end)
+        builder.position_at_end(body_block)
+        function(builder, (i, *cgutils.unpack_tuple(builder, values[3])))
+        i.add_incoming(builder.add(i, i.type(1)), builder.basic_block)
+        _vectorise(builder.module, builder.branch(test), vector_of(like).lanes)
+        builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(), emit
+    return types.void(body, types.int64, like, types.BaseTuple.from_types(args)), emit
+
+
+def _vectorise(module, latch, lanes: int) -> None:
+    """Tell LLVM with how many lanes the loop is to be vectorised that ends in this branch."""
+    hints = [
+        module.add_metadata([ir.MetaDataString(module, f"llvm.loop.{name}"), ir.IntType(32)(n)])
+        for name, n in (("vectorize.width", lanes), ("interleave.count", 1))
+    ]
+    loop = module.add_metadata(hints)
+    if loop.operands[0] is not loop:
+        loop.operands = (loop, *loop.operands)  # as LLVM knows it from other metadata
+    latch.set_metadata("llvm.loop", loop)
