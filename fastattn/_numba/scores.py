@@ -49,13 +49,14 @@ from .tile import (
     strip_of,
 )
 from .vectors import (
+    POSITIVE,
     TILE_VECS,
     VECTOR_BYTES,
     any_lane,
     choose,
     compiled,
     constant,
-    for_lanes,
+    for_rows,
     lanes,
     larger,
     magnitude,
@@ -249,13 +250,14 @@ def call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod):
         for j in range(keys):
             at = ahead(scores, j * size + n)
             store(one, load(at))
-            for_lanes(change, rows, scale, one, batch, head, query, key + j, score_mod)
+            j_key = (key + j) & POSITIVE
+            for_rows(change, query, rows, scale, one, batch, head, j_key, score_mod)
             store(at, load(one))
 
 
 @compiled
-def change(i, scores, batch, head, query, key, score_mod):
-    scores[i] = score_mod(scores[i], batch, head, query + i, key)
+def change(lane, i, scores, batch, head, j, score_mod):
+    scores[lane] = score_mod(scores[lane], batch, head, i, j)
 
 
 @compiled
@@ -283,7 +285,8 @@ def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
             shown[x] = block == SEE_ALL
         for j in range(keys if block == SEE_SOME else 0):
             to = ahead(shown, j * width)
-            for_lanes(show, rows, scale, to, batch, head % t.heads, query, key + j, mask_mod)
+            j_key = (key + j) & POSITIVE
+            for_rows(show, query, rows, scale, to, batch, head % t.heads, j_key, mask_mod)
         for j in range(keys):
             for i in range(width):
                 seen[j * size + n + i] &= shown[j * width + i]
@@ -291,8 +294,8 @@ def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
 
 
 @compiled
-def show(i, shown, batch, head, query, key, mask_mod):
-    shown[i] = bool(mask_mod(batch, head, query + i, key))
+def show(lane, i, shown, batch, head, j, mask_mod):
+    shown[lane] = bool(mask_mod(batch, head, i, j))
 
 
 @compiled

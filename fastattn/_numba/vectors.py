@@ -16,7 +16,7 @@ from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-__all__ = ["INSTRUCTION_SET", "TILE_ROWS", "TILE_VECS", "VECTOR_BYTES", "Vector"]
+__all__ = ["INSTRUCTION_SET", "POSITIVE", "TILE_ROWS", "TILE_VECS", "VECTOR_BYTES", "Vector"]
 
 
 def _instruction_set() -> tuple[str, int, int, int]:
@@ -37,6 +37,10 @@ def _instruction_set() -> tuple[str, int, int, int]:
 
 INSTRUCTION_SET, VECTOR_BYTES, TILE_ROWS, TILE_VECS = _instruction_set()
 
+
+# An index masked with this is known not to count from the end of an array: what lies in a row can
+# be loaded as a vector.
+POSITIVE = (1 << 63) - 1
 
 # How a function is compiled that only other compiled ones call: its wrappers would take as long.
 compiled = njit(  # type: ignore[call-overload]
@@ -298,30 +302,35 @@ def polynomial(typingctx, f):
 
 
 @intrinsic
-def for_lanes(typingctx, body, rows, like, *args):
-    """Call ``body(i, *args)`` for 0 <= i < rows, as many at once as `like`, a scalar, has lanes.
-
-    LLVM would unroll a loop as short as this one, or use vectors of half the width.
+def for_rows(typingctx, body, first, count, like, *args):
+    """Call ``body(lane, i, *args)`` for the row i = first + lane of each lane below `count`, with as
+    many lanes at once as `like`, a scalar, has. LLVM would unroll a loop as short as this one, or
+    use vectors of half the width.
     """
-    call = typingctx.resolve_function_type(body, (types.int64, *args), {})
+    whole = types.int64
+    call = typingctx.resolve_function_type(body, (whole, whole, *args), {})
 
     def emit(context, builder, sig, values):
-        function, begin = context.get_function(body, call), builder.basic_block
-        blocks = (builder.append_basic_block(f"lanes.{part}") for part in ("test", "body", "end"))
-        test, body_block, end = blocks
+        function, before = context.get_function(body, call), builder.basic_block
+        test, inside, after = (
+            builder.append_basic_block(f"rows.{part}") for part in ("test", "body", "end")
+        )
+        zero, one = (ir.IntType(64)(n) for n in (0, 1))
+        first = builder.and_(values[1], ir.IntType(64)(POSITIVE))
         builder.branch(test)
         builder.position_at_end(test)
-        i = builder.phi(ir.IntType(64))
-        i.add_incoming(i.type(0), begin)
-        builder.cbranch(builder.icmp_signed("<", i, values[1]), body_block, end)
-        builder.position_at_end(body_block)
-        function(builder, (i, *cgutils.unpack_tuple(builder, values[3])))
-        i.add_incoming(builder.add(i, i.type(1)), builder.basic_block)
+        lane, i = builder.phi(zero.type), builder.phi(zero.type)
+        builder.cbranch(builder.icmp_signed("<", lane, values[2]), inside, after)
+        builder.position_at_end(inside)
+        function(builder, (lane, i, *cgutils.unpack_tuple(builder, values[4])))
+        for phi, start in ((lane, zero), (i, first)):
+            phi.add_incoming(start, before)
+            phi.add_incoming(builder.add(phi, one, flags=("nsw",)), builder.basic_block)
         _vectorise(builder.module, builder.branch(test), vector_of(like).lanes)
-        builder.position_at_end(end)
+        builder.position_at_end(after)
         return context.get_dummy_value()
 
-    return types.void(body, types.int64, like, types.BaseTuple.from_types(args)), emit
+    return types.void(body, whole, whole, like, types.BaseTuple.from_types(args)), emit
 
 
 def _vectorise(module, latch, lanes: int) -> None:
