@@ -303,7 +303,7 @@ def polynomial(typingctx, f):
 
 @intrinsic
 def for_rows(typingctx, body, first, count, like, *args):
-    """Call ``body(lane, i, *args)`` for the row i = first + lane of each lane below `count`, with as
+    """Call ``body(lane, i, *args)`` for the row i = first + lane of each lane below `count`, as
     many lanes at once as `like`, a scalar, has. LLVM would unroll a loop as short as this one, or
     use vectors of half the width.
     """

@@ -9,14 +9,16 @@ from importlib import import_module
 
 import numpy as np
 
+from ..blockmask import NONE
 from ..parallel import share
 from ..problem import DOT, Problem
 from ..threads import openmp_setting, worth_threads
 
 name = "numba"
 
-# A launch is long beside the 10 us that it costs and short beside what Ctrl-C may take.
-LAUNCH_FLOPS = 50_000_000
+# A launch is long beside the 10 us that it costs, more where threads wait for each other to start
+# one, and short beside what Ctrl-C may take.
+LAUNCH_FLOPS = 100_000_000
 # Below this many flops a second thread costs more than it brings: waking one takes some 50 us.
 ONE_THREAD_FLOPS = 20_000_000
 
@@ -95,7 +97,7 @@ class _Call:
         for format, x in (("q_format", p.q), ("kv_format", p.k)):
             t[format] = numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
-        flops = 2 * rows * p.n_keys * (p.head_dim + p.value_dim)
+        flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
         self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (4 * self.threads)))
         for operand in ("q", "k", "v"):
             self.point(p, operand, getattr(p, operand))
@@ -165,6 +167,18 @@ class _Call:
             tile[part] = at
             at += size
         return partial(self.launch, tile)
+
+
+def keys_seen(problem: Problem) -> int:
+    """How many keys a query sees, about."""
+    p = problem
+    if p.block_mask is not None:
+        return int(p.n_keys * np.mean(p.block_mask.blocks != NONE))
+    intervals = p.intervals()
+    if intervals is None or p.n_queries == 0:
+        return p.n_keys
+    start, stop = intervals
+    return int(np.mean(np.maximum(stop - start, 0)))
 
 
 def threads(problem: Problem) -> int:
