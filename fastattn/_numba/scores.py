@@ -7,7 +7,7 @@ from math import inf
 import numpy as np
 
 from .exponential import tanh
-from .measures import measure
+from .measures import measure_keys
 from .memory import (
     ahead,
     doubles,
@@ -66,7 +66,7 @@ from .vectors import (
 
 
 @inlined
-def score_block(t, begin, scale, score_mod, mask_mod):
+def score_block(t, begin, scale, measure, score_mod, mask_mod):
     """The scores of the block of keys that begins at `begin`, -inf where unseen."""
     size = TILE_VECS * lanes(scale)
     for i in range(t.panels * size):
@@ -93,7 +93,7 @@ def score_block(t, begin, scale, score_mod, mask_mod):
             if state != SEE_NONE:
                 at = k + (key - first) * k_row
                 state = score(t, p, key, stop - key, begin, at, k_row, k_dim, state, scale,
-                              score_mod)  # fmt: skip
+                              measure, score_mod)  # fmt: skip
             ints(t.strip)[p * STRIPS + strip] = state
             if state != SEE_NONE:
                 panel[LIVE] = 1
@@ -148,7 +148,7 @@ def somebody_sees(seen, count):
 
 
 @compiled
-def score(t, p, key, keys, begin, k, k_row, k_dim, state, scale, score_mod):
+def score(t, p, key, keys, begin, k, k_row, k_dim, state, scale, measure, score_mod):
     """One panel's scores for `keys` keys from `key` on, of which it sees what `state` tells.
     Returns what it sees of them.
     """
@@ -164,8 +164,8 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, state, scale, score_mod):
         if hides_all(bias, vecs, keys, scale):
             return SEE_NONE
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
-    if t.measure != 0:
-        measure(t, vecs, k, k_row, k_dim, keys, queries, scores, scale)
+    if measure is not None:
+        measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
         product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
     if t.softcap > 0:

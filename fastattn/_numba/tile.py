@@ -61,7 +61,7 @@ NUMBERS = (
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
     "q_format", "kv_format",  # see `numbers`
     "bias_format", "bias_swapped", "alibi", "sinks", "q_offset",
-    "measure", "measure_weights",  # see `measures`; 0 is that of products
+    "measure_weights",  # see `measures`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
     "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",
     # Where the keys, the values and the scales of int8 ones begin.
@@ -116,7 +116,7 @@ def scratch(itemsize: int, head_dim: int, value_dim: int) -> dict[str, int]:
 
 
 @compiled
-def open_tile(t, item, scale):
+def open_tile(t, item, scale, mask_mod):
     """Point the tile at its rows and at the keys that they read."""
     # The last queries first: under a causal mask they have the most to do, and a run that ends in
     # small pieces leaves no thread waiting for another.
@@ -145,7 +145,7 @@ def open_tile(t, item, scale):
         if t.start != 0:
             starts[i] = ints(row_of(t, t.start, t.start_row, i))[0]
             stops[i] = ints(row_of(t, t.stop, t.stop_row, i))[0]
-    bound_panels(t, scale)
+    bound_panels(t, scale, mask_mod)
 
 
 @compiled
@@ -155,7 +155,7 @@ def row_of(t, table, stride, i):
 
 
 @compiled
-def bound_panels(t, scale):
+def bound_panels(t, scale, mask_mod):
     """Find the keys that some row and that every row of each panel sees."""
     starts, stops = ints(t.row_start), ints(t.row_stop)
     size = TILE_VECS * lanes(scale)
@@ -168,7 +168,7 @@ def bound_panels(t, scale):
                 last = max(last, stops[i])
             inner_first = max(inner_first, starts[i])
             inner_last = min(inner_last, stops[i])
-        if t.blocks != 0:
+        if mask_mod is not None and t.blocks != 0:
             first, last = narrowed(t, p, first, last, scale)
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         panel[FIRST], panel[LAST] = first, last

@@ -76,6 +76,7 @@ class _Call:
             hooks.score_function(p.score_mod, p.accumulator.itemsize),
             hooks.mask_function(p.mask_mod),
         )
+        self.measure = measures.NUMBER[p.measure.name]
         self.kernel = launch.launcher(*self.hooks)
         self.scale = p.accumulator.type(p.scale if p.measure is DOT else 1)
         self.threads = threads(p)
@@ -89,7 +90,7 @@ class _Call:
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
         t["softcap"] = p.softcap or 0
         if p.measure is not DOT:
-            t["measure"], t["measure_scale"] = measures.NUMBER[p.measure.name], p.scale
+            t["measure_scale"] = p.scale
             factors = p.scale * p.measure.weights
             t["measure_weights"] = self.address(factors.astype(p.accumulator))
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
@@ -101,9 +102,9 @@ class _Call:
         self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (4 * self.threads)))
         for operand in ("q", "k", "v"):
             self.point(p, operand, getattr(p, operand))
-        if p.k_scales is not None:
-            self.point(p, "k_scales", p.k_scales[..., None])
-            self.point(p, "v_scales", p.v_scales[..., None])
+        for operand, scales in (("k_scales", p.k_scales), ("v_scales", p.v_scales)):
+            if scales is not None:
+                self.point(p, operand, scales[..., None])
         self.point(p, "out", result)
         intervals = p.intervals()
         if intervals is not None:
@@ -155,7 +156,7 @@ class _Call:
         share(self.items, self.step, self.threads, self.start)
 
     def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
-        self.kernel(tile.ctypes.data, begin, end, self.scale, *self.hooks)
+        self.kernel(tile.ctypes.data, begin, end, self.scale, self.measure, *self.hooks)
 
     def start(self) -> Callable[[int, int], None]:
         """A thread's own launch, with a scratch of its own."""
