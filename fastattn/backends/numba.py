@@ -191,10 +191,15 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     from .._numba import tile, vectors
 
+    given = {name: getattr(problem, name) for name in ("score_mod", "mask_mod", "block_mask")}
+    functions = {
+        name: getattr(x, "__name__", repr(x)) for name, x in given.items() if x is not None
+    }
     return {
         "kernel": f"queries in lanes, {problem.accumulator}, compiled by Numba",
         "instruction set": f"{vectors.INSTRUCTION_SET}, vectors of {vectors.VECTOR_BYTES} bytes",
         "tile": f"{tile.TILE_BYTES // problem.accumulator.itemsize} queries, "
         f"{tile.BLOCK_KEYS} keys a block",
         "threads": str(threads(problem)),
+        **functions,
     }
