@@ -7,6 +7,7 @@ from math import inf
 import numpy as np
 
 from .exponential import tanh
+from .hooks import POSITIVE, for_rows
 from .measures import measure_keys
 from .memory import (
     ahead,
@@ -41,14 +42,12 @@ from .tile import (
     strip_of,
 )
 from .vectors import (
-    POSITIVE,
     TILE_VECS,
     VECTOR_BYTES,
     any_lane,
     choose,
     compiled,
     constant,
-    for_rows,
     lanes,
     larger,
     magnitude,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .hooks import POSITIVE, for_rows
 from .memory import ahead, flags, ints, nonzero_bytes, own_flags, uint64s
 from .tile import (
     FIRST,
@@ -20,7 +21,7 @@ from .tile import (
     row_of,
     seen_in_block,
 )
-from .vectors import POSITIVE, TILE_VECS, compiled, for_rows, lanes
+from .vectors import TILE_VECS, compiled, lanes
 
 
 @compiled
