@@ -156,7 +156,7 @@ def model_bars(rankings: Rankings):
 
 def contestants(rankings: Rankings) -> list[str]:
     """The names, in the order of the legend: ours, then the others."""
-    called = [ranking for ranking in rankings.values() if not ranking.get("inside")]
+    called = [r for r in rankings.values() if not (r.get("inside") or r.get("function"))]
     found = {e["name"] for ranking in called for e in ranking["entries"]}
     return [*(n for n in STYLES if n in found), *sorted(found - STYLES.keys())]
 

@@ -43,12 +43,12 @@ class Explanation:
 
 
 def explain(q, k, v, *, backend=None, **options) -> Explanation:
-    """Which backend, kernel, instruction set, tiles and threads `scaled_dot` would use.
+    """Which backend, kernel, instruction set, tiles and threads `scaled_dot` or `flex` would use.
 
     Parameters
     ----------
     q, k, v, backend, **options
-        As of `fastattn.scaled_dot`.
+        As of `fastattn.scaled_dot`, or, with functions, of `fastattn.flex`.
 
     Returns
     -------

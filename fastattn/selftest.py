@@ -126,11 +126,21 @@ def problems() -> dict[str, Problem]:
         "alibi": (square, {"alibi": slopes, "causal": True}),
         "softcap": (square, {"softcap": 3.0}),
         "sinks": (square, {"sinks": slopes}),
+        "score_mod": (square, {"score_mod": _nearer_is_more}),
+        "mask_mod": (square, {"mask_mod": _checkerboard, "causal": True}),
     }
     return {
         title: pose(q, k, v, return_lse=True, gradients=True, **options)
         for title, ((q, k, v), options) in calls.items()
     }
+
+
+def _nearer_is_more(score, batch, head, i, j):
+    return score - abs(i - j) / (head + 2)
+
+
+def _checkerboard(batch, head, i, j):
+    return (i // 20 + j // 30 + batch + head) % 2 == 0
 
 
 @contextmanager

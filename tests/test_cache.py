@@ -12,7 +12,7 @@ from fastattn import KVCache
 from fastattn.problem import pose
 
 STORED = (*DTYPES, "int8")
-WITHOUT_INT8 = ("cuda", "numba")
+WITHOUT_INT8 = ("cuda",)
 BATCH, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 40, 24
 
 

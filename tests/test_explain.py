@@ -70,3 +70,20 @@ def test_show_config(capsys):
     told = capsys.readouterr().out
     assert fastattn.__version__ in told
     assert all(b.name in told for b in BACKENDS)
+
+
+def test_functions():
+    """A call of `flex` is explained with its functions, and what is skipped."""
+    pytest.importorskip("numba", reason="only Numba compiles a function of the user's")
+
+    def halves(batch, head, i, j):
+        return (i < 64) == (j < 64)
+
+    q = np.zeros((2, 128, 16), np.float32)
+    made = fastattn.block_mask(halves, 128, 128)
+    found = fastattn.explain(q, q, q, score_mod=lambda s, b, h, i, j: s, block_mask=made)
+    assert found.backend == "numba"
+    assert found.plan["score_mod"] == "<lambda>"
+    assert found.plan["mask_mod"] == "halves"
+    assert "50% skipped" in found.plan["block_mask"]
+    assert found.passed_over["cython"] == "a score_mod or mask_mod cannot be compiled into it"

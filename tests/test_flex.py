@@ -160,6 +160,25 @@ class TestBlockMask:
         assert np.isfinite(out[:, :, DOCUMENT_Q != 2]).all()
         assert np.isnan(out[:, :, DOCUMENT_Q == 2]).all()
 
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_documents_of_any_length(self, dtype):
+        """Their ends lie anywhere in blocks, strips of keys and vectors of queries; what is in one
+        document stays there.
+        """
+        document = np.repeat(np.arange(7), [1, 15, 17, 63, 66, 130, 40])
+
+        def own(batch, head, i, j):
+            return document[i] == document[j]
+
+        n = document.size
+        q, k, v = Shape(1, 2, n, n, 24, value_dim=20).arrays(dtype)
+        k[..., document == 2, 3] = v[..., document == 4, 5] = np.nan
+        made = fastattn.block_mask(own, n, n)
+        results = fastattn.flex(q, k, v, block_mask=made, return_lse=True, return_weights=True)
+        wanted = pose(q, k, v, mask_mod=own, return_lse=True, return_weights=True)
+        assert_solves(results, wanted)
+        assert np.isfinite(results[0][:, :, (document != 2) & (document != 4)]).all()
+
     def test_function_is_not_called_where_all_agree(self):
         """Blocks of a function that has changed its mind tell whether they are asked."""
         made = fastattn.block_mask(lambda batch, head, i, j: j < 64, 100, 150)

@@ -25,18 +25,18 @@ def _digest() -> int:
 def _entry():
     digest = _digest()
 
-    def launch(address, begin, end, scale, score_mod, mask_mod):
+    def launch(address, begin, end, scale, measure, score_mod, mask_mod):
         """Attend from the queries of the tiles begin <= item < end."""
         digest  # noqa: B018  a closure's variables are part of the key of the disk cache
         t = tile_at(address)
         for item in range(begin, end):
-            open_tile(t, item, scale)
+            open_tile(t, item, scale, mask_mod)
             step = ATTEND
             while step != DONE:
                 if step != WEIGH:
                     start_rows(t, scale)
                 for block in range(t.first // BLOCK_KEYS * BLOCK_KEYS, t.last, BLOCK_KEYS):
-                    score_block(t, block, scale, score_mod, mask_mod)
+                    score_block(t, block, scale, measure, score_mod, mask_mod)
                     if step == WEIGH:
                         store_weights(t, block, scale)
                     else:
@@ -61,8 +61,9 @@ _plain = _cached()
 
 
 def launcher(score_mod, mask_mod):
-    """``launch(address, begin, end, scale, score_mod, mask_mod)`` for these functions, or None: it
-    compiles itself at its first call with numbers of a type.
+    """``launch(address, begin, end, scale, measure, score_mod, mask_mod)`` for these functions, or
+    None: it compiles itself at its first call with numbers of a type, and with or without a
+    measure.
     """
     return _plain if score_mod is None and mask_mod is None else _with(score_mod, mask_mod)
 

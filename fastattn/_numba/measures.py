@@ -23,27 +23,28 @@ from .vectors import (
     square_root,
 )
 
-__all__ = ["NUMBER", "measure"]
+__all__ = ["NUMBER", "measure_keys"]
 
 DISTANCE = 1
-NUMBER = {"dot": 0, "distance": DISTANCE, "additive": 2}
+NUMBER = {"dot": None, "distance": DISTANCE, "additive": 2}
 CHUNK_DIMS = 16
 
 shrink = per_type(2.0**-66, 2.0**-520)
 
 
 @compiled
-def measure(t, vecs, k, k_row, k_dim, keys, queries, scores, scale):
+def measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale):
     """scores[key][lane] of queries[d][lane]."""
     size = TILE_VECS * lanes(scale)
     for j in range(0, keys, 4):
         for n in range(0, vecs * lanes(scale), lanes(scale)):
             four = ahead(scores, j * size + n)
-            measure_four(t, k + j * k_row, k_row, k_dim, keys - j, ahead(queries, n), four, scale)
+            at, column = k + j * k_row, ahead(queries, n)
+            measure_four(t, measure, at, k_row, k_dim, keys - j, column, four, scale)
 
 
 @compiled
-def measure_four(t, k, k_row, k_dim, keys, column, scores, scale):
+def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
     """Of the next four keys, or as many as there are, and one vector of queries."""
     size = TILE_VECS * lanes(scale)
     zero, weights = splat(constant(0.0, scale)), reals(t.measure_weights, scale)
@@ -57,7 +58,7 @@ def measure_four(t, k, k_row, k_dim, keys, column, scores, scale):
             y = splat(reals(at + second * k_row, scale)[0])
             z = splat(reals(at + third * k_row, scale)[0])
             u = splat(reals(at + fourth * k_row, scale)[0])
-            if t.measure == DISTANCE:
+            if measure == DISTANCE:
                 x, y, z, u = q - x, q - y, q - z, q - u
                 a, b = multiply_add(x, x, a), multiply_add(y, y, b)
                 c, d = multiply_add(z, z, c), multiply_add(u, u, d)
@@ -66,7 +67,7 @@ def measure_four(t, k, k_row, k_dim, keys, column, scores, scale):
                 a, b = multiply_add(weight, tanh(q + x), a), multiply_add(weight, tanh(q + y), b)
                 c, d = multiply_add(weight, tanh(q + z), c), multiply_add(weight, tanh(q + u), d)
         all_a, all_b, all_c, all_d = all_a + a, all_b + b, all_c + c, all_d + d
-    if t.measure == DISTANCE:
+    if measure == DISTANCE:
         all_a = root(t, all_a, k, k_dim, column, scale)
         all_b = root(t, all_b, k + second * k_row, k_dim, column, scale)
         all_c = root(t, all_c, k + third * k_row, k_dim, column, scale)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..blockmask import BLOCK_KEYS, BLOCK_QUERIES
 from .vectors import TILE_VECS, VECTOR_BYTES, flags_of, vector_of
 
 
@@ -25,6 +27,7 @@ def _pointer_intrinsic(item):
 ints = _pointer_intrinsic(types.int64)
 uint64s = _pointer_intrinsic(types.uint64)
 doubles = _pointer_intrinsic(types.float64)
+floats = _pointer_intrinsic(types.float32)
 flags = _pointer_intrinsic(types.uint8)
 halfwords = _pointer_intrinsic(types.uint16)
 
@@ -81,6 +84,29 @@ def _peek_intrinsic(item):
 peek_uint8, peek_uint16, peek_uint32, peek_uint64 = (
     _peek_intrinsic(x) for x in (types.uint8, types.uint16, types.uint32, types.uint64)
 )
+
+
+def _own_intrinsic(size):
+    """``f(like)``: room on the stack for `size` bytes of the type of `like`, a scalar.
+
+    Nothing else points at it. A function of the user's reads tables that could lie anywhere: were
+    its result stored where they might be too, LLVM would take one number after the other.
+    """
+
+    @intrinsic
+    def own(typingctx, like):
+        def emit(context, builder, sig, args):
+            room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), size))
+            room.align = VECTOR_BYTES
+            return builder.bitcast(room, context.get_value_type(sig.return_type))
+
+        return types.CPointer(like)(like), emit
+
+    return own
+
+
+own_vector = _own_intrinsic(VECTOR_BYTES)
+own_flags = _own_intrinsic(BLOCK_QUERIES * BLOCK_KEYS)
 
 
 def _as_vector_pointer(builder, pointer, vector):

@@ -6,7 +6,7 @@ from math import copysign, inf, isinf, ldexp
 
 import numpy as np
 
-from .memory import halfwords, peek_uint8, peek_uint16, peek_uint32, peek_uint64
+from .memory import ahead, flags, halfwords, peek_uint8, peek_uint16, peek_uint32, peek_uint64
 from .vectors import compiled, constant, from_bits, per_type, swap_bytes
 
 __all__ = ["FORMATS", "REAL", "finite_most", "format_of", "read", "rounded", "widen"]
@@ -47,14 +47,21 @@ def bfloat16(bits):
 
 
 @compiled
-def widen(address, row, step, rows, dims, format, target):
-    """Rows of halves, strides in bytes, as rows of `target`, one behind the other."""
-    step //= 2
+def widen(address, row, step, rows, dims, format, scales, target):
+    """Rows of halves, or of int8 times their `scales`, strides in bytes, as rows of `target`, one
+    behind the other.
+    """
     for j in range(rows):
-        source = halfwords(address + j * row)
-        for d in range(dims):
-            bits = np.int64(source[d * step])
-            target[j * dims + d] = bfloat16(bits) if format == BFLOAT16 else half(bits)
+        source, to = address + j * row, ahead(target, j * dims)
+        if format == INT8:
+            scale, numbers = np.float64(scales[j]), flags(source)
+            for d in range(dims):
+                to[d] = np.float64(np.int8(numbers[d * step])) * scale
+        else:
+            words, apart = halfwords(source), step // 2
+            for d in range(dims):
+                bits = np.int64(words[d * apart])
+                to[d] = bfloat16(bits) if format == BFLOAT16 else half(bits)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""The scores of a block of keys: the product, the options, who sees what."""
+"""The scores of a block of keys: the product and the options."""
 
 from __future__ import annotations
 
@@ -7,39 +7,35 @@ from math import inf
 import numpy as np
 
 from .exponential import tanh
-from .measures import measure
+from .hooks import POSITIVE, for_rows
+from .measures import measure_keys
 from .memory import (
     ahead,
     doubles,
     flags,
+    floats,
     ints,
     load,
     load_flags,
-    nonzero_bytes,
+    own_vector,
     reals,
     rows_to_columns,
     store,
-    uint64s,
 )
 from .numbers import REAL, finite_most, read, rounded, widen
 from .tile import (
     BEGUN,
     FIRST,
-    INNER_FIRST,
-    INNER_LAST,
     LAST,
     LIVE,
-    MASK_QUERIES,
     PANEL_FIELDS,
     SEE_ALL,
     SEE_NONE,
     SEE_SOME,
-    STRIP_KEYS,
     STRIPS,
     VECS,
     in_block,
     inlined,
-    mask_rows,
     product,
     row_of,
     seen_in_block,
@@ -56,13 +52,13 @@ from .vectors import (
     larger,
     magnitude,
     splat,
-    widest_vectors,
     with_sign_of,
 )
+from .visibility import see, trim
 
 
 @inlined
-def score_block(t, begin, scale, score_mod, mask_mod):
+def score_block(t, begin, scale, measure, score_mod, mask_mod):
     """The scores of the block of keys that begins at `begin`, -inf where unseen."""
     size = TILE_VECS * lanes(scale)
     for i in range(t.panels * size):
@@ -74,48 +70,46 @@ def score_block(t, begin, scale, score_mod, mask_mod):
         first, last = strip_of(begin, strip, t.first, t.last)
         k = t.k_head + first * t.k_row
         k_row, k_dim = t.k_row, t.k_dim
-        if t.format != REAL and first < last:
-            widen(k, k_row, k_dim, last - first, t.head_dim, t.format, reals(t.widened, scale))
-            k, k_row, k_dim = t.widened, 4 * t.head_dim, 4
+        if t.kv_format != REAL and first < last:
+            widen(k, k_row, k_dim, last - first, t.head_dim, t.kv_format,
+                  floats(t.k_scale + 4 * first), reals(t.widened, scale))  # fmt: skip
+            k_dim = VECTOR_BYTES // lanes(scale)
+            k, k_row = t.widened, t.head_dim * k_dim
         for p in range(t.panels):
             panel = ints(t.panel + 8 * PANEL_FIELDS * p)
             key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
-            state = SEE_NONE
-            if key < stop:
+            state = see(t, p, key, stop - key, begin, scale, mask_mod)
+            if state == SEE_SOME:
+                state = trim(t, p, key, stop - key, begin, scale)
+                key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
+            if state != SEE_NONE:
                 at = k + (key - first) * k_row
-                state = score(t, p, key, stop - key, begin, at, k_row, k_dim, scale, score_mod,
-                              mask_mod)  # fmt: skip
+                state = score(t, p, key, stop - key, begin, at, k_row, k_dim, state, scale,
+                              measure, score_mod)  # fmt: skip
             ints(t.strip)[p * STRIPS + strip] = state
             if state != SEE_NONE:
                 panel[LIVE] = 1
 
 
 @compiled
-def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
-    """One panel's scores for `keys` keys from `key` on. Returns what it sees of them."""
+def score(t, p, key, keys, begin, k, k_row, k_dim, state, scale, measure, score_mod):
+    """One panel's scores for `keys` keys from `key` on, of which it sees what `state` tells.
+    Returns what it sees of them.
+    """
     size = TILE_VECS * lanes(scale)
-    panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-    vecs = panel[VECS]
+    vecs = ints(t.panel + 8 * PANEL_FIELDS * p)[VECS]
     scores, seen = (
         in_block(t.scores, scale, p, key - begin),
         seen_in_block(t, scale, p, key - begin),
     )
-    state = SEE_ALL
-    inside = panel[INNER_FIRST] <= key and key + keys <= panel[INNER_LAST]
-    if not inside or t.mask != 0:
-        state = look(t, p, key, keys, seen, scale)
-    if mask_mod is not None and state != SEE_NONE:
-        state = call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod)
-    if state == SEE_NONE:
-        return state
     bias = reals(t.bias_tile, scale)
     if t.bias != 0:
         load_bias(t, p, key, keys, bias, scale)
         if hides_all(bias, vecs, keys, scale):
             return SEE_NONE
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
-    if t.measure != 0:
-        measure(t, vecs, k, k_row, k_dim, keys, queries, scores, scale)
+    if measure is not None:
+        measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
         product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
     if t.softcap > 0:
@@ -126,13 +120,7 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
     if t.alibi != 0:
         subtract_alibi(t, p, key, keys, scores, scale)
     if score_mod is not None:
-        head, query = ints(t.row_head)[p * size] % t.heads, ints(t.row_query)[p * size]
-        rows = min(size, t.rows - p * size)
-        widest_vectors()
-        for j in range(keys):
-            row = ahead(scores, j * size)
-            for i in range(rows):
-                row[i] = score_mod(row[i], t.batch, head, query + i, key + j)
+        call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod)
         state = exclude(scores, vecs, keys, seen, state, scale)
     tops, saw = ahead(reals(t.top, scale), p * size), ahead(flags(t.saw), p * size)
     if state == SEE_SOME:
@@ -148,104 +136,25 @@ def score(t, p, key, keys, begin, k, k_row, k_dim, scale, score_mod, mask_mod):
 
 
 @compiled
-def look(t, p, key, keys, seen, scale):
-    """What the panel sees by intervals and mask; where that is some keys, set seen[key][lane]."""
-    size = TILE_VECS * lanes(scale)
-    words = uint64s(t.words)
-    every, any_bit = first_bits(keys), np.uint64(0)
-    common, masked, masked_row = every, every, 0
-    for i in range(size):
-        row = p * size + i
-        start, stop = ints(t.row_start)[row] - key, ints(t.row_stop)[row] - key
-        bits = first_bits(stop) & ~first_bits(start) & every
-        if t.mask != 0:
-            at = row_of(t, t.mask, t.mask_row, row) + key * t.mask_dim
-            if at != masked_row:
-                masked_row, masked = at, mask_bits(at, t.mask_dim, keys)
-            bits &= masked
-        words[i] = bits
-        any_bit |= bits
-        common &= bits
-    if any_bit == 0:
-        return SEE_NONE
-    if common == every:
-        return SEE_ALL
-    for j in range(keys):
-        for i in range(size):
-            seen[j * size + i] = (words[i] >> np.uint64(j)) & np.uint64(1)
-    return SEE_SOME
+def call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod):
+    """Let the function change the scores."""
+    size, width = TILE_VECS * lanes(scale), lanes(scale)
+    batch, head = t.batch, ints(t.row_head)[p * size] % t.heads
+    one = own_vector(scale)
+    for n in range(0, vecs * width, width):
+        query = ints(t.row_query)[p * size] + n
+        rows = min(width, t.rows - p * size - n)
+        for j in range(keys):
+            at = ahead(scores, j * size + n)
+            store(one, load(at))
+            j_key = (key + j) & POSITIVE
+            for_rows(change, query, rows, scale, one, batch, head, j_key, score_mod)
+            store(at, load(one))
 
 
 @compiled
-def first_bits(count):
-    if count <= 0:
-        return np.uint64(0)
-    return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
-
-
-@compiled
-def mask_bits(at, stride, keys):
-    """Bit j: does a row of the mask show key j?"""
-    if stride == 1 and keys == 64:
-        return nonzero_bytes(at)
-    bits = np.uint64(0)
-    for j in range(keys):
-        bits |= np.uint64(flags(at)[j * stride] != 0) << np.uint64(j)
-    return bits
-
-
-@compiled
-def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
-    """Take the keys that the function hides out of `seen`. Returns what the panel sees then. Only
-    blocks of which somebody sees some and not all are worth a call.
-    """
-    widest_vectors()
-    size = TILE_VECS * lanes(scale)
-    head, query = ints(t.row_head)[p * size], ints(t.row_query)[p * size]
-    rows = min(size, t.rows - p * size)
-    begin, end = mask_rows(t, p, scale)
-    if blocks_agree(t, head, begin, end, key, SEE_NONE):
-        return SEE_NONE
-    if blocks_agree(t, head, begin, end, key, SEE_ALL):
-        return state
-    if state == SEE_ALL:
-        for x in range(keys * size):
-            seen[x] = 1
-    for row in range(begin, end):
-        first = max(row * MASK_QUERIES - query, 0)
-        last = min((row + 1) * MASK_QUERIES - query, rows)
-        block = block_of(t, head, row, key)
-        for j in range(keys if block != SEE_ALL else 0):
-            at = ahead(seen, j * size)
-            if block == SEE_NONE:
-                for i in range(first, last):
-                    at[i] = 0
-            else:
-                for i in range(first, last):
-                    shown = mask_mod(t.batch, head % t.heads, query + i, key + j)
-                    at[i] &= np.uint8(bool(shown))
-    count = 0
-    for j in range(keys):
-        for i in range(rows):
-            count += seen[j * size + i]
-    return SEE_NONE if count == 0 else SEE_ALL if count == keys * rows else SEE_SOME
-
-
-@compiled
-def block_of(t, head, row, key):
-    """What the block mask says of a row of it and the strip of a key; without one, some."""
-    if t.blocks == 0:
-        return SEE_SOME
-    at = ints(t.blocks)[head] + row * t.blocks_row + key // STRIP_KEYS * t.blocks_dim
-    return np.int64(flags(at)[0])
-
-
-@compiled
-def blocks_agree(t, head, begin, end, key, state):
-    agree = True
-    for row in range(begin, end):
-        agree &= block_of(t, head, row, key) == state
-    return agree
+def change(lane, i, scores, batch, head, j, score_mod):
+    scores[lane] = score_mod(scores[lane], batch, head, i, j)
 
 
 @compiled

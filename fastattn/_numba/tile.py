@@ -20,7 +20,18 @@ from numba import from_dtype, njit
 
 from .. import blockmask
 from .exponential import WEIGHT_UNIT, exp
-from .memory import ahead, doubles, flags, ints, load, reals, record_of, rows_to_columns, store
+from .memory import (
+    ahead,
+    doubles,
+    flags,
+    floats,
+    ints,
+    load,
+    reals,
+    record_of,
+    rows_to_columns,
+    store,
+)
 from .numbers import REAL, widen
 from .register_tile import register_tile
 from .vectors import TILE_ROWS, TILE_VECS, VECTOR_BYTES, compiled, lanes, splat
@@ -43,15 +54,18 @@ MASK_QUERIES = blockmask.BLOCK_QUERIES
 
 # Arrays, by the address of a table of where each head's rows begin and by strides in bytes; a table
 # of 0 stands for an array that was not given.
-ARRAYS = ("q", "k", "v", "out", "start", "stop", "bias", "mask", "weights", "lse", "blocks")
+ARRAYS = ("q", "k", "v", "k_scales", "v_scales", "out", "start", "stop", "bias", "mask",
+          "weights", "lse", "blocks")  # fmt: skip
 NUMBERS = (
     # The problem. A tile holds the rows of `fold` query heads that read one key head.
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
-    "format",  # of q, k and v: see `numbers`
+    "q_format", "kv_format",  # see `numbers`
     "bias_format", "bias_swapped", "alibi", "sinks", "q_offset",
-    "measure", "measure_weights",  # see `measures`; 0 is that of products
+    "measure_weights",  # see `measures`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
-    "tile_rows", "tiles", "rows", "panels", "batch", "k_head", "v_head", "first", "last",
+    "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",
+    # Where the keys, the values and the scales of int8 ones begin.
+    "k_head", "v_head", "k_scale", "v_scale",
     # Per row: its query, the index of its head in the tables, and the keys start <= j < stop.
     "row_query", "row_head", "row_start", "row_stop",
     # Of the panel at hand, a word per lane: the keys of a strip as bits, or addresses.
@@ -97,12 +111,12 @@ def scratch(itemsize: int, head_dim: int, value_dim: int) -> dict[str, int]:
     sizes |= {name: TILE_BYTES * n for name, n in per_row.items()}
     sizes["saw"] = rows
     sizes["seen"] = rows * BLOCK_KEYS
-    sizes["widened"] = 4 * STRIP_KEYS * max(head_dim, value_dim)
+    sizes["widened"] = itemsize * STRIP_KEYS * max(head_dim, value_dim)
     return sizes
 
 
 @compiled
-def open_tile(t, item, scale):
+def open_tile(t, item, scale, mask_mod):
     """Point the tile at its rows and at the keys that they read."""
     # The last queries first: under a causal mask they have the most to do, and a run that ends in
     # small pieces leaves no thread waiting for another.
@@ -114,6 +128,8 @@ def open_tile(t, item, scale):
     key_head = t.batch * t.kv_heads + head % t.heads // t.group
     t.k_head = ints(t.k)[key_head]
     t.v_head = ints(t.v)[key_head]
+    if t.k_scales != 0:
+        t.k_scale, t.v_scale = ints(t.k_scales)[key_head], ints(t.v_scales)[key_head]
     size = TILE_VECS * lanes(scale)
     t.panels = (t.rows + size - 1) // size
     queries, heads = ints(t.row_query), ints(t.row_head)
@@ -129,7 +145,7 @@ def open_tile(t, item, scale):
         if t.start != 0:
             starts[i] = ints(row_of(t, t.start, t.start_row, i))[0]
             stops[i] = ints(row_of(t, t.stop, t.stop_row, i))[0]
-    bound_panels(t, scale)
+    bound_panels(t, scale, mask_mod)
 
 
 @compiled
@@ -139,7 +155,7 @@ def row_of(t, table, stride, i):
 
 
 @compiled
-def bound_panels(t, scale):
+def bound_panels(t, scale, mask_mod):
     """Find the keys that some row and that every row of each panel sees."""
     starts, stops = ints(t.row_start), ints(t.row_stop)
     size = TILE_VECS * lanes(scale)
@@ -152,7 +168,7 @@ def bound_panels(t, scale):
                 last = max(last, stops[i])
             inner_first = max(inner_first, starts[i])
             inner_last = min(inner_last, stops[i])
-        if t.blocks != 0:
+        if mask_mod is not None and t.blocks != 0:
             first, last = narrowed(t, p, first, last, scale)
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         panel[FIRST], panel[LAST] = first, last
@@ -217,16 +233,16 @@ def load_queries(t, p, columns, scale):
     rows, done = ints(t.words), 0
     for i in range(size):
         rows[i] = row_of(t, t.q, t.q_row, p * size + i)
-    if t.format == REAL and t.q_dim * width == VECTOR_BYTES:
+    if t.q_format == REAL and t.q_dim * width == VECTOR_BYTES:
         done = t.head_dim // width * width
         for n in range(0, size, width):
             for d in range(0, done, width):
                 rows_to_columns(ahead(rows, n), d * t.q_dim, ahead(columns, d * size + n))
     for i in range(size):
         q, step = rows[i], t.q_dim
-        if t.format != REAL:
-            widen(q, 0, step, 1, t.head_dim, t.format, reals(t.widened, scale))
-            q, step = t.widened, 4
+        if t.q_format != REAL:
+            widen(q, 0, step, 1, t.head_dim, t.q_format, floats(0), reals(t.widened, scale))
+            q, step = t.widened, VECTOR_BYTES // width
         for d in range(done, t.head_dim):
             columns[d * size + i] = reals(q + d * step, scale)[0]
     for x in range(0, t.head_dim * size, width):

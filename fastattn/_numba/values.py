@@ -12,6 +12,7 @@ from .memory import (
     columns_to_rows,
     doubles,
     flags,
+    floats,
     ints,
     load,
     load_flags,
@@ -69,9 +70,11 @@ def attend_block(t, begin, scale):
         first, last = strip_of(begin, strip, t.first, t.last)
         v = t.v_head + first * t.v_row
         v_row, v_dim = t.v_row, t.v_dim
-        if t.format != REAL and first < last:
-            widen(v, v_row, v_dim, last - first, t.value_dim, t.format, reals(t.widened, scale))
-            v, v_row, v_dim = t.widened, 4 * t.value_dim, 4
+        if t.kv_format != REAL and first < last:
+            widen(v, v_row, v_dim, last - first, t.value_dim, t.kv_format,
+                  floats(t.v_scale + 4 * first), reals(t.widened, scale))  # fmt: skip
+            v_dim = VECTOR_BYTES // lanes(scale)
+            v, v_row = t.widened, t.value_dim * v_dim
         for p in range(t.panels):
             state = ints(t.strip)[p * STRIPS + strip]
             if state == SEE_NONE:

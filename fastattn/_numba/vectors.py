@@ -295,18 +295,3 @@ def polynomial(typingctx, f):
         return value
 
     return f(f), emit
-
-
-@intrinsic
-def widest_vectors(typingctx):
-    """Let LLVM use vectors of this width in the plain loops of the function where this stands; for
-    AVX-512 it prefers half of it.
-    """
-
-    def emit(context, builder, sig, args):
-        # `add` of the set itself: llvmlite's own knows only attributes without a value.
-        width = f'"prefer-vector-width"="{8 * VECTOR_BYTES}"'
-        set.add(builder.function.attributes, width)
-        return context.get_dummy_value()
-
-    return types.void(), emit

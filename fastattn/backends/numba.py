@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 
 import numpy as np
 
+from ..blockmask import NONE
 from ..parallel import share
 from ..problem import DOT, Problem
 from ..threads import openmp_setting, worth_threads
 
 name = "numba"
 
-# A launch is long beside the 10 us that it costs and short beside what Ctrl-C may take.
-LAUNCH_FLOPS = 50_000_000
+# A launch is long beside the 10 us that it costs, more where threads wait for each other to start
+# one, and short beside what Ctrl-C may take.
+LAUNCH_FLOPS = 100_000_000
 # Below this many flops a second thread costs more than it brings: waking one takes some 50 us.
 ONE_THREAD_FLOPS = 20_000_000
 
@@ -42,8 +43,6 @@ def unsupported(problem: Problem) -> str | None:
         return missing
     from .._numba.numbers import format_of
 
-    if p.k_scales is not None:
-        return "no kernel for int8 keys and values"
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -52,8 +51,6 @@ def unsupported(problem: Problem) -> str | None:
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    if p.k.dtype != p.dtype:  # its tiles widen half types, of one kind in a call
-        p = replace(p, k=p.k.astype(p.dtype), v=p.v.astype(p.dtype))
     real = p.accumulator
     halves = p.dtype != real
     result = np.empty(p.rows(p.value_dim), real) if halves else p.result
@@ -79,6 +76,7 @@ class _Call:
             hooks.score_function(p.score_mod, p.accumulator.itemsize),
             hooks.mask_function(p.mask_mod),
         )
+        self.measure = measures.NUMBER[p.measure.name]
         self.kernel = launch.launcher(*self.hooks)
         self.scale = p.accumulator.type(p.scale if p.measure is DOT else 1)
         self.threads = threads(p)
@@ -92,18 +90,21 @@ class _Call:
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
         t["softcap"] = p.softcap or 0
         if p.measure is not DOT:
-            t["measure"], t["measure_scale"] = measures.NUMBER[p.measure.name], p.scale
+            t["measure_scale"] = p.scale
             factors = p.scale * p.measure.weights
             t["measure_weights"] = self.address(factors.astype(p.accumulator))
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
-        if p.dtype != p.accumulator:
-            t["format"] = numbers.format_of(p.dtype)
+        for format, x in (("q_format", p.q), ("kv_format", p.k)):
+            t[format] = numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
-        flops = 2 * rows * p.n_keys * (p.head_dim + p.value_dim)
+        flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
         self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (4 * self.threads)))
         for operand in ("q", "k", "v"):
             self.point(p, operand, getattr(p, operand))
+        for operand, scales in (("k_scales", p.k_scales), ("v_scales", p.v_scales)):
+            if scales is not None:
+                self.point(p, operand, scales[..., None])
         self.point(p, "out", result)
         intervals = p.intervals()
         if intervals is not None:
@@ -139,9 +140,9 @@ class _Call:
 
     def point(self, p: Problem, operand: str, array: np.ndarray) -> None:
         """Let the record find an array of (batch, heads, rows, dims), whose axes may broadcast."""
-        heads = p.kv_heads if operand in ("k", "v") else p.heads
-        shared = operand in ("k", "v", "blocks")
-        rows = array.shape[-2] if shared else p.n_queries
+        of_keys = operand in ("k", "v", "k_scales", "v_scales")
+        heads = p.kv_heads if of_keys else p.heads
+        rows = array.shape[-2] if of_keys or operand == "blocks" else p.n_queries
         array = np.broadcast_to(array, (*p.batch, heads, rows, array.shape[-1]))
         table = np.array(self.address(array), np.int64)
         for n, stride in zip(array.shape[:-2], array.strides[:-2], strict=True):
@@ -155,7 +156,7 @@ class _Call:
         share(self.items, self.step, self.threads, self.start)
 
     def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
-        self.kernel(tile.ctypes.data, begin, end, self.scale, *self.hooks)
+        self.kernel(tile.ctypes.data, begin, end, self.scale, self.measure, *self.hooks)
 
     def start(self) -> Callable[[int, int], None]:
         """A thread's own launch, with a scratch of its own."""
@@ -169,6 +170,18 @@ class _Call:
         return partial(self.launch, tile)
 
 
+def keys_seen(problem: Problem) -> int:
+    """How many keys a query sees, about."""
+    p = problem
+    if p.block_mask is not None:
+        return int(p.n_keys * np.mean(p.block_mask.blocks != NONE))
+    intervals = p.intervals()
+    if intervals is None or p.n_queries == 0:
+        return p.n_keys
+    start, stop = intervals
+    return int(np.mean(np.maximum(stop - start, 0)))
+
+
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
     return worth_threads(problem, openmp_setting, ONE_THREAD_FLOPS)
@@ -178,10 +191,15 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     from .._numba import tile, vectors
 
+    given = {name: getattr(problem, name) for name in ("score_mod", "mask_mod", "block_mask")}
+    functions = {
+        name: getattr(x, "__name__", repr(x)) for name, x in given.items() if x is not None
+    }
     return {
         "kernel": f"queries in lanes, {problem.accumulator}, compiled by Numba",
         "instruction set": f"{vectors.INSTRUCTION_SET}, vectors of {vectors.VECTOR_BYTES} bytes",
         "tile": f"{tile.TILE_BYTES // problem.accumulator.itemsize} queries, "
         f"{tile.BLOCK_KEYS} keys a block",
         "threads": str(threads(problem)),
+        **functions,
     }

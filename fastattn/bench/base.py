@@ -51,6 +51,7 @@ class Contestant:
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "float64")
     inside: tuple[str, ...] = ("",)
+    functions = False  # does it take functions of the user's?
     gradients = False  # does it compute them?
     grouped = True
     windows = True
@@ -58,6 +59,10 @@ class Contestant:
 
     def version(self) -> str:
         return version(self.packages[0])
+
+    def belongs(self, case: Case) -> bool:
+        """Does it compete in cases of this kind?"""
+        return case.inside in self.inside and (self.functions or not case.function)
 
     def missing(self) -> str | None:
         """Why this contestant cannot run here at all, or None."""
@@ -71,6 +76,8 @@ class Contestant:
             return missing
         if case.inside not in self.inside:
             return f"is not called inside {case.inside}" if case.inside else "is called inside only"
+        if case.function and not self.functions:
+            return "takes no functions of the user's"
         if case.dtype not in self.dtypes:
             return f"does not compute in {case.dtype}"
         if case.work != "forward" and not self.gradients:

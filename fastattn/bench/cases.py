@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from .. import reference
 from ..backward_problem import Backward
 from ..dtypes import float_type
 from ..problem import pose
+from .functions import FUNCTIONS, document_starts
 
 __all__ = ["CASES", "Case", "parse_shape"]
 
@@ -44,6 +46,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     work: str = "forward"  # a key of PRODUCTS
     inside: str = ""  # the library in whose program the call is, compiled if it compiles
+    function: str = ""  # a key of FUNCTIONS: scores or a mask by a function of the user's
 
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.kv_heads}" if self.grouped else f"{self.heads}"
@@ -59,6 +62,8 @@ class Case(NamedTuple):
             words.append(self.work)
         if self.inside:
             words.append(f"inside {self.inside}")
+        if self.function:
+            words.append(f"function {self.function}")
         return " ".join(words)
 
     @property
@@ -96,7 +101,18 @@ class Case(NamedTuple):
         if self.causal:
             right = 0
         start = np.clip(position - left, 0, self.n_keys)
-        return start, np.clip(position + right + 1, 0, self.n_keys)
+        stop = np.clip(position + right + 1, 0, self.n_keys)
+        if self.function == "documents":
+            bounds = np.append(document_starts(self.n_keys), self.n_keys)
+            own = np.searchsorted(bounds, np.arange(self.n_queries), side="right")
+            start, stop = np.maximum(start, bounds[own - 1]), np.minimum(stop, bounds[own])
+        return start, stop
+
+    def functions(self, array: Callable) -> dict[str, Callable]:
+        """What `fastattn.flex` is given; `array` makes NumPy's arrays a library's own."""
+        if not self.function:
+            return {}
+        return FUNCTIONS[self.function](self.heads, self.n_keys, array)
 
     def mask(self) -> np.ndarray | None:
         """The same as a bool array ``(n_queries, n_keys)``; None if every key is seen."""
@@ -128,7 +144,11 @@ class Case(NamedTuple):
         rows = np.unique(np.linspace(0, self.n_queries - 1, n).astype(int))
         start, stop = self.intervals()
         spans = start[rows], stop[rows]
-        problem = pose(q[..., rows, :], k, v, spans=spans, gradients=True)
+        score_mod, bias = self.functions(np.asarray).get("score_mod"), None
+        if score_mod is not None:  # these add
+            head = np.arange(self.heads)[:, None, None]
+            bias = score_mod(0.0, 0, head, rows[:, None], np.arange(self.n_keys))
+        problem = pose(q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True)
         real = np.longdouble if self.dtype == "float64" else np.float64
         out, lse, _ = reference.attend(problem, real)
         if self.work == "forward":
@@ -194,6 +214,7 @@ CASES: dict[str, Case] = {
     "backward-one-head": Case(1, 1, 4096, 4096, 64, work="backward"),
     "backward-d128": Case(1, 8, 2048, 2048, 128, work="backward"),
     "training": Case(1, 8, 2048, 2048, 64, causal=True, work="training step"),
+    **{f"flex-{name}": Case(1, 8, 4096, 4096, 64, function=name) for name in FUNCTIONS},
     "integrations-jax": Case(1, 8, 4096, 4096, 64, inside="jax"),
     "integrations-jax-training": Case(1, 8, 4096, 4096, 64, work="training step", inside="jax"),
     "integrations-jax-tiny": Case(1, 4, 16, 16, 64, inside="jax"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ __all__ = ["CONTESTANTS", "named"]
 class Fastattn(Contestant):
     """`fastattn.scaled_dot` on one backend."""
 
-    ours = True
+    ours = functions = True
 
     def __init__(self, backend):
         self.backend = backend
@@ -41,7 +42,8 @@ class Fastattn(Contestant):
         if case.inside:
             return f"is not called inside {case.inside}"
         tiny = case._replace(batch=1, n_queries=1, n_keys=1)
-        problem = pose(*tiny.arrays(), causal=case.causal, window=case.window, gradients=True)
+        problem = pose(*tiny.arrays(), causal=case.causal, window=case.window, gradients=True,
+                       **case.functions(np.asarray))  # fmt: skip
         reason = self.backend.unsupported(problem)
         if reason is None and case.work != "forward":
             reason = unsupported_backward(self.backend, problem)
@@ -53,6 +55,13 @@ class Fastattn(Contestant):
 
         options = {"causal": case.causal, "window": case.window,
                    "backend": self.backend.name, "threads": threads}  # fmt: skip
+        if case.function:
+            functions: dict[str, Any] = dict(case.functions(np.asarray))
+            if "mask_mod" in functions:
+                functions["block_mask"] = fastattn.block_mask(
+                    functions["mask_mod"], case.n_queries, case.n_keys
+                )
+            return Prepared(lambda: fastattn.flex(q, k, v, **functions, **options), np.asarray)
         if case.work == "forward":
             return Prepared(lambda: fastattn.scaled_dot(q, k, v, **options), np.asarray)
         grad_out = case.grad_out()

@@ -6,8 +6,10 @@ A package is imported in the one `prepare` that needs it.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,7 @@ class Torch(Contestant):
 
     name = "torch"
     packages = ("torch",)
-    dtypes = ("float32", "float64", "float16", "bfloat16")
+    dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
     device = "cpu"
     gradients = True
 
@@ -71,6 +73,48 @@ class Torch(Contestant):
 
         # Nor does NumPy know bfloat16.
         return out.to(torch.promote_types(out.dtype, torch.float32)).cpu().numpy()
+
+
+class TorchFlex(Torch):
+    """``torch.nn.attention.flex_attention``, compiled, with its own block mask."""
+
+    name = "torch-flex"
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    functions = True
+    gradients = windows = False
+
+    def belongs(self, case: Case) -> bool:
+        return bool(case.function) and super().belongs(case)
+
+    def unavailable(self, case: Case, threads: int) -> str | None:
+        if not case.function or case.causal:
+            return "is called for functions of the user's alone"
+        return super().unavailable(case, threads)
+
+    def missing(self) -> str | None:
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            return "torch.compile finds no C++ compiler"
+        return super().missing()
+
+    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        torch.set_num_threads(threads)
+        functions: dict[str, Any] = dict(case.functions(torch.from_numpy))
+        if "mask_mod" in functions:
+            functions["block_mask"] = create_block_mask(
+                functions.pop("mask_mod"), None, None, case.n_queries, case.n_keys, device="cpu"
+            )
+        arrays = [self.tensor(x) for x in (q, k, v)]
+        attend = torch.compile(flex_attention, dynamic=False)
+
+        def call():
+            with torch.inference_mode():
+                return attend(*arrays, enable_gqa=case.grouped, **functions)
+
+        call()  # compiles
+        return Prepared(call, self.read)
 
 
 class TorchCuda(Torch):
@@ -252,4 +296,11 @@ class OpenVino(Contestant):
         return Prepared(call, np.asarray)
 
 
-PEERS: tuple[Contestant, ...] = (Torch(), TorchCuda(), OnnxRuntime(), Jax(), OpenVino())
+PEERS: tuple[Contestant, ...] = (
+    Torch(),
+    TorchFlex(),
+    TorchCuda(),
+    OnnxRuntime(),
+    Jax(),
+    OpenVino(),
+)

@@ -46,7 +46,7 @@ def rank(
     """Measure `case` and return its ranking, fastest first, as plain data."""
     absent, present = {}, []
     for contestant in contestants:
-        if case.inside not in contestant.inside:
+        if not contestant.belongs(case):
             continue
         reason = contestant.unavailable(case, threads)
         if reason is None:

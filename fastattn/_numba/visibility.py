@@ -1,0 +1,174 @@
+"""Who sees what of a strip of keys: intervals, masks and the user's mask function."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .hooks import POSITIVE, for_rows
+from .memory import ahead, flags, ints, nonzero_bytes, own_flags, uint64s
+from .tile import (
+    FIRST,
+    INNER_FIRST,
+    INNER_LAST,
+    LAST,
+    MASK_QUERIES,
+    PANEL_FIELDS,
+    SEE_ALL,
+    SEE_NONE,
+    SEE_SOME,
+    STRIP_KEYS,
+    mask_rows,
+    row_of,
+    seen_in_block,
+)
+from .vectors import TILE_VECS, compiled, lanes
+
+
+@compiled
+def see(t, p, key, keys, begin, scale, mask_mod):
+    """What one panel sees of `keys` keys from `key` on, before their scores are known. Where that
+    is some of them, set seen[key][lane].
+    """
+    if keys <= 0:
+        return SEE_NONE
+    panel, seen = ints(t.panel + 8 * PANEL_FIELDS * p), seen_in_block(t, scale, p, key - begin)
+    state = SEE_ALL
+    inside = panel[INNER_FIRST] <= key and key + keys <= panel[INNER_LAST]
+    if not inside or t.mask != 0:
+        state = look(t, p, key, keys, seen, scale)
+    if mask_mod is not None and state != SEE_NONE:
+        state = call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod)
+    return state
+
+
+@compiled
+def trim(t, p, key, keys, begin, scale):
+    """Narrow the panel to the first and the last key that somebody sees, if these are its outermost
+    keys. Returns what it sees of those that are left.
+    """
+    size = TILE_VECS * lanes(scale)
+    panel, seen = ints(t.panel + 8 * PANEL_FIELDS * p), seen_in_block(t, scale, p, key - begin)
+    first, last = 0, keys
+    if key == panel[FIRST]:
+        while not somebody_sees(ahead(seen, first * size), size):
+            first += 1
+        panel[FIRST] = key + first
+    if key + keys == panel[LAST]:
+        while not somebody_sees(ahead(seen, (last - 1) * size), size):
+            last -= 1
+        panel[LAST] = key + last
+    every = np.uint8(1)
+    for j in range(first, last):
+        for i in range(min(size, t.rows - p * size)):
+            every = np.uint8(every & seen[j * size + i])
+    return SEE_ALL if every else SEE_SOME
+
+
+@compiled
+def somebody_sees(seen, count):
+    some = np.uint8(0)
+    for x in range(count):
+        some = np.uint8(some | seen[x])
+    return some != 0
+
+
+@compiled
+def look(t, p, key, keys, seen, scale):
+    """What the panel sees by intervals and mask; where that is some keys, set seen[key][lane]."""
+    size = TILE_VECS * lanes(scale)
+    words = uint64s(t.words)
+    every, any_bit = first_bits(keys), np.uint64(0)
+    common, masked, masked_row = every, every, 0
+    for i in range(size):
+        row = p * size + i
+        start, stop = ints(t.row_start)[row] - key, ints(t.row_stop)[row] - key
+        bits = first_bits(stop) & ~first_bits(start) & every
+        if t.mask != 0:
+            at = row_of(t, t.mask, t.mask_row, row) + key * t.mask_dim
+            if at != masked_row:
+                masked_row, masked = at, mask_bits(at, t.mask_dim, keys)
+            bits &= masked
+        words[i] = bits
+        any_bit |= bits
+        common &= bits
+    if any_bit == 0:
+        return SEE_NONE
+    if common == every:
+        return SEE_ALL
+    for j in range(keys):
+        for i in range(size):
+            seen[j * size + i] = (words[i] >> np.uint64(j)) & np.uint64(1)
+    return SEE_SOME
+
+
+@compiled
+def first_bits(count):
+    if count <= 0:
+        return np.uint64(0)
+    return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
+
+
+@compiled
+def mask_bits(at, stride, keys):
+    """Bit j: does a row of the mask show key j?"""
+    if stride == 1 and keys == 64:
+        return nonzero_bytes(at)
+    bits = np.uint64(0)
+    for j in range(keys):
+        bits |= np.uint64(flags(at)[j * stride] != 0) << np.uint64(j)
+    return bits
+
+
+@compiled
+def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
+    """Take the keys that the function hides out of `seen`. Returns what the panel sees then. Only
+    blocks of which somebody sees some and not all are worth a call.
+    """
+    size = TILE_VECS * lanes(scale)
+    batch, head = t.batch, ints(t.row_head)[p * size]
+    begin, end = mask_rows(t, p, scale)
+    if blocks_agree(t, head, begin, end, key, SEE_NONE):
+        return SEE_NONE
+    if blocks_agree(t, head, begin, end, key, SEE_ALL):
+        return state
+    if state == SEE_ALL:
+        for x in range(keys * size):
+            seen[x] = 1
+    shown = own_flags(np.uint8(0))
+    # Panels and rows of the block mask begin at multiples of it, so such lanes lie in one row.
+    width = min(size & -size, MASK_QUERIES)
+    for n in range(0, size, width):
+        query, rows = ints(t.row_query)[p * size] + n, min(width, t.rows - p * size - n)
+        block = block_of(t, head, query // MASK_QUERIES, key) if rows > 0 else SEE_NONE
+        for x in range(keys * width):
+            shown[x] = block == SEE_ALL
+        for j in range(keys if block == SEE_SOME else 0):
+            to = ahead(shown, j * width)
+            j_key = (key + j) & POSITIVE
+            for_rows(show, query, rows, scale, to, batch, head % t.heads, j_key, mask_mod)
+        for j in range(keys):
+            for i in range(width):
+                seen[j * size + n + i] &= shown[j * width + i]
+    return SEE_SOME if somebody_sees(seen, keys * size) else SEE_NONE
+
+
+@compiled
+def show(lane, i, shown, batch, head, j, mask_mod):
+    shown[lane] = bool(mask_mod(batch, head, i, j))
+
+
+@compiled
+def block_of(t, head, row, key):
+    """What the block mask says of a row of it and the strip of a key; without one, some."""
+    if t.blocks == 0:
+        return SEE_SOME
+    at = ints(t.blocks)[head] + row * t.blocks_row + key // STRIP_KEYS * t.blocks_dim
+    return np.int64(flags(at)[0])
+
+
+@compiled
+def blocks_agree(t, head, begin, end, key, state):
+    agree = True
+    for row in range(begin, end):
+        agree &= block_of(t, head, row, key) == state
+    return agree
