@@ -386,7 +386,7 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
     return top + log(sum);
 }
 
-#ifdef PARTS
+#if defined(PARTS) && !defined(HAS_TILES)
 #define GRADIENT NULL
 #else
 #include "gradient.h"
