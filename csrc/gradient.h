@@ -215,11 +215,14 @@ static void add_grad_q(Tile *t) {
 static void store_keys(const real *block, ptrdiff_t dims, ptrdiff_t keys, ptrdiff_t first,
                        double scale, real *to) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
+    real factor = (real)scale;
     for (ptrdiff_t m = 0; m < dim_panels(dims); m++)
         for (ptrdiff_t j = 0; j < keys; j++) {
             const real *from = block + (m * PASS_KEYS + first + j) * PANEL;
-            for (ptrdiff_t d = m * width; d < dims && d < (m + 1) * width; d++)
-                to[j * dims + d] = from[d - m * width] * (real)scale;
+            real *row = to + j * dims + m * width;
+            ptrdiff_t d = 0, n = dims - m * width < width ? dims - m * width : width;
+            for (; d + LANES <= n; d += LANES) store_unaligned(row + d, load(from + d) * factor);
+            for (; d < n; d++) row[d] = from[d] * factor;
         }
 }
 

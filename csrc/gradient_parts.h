@@ -13,6 +13,12 @@
 
 _Static_assert(PANEL == CHUNK, "a panel's queries are one step of a sum over queries");
 
+/* The shares of so many panels in the gradients of a strip's keys are one product, whose operands stay in
+ * the first-level cache. */
+#ifndef WAITING_PANELS
+#define WAITING_PANELS (PARTS == 1 ? 4 : 2)
+#endif
+
 /* rows[part][chunk of dims][row][CHUNK] = so many rows from at[0] on. Returns whether parts cannot
  * express some number. */
 INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t dims, bfloat *to,
@@ -181,6 +187,32 @@ static void split_strip(int vecs, const Strip *strip, const real *from, bfloat *
     }
 }
 
+/* c[key][dims] (+)= the sum over the queries of so many panels from p on. */
+static void sum_panels(ptrdiff_t dims, int keys, int p, int panels, const bfloat *rows, const pair *pairs,
+                       real *c, bool accumulate) {
+    Rows a = {rows + p * STRIP_KEYS * CHUNK, PANELS * STRIP_KEYS * CHUNK, STRIP_KEYS * CHUNK};
+    for (ptrdiff_t m = 0; m < dim_panels(dims); m++) {
+        Lanes b = {pairs + (m * PANELS + p) * PAIRS * PANEL, dim_panels(dims) * PANELS * PAIRS * PANEL,
+                   PAIRS * PANEL};
+        multiply(PARTS - 1, (int)dim_vecs(dims), keys, a, b, panels, c + m * STRIP_KEYS * PANEL, accumulate);
+    }
+}
+
+/* Add the shares that wait to the gradients of a strip's keys; panels without a gap between them make one
+ * product. */
+static void sum_waiting(const Tile *t, const GradientScratch *g, int keys, Begun *begun) {
+    for (int p = 0; begun->waiting >> p; p++) {
+        int panels = 0;
+        for (; begun->waiting >> (p + panels) & 1; panels++) continue;
+        if (panels == 0) continue;
+        sum_panels(t->value_dim, keys, p, panels, g->weight_rows, g->grad_out_pairs, g->strip_v, begun->keys);
+        sum_panels(t->head_dim, keys, p, panels, g->grad_rows, g->q_pairs, g->strip_k, begun->keys);
+        begun->keys = true;
+        p += panels;
+    }
+    begun->waiting = 0;
+}
+
 /* Add to the gradients of the queries, and keep what those of the keys are to be made of; `fit` says
  * whether parts can express it all. */
 static void sum_strip(const Tile *t, const GradientScratch *g, int p, const Strip *strip, bool fit,
@@ -206,31 +238,6 @@ static void sum_strip(const Tile *t, const GradientScratch *g, int p, const Stri
              g->grad_q + p * PANEL * dims, begun->q[p]);
     begun->q[p] = true;
     begun->waiting |= (uint32_t)1 << p;
-}
-
-/* c[key][dims] (+)= the sum over the queries of so many panels from p on. */
-static void sum_panels(ptrdiff_t dims, int keys, int p, int panels, const bfloat *rows, const pair *pairs,
-                       real *c, bool accumulate) {
-    Rows a = {rows + p * STRIP_KEYS * CHUNK, PANELS * STRIP_KEYS * CHUNK, STRIP_KEYS * CHUNK};
-    for (ptrdiff_t m = 0; m < dim_panels(dims); m++) {
-        Lanes b = {pairs + (m * PANELS + p) * PAIRS * PANEL, dim_panels(dims) * PANELS * PAIRS * PANEL,
-                   PAIRS * PANEL};
-        multiply(PARTS - 1, (int)dim_vecs(dims), keys, a, b, panels, c + m * STRIP_KEYS * PANEL, accumulate);
-    }
-}
-
-/* Add the shares that wait to the gradients of a strip's keys; panels without a gap between them make one
- * product. */
-static void sum_waiting(const Tile *t, const GradientScratch *g, int keys, Begun *begun) {
-    for (int p = 0; begun->waiting >> p; p++) {
-        int panels = 0;
-        for (; begun->waiting >> (p + panels) & 1; panels++) continue;
-        if (panels == 0) continue;
-        sum_panels(t->value_dim, keys, p, panels, g->weight_rows, g->grad_out_pairs, g->strip_v, begun->keys);
-        sum_panels(t->head_dim, keys, p, panels, g->grad_rows, g->q_pairs, g->strip_k, begun->keys);
-        begun->keys = true;
-        p += panels;
-    }
-    begun->waiting = 0;
+    if ((p + 1) % WAITING_PANELS == 0) sum_waiting(t, g, strip->keys, begun);
 }
 #endif
