@@ -36,9 +36,10 @@ static void open_queries(Tile *t, const GradientScratch *g) {
     for (int p = 0; p < t->panels; p++) open_panel(t, g, p);
 }
 
-/* Weights, in place of the scores, and grad_scores of the product with v. Returns whether these are all
- * finite. */
-static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+/* Weights, in place of the scores, and grad_scores of the product with v, which is to be multiplied by `unit`.
+ * Returns whether these are all finite. */
+static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p, const Strip *strip,
+                                 real unit) {
     vec exponent = splat((real)t->exponent), wrong = splat(0);
     for (int n = 0; n < t->panel[p].vecs; n++) {
         ptrdiff_t lane = p * PANEL + n * LANES;
@@ -46,7 +47,7 @@ static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p,
         for (int j = 0; j < strip->keys; j++) {
             ptrdiff_t at = j * PANEL + n * LANES;
             vec weight = weight_from(load(strip->scores + at) - lse, rest, exponent);
-            vec grad = weight * (load(g->grad_scores + at) - delta);
+            vec grad = weight * (load(g->grad_scores + at) * unit - delta);
             if (strip->seen == SEE_SOME) {
                 ivec seen = sees(strip, n, j);
                 weight = choose(seen, weight, splat(0));
@@ -134,8 +135,9 @@ static void differentiate_strip(Tile *t, const GradientScratch *g, int p, Strip 
             store(g->slope + j * PANEL + n * LANES, 1 - x * x);
         }
     finish_scores(t, s, p, strip, top);
-    bool fit = multiply_values(t, g, p, strip);
-    fit &= differentiate_scores(t, g, p, strip);
+    real unit;
+    bool fit = multiply_values(t, g, p, strip, &unit);
+    fit &= differentiate_scores(t, g, p, strip, unit);
     if (t->wants_bias) add_to_bias(t, g, p, strip);
     if (t->wants_slope) add_to_slopes(t, g, p, strip);
     if (t->softcap > 0) uncap(t, g, p, strip);

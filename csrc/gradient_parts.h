@@ -13,27 +13,21 @@
 
 _Static_assert(PANEL == CHUNK, "a panel's queries are one step of a sum over queries");
 
-/* The shares of so many panels in the gradients of a strip's keys are one product, whose operands stay in
- * the first-level cache. */
-#ifndef WAITING_PANELS
-#define WAITING_PANELS (PARTS == 1 ? 4 : 2)
-#endif
-
-/* rows[part][chunk of dims][row][CHUNK] = so many rows from at[0] on. Returns whether parts cannot
- * express some number. */
-INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t dims, bfloat *to,
-                       ptrdiff_t chunk, ptrdiff_t part, bool *odd, NumberFormat format) {
+/* to[part][chunk of dims][row][CHUNK] = so many rows from at[0] on, times `unit`, a power of 2. `odd` says
+ * whether parts cannot express some number. */
+INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t dims, float unit,
+                       bfloat *to, ptrdiff_t chunk, ptrdiff_t part, bool *odd, NumberFormat format) {
     const __m512i infinite = _mm512_set1_epi16((short)0xff00);
     __mmask32 out = 0;
     for (int r = 0; r < rows; r++, to += CHUNK)
         for (ptrdiff_t d = 0; d < dims; d += CHUNK) {
             __m512i parts[PARTS];
-            if (PARTS == 1 && format.kind == 'b' && dim == 2 && d + CHUNK <= dims) {
+            if (PARTS == 1 && unit == 1 && format.kind == 'b' && dim == 2 && d + CHUNK <= dims) {
                 parts[0] = _mm512_loadu_si512(at[r] + d * 2);
                 out |= _mm512_cmpge_epu16_mask(_mm512_slli_epi16(parts[0], 1), infinite);
             } else {
-                vec a = load_dims(at[r], dim, d, dims, format, 1);
-                vec b = load_dims(at[r], dim, d + LANES, dims, format, 1);
+                vec a = load_dims(at[r], dim, d, dims, format, unit);
+                vec b = load_dims(at[r], dim, d + LANES, dims, format, unit);
                 split_sequence(a, b, parts);
                 out |= outside(a) | outside(b);
             }
@@ -76,7 +70,7 @@ static bool split_queries(const char *const *at, int queries, ptrdiff_t dim, ptr
     ptrdiff_t chunks = round_up(dims, CHUNK) / CHUNK;
     bool odd;
     if (queries < PANEL) memset(rows, 0, sizeof(bfloat) * (size_t)(PARTS * chunks * PANEL * CHUNK));
-    WITH_FORMAT(format, split_rows, at, queries, dim, dims, rows, PANEL * CHUNK,
+    WITH_FORMAT(format, split_rows, at, queries, dim, dims, 1, rows, PANEL * CHUNK,
                 chunks * PANEL * CHUNK, &odd);
     return odd;
 }
@@ -129,13 +123,14 @@ static bool turn_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, 
     return out != 0;
 }
 
-/* value_rows[part][chunk of value dims][key][CHUNK] of a strip. Returns whether parts cannot express some. */
+/* value_rows[part][chunk of value dims][key][CHUNK] of a strip, in units like those of weights: the products
+ * of parts that would be subnormal are 0. Returns whether parts cannot express some value. */
 static bool split_values(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t chunk = g->forward.key_rows * CHUNK;
     const char *at[STRIP_KEYS];
     bool odd;
     for (ptrdiff_t key = begin; key < end; key++) at[key - begin] = t->v + key * t->v_key;
-    WITH_FORMAT(t->kv_format, split_rows, at, (int)(end - begin), t->v_dim, t->value_dim,
+    WITH_FORMAT(t->kv_format, split_rows, at, (int)(end - begin), t->v_dim, t->value_dim, WEIGHT_UNIT,
                 g->value_rows + begin % PASS_KEYS * CHUNK, chunk,
                 chunk * round_up(t->value_dim, CHUNK) / CHUNK, &odd);
     return odd;
@@ -159,10 +154,11 @@ static void ready_reals(const Tile *t, const GradientScratch *g, int p, const St
           t->value_dim, g->real_values);
 }
 
-/* grad_scores = V dO^T. Returns whether parts could express them. */
-static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+/* grad_scores = V dO^T, to be multiplied by `unit`. Returns whether parts could express it. */
+static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const Strip *strip, real *unit) {
     ptrdiff_t chunks = round_up(t->value_dim, CHUNK) / CHUNK, rows = g->forward.key_rows;
     if (g->odd_panel[p] || g->odd_strip[strip->key % PASS_KEYS / STRIP_KEYS]) {
+        *unit = 1;
         ready_reals(t, g, p, strip);
         multiply_real_values(t, g, p, strip, (View){g->real_values, t->value_dim, 1});
         return false;
@@ -171,10 +167,11 @@ static bool multiply_values(const Tile *t, const GradientScratch *g, int p, cons
     Lanes o = {g->grad_out_lanes + p * chunks * PAIRS * PANEL, PANELS * chunks * PAIRS * PANEL,
                PAIRS * PANEL};
     multiply(PARTS - 1, t->panel[p].vecs, strip->keys, v, o, (int)chunks, g->grad_scores, false);
+    *unit = (real)(1 / WEIGHT_UNIT);
     return true;
 }
 
-/* rows[part][panel][key][CHUNK] of a panel's numbers, 0 behind the last key. */
+/* rows[part][panel that waits][key][CHUNK] of a panel's numbers, 0 behind the last key. */
 static void split_strip(int vecs, const Strip *strip, const real *from, bfloat *to) {
     for (int j = 0; j < round_up(strip->keys, CHUNK); j++, from += PANEL, to += CHUNK) {
         __m512i parts[PARTS];
@@ -183,14 +180,15 @@ static void split_strip(int vecs, const Strip *strip, const real *from, bfloat *
         split_sequence(a, b, parts);
 #pragma GCC unroll 3
         for (int i = 0; i < PARTS; i++)
-            _mm512_store_si512(to + i * PANELS * STRIP_KEYS * CHUNK, parts[i]);
+            _mm512_store_si512(to + i * WAITING_PANELS * STRIP_KEYS * CHUNK, parts[i]);
     }
 }
 
 /* c[key][dims] (+)= the sum over the queries of so many panels from p on. */
 static void sum_panels(ptrdiff_t dims, int keys, int p, int panels, const bfloat *rows, const pair *pairs,
                        real *c, bool accumulate) {
-    Rows a = {rows + p * STRIP_KEYS * CHUNK, PANELS * STRIP_KEYS * CHUNK, STRIP_KEYS * CHUNK};
+    Rows a = {rows + p % WAITING_PANELS * STRIP_KEYS * CHUNK, WAITING_PANELS * STRIP_KEYS * CHUNK,
+              STRIP_KEYS * CHUNK};
     for (ptrdiff_t m = 0; m < dim_panels(dims); m++) {
         Lanes b = {pairs + (m * PANELS + p) * PAIRS * PANEL, dim_panels(dims) * PANELS * PAIRS * PANEL,
                    PAIRS * PANEL};
@@ -217,7 +215,7 @@ static void sum_waiting(const Tile *t, const GradientScratch *g, int keys, Begun
  * whether parts can express it all. */
 static void sum_strip(const Tile *t, const GradientScratch *g, int p, const Strip *strip, bool fit,
                       Begun *begun) {
-    ptrdiff_t dims = g->q_rows_of_panel, own = p * STRIP_KEYS * CHUNK;
+    ptrdiff_t dims = g->q_rows_of_panel, own = p % WAITING_PANELS * STRIP_KEYS * CHUNK;
     if (!fit) {
         ready_reals(t, g, p, strip);
         sum_real_strip(t, g, p, strip, (View){g->real_keys, t->head_dim, 1}, begun);
@@ -227,7 +225,7 @@ static void sum_strip(const Tile *t, const GradientScratch *g, int p, const Stri
     split_strip(t->panel[p].vecs, strip, g->grad_scores, g->grad_rows + own);
     /* grad_lanes[part][pair of keys][PANEL] */
     for (int i = 0; i < PARTS; i++) {
-        const bfloat *from = g->grad_rows + i * PANELS * STRIP_KEYS * CHUNK + own;
+        const bfloat *from = g->grad_rows + i * WAITING_PANELS * STRIP_KEYS * CHUNK + own;
         for (int j = 0; j < round_up(strip->keys, CHUNK); j += 2)
             pair_up(_mm512_load_si512(from + j * CHUNK), _mm512_load_si512(from + (j + 1) * CHUNK),
                     g->grad_lanes + (i * STRIP_KEYS + j) / 2 * PANEL);

@@ -11,6 +11,8 @@
 /* The panels whose queries lie ready as real numbers: one at a time where that is the exception. */
 #ifdef PARTS
 #define REAL_PANELS 1
+/* What so many panels give a strip's keys waits to be one product. */
+#define WAITING_PANELS (PARTS == 1 ? 4 : 2)
 #else
 #define REAL_PANELS PANELS
 #endif
@@ -74,8 +76,8 @@ static size_t lay_out_gradient(const Tile *t, GradientScratch *g) {
     TAKE(rows, PARTS * PANEL * widest)
     TAKE(value_rows, PARTS * pass_keys * v)
     TAKE(key_columns, PARTS * pass_keys * g->q_rows_of_panel)
-    TAKE(weight_rows, PARTS * STRIP_KEYS * row)
-    TAKE(grad_rows, PARTS * STRIP_KEYS * row)
+    TAKE(weight_rows, PARTS * WAITING_PANELS * STRIP_KEYS * PANEL)
+    TAKE(grad_rows, PARTS * WAITING_PANELS * STRIP_KEYS * PANEL)
     TAKE(grad_out_lanes, PARTS * row * v / 2)
     TAKE(grad_lanes, PARTS * PANEL * STRIP_KEYS / 2)
     TAKE(q_pairs, PARTS * row * k / 2)
@@ -197,7 +199,8 @@ static void ready_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin
     ready_values(t, s, begin, end);
 }
 
-static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const Strip *strip, real *unit) {
+    *unit = 1;
     multiply_real_values(t, g, p, strip, values_from(t, &g->forward, strip->key));
     return true;
 }
