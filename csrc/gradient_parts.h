@@ -3,7 +3,8 @@
  * All five are of rows and lanes: S^T and dP^T = V dO^T have keys as rows and queries in the lanes,
  * dQ^T = K^T dS^T has head dims as rows, and dV = P^T dO and dK = dS^T Q have keys as rows and dims in
  * the lanes, and sum up queries. Of one part the weights and the gradients of the scores are rounded to
- * bfloat16. A panel and a strip with numbers that parts cannot express are multiplied as real numbers.
+ * bfloat16. A panel that sees numbers that parts cannot express in a strip is multiplied with it as real numbers;
+ * those that it does not see are 0, so that they touch no bit.
  */
 #ifndef FASTATTN_GRADIENT_PARTS_H
 #define FASTATTN_GRADIENT_PARTS_H
@@ -13,18 +14,23 @@
 
 _Static_assert(PANEL == CHUNK, "a panel's queries are one step of a sum over queries");
 
-/* to[part][chunk of dims][row][CHUNK] = so many rows from at[0] on, times `unit`, a power of 2. `odd` says
- * whether parts cannot express some number. */
+/* NaN and Inf among bfloat16s. */
+INLINE __mmask32 not_finite(__m512i x) {
+    return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), _mm512_set1_epi16((short)0xff00));
+}
+
+/* to[part][chunk of dims][row][CHUNK] = so many rows from at[0] on, times `unit`, a power of 2. The bits of
+ * `odd` are of the rows with numbers that parts cannot express, which are 0. */
 INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t dims, float unit,
-                       bfloat *to, ptrdiff_t chunk, ptrdiff_t part, bool *odd, NumberFormat format) {
-    const __m512i infinite = _mm512_set1_epi16((short)0xff00);
-    __mmask32 out = 0;
-    for (int r = 0; r < rows; r++, to += CHUNK)
+                       bfloat *to, ptrdiff_t chunk, ptrdiff_t part, uint64_t *odd, NumberFormat format) {
+    *odd = 0;
+    for (int r = 0; r < rows; r++, to += CHUNK) {
+        __mmask32 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK) {
             __m512i parts[PARTS];
             if (PARTS == 1 && unit == 1 && format.kind == 'b' && dim == 2 && d + CHUNK <= dims) {
                 parts[0] = _mm512_loadu_si512(at[r] + d * 2);
-                out |= _mm512_cmpge_epu16_mask(_mm512_slli_epi16(parts[0], 1), infinite);
+                out |= not_finite(parts[0]);
             } else {
                 vec a = load_dims(at[r], dim, d, dims, format, unit);
                 vec b = load_dims(at[r], dim, d + LANES, dims, format, unit);
@@ -35,7 +41,12 @@ INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t
             for (int i = 0; i < PARTS; i++)
                 _mm512_store_si512(to + i * part + d / CHUNK * chunk, parts[i]);
         }
-    *odd = out != 0;
+        if (!out) continue;
+        *odd |= (uint64_t)1 << r;
+        for (int i = 0; i < PARTS; i++)
+            for (ptrdiff_t d = 0; d < dims; d += CHUNK)
+                memset(to + i * part + d / CHUNK * chunk, 0, sizeof(bfloat) * CHUNK);
+    }
 }
 
 /* Of two rows of CHUNK the pairs of numbers, one above the other. */
@@ -64,11 +75,11 @@ static void pair_queries(ptrdiff_t dim_panels, const bfloat *rows, pair *pairs) 
                     pairs + (i * PANELS * PAIRS + j) * PANEL);
 }
 
-/* Split a panel's rows of queries, 0 behind the last one. */
-static bool split_queries(const char *const *at, int queries, ptrdiff_t dim, ptrdiff_t dims,
+/* Split a panel's rows of queries, 0 behind the last one. Returns the bits of the odd ones. */
+static uint64_t split_queries(const char *const *at, int queries, ptrdiff_t dim, ptrdiff_t dims,
                           NumberFormat format, bfloat *rows) {
     ptrdiff_t chunks = round_up(dims, CHUNK) / CHUNK;
-    bool odd;
+    uint64_t odd;
     if (queries < PANEL) memset(rows, 0, sizeof(bfloat) * (size_t)(PARTS * chunks * PANEL * CHUNK));
     WITH_FORMAT(format, split_rows, at, queries, dim, dims, 1, rows, PANEL * CHUNK,
                 chunks * PANEL * CHUNK, &odd);
@@ -80,8 +91,8 @@ static void open_panel(const Tile *t, const GradientScratch *g, int p) {
     ptrdiff_t first = p * PANEL, v = round_up(t->value_dim, CHUNK) / CHUNK;
     ptrdiff_t k = round_up(t->head_dim, CHUNK) / CHUNK;
     int queries = fewer(t->n_queries - first, PANEL);
-    bool odd = split_queries(t->grad_out + first, queries, t->grad_out_dim, t->value_dim, t->q_format,
-                             g->rows);
+    uint64_t odd = split_queries(t->grad_out + first, queries, t->grad_out_dim, t->value_dim, t->q_format,
+                                 g->rows);
     pair_queries(v, g->rows, g->grad_out_pairs + p * PAIRS * PANEL);
     /* grad_out_lanes[part][panel][pair of dims][PANEL] */
     for (int i = 0; i < PARTS; i++)
@@ -92,17 +103,26 @@ static void open_panel(const Tile *t, const GradientScratch *g, int p) {
                                 PANEL);
     odd |= split_queries(t->q + first, queries, t->q_dim, t->head_dim, t->q_format, g->rows);
     pair_queries(k, g->rows, g->q_pairs + p * PAIRS * PANEL);
-    g->odd_panel[p] = odd;
+    g->odd_queries[p] = odd;
 }
 
-/* key_columns[part][chunk of keys][head dim][CHUNK] from the parts of the keys. Of one part those
- * say themselves whether they are finite. */
-static bool turn_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end) {
+/* Bits of a strip's keys that parts cannot express. Of one part those say themselves whether they are finite. */
+static uint64_t odd_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    uint64_t odd = s->odd_keys[begin % PASS_KEYS / STRIP_KEYS];
+    for (ptrdiff_t d = 0; PARTS == 1 && d < t->head_dim; d += CHUNK)
+        for (ptrdiff_t key = begin; key < end; key++) {
+            const bfloat *from = s->key_parts + d * s->key_rows + key % PASS_KEYS * CHUNK;
+            odd |= (uint64_t)(not_finite(_mm512_load_si512(from)) != 0) << (key - begin);
+        }
+    return odd;
+}
+
+/* key_columns[part][chunk of keys][head dim][CHUNK] from the parts of a strip's keys. */
+static void turn_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end, uint64_t odd) {
     const Scratch *s = &g->forward;
-    const __m512i infinite = _mm512_set1_epi16((short)0xff00);
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), rows = g->q_rows_of_panel;
+    uint64_t use = first_bits(end - begin) & ~odd;
     pair pairs[PAIRS][PANEL] __attribute__((aligned(64)));
-    __mmask32 out = 0;
     for (int i = 0; i < PARTS; i++)
         for (ptrdiff_t key = begin; key < end; key += CHUNK)
             for (ptrdiff_t d = 0; d < dims; d += CHUNK) {
@@ -110,25 +130,22 @@ static bool turn_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, 
                 bfloat *to = g->key_columns + (i * s->key_rows + key % PASS_KEYS) * rows + d * CHUNK;
                 for (int j = 0; j < CHUNK; j += 2) {
                     __m512i x[2];
-                    for (int n = 0; n < 2; n++) {
-                        x[n] = _mm512_maskz_loadu_epi16(key + j + n < end ? (__mmask32)-1 : 0,
-                                                        from + (j + n) * CHUNK);
-                        out |= _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x[n], 1), infinite);
-                    }
+                    for (int n = 0; n < 2; n++)
+                        x[n] = use >> (key - begin + j + n) & 1 ? _mm512_load_si512(from + (j + n) * CHUNK)
+                                                                : _mm512_setzero_si512();
                     pair_up(x[0], x[1], pairs[j / 2]);
                 }
                 for (int n = 0; n < CHUNK && d + n < rows; n += LANES)
                     transpose_pairs(&pairs[0][n], PANEL, (pair *)to + n * PAIRS, PAIRS);
             }
-    return out != 0;
 }
 
 /* value_rows[part][chunk of value dims][key][CHUNK] of a strip, in units like those of weights: the products
- * of parts that would be subnormal are 0. Returns whether parts cannot express some value. */
-static bool split_values(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end) {
+ * of parts that would be subnormal are 0. Returns the bits of the odd ones. */
+static uint64_t split_values(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t chunk = g->forward.key_rows * CHUNK;
     const char *at[STRIP_KEYS];
-    bool odd;
+    uint64_t odd;
     for (ptrdiff_t key = begin; key < end; key++) at[key - begin] = t->v + key * t->v_key;
     WITH_FORMAT(t->kv_format, split_rows, at, (int)(end - begin), t->v_dim, t->value_dim, WEIGHT_UNIT,
                 g->value_rows + begin % PASS_KEYS * CHUNK, chunk,
@@ -141,8 +158,22 @@ static void ready_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin
     ptrdiff_t strip = begin % PASS_KEYS / STRIP_KEYS;
     GradientScratch g;
     lay_out_gradient(t, &g);
-    bool odd_keys = turn_keys(t, &g, begin, end), odd_values = split_values(t, &g, begin, end);
-    g.odd_strip[strip] = odd_keys || odd_values || s->odd_keys[strip];
+    uint64_t odd = odd_keys(t, s, begin, end);
+    turn_keys(t, &g, begin, end, odd);
+    g.odd_keys[strip] = odd | split_values(t, &g, begin, end);
+}
+
+/* Does some query see a number that parts cannot express, its own included? */
+static bool sees_odd(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+    uint64_t keys = g->odd_keys[strip->key % PASS_KEYS / STRIP_KEYS], queries = g->odd_queries[p];
+    if (strip->seen == SEE_ALL || !(keys | queries)) return keys | queries;
+    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++) {
+        uint64_t seen = first_bits(strip->keys), words = 0;
+        for (int w = 0; w < WORDS; w++)
+            words |= (uint64_t)(lane_uint)strip->words[w * PANEL + i] << w * LANE_BITS;
+        if (words & seen & (queries >> i & 1 ? seen : keys)) return true;
+    }
+    return false;
 }
 
 /* Read a panel and a strip as real numbers. */
@@ -157,7 +188,7 @@ static void ready_reals(const Tile *t, const GradientScratch *g, int p, const St
 /* grad_scores = V dO^T, to be multiplied by `unit`. Returns whether parts could express it. */
 static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const Strip *strip, real *unit) {
     ptrdiff_t chunks = round_up(t->value_dim, CHUNK) / CHUNK, rows = g->forward.key_rows;
-    if (g->odd_panel[p] || g->odd_strip[strip->key % PASS_KEYS / STRIP_KEYS]) {
+    if (sees_odd(t, g, p, strip)) {
         *unit = 1;
         ready_reals(t, g, p, strip);
         multiply_real_values(t, g, p, strip, (View){g->real_values, t->value_dim, 1});
@@ -221,6 +252,7 @@ static void sum_strip(const Tile *t, const GradientScratch *g, int p, const Stri
         sum_real_strip(t, g, p, strip, (View){g->real_keys, t->head_dim, 1}, begun);
         return;
     }
+    if (!(begun->waiting >> p / WAITING_PANELS * WAITING_PANELS)) sum_waiting(t, g, strip->keys, begun);
     split_strip(t->panel[p].vecs, strip, strip->scores, g->weight_rows + own);
     split_strip(t->panel[p].vecs, strip, g->grad_scores, g->grad_rows + own);
     /* grad_lanes[part][pair of keys][PANEL] */
@@ -236,6 +268,5 @@ static void sum_strip(const Tile *t, const GradientScratch *g, int p, const Stri
              g->grad_q + p * PANEL * dims, begun->q[p]);
     begun->q[p] = true;
     begun->waiting |= (uint32_t)1 << p;
-    if ((p + 1) % WAITING_PANELS == 0) sum_waiting(t, g, strip->keys, begun);
 }
 #endif

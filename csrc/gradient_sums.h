@@ -39,10 +39,10 @@ typedef struct {
     bool *finite;                    /* [real panel]: are its queries and their gradients finite? */
 #ifdef PARTS
     real *real_keys, *real_values;   /* [STRIP_KEYS][dim] */
-    uint16_t *rows;                  /* for the rest see gradient_parts.h */
+    uint16_t *rows;                  /* [part][chunk of dims][query][CHUNK] of one panel; see gradient_parts.h */
     uint16_t *value_rows, *key_columns, *weight_rows, *grad_rows;
     uint32_t *grad_out_lanes, *grad_lanes, *q_pairs, *grad_out_pairs;
-    bool *odd_panel, *odd_strip;
+    uint64_t *odd_queries, *odd_keys; /* [panel], [strip]: bits of those that parts cannot express */
 #endif
 } GradientScratch;
 
@@ -82,8 +82,8 @@ static size_t lay_out_gradient(const Tile *t, GradientScratch *g) {
     TAKE(grad_lanes, PARTS * PANEL * STRIP_KEYS / 2)
     TAKE(q_pairs, PARTS * row * k / 2)
     TAKE(grad_out_pairs, PARTS * row * v / 2)
-    TAKE(odd_panel, PANELS)
-    TAKE(odd_strip, PASS_KEYS / STRIP_KEYS)
+    TAKE(odd_queries, PANELS)
+    TAKE(odd_keys, PASS_KEYS / STRIP_KEYS)
 #endif
 #undef TAKE
     return bytes;

@@ -95,6 +95,7 @@ static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
     load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, t->q_scale, first, columns);
 }
 
+#ifdef HAS_GRADIENT
 /* Is each value of these keys finite? x * 0 is 0 for finite x only. */
 static bool all_finite(View v, int keys, ptrdiff_t dims) {
     vec sums[4] = {{0}}; /* independent, or the latency of one sum would be the time of the loop */
@@ -129,6 +130,7 @@ static void careful_product(const Strip *strip, int vecs, View v, ptrdiff_t dims
             }
         }
 }
+#endif
 
 #ifndef PARTS
 static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
