@@ -14,13 +14,17 @@
 
 _Static_assert(PANEL == CHUNK, "a panel's queries are one step of a sum over queries");
 
-/* NaN and Inf among bfloat16s. */
-INLINE __mmask32 not_finite(__m512i x) {
-    return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), _mm512_set1_epi16((short)0xff00));
+/* Of bfloat16s and of real numbers those that are not less than 2**56, NaN among them: a product of less
+ * large ones overflows in no unit. */
+INLINE __mmask32 large_bfloats(__m512i x) {
+    return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), _mm512_set1_epi16((short)((127 + 56) << 8)));
+}
+INLINE __mmask16 large(vec x) {
+    return _mm512_cmpge_epu32_mask(_mm512_slli_epi32((__m512i)x, 1), _mm512_set1_epi32((127 + 56) << 24));
 }
 
 /* to[part][chunk of dims][row][CHUNK] = so many rows from at[0] on, times `unit`, a power of 2. The bits of
- * `odd` are of the rows with numbers that parts cannot express, which are 0. */
+ * `odd` are of the rows with numbers that parts cannot express, or large ones, which are 0. */
 INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t dims, float unit,
                        bfloat *to, ptrdiff_t chunk, ptrdiff_t part, uint64_t *odd, NumberFormat format) {
     *odd = 0;
@@ -30,12 +34,12 @@ INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t
             __m512i parts[PARTS];
             if (PARTS == 1 && unit == 1 && format.kind == 'b' && dim == 2 && d + CHUNK <= dims) {
                 parts[0] = _mm512_loadu_si512(at[r] + d * 2);
-                out |= not_finite(parts[0]);
+                out |= large_bfloats(parts[0]);
             } else {
                 vec a = load_dims(at[r], dim, d, dims, format, unit);
                 vec b = load_dims(at[r], dim, d + LANES, dims, format, unit);
                 split_sequence(a, b, parts);
-                out |= outside(a) | outside(b);
+                out |= outside(a) | outside(b) | large(a) | large(b);
             }
 #pragma GCC unroll 3
             for (int i = 0; i < PARTS; i++)
@@ -106,13 +110,13 @@ static void open_panel(const Tile *t, const GradientScratch *g, int p) {
     g->odd_queries[p] = odd;
 }
 
-/* Bits of a strip's keys that parts cannot express. Of one part those say themselves whether they are finite. */
+/* Bits of a strip's keys that parts cannot express. Of one part those say so themselves. */
 static uint64_t odd_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     uint64_t odd = s->odd_keys[begin % PASS_KEYS / STRIP_KEYS];
     for (ptrdiff_t d = 0; PARTS == 1 && d < t->head_dim; d += CHUNK)
         for (ptrdiff_t key = begin; key < end; key++) {
             const bfloat *from = s->key_parts + d * s->key_rows + key % PASS_KEYS * CHUNK;
-            odd |= (uint64_t)(not_finite(_mm512_load_si512(from)) != 0) << (key - begin);
+            odd |= (uint64_t)(large_bfloats(_mm512_load_si512(from)) != 0) << (key - begin);
         }
     return odd;
 }
