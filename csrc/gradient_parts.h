@@ -20,7 +20,7 @@ INLINE __mmask32 large_bfloats(__m512i x) {
     return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), _mm512_set1_epi16((short)((127 + 56) << 8)));
 }
 INLINE __mmask16 large(vec x) {
-    return _mm512_cmpge_epu32_mask(_mm512_slli_epi32((__m512i)x, 1), _mm512_set1_epi32((127 + 56) << 24));
+    return _mm512_cmpge_epu32_mask(_mm512_slli_epi32((__m512i)x, 1), _mm512_set1_epi32((int)((127u + 56) << 24)));
 }
 
 /* to[part][chunk of dims][row][CHUNK] = so many rows from at[0] on, times `unit`, a power of 2. The bits of

@@ -86,8 +86,8 @@ def random_like(x, seed=7) -> np.ndarray:
 def check_gradients(target, q, k, v, *, wrt=None, with_lse=True, grad_size=None, **options):
     """Gradients on `target` are as exact as promise 1 wants results to be; returns them.
 
-    By default those of every array option that is given, and with a gradient through lse. `grad_size`
-    is rows of the gradient that arrives, and what they are multiplied by.
+    By default those of every array option that is given, and with a gradient through lse.
+    `grad_size` is rows of the gradient that arrives, and what they are multiplied by.
     """
     if wrt is None:
         wrt = tuple(name for name in ARRAY_OPTIONS if name in options)

@@ -255,7 +255,7 @@ def test_threads_change_nothing(target, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_others_change_nothing(target, dtype):
-    """The gradients of an entry of the batch, or of whole groups of heads, are those of it alone."""
+    """Gradients of an entry of the batch and of whole groups of heads are those of it alone."""
     if not target.bitwise:
         pytest.skip(f"promise 4 is made by cython and numba; {target.backend} leaves it to BLAS")
     arrays = Shape(2, 4, 70, 150, 64, kv_heads=2).arrays(dtype)
