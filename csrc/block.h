@@ -57,13 +57,13 @@ typedef struct {
 /* May keys and values be read where they lie? */
 static bool direct(const Tile *t) { return is_real(t->kv_format) && !t->k_scales; }
 static bool direct_keys(const Tile *t) { return direct(t) && t->measure != ADDITIVE; }
+#endif
 
 /* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch. */
 typedef struct {
     const real *data;
     ptrdiff_t row, dim;
 } View;
-#endif
 
 /* Lay the scratch out from `base` on; returns its bytes. */
 static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {

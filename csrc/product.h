@@ -95,6 +95,42 @@ static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
     load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, t->q_scale, first, columns);
 }
 
+#ifdef HAS_GRADIENT
+/* Is each value of these keys finite? x * 0 is 0 for finite x only. */
+static bool all_finite(View v, int keys, ptrdiff_t dims) {
+    vec sums[4] = {{0}}; /* independent, or the latency of one sum would be the time of the loop */
+    real rest = 0;
+    for (int j = 0; j < keys; j++) {
+        const real *row = v.data + j * v.row;
+        ptrdiff_t d = 0;
+        if (v.dim == 1) {
+            for (; d + 4 * LANES <= dims; d += 4 * LANES)
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; n++) sums[n] += load_unaligned(row + d + n * LANES) * 0;
+            for (; d + LANES <= dims; d += LANES) sums[0] += load_unaligned(row + d) * 0;
+        }
+        for (; d < dims; d++) rest += row[d * v.dim] * 0;
+    }
+    vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]) + rest;
+    return !any_lane(sum != splat(0));
+}
+
+/* The second product where some query must not meet a NaN or an Inf in some v that it does not
+ * see: 0 * NaN is a NaN, so unseen keys are left out lane by lane. */
+static void careful_product(const Strip *strip, int vecs, View v, ptrdiff_t dims, real *out) {
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            ivec seen = sees(strip, n, j);
+            vec p = load(strip->scores + j * PANEL + n * LANES);
+            for (ptrdiff_t d = 0; d < dims; d++) {
+                real *o = out + d * PANEL + n * LANES;
+                vec sum = load(o);
+                store(o, choose(seen, splat(v.data[j * v.row + d * v.dim]) * p + sum, sum));
+            }
+        }
+}
+#endif
+
 #ifndef PARTS
 static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
     return (View){(const real *)at, row / (ptrdiff_t)sizeof(real), dim / (ptrdiff_t)sizeof(real)};
@@ -154,40 +190,6 @@ static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdi
         widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->kv_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
               s->values + begin % PASS_KEYS * t->value_dim);
-}
-
-/* Is each value of these keys finite? x * 0 is 0 for finite x only. */
-static bool all_finite(View v, int keys, ptrdiff_t dims) {
-    vec sums[4] = {{0}}; /* independent, or the latency of one sum would be the time of the loop */
-    real rest = 0;
-    for (int j = 0; j < keys; j++) {
-        const real *row = v.data + j * v.row;
-        ptrdiff_t d = 0;
-        if (v.dim == 1) {
-            for (; d + 4 * LANES <= dims; d += 4 * LANES)
-#pragma GCC unroll 4
-                for (int n = 0; n < 4; n++) sums[n] += load_unaligned(row + d + n * LANES) * 0;
-            for (; d + LANES <= dims; d += LANES) sums[0] += load_unaligned(row + d) * 0;
-        }
-        for (; d < dims; d++) rest += row[d * v.dim] * 0;
-    }
-    vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]) + rest;
-    return !any_lane(sum != splat(0));
-}
-
-/* The second product where some query must not meet a NaN or an Inf in some v that it does not
- * see: 0 * NaN is a NaN, so unseen keys are left out lane by lane. */
-static void careful_product(const Strip *strip, int vecs, View v, ptrdiff_t dims, real *out) {
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < vecs; n++) {
-            ivec seen = sees(strip, n, j);
-            vec p = load(strip->scores + j * PANEL + n * LANES);
-            for (ptrdiff_t d = 0; d < dims; d++) {
-                real *o = out + d * PANEL + n * LANES;
-                vec sum = load(o);
-                store(o, choose(seen, splat(v.data[j * v.row + d * v.dim]) * p + sum, sum));
-            }
-        }
 }
 
 INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores, vec exponent,

@@ -191,7 +191,7 @@ static void subtract_alibi(const Tile *t, int p, const Strip *strip, vec *top) {
 }
 
 static void take_max(int vecs, const Strip *strip, vec *top) {
-    for (int n = 0; n < vecs; n++) {
+    for (int n = 0; n < vecs && top; n++) {
         const real *s = strip->scores + n * LANES;
         vec even = splat(-INFINITY), odd = even; /* two chains hide each other's latency */
         int j = 0;

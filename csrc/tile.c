@@ -19,6 +19,9 @@
 #else
 #define SCORE_KEYS PASS_KEYS
 #endif
+#if !defined(PARTS) || defined(HAS_TILES)
+#define HAS_GRADIENT /* parts without tiles leave gradients to float32 */
+#endif
 
 #include "product.h"
 #define LN2 0.69314718055994530942
@@ -375,14 +378,14 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
     return top + log(sum);
 }
 
-#ifdef PARTS
-#define GRADIENT NULL
-#else
+#ifdef HAS_GRADIENT
 #include "gradient.h"
 
 static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_keys, differentiate,
                                                  add_grad_q, close_keys};
 #define GRADIENT &GRADIENT_KERNELS
+#else
+#define GRADIENT NULL
 #endif
 
 const TileKernels TABLE = {TILE_QUERIES, PANEL,   PASS_KEYS, scratch_bytes, begin, attend,       finish,

@@ -64,6 +64,7 @@ def differentiate(
     start: np.ndarray | None,
     stop: np.ndarray | None,
     mask: np.ndarray | None,
+    product: str,
     threads: int,
     grad_bias: np.ndarray | None,
     grad_slope: np.ndarray | None,

@@ -83,10 +83,11 @@ def random_like(x, seed=7) -> np.ndarray:
     return rng.standard_normal(np.shape(x)).astype(np.asarray(x).dtype)
 
 
-def check_gradients(target, q, k, v, *, wrt=None, with_lse=True, **options):
+def check_gradients(target, q, k, v, *, wrt=None, with_lse=True, grad_size=None, **options):
     """Gradients on `target` are as exact as promise 1 wants results to be; returns them.
 
     By default those of every array option that is given, and with a gradient through lse.
+    `grad_size` is rows of the gradient that arrives, and what they are multiplied by.
     """
     if wrt is None:
         wrt = tuple(name for name in ARRAY_OPTIONS if name in options)
@@ -94,6 +95,9 @@ def check_gradients(target, q, k, v, *, wrt=None, with_lse=True, **options):
     grads = [random_like(x, seed) for seed, x in enumerate(results)]
     if not with_lse:
         grads[1] = None
+    if grad_size is not None:
+        rows, size = grad_size
+        grads[0][..., rows, :] *= np.float32(size)
     found = pullback(*grads)
     options.pop("threads", None)
     p = pose(q, k, v, gradients=True, wrt=wrt, **options)

@@ -85,8 +85,9 @@ def test_every_option(target, shape, names, seed, dtype, with_lse):
 
 @pytest.mark.parametrize("heads, n_queries, n_keys", [(2, 300, 1100), (1, 600, 40)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_many_tiles(target, heads, n_queries, n_keys, causal):
-    arrays = Shape(1, heads, n_queries, n_keys, 16, kv_heads=1).arrays()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_tiles(target, heads, n_queries, n_keys, causal, dtype):
+    arrays = Shape(1, heads, n_queries, n_keys, 64, kv_heads=1).arrays(dtype)
     check_gradients(target, *arrays, causal=causal)
 
 
@@ -239,17 +240,35 @@ def test_runs_agree(target):
         assert all(same_bits(a, b) for a, b in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_threads_change_nothing(target, dtype):
     if not target.bitwise:
         pytest.skip(f"promise 4 is made by cython and numba; {target.backend} leaves it to BLAS")
-    for shape in (Shape(1, 1, 500, 700, 32), Shape(2, 4, 130, 200, 24, kv_heads=2)):
+    for shape in (Shape(1, 1, 500, 700, 64), Shape(2, 4, 130, 200, 24, kv_heads=2)):
         found = []
         for threads in (1, 2, 3):
             results, pullback = target.vjp(*shape.arrays(dtype), causal=True, threads=threads)
             found.append(pullback(random_like(results)))
         for other in found[1:]:
             assert all(same_bits(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_others_change_nothing(target, dtype):
+    """Gradients of an entry of the batch and of whole groups of heads are those of it alone."""
+    if not target.bitwise:
+        pytest.skip(f"promise 4 is made by cython and numba; {target.backend} leaves it to BLAS")
+    arrays = Shape(2, 4, 70, 150, 64, kv_heads=2).arrays(dtype)
+    arrays[1][1, 1, 20], arrays[2][1, 0, 100] = np.nan, np.inf
+    results, pullback = target.vjp(*arrays, causal=True)
+    grad = random_like(results)
+    found = pullback(grad)
+    for heads, kv_heads in ((slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2))):
+        for entry in (slice(0, 1), slice(1, 2)):
+            own = [(entry, heads), (entry, kv_heads), (entry, kv_heads)]
+            _, alone = target.vjp(*(x[at] for x, at in zip(arrays, own, strict=True)), causal=True)
+            for got, x, at in zip(alone(grad[entry, heads]), found, own, strict=True):
+                assert same_bits(got, x[at])
 
 
 @pytest.mark.parametrize("bias", [0.0, 600.0])

@@ -73,28 +73,33 @@ static char *mask_row(int stride) {
 
 static double worse(double a, double b) { return !(b <= a) ? b : a; } /* a NaN is worst */
 
+/* Before the options; `slope` is that of the softcap. */
+static double score_of(const Tile *t, int i, ptrdiff_t j, double *slope) {
+    const real *q = (const real *)t->q[i], *k = (const real *)t->k;
+    double s = 0;
+    for (int d = 0; d < HEAD_DIM; d++) {
+        double x = q[d], y = k[j * HEAD_DIM + d];
+        if (t->measure == DOT) s += x * y;
+        if (t->measure == DISTANCE) s += (x - y) * (x - y);
+        if (t->measure == ADDITIVE) s += t->measure_weights[d] * tanh(x + y);
+    }
+    s = t->scale * (t->measure == DISTANCE ? sqrt(s) : s);
+    *slope = t->softcap > 0 ? 1 - pow(tanh(s / t->softcap), 2) : 1;
+    if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
+    if (t->has_bias) s += bias[i][j];
+    if (t->has_alibi) s -= t->slope[i] * fabs((double)(t->position[i] - j));
+    if (j < t->start[i] || j >= t->stop[i] || (t->has_mask && !t->mask[i][j * t->mask_key]))
+        s = -INFINITY;
+    return s;
+}
+
 /* The largest error of one query's result, lse and weights. */
 static double error_of(const Tile *t, int i) {
     static double weight[N_KEYS];
-    double total = t->has_sinks ? exp(t->sink[i]) : 0, worst = 0;
-    const real *q = (const real *)t->q[i], *k = (const real *)t->k, *v = (const real *)t->v,
-               *out = (const real *)t->out[i], *weights = (const real *)t->weights[i];
-    for (ptrdiff_t j = 0; j < N_KEYS; j++) {
-        double s = 0;
-        for (int d = 0; d < HEAD_DIM; d++) {
-            double x = q[d], y = k[j * HEAD_DIM + d];
-            if (t->measure == DOT) s += x * y;
-            if (t->measure == DISTANCE) s += (x - y) * (x - y);
-            if (t->measure == ADDITIVE) s += t->measure_weights[d] * tanh(x + y);
-        }
-        s = t->scale * (t->measure == DISTANCE ? sqrt(s) : s);
-        if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
-        if (t->has_bias) s += bias[i][j];
-        if (t->has_alibi) s -= t->slope[i] * fabs((double)(t->position[i] - j));
-        if (j < t->start[i] || j >= t->stop[i] || (t->has_mask && !t->mask[i][j * t->mask_key]))
-            s = -INFINITY;
-        total += weight[j] = exp(s);
-    }
+    double total = t->has_sinks ? exp(t->sink[i]) : 0, worst = 0, slope;
+    const real *v = (const real *)t->v, *out = (const real *)t->out[i],
+               *weights = (const real *)t->weights[i];
+    for (ptrdiff_t j = 0; j < N_KEYS; j++) total += weight[j] = exp(score_of(t, i, j, &slope));
     for (int d = 0; d < VALUE_DIM; d++) {
         double sum = 0;
         for (ptrdiff_t j = 0; j < N_KEYS; j++)
@@ -122,6 +127,63 @@ static double run(Tile *t) {
     each_pass(t, kernels.weights);
     for (int i = 0; i < t->n_queries; i++) worst = worse(worst, error_of(t, i));
     free(t->scratch);
+    return worst;
+}
+
+static double farthest(const double *wanted, const real *found, int n) {
+    double worst = 0;
+    for (int i = 0; i < n; i++) worst = worse(worst, fabs(wanted[i] - (double)found[i]));
+    return worst;
+}
+
+/* The largest error of the gradients of queries, keys and values, after `run`, with a gradient of the result
+ * that arrives and a delta of nothing in particular. */
+static double run_gradients(Tile *t) {
+    static double grad_q[MAX_QUERIES][HEAD_DIM], grad_k[N_KEYS][HEAD_DIM], grad_v[N_KEYS][VALUE_DIM];
+    const real *k = (const real *)t->k, *v = (const real *)t->v;
+    real *found_k = rows_of(N_KEYS * HEAD_DIM), *found_v = rows_of(N_KEYS * VALUE_DIM);
+    char *out[MAX_QUERIES];
+    double worst = 0;
+    memset(grad_q, 0, sizeof grad_q), memset(grad_k, 0, sizeof grad_k), memset(grad_v, 0, sizeof grad_v);
+    for (int i = 0; i < t->n_queries; i++) {
+        const real *q = (const real *)t->q[i], *g = rows_of(VALUE_DIM);
+        t->grad_out[i] = (const char *)g;
+        t->delta[i] = i % 3 - 1;
+        out[i] = t->out[i];
+        t->out[i] = calloc(HEAD_DIM, sizeof(real));
+        for (ptrdiff_t j = 0; j < N_KEYS; j++) {
+            double slope, weight = exp(score_of(t, i, j, &slope) - t->lse[i]), grad = -t->delta[i];
+            if (!(weight > 0)) continue;
+            for (int d = 0; d < VALUE_DIM; d++) {
+                grad += (double)g[d] * v[j * VALUE_DIM + d];
+                grad_v[j][d] += weight * g[d];
+            }
+            for (int d = 0; d < HEAD_DIM; d++) {
+                grad_q[i][d] += t->scale * weight * grad * slope * k[j * HEAD_DIM + d];
+                grad_k[j][d] += t->scale * weight * grad * slope * q[d];
+            }
+        }
+    }
+    t->differentiating = 1;
+    t->grad_out_dim = sizeof(real);
+    t->grad_k = (char *)found_k, t->grad_v = (char *)found_v;
+    t->scratch = aligned_alloc(64, (kernels.gradient->scratch_bytes(t) + 63) / 64 * 64);
+    for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.pass_keys) {
+        ptrdiff_t end = begin + kernels.pass_keys < N_KEYS ? begin + kernels.pass_keys : N_KEYS;
+        kernels.gradient->open(t, begin, end);
+        kernels.begin(t);
+        if (kernels.gradient->differentiate(t, begin, end)) kernels.gradient->add(t);
+        kernels.gradient->close(t, begin, end);
+    }
+    free(t->scratch);
+    for (int i = 0; i < t->n_queries; i++) {
+        worst = worse(worst, farthest(grad_q[i], (real *)t->out[i], HEAD_DIM));
+        free((void *)t->grad_out[i]), free(t->out[i]);
+        t->out[i] = out[i];
+    }
+    worst = worse(worst, farthest(grad_k[0], found_k, N_KEYS * HEAD_DIM));
+    worst = worse(worst, farthest(grad_v[0], found_v, N_KEYS * VALUE_DIM));
+    free(found_k), free(found_v);
     return worst;
 }
 
@@ -162,6 +224,7 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
         if (options & BIAS) t.bias[i] = bias_row(i, format);
     }
     double worst = run(&t);
+    if (measure == DOT && n_queries % 3 == 1) worst = worse(worst, run_gradients(&t));
     for (int i = 0; i < n_queries; i++) {
         free((void *)t.q[i]), free(t.out[i]), free(t.weights[i]);
         free((void *)t.mask[i]), free((void *)t.bias[i]);

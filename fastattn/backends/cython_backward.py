@@ -9,7 +9,7 @@ import numpy as np
 from ..backward_problem import Backward
 from ..problem import Problem, empty_like
 from . import numpy_backward
-from .cython_kernels import attend, bounds, kernels, threads
+from .cython_kernels import attend, bounds, kernels, product, threads
 
 __all__ = ["run_backward"]
 
@@ -53,7 +53,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     kernels.differentiate(
         p.q, p.k, p.v, b.grad_out, lse, delta, found["q"], found["k"], found["v"], p.batch, p.heads,
         p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop,
-        p.mask, threads(p), grad_bias, grad_slope, key_heads,
+        p.mask, product(p), threads(p), grad_bias, grad_slope, key_heads,
     )  # fmt: skip
     if grad_slope is not None:
         # What the rounding of out made of every score's gradient shows in their sum.
