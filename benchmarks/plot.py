@@ -1,8 +1,8 @@
 """Pictures of a ranking: ``python benchmarks/plot.py benchmarks/results/NAME.json``.
 
 The file is what ``python -m fastattn bench --case '*' --json FILE`` writes; the pictures go beside
-it: NAME-time.png, NAME-memory.png, NAME-ranking.png and, where they were measured,
-NAME-integrations.png and NAME-models.png.
+it: NAME-time.png, NAME-memory.png, and of the cases that were measured NAME-ranking.png,
+NAME-half.png, NAME-decode.png, NAME-backward.png, NAME-integrations.png and NAME-models.png.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ STYLES = {
     "numpy-formula": ("#000000", "*"),
 }
 LENGTHS = [2**power for power in range(7, 15)]
-BARS = ("4096", "4096-causal", "d128")
-INTEGRATIONS = ("integrations-jax", "integrations-jax-training")
+BARS = {
+    "ranking": ("4096", "4096-causal", "d128"),
+    "half": ("bfloat16", "bfloat16-d128", "float16"),
+    "decode": ("decode", "decode-grouped", "decode-bfloat16"),
+    "backward": ("backward", "backward-d128", "backward-bfloat16"),
+    "integrations": ("integrations-jax", "integrations-jax-training"),
+}
+
+# Whose peak is that of multiply-adds; that of tiles of half precision is ten times as far.
+FMA_TYPES = ("float32", "float64")
 
 Rankings = dict[str, dict[str, Any]]
 
@@ -41,13 +49,10 @@ def main(path: Path) -> None:
     rankings = {r["name"]: r for r in data["rankings"] if "tokens" not in r}
     models = {r["name"]: r for r in data["rankings"] if "tokens" in r}
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    pictures = {
-        "time": times(rankings),
-        "memory": memory(rankings),
-        "ranking": bars(rankings, BARS),
-    }
-    if rankings.keys() & INTEGRATIONS:
-        pictures["integrations"] = bars(rankings, INTEGRATIONS)
+    pictures = {"time": times(rankings), "memory": memory(rankings)}
+    for name, cases in BARS.items():
+        if shown := [rankings[case] for case in cases if case in rankings]:
+            pictures[name] = bars(shown)
     if models:
         pictures["models"] = model_bars(models)
     for name, figure in pictures.items():
@@ -109,29 +114,36 @@ def memory(rankings: Rankings):
     return figure
 
 
-def bars(rankings: Rankings, cases: tuple[str, ...]):
+def bars(shown: list[dict[str, Any]]):
     """The rate in some cases, fastest on top, below the machine's own limit."""
-    shown = [rankings[name] for name in cases if name in rankings]
+    height = 1 + 0.3 * max(len(ranking["entries"]) for ranking in shown)
     figure, panels = plt.subplots(
-        1, max(1, len(shown)), figsize=(10, 3.4), squeeze=False, layout="constrained"
+        1, len(shown), figsize=(10, height), squeeze=False, layout="constrained"
     )
-    figure.get_layout_engine().set(rect=(0, 0.12, 1, 0.88))
-    for axes, ranking in zip(panels[0], shown, strict=False):
+    caption_share = 0.4 / height
+    figure.get_layout_engine().set(rect=(0, caption_share, 1, 1 - caption_share))
+    for axes, ranking in zip(panels[0], shown, strict=True):
+        rate, unit, limit = (
+            ("bytes per second", "GB/s", "read bandwidth")
+            if ranking["decodes"]
+            else ("flops per second", "GFLOP/s", "FMA peak")
+        )
         entries = ranking["entries"][::-1]
-        rates = [entry["flops per second"] / 1e9 for entry in entries]
+        rates = [entry[rate] / 1e9 for entry in entries]
         names = [entry["name"] for entry in entries]
         drawn = axes.barh(names, rates, color=[style(n)[0] if ours(n) else "0.7" for n in names])
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.bar_label(drawn, fmt="%.0f", padding=4, bbox=white)
         for label in axes.get_yticklabels():
             label.set_fontweight("bold" if ours(label.get_text()) else "normal")
-        axes.set_title(ranking["case"], fontsize=10, fontweight="bold")
-        axes.set_xlabel("GFLOP/s")
-        if ranking["peak"]:
+        axes.set_title(ranking["case"], loc="right", fontsize=10, fontweight="bold")
+        axes.set_xlabel(unit)
+        axes.set_xlim(0, 1.25 * max(rates))
+        if ranking["decodes"] or ranking["dtype"] in FMA_TYPES:
             peak = ranking["peak"] / 1e9
             axes.axvline(peak, color="0.3", ls="--", lw=1, zorder=1)
             axes.set_xlim(0, 1.15 * max(peak, *rates))
-            axes.set_xlabel(f"GFLOP/s (FMA peak: {peak:.0f})")
+            axes.set_xlabel(f"{unit} ({limit}: {peak:.0f})")
     return figure
 
 

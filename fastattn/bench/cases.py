@@ -213,6 +213,7 @@ CASES: dict[str, Case] = {
     "backward-causal": Case(1, 8, 2048, 2048, 64, causal=True, work="backward"),
     "backward-one-head": Case(1, 1, 4096, 4096, 64, work="backward"),
     "backward-d128": Case(1, 8, 2048, 2048, 128, work="backward"),
+    "backward-bfloat16": Case(1, 8, 2048, 2048, 64, dtype="bfloat16", work="backward"),
     "training": Case(1, 8, 2048, 2048, 64, causal=True, work="training step"),
     **{f"flex-{name}": Case(1, 8, 4096, 4096, 64, function=name) for name in FUNCTIONS},
     "integrations-jax": Case(1, 8, 4096, 4096, 64, inside="jax"),
