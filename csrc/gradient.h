@@ -17,9 +17,11 @@
 static void open_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     GradientScratch g;
     lay_out_gradient(t, &g);
-    memset(g.grad_k, 0, sizeof(real) * (size_t)(PASS_KEYS * dim_panels(t->head_dim) * PANEL));
-    memset(g.grad_v, 0, sizeof(real) * (size_t)(PASS_KEYS * dim_panels(t->value_dim) * PANEL));
-    (void)begin;
+    size_t bytes = sizeof(real) * (size_t)((end - begin) * PANEL); /* of one panel of dims */
+    for (ptrdiff_t m = 0; m < dim_panels(t->head_dim); m++)
+        memset(g.grad_k + (m * PASS_KEYS + begin % PASS_KEYS) * PANEL, 0, bytes);
+    for (ptrdiff_t m = 0; m < dim_panels(t->value_dim); m++)
+        memset(g.grad_v + (m * PASS_KEYS + begin % PASS_KEYS) * PANEL, 0, bytes);
     *g.forward.ready = (Ready){.end = end};
 }
 

@@ -207,7 +207,6 @@ cdef bint worth_three_parts(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept 
     return 4 * (head_dim + value_dim) - 3 * padded > (75 if value_dim else 37)
 
 
-
 def tile_size(
     str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):

@@ -174,12 +174,13 @@ def keys_seen(problem: Problem) -> int:
     """How many keys a query sees, about."""
     p = problem
     if p.block_mask is not None:
-        return int(p.n_keys * np.mean(p.block_mask.blocks != NONE))
-    intervals = p.intervals()
-    if intervals is None or p.n_queries == 0:
+        seen = p.n_keys * (p.block_mask.blocks != NONE)
+    elif (intervals := p.intervals()) is not None:
+        start, stop = intervals
+        seen = np.maximum(stop - start, 0)
+    else:
         return p.n_keys
-    start, stop = intervals
-    return int(np.mean(np.maximum(stop - start, 0)))
+    return int(seen.mean()) if seen.size else 0
 
 
 def threads(problem: Problem) -> int:
