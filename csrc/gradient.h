@@ -60,9 +60,7 @@ static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p,
             wrong += grad * 0;
         }
     }
-    real any = 0;
-    for (int i = 0; i < LANES; i++) any += wrong[i];
-    return any == 0;
+    return !any_lane(wrong != splat(0));
 }
 
 /* Add a strip's gradients to those of the bias. */

@@ -14,13 +14,12 @@
 
 _Static_assert(PANEL == CHUNK, "a panel's queries are one step of a sum over queries");
 
-/* Of bfloat16s and of real numbers those that are not less than 2**56, NaN among them: a product of less
- * large ones overflows in no unit. */
-INLINE __mmask32 large_bfloats(__m512i x) {
-    return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), _mm512_set1_epi16((short)((127 + 56) << 8)));
-}
+/* Numbers that are not less than 2**MOST_POWER count as odd, too: a product of smaller ones overflows in
+ * no unit. */
+#define MOST_POWER 56
 INLINE __mmask16 large(vec x) {
-    return _mm512_cmpge_epu32_mask(_mm512_slli_epi32((__m512i)x, 1), _mm512_set1_epi32((int)((127u + 56) << 24)));
+    __m512i bound = _mm512_set1_epi32((int)((127u + MOST_POWER) << 24));
+    return _mm512_cmpge_epu32_mask(_mm512_slli_epi32((__m512i)x, 1), bound);
 }
 
 /* to[part][chunk of dims][row][CHUNK] = so many rows from at[0] on, times `unit`, a power of 2. The bits of
@@ -34,7 +33,7 @@ INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t
             __m512i parts[PARTS];
             if (PARTS == 1 && unit == 1 && format.kind == 'b' && dim == 2 && d + CHUNK <= dims) {
                 parts[0] = _mm512_loadu_si512(at[r] + d * 2);
-                out |= large_bfloats(parts[0]);
+                out |= bfloats_from(MOST_POWER, parts[0]);
             } else {
                 vec a = load_dims(at[r], dim, d, dims, format, unit);
                 vec b = load_dims(at[r], dim, d + LANES, dims, format, unit);
@@ -59,16 +58,6 @@ INLINE void pair_up(__m512i upper, __m512i lower, pair *to) {
     __m512i low = _mm512_unpacklo_epi16(upper, lower), high = _mm512_unpackhi_epi16(upper, lower);
     _mm512_store_si512(to, _mm512_permutex2var_epi64(low, first, high));
     _mm512_store_si512(to + LANES, _mm512_permutex2var_epi64(low, second, high));
-}
-
-/* Transpose LANES rows of LANES pairs; the rows are `from_row` and `to_row` pairs apart. */
-INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrdiff_t to_row) {
-    vec x[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) x[i] = load((const real *)(from + i * from_row));
-    transpose(x);
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) store((real *)(to + i * to_row), x[i]);
 }
 
 /* pairs[part][dim panel][panel][pair of queries][PANEL dims] of a panel of rows[part][dim panel][query][CHUNK]. */
@@ -116,7 +105,7 @@ static uint64_t odd_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdi
     for (ptrdiff_t d = 0; PARTS == 1 && d < t->head_dim; d += CHUNK)
         for (ptrdiff_t key = begin; key < end; key++) {
             const bfloat *from = s->key_parts + d * s->key_rows + key % PASS_KEYS * CHUNK;
-            odd |= (uint64_t)(large_bfloats(_mm512_load_si512(from)) != 0) << (key - begin);
+            odd |= (uint64_t)(bfloats_from(MOST_POWER, _mm512_load_si512(from)) != 0) << (key - begin);
         }
     return odd;
 }

@@ -26,8 +26,8 @@
 #define PAIRS (CHUNK / 2)
 #define WEIGHT_PART (PASS_KEYS / 2 * PANEL)
 
-/* Products of parts i and j with i + j <= order: of a float16's scores all, so that they are exact, and
- * less than float32 rounds of three parts. */
+/* Products take the parts i and j with i + j <= order. For scores that is all of a float16, so that they
+ * are exact; of a float32 what is left out is smaller than its rounding. */
 #define KEY_ORDER 2
 #define VALUE_ORDER (PARTS - 1)
 
@@ -168,10 +168,20 @@ INLINE __m512i load_two(const char *low, const char *high) {
     return _mm512_inserti64x4(x, _mm256_loadu_si256((const __m256i *)high), 1);
 }
 
-/* Which of 32 bfloat16 are NaN or Inf. */
-INLINE __mmask32 outside_bfloats(__m512i x) {
-    const __m512i infinity = _mm512_set1_epi16(0x7f80);
-    return _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, infinity), infinity);
+/* Which of 32 bfloat16 are not less than 2**power; NaN is not, nor is Inf than 2**128. */
+INLINE __mmask32 bfloats_from(int power, __m512i x) {
+    __m512i bound = _mm512_set1_epi16((short)((127 + power) << 8));
+    return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), bound);
+}
+
+/* Transpose LANES rows of LANES pairs; the rows are `from_row` and `to_row` pairs apart. */
+INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrdiff_t to_row) {
+    vec x[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = load((const real *)(from + i * from_row));
+    transpose(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store((real *)(to + i * to_row), x[i]);
 }
 
 /* pairs[part][pair][d] of up to CHUNK values, and the bits of those that parts cannot express.
@@ -189,7 +199,7 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
             if (PARTS == 1 && format.kind == 'b' && t->v_dim == 2 && d + LANES <= t->value_dim && both) {
                 /* What is in parts already. */
                 __m512i x = load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
-                __mmask32 wrong = outside_bfloats(x);
+                __mmask32 wrong = bfloats_from(128, x);
                 out[0] |= (__mmask16)wrong;
                 out[1] |= (__mmask16)(wrong >> LANES);
                 parts[0] = interleave(x);
@@ -225,16 +235,10 @@ static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdi
         if (odd) WITH_FORMAT(t->kv_format, pair_values, t, key, use & ~odd, s->value_pairs, &none);
         *strip_odd |= (uint64_t)odd << key % STRIP_KEYS;
         for (int i = 0; i < PARTS; i++)
-            for (ptrdiff_t d = 0; d < dims; d += LANES) {
-                const real *from = (const real *)s->value_pairs + i * PAIRS * dims + d;
-                real *to = (real *)(s->value_parts + i * part + key % PASS_KEYS * dims + d * CHUNK);
-                vec x[LANES];
-#pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) x[j] = load(from + j * dims);
-                transpose(x);
-#pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) store(to + j * PAIRS, x[j]);
-            }
+            for (ptrdiff_t d = 0; d < dims; d += LANES)
+                transpose_pairs(s->value_pairs + i * PAIRS * dims + d, dims,
+                                (pair *)(s->value_parts + i * part + key % PASS_KEYS * dims + d * CHUNK),
+                                PAIRS);
     }
 }
 

@@ -78,9 +78,7 @@ static bool plain_bias(const Tile *t, int p, const Strip *strip) {
             most = larger(magnitude(load_unaligned(row + j)), most);
         for (; j < strip->keys; j++) most = larger(magnitude(splat(row[j])), most);
     }
-    bool plain = true;
-    for (int i = 0; i < LANES; i++) plain &= most[i] <= REAL_MAX / 4;
-    return plain;
+    return !any_lane(~(most <= splat(REAL_MAX / 4)));
 }
 
 /* Add the biases of a strip, and take the maximum. */

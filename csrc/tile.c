@@ -5,7 +5,7 @@
  * what one register tile holds: PANEL queries in TILE_VECS vectors. Within a block of keys,
  * S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow each other as in
  * FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of the whole block
- * and O^T is rescaled once per block.
+ * and O^T is rescaled once per block; in parts otherwise: attend_parts.h.
  */
 #include "simd.h"
 
@@ -15,7 +15,7 @@
 #define PASS_KEYS 512
 #ifdef PARTS
 #define CHUNK 32 /* head dims or keys that one step of a product in parts sums up */
-#define SCORE_KEYS STRIP_KEYS /* whose scores are kept: see late.h */
+#define SCORE_KEYS STRIP_KEYS /* whose scores are kept: see attend_parts.h */
 #else
 #define SCORE_KEYS PASS_KEYS
 #endif
@@ -220,7 +220,7 @@ static void sum_weights(const Tile *t, int p, PanelBlock *b, const Strip *strip)
 }
 
 #ifdef PARTS
-#include "late.h"
+#include "attend_parts.h"
 #else
 static void raise_max(const Tile *t, int vecs, PanelBlock *b, real *row_max) {
     vec exponent = splat((real)t->exponent);

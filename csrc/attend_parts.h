@@ -2,8 +2,8 @@
  * only where scores are far above it. So the scores of one strip are all that is kept, and stay in
  * the first-level cache, and the values of strips are summed by one product, as late as can be.
  */
-#ifndef FASTATTN_LATE_H
-#define FASTATTN_LATE_H
+#ifndef FASTATTN_ATTEND_PARTS_H
+#define FASTATTN_ATTEND_PARTS_H
 
 #include "parts.h"
 
