@@ -6,6 +6,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from numba import njit
 
 from .scores import score_block
@@ -31,7 +32,7 @@ def _entry():
         t = tile_at(address)
         for item in range(begin, end):
             open_tile(t, item, scale, mask_mod)
-            step = ATTEND
+            step = np.int64(ATTEND)
             while step != DONE:
                 if step != WEIGH:
                     start_rows(t, scale)

@@ -24,18 +24,22 @@ from .memory import (
 )
 from .numbers import REAL, finite_most, read, rounded, widen
 from .tile import (
-    BEGUN,
     FIRST,
     LAST,
     LIVE,
     PANEL_FIELDS,
+    PIECE_FIELDS,
+    PIECE_FIRST,
+    PIECE_LAST,
+    PIECE_STATE,
+    PIECE_VECS,
     SEE_ALL,
-    SEE_NONE,
     SEE_SOME,
     STRIPS,
     VECS,
     in_block,
     inlined,
+    pieces_of,
     product,
     row_of,
     seen_in_block,
@@ -54,7 +58,7 @@ from .vectors import (
     splat,
     with_sign_of,
 )
-from .visibility import see, trim
+from .visibility import cut
 
 
 @inlined
@@ -65,7 +69,7 @@ def score_block(t, begin, scale, measure, score_mod, mask_mod):
         reals(t.top, scale)[i] = -inf
     for p in range(t.panels):
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-        panel[LIVE] = panel[BEGUN] = 0
+        panel[LIVE] = 0
     for strip in range(STRIPS):
         first, last = strip_of(begin, strip, t.first, t.last)
         k = t.k_head + first * t.k_row
@@ -78,72 +82,68 @@ def score_block(t, begin, scale, measure, score_mod, mask_mod):
         for p in range(t.panels):
             panel = ints(t.panel + 8 * PANEL_FIELDS * p)
             key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
-            state = see(t, p, key, stop - key, begin, scale, mask_mod)
-            if state == SEE_SOME:
-                state = trim(t, p, key, stop - key, begin, scale)
-                key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
-            if state != SEE_NONE:
-                at = k + (key - first) * k_row
-                state = score(t, p, key, stop - key, begin, at, k_row, k_dim, state, scale,
-                              measure, score_mod)  # fmt: skip
-            ints(t.strip)[p * STRIPS + strip] = state
-            if state != SEE_NONE:
-                panel[LIVE] = 1
+            cut(t, p, strip, key, stop - key, begin, scale, mask_mod)
+            for n in range(panel[VECS]):
+                piece = ahead(pieces_of(t, p, strip), n * PIECE_FIELDS)
+                if piece[PIECE_VECS] > 0:
+                    at = k + (piece[PIECE_FIRST] - first) * k_row
+                    score(t, p, n, piece, begin, at, k_row, k_dim, scale, measure, score_mod)
+                    panel[LIVE] |= piece[PIECE_VECS]
 
 
 @compiled
-def score(t, p, key, keys, begin, k, k_row, k_dim, state, scale, measure, score_mod):
-    """One panel's scores for `keys` keys from `key` on, of which it sees what `state` tells.
-    Returns what it sees of them.
+def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, score_mod):
+    """The scores of the piece of panel `p` that begins at vector `n`. It sees nothing, or some,
+    where a bias or a function hides the rest.
     """
-    size = TILE_VECS * lanes(scale)
-    vecs = ints(t.panel + 8 * PANEL_FIELDS * p)[VECS]
-    scores, seen = (
-        in_block(t.scores, scale, p, key - begin),
-        seen_in_block(t, scale, p, key - begin),
-    )
+    size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
+    vecs, state, row = piece[PIECE_VECS], piece[PIECE_STATE], p * size + lane
+    key, keys = piece[PIECE_FIRST], piece[PIECE_LAST] - piece[PIECE_FIRST]
+    scores = ahead(in_block(t.scores, scale, p, key - begin), lane)
+    seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
     bias = reals(t.bias_tile, scale)
     if t.bias != 0:
-        load_bias(t, p, key, keys, bias, scale)
+        load_bias(t, row, key, vecs, keys, bias, scale)
         if hides_all(bias, vecs, keys, scale):
-            return SEE_NONE
-    queries = ahead(reals(t.queries, scale), p * size * t.head_dim)
+            piece[PIECE_VECS] = 0
+            return
+    queries = ahead(reals(t.queries, scale), p * size * t.head_dim + lane)
     if measure is not None:
         measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
-        product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, 0)
+        product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, np.int64(0))
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
     if t.bias != 0:
         state = exclude(bias, vecs, keys, seen, state, scale)
         add_bias(bias, vecs, keys, scores, scale)
     if t.alibi != 0:
-        subtract_alibi(t, p, key, keys, scores, scale)
+        subtract_alibi(t, row, key, vecs, keys, scores, scale)
     if score_mod is not None:
-        call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod)
+        call_score_mod(t, row, key, vecs, keys, scores, scale, score_mod)
         state = exclude(scores, vecs, keys, seen, state, scale)
-    tops, saw = ahead(reals(t.top, scale), p * size), ahead(flags(t.saw), p * size)
+    saw = ahead(flags(t.saw), row)
     if state == SEE_SOME:
         hide(vecs, keys, seen, scores, scale)
         for j in range(keys):
-            for i in range(size):
+            for i in range(vecs * lanes(scale)):
                 saw[i] |= seen[j * size + i]
     else:
-        for i in range(size):
+        for i in range(vecs * lanes(scale)):
             saw[i] = 1
-    take_max(vecs, keys, scores, tops, scale)
-    return state
+    take_max(vecs, keys, scores, ahead(reals(t.top, scale), row), scale)
+    piece[PIECE_STATE] = state
 
 
 @compiled
-def call_score_mod(t, p, key, keys, vecs, scores, scale, score_mod):
+def call_score_mod(t, row, key, vecs, keys, scores, scale, score_mod):
     """Let the function change the scores."""
     size, width = TILE_VECS * lanes(scale), lanes(scale)
-    batch, head = t.batch, ints(t.row_head)[p * size] % t.heads
+    batch, head = t.batch, ints(t.row_head)[row] % t.heads
     one = own_vector(scale)
     for n in range(0, vecs * width, width):
-        query = ints(t.row_query)[p * size] + n
-        rows = min(width, t.rows - p * size - n)
+        query = ints(t.row_query)[row] + n
+        rows = min(width, t.rows - row - n)
         for j in range(keys):
             at = ahead(scores, j * size + n)
             store(one, load(at))
@@ -168,19 +168,19 @@ def cap(softcap, vecs, keys, scores, scale):
 
 
 @compiled
-def load_bias(t, p, key, keys, tile, scale):
+def load_bias(t, row, key, vecs, keys, tile, scale):
     """tile[key][lane] = the bias, whatever its type."""
-    size = TILE_VECS * lanes(scale)
+    size, count = TILE_VECS * lanes(scale), vecs * lanes(scale)
     rows = ints(t.words)
-    for i in range(size):
-        rows[i] = row_of(t, t.bias, t.bias_row, p * size + i) + key * t.bias_dim
+    for i in range(count):
+        rows[i] = row_of(t, t.bias, t.bias_row, row + i) + key * t.bias_dim
     done = 0
     if t.bias_format == REAL and t.bias_dim * lanes(scale) == VECTOR_BYTES:
         done = keys // lanes(scale) * lanes(scale)
-        for n in range(0, size, lanes(scale)):
+        for n in range(0, count, lanes(scale)):
             for j in range(0, done, lanes(scale)):
                 rows_to_columns(ahead(rows, n), j * t.bias_dim, ahead(tile, j * size + n))
-    for i in range(size):
+    for i in range(count):
         for j in range(done, keys):
             at = rows[i] + j * t.bias_dim
             if t.bias_format == REAL:
@@ -201,8 +201,9 @@ def exclude(values, vecs, keys, seen, state, scale):
             found = found | (load(ahead(values, j * size + n * lanes(scale))) == lowest)
     if not any_lane(found):
         return state
-    for x in range(keys * size):
-        seen[x] = (state == SEE_ALL or seen[x] != 0) & (values[x] != -inf)
+    for j in range(keys):
+        for x in range(j * size, j * size + vecs * lanes(scale)):
+            seen[x] = (state == SEE_ALL or seen[x] != 0) & (values[x] != -inf)
     return SEE_SOME
 
 
@@ -233,14 +234,21 @@ def add_bias(bias, vecs, keys, scores, scale):
 
 
 @compiled
-def subtract_alibi(t, p, key, keys, scores, scale):
-    size = TILE_VECS * lanes(scale)
-    for i in range(size):
-        slope = constant(doubles(t.alibi)[ints(t.row_head)[p * size + i] % t.heads], scale)
-        place = ints(t.row_query)[p * size + i] + ints(t.q_offset)[t.batch]
+def subtract_alibi(t, row, key, vecs, keys, scores, scale):
+    size, one = TILE_VECS * lanes(scale), splat(constant(1.0, scale))
+    slopes, distances = own_vector(scale), own_vector(scale)
+    for n in range(0, vecs * lanes(scale), lanes(scale)):
+        for i in range(lanes(scale)):
+            at = row + n + i
+            slope = doubles(t.alibi)[ints(t.row_head)[at] % t.heads]
+            place = ints(t.row_query)[at] + ints(t.q_offset)[t.batch]
+            slopes[i] = constant(slope, scale)
+            distances[i] = constant(np.float64(place - key), scale)
+        slope, distance = load(slopes), load(distances)
         for j in range(keys):
-            distance = constant(np.float64(abs(place - key - j)), scale)
-            scores[j * size + i] -= slope * distance
+            to = ahead(scores, j * size + n)
+            store(to, load(to) - slope * magnitude(distance))
+            distance = distance - one
 
 
 @compiled

@@ -70,8 +70,8 @@ NUMBERS = (
     "row_query", "row_head", "row_start", "row_stop",
     # Of the panel at hand, a word per lane: the keys of a strip as bits, or addresses.
     "words",
-    # Per panel PANEL_FIELDS integers, and what it sees of each strip of the block.
-    "panel", "strip",
+    # Per panel PANEL_FIELDS integers, and its pieces of each strip of the block.
+    "panel", "pieces",
     # The scratch, [panel][row][lane] throughout, so that a panel is contiguous.
     "row_max", "row_sum", "top", "rescale", "block_sum", "saw",
     "queries", "total", "block_total", "scores", "bias_tile", "seen", "widened",
@@ -88,8 +88,12 @@ tile_at = record_of(from_dtype(TILE))
 ATTEND, ATTEND_WITH_MARGIN, WEIGH, DONE = range(4)
 
 # Some row of the panel sees first <= j < last, every row inner_first <= j < inner_last.
-FIRST, LAST, INNER_FIRST, INNER_LAST, VECS, STARTED, LIVE, BEGUN = range(8)
-PANEL_FIELDS = 8
+FIRST, LAST, INNER_FIRST, INNER_LAST, VECS, STARTED, LIVE = range(7)
+PANEL_FIELDS = 7
+# A piece is what is computed of a panel and a strip: so many vectors, of which somebody sees the
+# keys first <= j < last, and whether all do. There is one for the whole panel, or one per vector.
+PIECE_VECS, PIECE_FIRST, PIECE_LAST, PIECE_STATE = range(4)
+PIECE_FIELDS = 4
 
 narrow_tile, whole_tile = register_tile(1), register_tile(TILE_VECS)
 
@@ -103,7 +107,8 @@ def scratch(itemsize: int, head_dim: int, value_dim: int) -> dict[str, int]:
     rows = TILE_BYTES // itemsize
     panels = TILE_BYTES // PANEL_BYTES
     whole = {"row_query": rows, "row_head": rows, "row_start": rows, "row_stop": rows,
-             "words": rows, "panel": panels * PANEL_FIELDS, "strip": panels * STRIPS}  # fmt: skip
+             "words": rows, "panel": panels * PANEL_FIELDS,
+             "pieces": panels * STRIPS * TILE_VECS * PIECE_FIELDS}  # fmt: skip
     per_row = {"row_max": 1, "row_sum": 1, "top": 1, "rescale": 1, "block_sum": 1,
                "queries": head_dim, "total": value_dim, "block_total": value_dim,
                "scores": BLOCK_KEYS, "bias_tile": STRIP_KEYS}  # fmt: skip
@@ -241,7 +246,16 @@ def load_queries(t, p, columns, scale):
     for i in range(size):
         q, step = rows[i], t.q_dim
         if t.q_format != REAL:
-            widen(q, 0, step, 1, t.head_dim, t.q_format, floats(0), reals(t.widened, scale))
+            widen(
+                q,
+                np.int64(0),
+                step,
+                np.int64(1),
+                t.head_dim,
+                t.q_format,
+                floats(0),
+                reals(t.widened, scale),
+            )
             q, step = t.widened, VECTOR_BYTES // width
         for d in range(done, t.head_dim):
             columns[d * size + i] = reals(q + d * step, scale)[0]
@@ -254,6 +268,12 @@ def strip_of(begin, strip, first, last):
     """The keys of a strip of the block that lie in first <= j < last."""
     key = begin + strip * STRIP_KEYS
     return max(key, first), min(key + STRIP_KEYS, last)
+
+
+@compiled
+def pieces_of(t, p, strip):
+    """The pieces of a panel and a strip: that which begins at its first vector, and so on."""
+    return ints(t.pieces + 8 * PIECE_FIELDS * TILE_VECS * (p * STRIPS + strip))
 
 
 @compiled

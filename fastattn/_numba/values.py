@@ -24,14 +24,15 @@ from .numbers import REAL, finite_most, widen
 from .tile import (
     ATTEND,
     ATTEND_WITH_MARGIN,
-    BEGUN,
     DONE,
-    FIRST,
-    LAST,
     LIVE,
     PANEL_FIELDS,
+    PIECE_FIELDS,
+    PIECE_FIRST,
+    PIECE_LAST,
+    PIECE_STATE,
+    PIECE_VECS,
     SEE_ALL,
-    SEE_NONE,
     SEE_SOME,
     STARTED,
     STRIPS,
@@ -39,6 +40,7 @@ from .tile import (
     WEIGH,
     in_block,
     inlined,
+    pieces_of,
     product,
     row_of,
     seen_in_block,
@@ -62,10 +64,11 @@ from .vectors import (
 @inlined
 def attend_block(t, begin, scale):
     """Weigh the scores of the block and add its values to the rows' totals."""
-    size = TILE_VECS * lanes(scale)
     for p in range(t.panels):
-        if ints(t.panel + 8 * PANEL_FIELDS * p)[LIVE]:
+        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
+        if panel[LIVE]:
             raise_max(t, p, scale)
+            clear(t.block_total if panel[STARTED] else t.total, t, p, scale)
     for strip in range(STRIPS):
         first, last = strip_of(begin, strip, t.first, t.last)
         v = t.v_head + first * t.v_row
@@ -76,28 +79,42 @@ def attend_block(t, begin, scale):
             v_dim = VECTOR_BYTES // lanes(scale)
             v, v_row = t.widened, t.value_dim * v_dim
         for p in range(t.panels):
-            state = ints(t.strip)[p * STRIPS + strip]
-            if state == SEE_NONE:
-                continue
             panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-            key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
-            weights = in_block(t.scores, scale, p, key - begin)
-            weigh(t, p, panel[VECS], stop - key, weights, scale)
-            total = reals(t.block_total if panel[STARTED] else t.total, scale)
-            seen = seen_in_block(t, scale, p, key - begin)
-            at, total = v + (key - first) * v_row, ahead(total, p * size * t.value_dim)
-            begun = panel[BEGUN]
-            panel[BEGUN] = 1
-            if state == SEE_SOME and not all_finite(t, at, v_row, v_dim, stop - key, scale):
-                add_seen(t, at, v_row, v_dim, stop - key, seen, weights, total, begun, scale)
-            else:
-                product(panel[VECS], at, v_dim, v_row, t.value_dim, stop - key, weights, total,
-                        begun)  # fmt: skip
+            total = t.block_total if panel[STARTED] else t.total
+            for n in range(panel[VECS]):
+                piece = ahead(pieces_of(t, p, strip), n * PIECE_FIELDS)
+                if piece[PIECE_VECS] > 0:
+                    at = v + (piece[PIECE_FIRST] - first) * v_row
+                    attend(t, p, n, piece, begin, at, v_row, v_dim, reals(total, scale), scale)
     for p in range(t.panels):
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         if panel[LIVE]:
             join_block(t, p, panel[VECS], panel[STARTED], scale)
             panel[STARTED] = 1
+
+
+@compiled
+def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale):
+    """Weigh the scores of a piece and add its values to the total."""
+    size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
+    vecs, key = piece[PIECE_VECS], piece[PIECE_FIRST]
+    keys = piece[PIECE_LAST] - key
+    weights = ahead(in_block(t.scores, scale, p, key - begin), lane)
+    seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
+    total = ahead(total, p * size * t.value_dim + lane)
+    weigh(t, p * size + lane, vecs, keys, weights, scale)
+    if piece[PIECE_STATE] == SEE_SOME and not all_finite(t, v, v_row, v_dim, keys, scale):
+        add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale)
+    else:
+        product(vecs, v, v_dim, v_row, t.value_dim, keys, weights, total, np.int64(1))
+
+
+@compiled
+def clear(total, t, p, scale):
+    size = TILE_VECS * lanes(scale)
+    column = ahead(reals(total, scale), p * size * t.value_dim)
+    for x in range(size * t.value_dim):
+        column[x] = constant(0.0, scale)
 
 
 @compiled
@@ -123,13 +140,13 @@ def raise_max(t, p, scale):
 
 
 @compiled
-def weigh(t, p, vecs, keys, scores, scale):
+def weigh(t, row, vecs, keys, scores, scale):
     """Scores to weights relative to the maximum. Subtracting before scaling by log2(e) keeps the
     largest weight exact and every finite score from overflowing.
     """
     size = TILE_VECS * lanes(scale)
     for n in range(vecs):
-        at = p * size + n * lanes(scale)
+        at = row + n * lanes(scale)
         top, total = (
             load(ahead(reals(t.top, scale), at)),
             load(ahead(reals(t.block_sum, scale), at)),
@@ -161,15 +178,15 @@ def all_finite(t, v, v_row, v_dim, keys, scale):
 
 
 @compiled
-def add_seen(t, v, v_row, v_dim, keys, seen, weights, total, begun, scale):
+def add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale):
     """The second product where some row must not meet a NaN or an Inf in some v that it does not
     see: 0 * NaN is a NaN, so unseen keys are left out lane by lane.
     """
     size = TILE_VECS * lanes(scale)
     for d in range(t.value_dim):
         out = ahead(total, d * size)
-        for i in range(size):
-            value = out[i] if begun else constant(0.0, scale)
+        for i in range(vecs * lanes(scale)):
+            value = out[i]
             for j in range(keys):
                 if seen[j * size + i]:
                     x = reals(v + j * v_row + d * v_dim, scale)[0]
@@ -280,19 +297,20 @@ def store_weights(t, begin, scale):
     tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
     for i in range(t.rows):
         p, lane = i // size, i % size
-        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         top = constant(0.0, scale) if tops[i] == -inf else tops[i]
         # Beside an infinite score others weigh 0, though the sum is not a number.
         total = constant(1.0, scale) if tops[i] == inf else sums[i]
         target = row_of(t, t.weights, t.weights_row, i)
         for strip in range(STRIPS):
-            state = ints(t.strip)[p * STRIPS + strip]
-            key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
-            if state == SEE_NONE:
+            piece = pieces_of(t, p, strip)
+            if piece[PIECE_VECS] <= 1:
+                piece = ahead(piece, lane // lanes(scale) * PIECE_FIELDS)
+            if piece[PIECE_VECS] == 0:
                 continue
+            key = piece[PIECE_FIRST]
             scores = ahead(in_block(t.scores, scale, p, key - begin), lane)
             seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
-            for j in range(stop - key):
-                if state == SEE_ALL or seen[j * size]:
+            for j in range(piece[PIECE_LAST] - key):
+                if piece[PIECE_STATE] == SEE_ALL or seen[j * size]:
                     weight = weight_of(scores[j * size] - top) / total
                     reals(target + (key + j) * t.weights_dim, scale)[0] = weight

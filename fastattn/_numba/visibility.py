@@ -7,21 +7,31 @@ import numpy as np
 from .hooks import POSITIVE, for_rows
 from .memory import ahead, flags, ints, nonzero_bytes, own_flags, uint64s
 from .tile import (
-    FIRST,
     INNER_FIRST,
     INNER_LAST,
-    LAST,
     MASK_QUERIES,
     PANEL_FIELDS,
+    PIECE_FIELDS,
+    PIECE_FIRST,
+    PIECE_LAST,
+    PIECE_STATE,
+    PIECE_VECS,
     SEE_ALL,
     SEE_NONE,
     SEE_SOME,
     STRIP_KEYS,
+    VECS,
+    inlined,
     mask_rows,
+    pieces_of,
     row_of,
     seen_in_block,
 )
 from .vectors import TILE_VECS, compiled, lanes
+
+# The vectors of a panel are computed one by one where together they would meet so many times the
+# pairs.
+APART = 1.25
 
 
 @compiled
@@ -42,34 +52,63 @@ def see(t, p, key, keys, begin, scale, mask_mod):
 
 
 @compiled
-def trim(t, p, key, keys, begin, scale):
-    """Narrow the panel to the first and the last key that somebody sees, if these are its outermost
-    keys. Returns what it sees of those that are left.
-    """
-    size = TILE_VECS * lanes(scale)
-    panel, seen = ints(t.panel + 8 * PANEL_FIELDS * p), seen_in_block(t, scale, p, key - begin)
-    first, last = 0, keys
-    if key == panel[FIRST]:
-        while not somebody_sees(ahead(seen, first * size), size):
-            first += 1
-        panel[FIRST] = key + first
-    if key + keys == panel[LAST]:
-        while not somebody_sees(ahead(seen, (last - 1) * size), size):
-            last -= 1
-        panel[LAST] = key + last
-    every = np.uint8(1)
-    for j in range(first, last):
-        for i in range(min(size, t.rows - p * size)):
-            every = np.uint8(every & seen[j * size + i])
-    return SEE_ALL if every else SEE_SOME
-
-
-@compiled
 def somebody_sees(seen, count):
     some = np.uint8(0)
     for x in range(count):
         some = np.uint8(some | seen[x])
     return some != 0
+
+
+@inlined
+def bound_piece(t, p, n, piece, key, keys, begin, scale):
+    """Find the first and the last key that somebody in vector `n` sees, or that there is none."""
+    width, size = lanes(scale), TILE_VECS * lanes(scale)
+    seen = ahead(seen_in_block(t, scale, p, key - begin), n * width)
+    first, last = 0, keys
+    while first < last and not somebody_sees(ahead(seen, first * size), width):
+        first += 1
+    while first < last and not somebody_sees(ahead(seen, (last - 1) * size), width):
+        last -= 1
+    piece[PIECE_VECS] = 1 if first < last else 0
+    piece[PIECE_FIRST], piece[PIECE_LAST] = key + first, key + last
+
+
+@inlined
+def shown_in(t, p, n, piece, begin, scale):
+    """Does everybody see all keys of the piece, or some?"""
+    size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
+    rows = min(piece[PIECE_VECS] * lanes(scale), t.rows - p * size - lane)
+    every = np.uint8(1)
+    for key in range(piece[PIECE_FIRST], piece[PIECE_LAST]):
+        seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
+        for i in range(rows):
+            every = np.uint8(every & seen[i])
+    return SEE_ALL if every else SEE_SOME
+
+
+@compiled
+def cut(t, p, strip, key, keys, begin, scale, mask_mod):
+    """Set the pieces of a panel in which somebody sees some of `keys` keys from `key` on."""
+    vecs, pieces = ints(t.panel + 8 * PANEL_FIELDS * p)[VECS], pieces_of(t, p, strip)
+    state = see(t, p, key, keys, begin, scale, mask_mod)
+    first, last, apart = key, key + keys, 0
+    if state == SEE_SOME:
+        first, last = last, first
+        for n in range(vecs):
+            piece = ahead(pieces, n * PIECE_FIELDS)
+            bound_piece(t, p, n, piece, key, keys, begin, scale)
+            if piece[PIECE_VECS] > 0:
+                first, last = min(first, piece[PIECE_FIRST]), max(last, piece[PIECE_LAST])
+                apart += piece[PIECE_LAST] - piece[PIECE_FIRST]
+    if state != SEE_SOME or APART * apart > vecs * (last - first):
+        for n in range(vecs):
+            pieces[n * PIECE_FIELDS + PIECE_VECS] = 0
+        pieces[PIECE_VECS] = 0 if state == SEE_NONE else vecs
+        pieces[PIECE_FIRST], pieces[PIECE_LAST], pieces[PIECE_STATE] = first, last, state
+    for n in range(vecs if state == SEE_SOME else 0):
+        piece = ahead(pieces, n * PIECE_FIELDS)
+        if piece[PIECE_VECS] > 0:
+            piece[PIECE_STATE] = shown_in(t, p, n, piece, begin, scale)
 
 
 @compiled

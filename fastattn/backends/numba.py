@@ -99,7 +99,7 @@ class _Call:
             t[format] = numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
         flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
-        self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (4 * self.threads)))
+        self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (8 * self.threads)))
         for operand in ("q", "k", "v"):
             self.point(p, operand, getattr(p, operand))
         for operand, scales in (("k_scales", p.k_scales), ("v_scales", p.v_scales)):
