@@ -26,7 +26,7 @@ def _digest() -> int:
 def _entry():
     digest = _digest()
 
-    def launch(address, begin, end, scale, measure, score_mod, mask_mod):
+    def launch(address, begin, end, scale, measure, bias, score_mod, mask_mod):
         """Attend from the queries of the tiles begin <= item < end."""
         digest  # noqa: B018  a closure's variables are part of the key of the disk cache
         t = tile_at(address)
@@ -37,7 +37,7 @@ def _entry():
                 if step != WEIGH:
                     start_rows(t, scale)
                 for block in range(t.first // BLOCK_KEYS * BLOCK_KEYS, t.last, BLOCK_KEYS):
-                    score_block(t, block, scale, measure, score_mod, mask_mod)
+                    score_block(t, block, scale, measure, bias, score_mod, mask_mod)
                     if step == WEIGH:
                         store_weights(t, block, scale)
                     else:
@@ -62,7 +62,7 @@ _plain = _cached()
 
 
 def launcher(score_mod, mask_mod):
-    """``launch(address, begin, end, scale, measure, score_mod, mask_mod)`` for these functions, or
+    """``launch(address, begin, end, scale, measure, bias, score_mod, mask_mod)`` for these, or
     None: it compiles itself at its first call with numbers of a type, and with or without a
     measure.
     """

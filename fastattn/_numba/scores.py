@@ -62,7 +62,7 @@ from .visibility import cut
 
 
 @inlined
-def score_block(t, begin, scale, measure, score_mod, mask_mod):
+def score_block(t, begin, scale, measure, bias, score_mod, mask_mod):
     """The scores of the block of keys that begins at `begin`, -inf where unseen."""
     size = TILE_VECS * lanes(scale)
     for i in range(t.panels * size):
@@ -87,12 +87,12 @@ def score_block(t, begin, scale, measure, score_mod, mask_mod):
                 piece = ahead(pieces_of(t, p, strip), n * PIECE_FIELDS)
                 if piece[PIECE_VECS] > 0:
                     at = k + (piece[PIECE_FIRST] - first) * k_row
-                    score(t, p, n, piece, begin, at, k_row, k_dim, scale, measure, score_mod)
+                    score(t, p, n, piece, begin, at, k_row, k_dim, scale, measure, bias, score_mod)
                     panel[LIVE] |= piece[PIECE_VECS]
 
 
 @compiled
-def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, score_mod):
+def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, bias, score_mod):
     """The scores of the piece of panel `p` that begins at vector `n`. It sees nothing, or some,
     where a bias or a function hides the rest.
     """
@@ -101,10 +101,10 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, score_mod):
     key, keys = piece[PIECE_FIRST], piece[PIECE_LAST] - piece[PIECE_FIRST]
     scores = ahead(in_block(t.scores, scale, p, key - begin), lane)
     seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
-    bias = reals(t.bias_tile, scale)
-    if t.bias != 0:
-        load_bias(t, row, key, vecs, keys, bias, scale)
-        if hides_all(bias, vecs, keys, scale):
+    biases = reals(t.bias_tile, scale)
+    if bias is not None:
+        load_bias(t, bias, row, key, vecs, keys, biases, scale)
+        if hides_all(biases, vecs, keys, scale):
             piece[PIECE_VECS] = 0
             return
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim + lane)
@@ -114,9 +114,9 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, score_mod):
         product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, np.int64(0))
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
-    if t.bias != 0:
-        state = exclude(bias, vecs, keys, seen, state, scale)
-        add_bias(bias, vecs, keys, scores, scale)
+    if bias is not None:
+        state = exclude(biases, vecs, keys, seen, state, scale)
+        add_bias(biases, vecs, keys, scores, scale)
     if t.alibi != 0:
         subtract_alibi(t, row, key, vecs, keys, scores, scale)
     if score_mod is not None:
@@ -168,14 +168,14 @@ def cap(softcap, vecs, keys, scores, scale):
 
 
 @compiled
-def load_bias(t, row, key, vecs, keys, tile, scale):
+def load_bias(t, format, row, key, vecs, keys, tile, scale):
     """tile[key][lane] = the bias, whatever its type."""
     size, count = TILE_VECS * lanes(scale), vecs * lanes(scale)
     rows = ints(t.words)
     for i in range(count):
         rows[i] = row_of(t, t.bias, t.bias_row, row + i) + key * t.bias_dim
     done = 0
-    if t.bias_format == REAL and t.bias_dim * lanes(scale) == VECTOR_BYTES:
+    if format == REAL and t.bias_dim * lanes(scale) == VECTOR_BYTES:
         done = keys // lanes(scale) * lanes(scale)
         for n in range(0, count, lanes(scale)):
             for j in range(0, done, lanes(scale)):
@@ -183,10 +183,10 @@ def load_bias(t, row, key, vecs, keys, tile, scale):
     for i in range(count):
         for j in range(done, keys):
             at = rows[i] + j * t.bias_dim
-            if t.bias_format == REAL:
+            if format == REAL:
                 tile[j * size + i] = reals(at, scale)[0]
             else:
-                bias = read(at, t.bias_format, t.bias_swapped)
+                bias = read(at, format, t.bias_swapped)
                 tile[j * size + i] = rounded(bias, scale)
 
 

@@ -8,7 +8,9 @@ maximum is that of the whole block and O^T is rescaled once per block.
 
 A tile is one record, `TILE`: plain numbers and addresses, so that one compilation serves arrays of
 any layout. The functions take it as `t`; `scale` comes with it because its type is that of the
-numbers. `score_mod` and `mask_mod` are the functions of `fastattn.flex`, or None.
+numbers. `measure` and `bias` are None or a number that tells which, the format of the bias;
+`score_mod` and `mask_mod` are the functions of `fastattn.flex`, or None: what is None in all calls
+of a process is never compiled.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ NUMBERS = (
     # The problem. A tile holds the rows of `fold` query heads that read one key head.
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
     "q_format", "kv_format",  # see `numbers`
-    "bias_format", "bias_swapped", "alibi", "sinks", "q_offset",
+    "bias_swapped", "alibi", "sinks", "q_offset",
     "measure_weights",  # see `measures`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
     "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",

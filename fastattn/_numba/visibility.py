@@ -69,21 +69,8 @@ def bound_piece(t, p, n, piece, key, keys, begin, scale):
         first += 1
     while first < last and not somebody_sees(ahead(seen, (last - 1) * size), width):
         last -= 1
-    piece[PIECE_VECS] = 1 if first < last else 0
+    piece[PIECE_VECS], piece[PIECE_STATE] = 1 if first < last else 0, SEE_SOME
     piece[PIECE_FIRST], piece[PIECE_LAST] = key + first, key + last
-
-
-@inlined
-def shown_in(t, p, n, piece, begin, scale):
-    """Does everybody see all keys of the piece, or some?"""
-    size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
-    rows = min(piece[PIECE_VECS] * lanes(scale), t.rows - p * size - lane)
-    every = np.uint8(1)
-    for key in range(piece[PIECE_FIRST], piece[PIECE_LAST]):
-        seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
-        for i in range(rows):
-            every = np.uint8(every & seen[i])
-    return SEE_ALL if every else SEE_SOME
 
 
 @compiled
@@ -105,10 +92,6 @@ def cut(t, p, strip, key, keys, begin, scale, mask_mod):
             pieces[n * PIECE_FIELDS + PIECE_VECS] = 0
         pieces[PIECE_VECS] = 0 if state == SEE_NONE else vecs
         pieces[PIECE_FIRST], pieces[PIECE_LAST], pieces[PIECE_STATE] = first, last, state
-    for n in range(vecs if state == SEE_SOME else 0):
-        piece = ahead(pieces, n * PIECE_FIELDS)
-        if piece[PIECE_VECS] > 0:
-            piece[PIECE_STATE] = shown_in(t, p, n, piece, begin, scale)
 
 
 @compiled
