@@ -74,6 +74,12 @@ class DeviceArray:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def device(self) -> int | None:
+        """The number of the device, or None where its library does not tell."""
+        attribute = {"torch": "index", "cupy": "id"}.get(self._library())
+        return None if attribute is None else getattr(self.owner.device, attribute)
+
     def view(self, shape, strides) -> DeviceArray:
         """The same memory with another shape."""
         other = object.__new__(DeviceArray)
@@ -144,10 +150,9 @@ class DeviceArray:
         of the stream that its library now works on, 0 for the default one.
         """
         if self._library() == "torch":  # which does not say it in its interface
-            device = self.owner.device
-            return device.index, import_module("torch").cuda.current_stream(device).cuda_stream
-        device = self.owner.device.id if self._library() == "cupy" else None
-        return device, self.owner.__cuda_array_interface__.get("stream") or 0
+            stream = import_module("torch").cuda.current_stream(self.owner.device)
+            return self.device, stream.cuda_stream
+        return self.device, self.owner.__cuda_array_interface__.get("stream") or 0
 
     def _library(self) -> str:
         name = type(self.owner).__module__.partition(".")[0]

@@ -306,7 +306,10 @@ def _operand(name, value, q=None):
     if type(value) is not _ndarray and on_device(value):
         if q is not None and not isinstance(q, DeviceArray):
             raise TypeError(f"{name}: on a CUDA device, one in the host's memory like q wanted")
-        return DeviceArray(name, value)
+        x = DeviceArray(name, value)
+        if q is not None and None not in (x.device, q.device) and x.device != q.device:
+            raise ValueError(f"{name}: on CUDA device {x.device}, one on q's {q.device} wanted")
+        return x
     if isinstance(q, DeviceArray):
         raise TypeError(f"{name}: in the host's memory, one on the CUDA device like q wanted")
     return plain(name, value)

@@ -418,6 +418,23 @@ def test_mistakes_on_the_device():
         fails(ValueError, rf"^q: on a CUDA device.*{backend.missing().split(' (')[0]}")
 
 
+def test_operands_on_several_devices(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+
+    class Array(Described):
+        __module__ = "cupy"
+
+        def __init__(self, x, device):
+            super().__init__(x)
+            self.device = SimpleNamespace(id=device)
+
+    q, k, v = SMALL.arrays()
+    with pytest.raises(ValueError, match=r"^v: on CUDA device 1, one on q's 0 wanted"):
+        fastattn.scaled_dot(Array(q, 0), Array(k, 0), Array(v, 1))
+    with pytest.raises(ValueError, match=r"^out: on CUDA device 1"):
+        fastattn.scaled_dot(Array(q, 0), Array(k, 0), Array(v, 0), out=Array(q, 1))
+
+
 def test_results_are_torchs():
     """The allocation alone, in the host's memory."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
