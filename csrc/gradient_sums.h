@@ -104,25 +104,24 @@ typedef struct {
 static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
                       ptrdiff_t queries, real *rows) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
+    vec sums = splat(0);
     real sum = 0;
     for (ptrdiff_t m = 0; m < dim_panels(dims); m++)
         for (ptrdiff_t i = 0; i < queries; i++) {
             real *to = rows + (m * REAL_PANELS * PANEL + i) * PANEL;
             ptrdiff_t d = 0, from = m * width, n = dims - from < width ? dims - from : width;
-            vec wrong = splat(0);
             if (dim == format.bytes)
                 for (; d + LANES <= n; d += LANES) {
                     vec x = load_numbers(at[i] + (from + d) * dim, format);
                     store(to + d, x);
-                    wrong += x * 0;
+                    sums += x * 0;
                 }
             for (; d < width; d++) {
                 to[d] = d < n ? (real)read_number(at[i] + (from + d) * dim, format) : 0;
                 sum += to[d] * 0;
             }
-            for (int l = 0; l < LANES; l++) sum += wrong[l];
         }
-    return sum == 0;
+    return sum == 0 && !any_lane(sums != splat(0));
 }
 
 /* Read a panel's queries and their gradients as real numbers. */

@@ -168,7 +168,7 @@ INLINE __m512i load_two(const char *low, const char *high) {
     return _mm512_inserti64x4(x, _mm256_loadu_si256((const __m256i *)high), 1);
 }
 
-/* Which of 32 bfloat16 are not less than 2**power; NaN is not, nor is Inf than 2**128. */
+/* Which of 32 bfloat16 are at least 2**power in size, or a NaN; only Inf is 2**128. */
 INLINE __mmask32 bfloats_from(int power, __m512i x) {
     __m512i bound = _mm512_set1_epi16((short)((127 + power) << 8));
     return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), bound);

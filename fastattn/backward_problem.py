@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .problem import Problem, float_dtype, plain
+from .arguments import plain
+from .dtypes import float_dtype
+from .problem import Problem
 
 __all__ = ["Backward", "pose_backward"]
 

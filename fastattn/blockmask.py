@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arguments import count, function
+
 __all__ = ["BlockMask", "block_mask"]
 
 BLOCK_QUERIES = 16
@@ -73,8 +75,6 @@ def block_mask(mask_mod, n_queries, n_keys, batch=1, heads=1) -> BlockMask:
     >>> fastattn.block_mask(same_document, 1024, 1024)
     BlockMask(same_document, (1, 1, 1024, 1024), 75% skipped)
     """
-    from .problem import count, function
-
     function("mask_mod", mask_mod)
     sizes = [
         count(name, value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from .api import answer
+from .arguments import count, integers, plain
 from .dtypes import float_type
-from .problem import count, integers, plain, pose
+from .problem import pose
 
 __all__ = ["KVCache"]
 

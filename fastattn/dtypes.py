@@ -1,12 +1,17 @@
-"""Dtypes by name, bfloat16 among them."""
+"""Dtypes: by name, bfloat16 among them, and what is computed in which."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 
 import numpy as np
 
-__all__ = ["float_type"]
+__all__ = ["FLOAT32", "FLOAT64", "float_dtype", "float_type", "is_real", "wider", "widest"]
+
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+_FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become float64)"
 
 
 def float_type(name: str) -> np.dtype:
@@ -14,3 +19,42 @@ def float_type(name: str) -> np.dtype:
     if name == "bfloat16":
         return np.dtype(import_module("ml_dtypes").bfloat16)
     return np.dtype(name)
+
+
+def float_dtype(name: str, x: np.ndarray) -> np.dtype:
+    """The dtype that `x` is computed in, or an error that names the argument."""
+    dtype = _computed_in(x.dtype)
+    if dtype is None:
+        raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+    return dtype
+
+
+@lru_cache  # a dtype's name takes 2 us
+def _computed_in(dtype: np.dtype) -> np.dtype | None:
+    if dtype.kind in "biu":
+        return FLOAT64
+    if dtype.name in ("float16", "bfloat16", "float32", "float64"):
+        return np.dtype(dtype.type)  # native
+    return None
+
+
+def widest(wanted: set) -> np.dtype:
+    """The dtype in which all of `wanted` are computed together."""
+    for dtype in (FLOAT64, FLOAT32):
+        if dtype in wanted:
+            return dtype
+    return wanted.pop() if len(wanted) == 1 else FLOAT32  # float16 with bfloat16
+
+
+def wider(dtype, other) -> np.dtype:
+    """The wider of `dtype` and the real dtype `other`; long double counts as float64."""
+    short = (other.kind == "f" and other.itemsize < 8) or is_bfloat16(other)
+    return widest({dtype, other.newbyteorder("=") if short else FLOAT64})
+
+
+def is_bfloat16(dtype) -> bool:
+    return dtype.name == "bfloat16"
+
+
+def is_real(dtype) -> bool:
+    return dtype.kind in "fiu" or is_bfloat16(dtype)

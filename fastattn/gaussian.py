@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .api import scaled_dot
+from .arguments import flag, plain
 from .backward import of_its_array, scaled_dot_backward
 from .backward_problem import Backward, pose_backward
 from .dispatch import select, unsupported_backward
 from .merge import merge
-from .problem import Gradient, Problem, empty_like, flag, plain, pose
+from .problem import Gradient, Problem, pose
+from .results import empty_like
 from .scores import positive, refuse
 from .seen import seen_keys
 from .vjp import differentiates

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from .arguments import count, integers, plain
 from .cells import cell_starts
 from .dispatch import select, unsupported_map
-from .problem import Problem, count, integers, plain, pose
+from .problem import Problem, pose
 
 __all__ = ["attention_map", "key_importance", "top_keys"]
 

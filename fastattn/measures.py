@@ -5,19 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from .api import answer
+from .arguments import plain, vector
 from .backward import of_its_array
-from .problem import (
-    DISTANCE,
-    Measure,
-    Problem,
-    check_wrt,
-    float_dtype,
-    gradient_of,
-    plain,
-    pose,
-    vector,
-    widest,
-)
+from .dtypes import float_dtype, widest
+from .options import check_wrt
+from .problem import DISTANCE, Measure, Problem, gradient_of, pose
 from .projection import project, rows
 from .scores import positive, refuse
 from .vjp import differentiated, differentiates, without_out

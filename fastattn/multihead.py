@@ -6,7 +6,8 @@ import numpy as np
 
 from . import torch_state
 from .api import scaled_dot
-from .problem import count, flag, float_dtype, plain, widest
+from .arguments import count, flag, plain
+from .dtypes import float_dtype, widest
 from .projection import project, rows
 from .vjp import differentiates, vjp
 

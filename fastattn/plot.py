@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .problem import count, flag, plain
+from .arguments import count, flag, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

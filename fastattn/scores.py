@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from .api import answer, scaled_dot
-from .problem import float_dtype, number, plain, pose
+from .arguments import number, plain
+from .dtypes import float_dtype
+from .problem import pose
 from .vjp import differentiates, vjp
 
 __all__ = ["cosine", "dot", "pool"]

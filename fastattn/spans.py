@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .problem import integers
+from .arguments import integers
 
 __all__ = ["document_spans"]
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from .arguments import count
 from .environment import getenv
-from .problem import Problem, count
+from .problem import Problem
 
 __all__ = ["affinity", "openmp_setting", "thread_count", "worth_threads"]
 

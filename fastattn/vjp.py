@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 from .api import answer, scaled_dot
+from .arguments import flag
 from .backward import pull_back
 from .dispatch import select, unsupported_backward
-from .problem import Problem, flag, pose
+from .problem import Problem, pose
 
 __all__ = ["differentiated", "differentiates", "vjp"]
 

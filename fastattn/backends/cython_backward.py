@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem, empty_like
+from ..problem import Problem
+from ..results import empty_like
 from . import numpy_backward
 from .cython_kernels import attend, bounds, kernels, product, threads
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import DOT, Problem, empty_like
+from ..problem import DOT, Problem
+from ..results import empty_like
 from .numpy_measures import measure_gradients, where_seen
 from .numpy_tiles import (
     Heads,

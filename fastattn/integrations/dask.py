@@ -11,7 +11,8 @@ import numpy as np
 import fastattn
 
 from ..dispatch import select
-from ..problem import Problem, pose, span_sides
+from ..options import span_sides
+from ..problem import Problem, pose
 
 __all__ = ["scaled_dot"]
 

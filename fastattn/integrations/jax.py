@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..problem import flag, number, span_sides, window_sides
+from ..arguments import flag, number
+from ..options import span_sides, window_sides
 from .jax_operators import Call, attend
 
 __all__ = ["dot_product_attention", "scaled_dot"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastattn
 
-from ..problem import span_sides, window_sides
+from ..options import span_sides, window_sides
 
 __all__ = ["attend"]
 

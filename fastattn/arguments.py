@@ -1,0 +1,117 @@
+"""Single arguments, by their names: each as what it is meant to be, or an error that names it."""
+
+from __future__ import annotations
+
+import operator
+from types import FunctionType
+
+import numpy as np
+
+from .device import DeviceArray, on_device
+from .dtypes import is_real
+
+__all__ = [
+    "FAR", "broadcast", "count", "flag", "function", "integer", "integers", "number", "operand",
+    "plain", "vector",
+]  # fmt: skip
+
+# Positions beyond this are as good as infinite; sums of three of them still fit an int64.
+FAR = 1 << 61
+
+
+def plain(name, value) -> np.ndarray:
+    """`value` as an array in the host's memory, or an error that names the argument."""
+    if type(value) is not np.ndarray and on_device(value):
+        raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name}: not an array: {error}") from None
+
+
+def operand(name, value, q=None):
+    """`value` as an array, which must lie where `q` does."""
+    if type(value) is not np.ndarray and on_device(value):
+        if q is not None and not isinstance(q, DeviceArray):
+            raise TypeError(f"{name}: on a CUDA device, one in the host's memory like q wanted")
+        x = DeviceArray(name, value)
+        if q is not None and None not in (x.device, q.device) and x.device != q.device:
+            raise ValueError(f"{name}: on CUDA device {x.device}, one on q's {q.device} wanted")
+        return x
+    if isinstance(q, DeviceArray):
+        raise TypeError(f"{name}: in the host's memory, one on the CUDA device like q wanted")
+    return plain(name, value)
+
+
+def flag(name: str, value) -> bool:
+    """True or False, or an error that names the argument."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(f"{name}: {type(value).__name__} given, bool wanted")
+
+
+def number(name: str, value) -> float:
+    """A real number, or an error that names the argument."""
+    if type(value) is float:
+        return value
+    x = plain(name, value)
+    if x.ndim or not is_real(x.dtype):
+        what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
+        raise TypeError(f"{name}: {what} given, a real number wanted")
+    return float(x)
+
+
+def integer(name, value) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {type(value).__name__} given, an integer wanted") from None
+
+
+def count(name: str, value) -> int:
+    """A whole number of at least 1, or an error that names the argument."""
+    n = integer(name, value)
+    if n < 1:
+        raise ValueError(f"{name}: {n} given, at least 1 wanted")
+    return n
+
+
+def function(name: str, value) -> None:
+    """A Python function, or a compiled one that was made of it; else an error that names it."""
+    if not isinstance(getattr(value, "py_func", value), FunctionType):
+        raise TypeError(f"{name}: {type(value).__name__} given, a function wanted")
+
+
+def integers(name: str, value) -> np.ndarray:
+    """`value` as int64, far values drawn in to +-2**61."""
+    x = plain(name, value)
+    if x.dtype.kind == "O" and all(isinstance(item, int) for item in x.flat):
+        pass  # Python integers too large for int64
+    elif x.dtype.kind not in "iu" and x.size:
+        raise TypeError(f"{name}: {x.dtype} given, integers wanted")
+    if x.dtype.kind == "u":
+        return np.minimum(x, np.asarray(FAR, np.uint64)).astype(np.int64)
+    return np.asarray(np.clip(x, -FAR, FAR)).astype(np.int64)
+
+
+def vector(name: str, value, dim: int) -> np.ndarray:
+    """`dim` real numbers as float64, or an error that names the argument."""
+    x = plain(name, value)
+    if not is_real(x.dtype):
+        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+    if x.shape != (dim,):
+        raise ValueError(f"{name}: shape {x.shape} given, ({dim},) wanted")
+    return np.ascontiguousarray(x, np.float64)
+
+
+def broadcast(name, x, shape, axes):
+    try:
+        return x.broadcast_to(shape) if isinstance(x, DeviceArray) else np.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name}: shape {x.shape} given, one that broadcasts to {axes} = {shape} wanted"
+        ) from None

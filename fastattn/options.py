@@ -1,0 +1,124 @@
+"""The options of a call, checked against the shape of its problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .arguments import FAR, broadcast, integer, integers, operand, plain
+from .blockmask import BlockMask
+from .dtypes import is_real
+
+__all__ = [
+    "bias_array", "check_block_mask", "check_wrt", "key_lengths", "mask_array", "per_head",
+    "query_offset", "span_arrays", "span_sides", "window_sides",
+]  # fmt: skip
+
+_INT64 = np.dtype(np.int64)
+
+
+def bias_array(value, shape, q):
+    x = operand("bias", value, q)
+    if x.dtype.kind == "b":
+        raise TypeError("bias: bool given, numbers wanted; pass which keys are seen as mask=")
+    if not is_real(x.dtype):
+        raise TypeError(f"bias: {x.dtype} given, real numbers wanted")
+    return broadcast("bias", x, shape, "(..., heads, queries, keys)")
+
+
+def mask_array(value, shape, q):
+    x = operand("mask", value, q)
+    if x.dtype.kind != "b":
+        raise TypeError(f"mask: {x.dtype} given, bool wanted; pass scores to add as bias=")
+    return broadcast("mask", x, shape, "(..., heads, queries, keys)")
+
+
+def per_head(name, value, heads) -> np.ndarray:
+    x = plain(name, value)
+    if not is_real(x.dtype):
+        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+    if x.shape != (heads,):
+        raise ValueError(f"{name}: shape {x.shape} given, one per query head, ({heads},), wanted")
+    return x.astype(np.float64)
+
+
+def window_sides(value) -> tuple[int | None, int | None]:
+    """``(left, right)`` of a window, or an error."""
+    if isinstance(value, (tuple, list)):
+        sides = tuple(value)
+        if len(sides) != 2:
+            raise ValueError(f"window: {len(sides)} sides given, (left, right) wanted")
+    else:
+        sides = (value, value)
+    left, right = (None if side is None else integer("window", side) for side in sides)
+    for side in (left, right):
+        if side is not None and side < 0:
+            raise ValueError(f"window: {side} given, sides of at least 0 wanted")
+    return (
+        None if left is None else min(left, FAR),
+        None if right is None else min(right, FAR),
+    )
+
+
+def key_lengths(value, batch, n_keys) -> np.ndarray:
+    x = integers("kv_lengths", value)
+    if x.size and (x.min() < 0 or x.max() > n_keys):
+        wrong = next(n for n in np.asarray(value).flat if not 0 <= n <= n_keys)
+        raise ValueError(f"kv_lengths: {wrong} given, 0..{n_keys} wanted")
+    return broadcast("kv_lengths", x, batch, "the leading axes")
+
+
+def query_offset(value, batch) -> int | np.ndarray:
+    if type(value) is int and -FAR < value < FAR:
+        return value
+    x = integers("q_offset", value)
+    return int(x) if x.ndim == 0 else broadcast("q_offset", x, batch, "the leading axes")
+
+
+def span_sides(value) -> tuple:
+    """``(start, stop)`` as given, or an error."""
+    try:
+        start, stop = value
+    except (TypeError, ValueError):
+        raise TypeError(f"spans: {type(value).__name__} given, (start, stop) wanted") from None
+    return start, stop
+
+
+def span_arrays(value, rows, n_keys) -> tuple[np.ndarray, np.ndarray]:
+    start, stop = (_span(x, rows, n_keys) for x in span_sides(value))
+    return start, stop
+
+
+def _span(value, rows, n_keys) -> np.ndarray:
+    quick = type(value) is np.ndarray and value.dtype is _INT64  # far ones need no drawing in
+    x = value if quick else integers("spans", value)
+    x = np.minimum(np.maximum(x, 0), n_keys)  # np.clip takes four times as long for a few
+    return broadcast("spans", x, rows, "(..., heads, queries)")
+
+
+def check_block_mask(value, mask_mod, grid) -> None:
+    if not isinstance(value, BlockMask):
+        raise TypeError(
+            f"block_mask: {type(value).__name__} given, the result of fastattn.block_mask wanted"
+        )
+    if mask_mod is not None and mask_mod is not value.mask_mod:
+        raise ValueError("block_mask: made from another mask_mod than the one given")
+    made_for = (*value.blocks.shape[:2], value.n_queries, value.n_keys)
+    fits = all(made in (1, n) for made, n in zip(made_for[:2], grid, strict=False))
+    if not fits or made_for[2:] != grid[2:]:
+        raise ValueError(
+            f"block_mask: made for (batch, heads, n_queries, n_keys) {made_for}, {grid} wanted"
+        )
+
+
+def check_wrt(wrt, given: dict) -> None:
+    """An error if `wrt` is no tuple of names of arrays that are given."""
+    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+        raise TypeError(f"wrt: {type(wrt).__name__} given, a tuple of names wanted")
+    for name in wrt:
+        if not isinstance(name, str) or name not in given:
+            names = ", ".join(map(repr, given))
+            raise ValueError(f"wrt: {name!r} given, some of {names} wanted")
+        if given[name] is None:
+            raise ValueError(f"wrt: {name!r} given, but no {name}=")

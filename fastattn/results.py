@@ -1,0 +1,65 @@
+"""Where results lie in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .arguments import operand
+from .device import DeviceArray
+
+__all__ = ["destination", "empty_like", "may_overlap"]
+
+
+def empty_like(x, shape, dtype):
+    """An array of `shape` whose axes lie in memory in the order of x's."""
+    if isinstance(x, DeviceArray):
+        return x.planned(shape, dtype)
+    lead = len(shape) - x.ndim
+    x = x.reshape((1,) * lead + x.shape) if lead else x
+    return np.empty_like(x, dtype, shape=shape, subok=False)
+
+
+def destination(out, shape, dtype, one_head, inputs):
+    """Where a backend may write, and `out` if that is elsewhere because `out` itself would do
+    harm (it overlaps an input) or cannot be written by a kernel.
+    """
+    q = inputs[0]
+    x = operand("out", out, q) if isinstance(q, DeviceArray) else out
+    if not isinstance(x, (np.ndarray, DeviceArray)) or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"out: {type(out).__name__} given, a plain NumPy array wanted")
+    wanted = shape[1:] if one_head else shape
+    if x.shape != wanted:
+        raise ValueError(f"out: shape {x.shape} given, {wanted} wanted")
+    if x.dtype.newbyteorder("=") != dtype:
+        raise ValueError(f"out: {x.dtype} given, {dtype} wanted")
+    if not x.flags.writeable:
+        raise ValueError("out: read-only array given, a writeable one wanted")
+    if _overlaps_itself(x):
+        raise ValueError("out: overlaps itself in memory, every element of its own wanted")
+    writable = x.dtype.isnative and x.flags.aligned and type(x) in (np.ndarray, DeviceArray)
+    if writable and not any(may_overlap(x, y) for y in inputs if y is not None):
+        return (x[None] if one_head else x), None
+    return empty_like(q, shape, dtype), out
+
+
+def may_overlap(x, y) -> bool:
+    return x.may_overlap(y) if isinstance(x, DeviceArray) else np.may_share_memory(x, y)
+
+
+def _overlaps_itself(x) -> bool:
+    axes = sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)
+    if x.size == 0:
+        return False
+    extent = x.itemsize
+    for stride, n in axes:
+        if stride < extent:
+            break
+        extent += stride * (n - 1)
+    else:
+        return False  # each axis steps over all that lies within
+    # Interleaved axes: rare enough to look at every address.
+    address = np.zeros(1, np.int64)
+    for stride, n in axes:
+        address = (address[:, None] + stride * np.arange(n)).ravel()
+    address.sort()
+    return bool((np.diff(address) < x.itemsize).any())
