@@ -9,9 +9,12 @@ for _i in range(N_INSTRUCTION_SETS):
         break
 
 
-# Queries of one key head up to which packing keys for the other kernels would cost more than it saves.
+# Queries of one key head up to which packing keys for the other kernels would cost more than it saves,
+# and from which on splitting float32 keys in parts costs less: they take 1.5 times as long as
+# multiply-adds for 32 queries, as long for 112, and 0.8 of it for 384.
 cdef enum:
     FEW = 16
+    MANY = 128
 
 # With no more queries than these a key head is one item of work, which may leave threads idle, so
 # its keys are split between them, in parts that depend on their number alone. No more than so many,
@@ -35,7 +38,8 @@ cdef const TileKernels *kernels_for(
     if queries <= FEW or not dot:  # other measures have no parts to multiply
         return isa.few
     if product == "f":
-        return isa.float32 if worth_three_parts(head_dim, value_dim) else isa.few
+        many = queries >= MANY
+        return isa.float32 if many and worth_three_parts(head_dim, value_dim) else isa.few
     return isa.float16 if product == "e" else isa.bfloat16
 
 

@@ -61,7 +61,7 @@ def test_every_option(target, shape, names, seed, dtype, return_weights):
        seed=st.integers(0, 2**16))  # fmt: skip
 def test_every_option_of_wide_heads(target, shape, names, seed):
     """Whose float32 AMX multiplies in parts."""
-    shape = shape._replace(n_queries=shape.n_queries + 16)
+    shape = shape._replace(n_queries=shape.n_queries + 128)
     check(target, *shape.arrays("float32", seed), **options(names, shape, seed))
 
 
