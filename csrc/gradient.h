@@ -97,13 +97,13 @@ static void add_to_slopes(Tile *t, const GradientScratch *g, int p, const Strip 
     for (int n = 0; n < t->panel[p].vecs; n++) {
         ptrdiff_t first = p * PANEL + n * LANES;
         vec distance = distances(t, first, strip->key);
-        vec slope = splat(0), sum = splat(0), mean = splat(0);
+        vec slope = splat(0), sum = splat(0), mean = splat(0), step = splat(0);
         for (int j = 0; j < strip->keys; j++) {
             vec grad = load(g->grad_scores + j * PANEL + n * LANES);
-            slope += grad * magnitude(distance);
+            slope += grad * magnitude(distance - step);
             sum += grad;
-            mean += load(strip->scores + j * PANEL + n * LANES) * magnitude(distance);
-            distance -= 1;
+            mean += load(strip->scores + j * PANEL + n * LANES) * magnitude(distance - step);
+            step += 1;
         }
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) {
             t->grad_slope[first + i][0] -= slope[i] / WEIGHT_UNIT;

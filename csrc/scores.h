@@ -162,7 +162,8 @@ static void cap(real size, real inverse, int vecs, const Strip *strip, vec *top)
         }
 }
 
-/* How far the LANES queries from `first` on are from a key; each key on is one less. */
+/* How far the LANES queries from `first` on are from a key; each key on is one less. Count those first:
+ * from 2**24 on float32 does not get smaller by 1. */
 static vec distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
     real x[LANES] = {0};
     for (int i = 0; i < LANES && first + i < t->n_queries; i++)
@@ -176,13 +177,13 @@ static void subtract_alibi(const Tile *t, int p, const Strip *strip, vec *top) {
         real slopes[LANES] = {0};
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) slopes[i] = (real)t->slope[first + i];
         vec slope = load_unaligned(slopes), distance = distances(t, first, strip->key);
-        vec most = splat(-INFINITY);
+        vec most = splat(-INFINITY), step = splat(0);
         for (int j = 0; j < strip->keys; j++) {
             real *s = strip->scores + j * PANEL + n * LANES;
-            vec x = load(s) - slope * magnitude(distance);
+            vec x = load(s) - slope * magnitude(distance - step);
             store(s, x);
             most = larger(x, most);
-            distance -= 1;
+            step += 1;
         }
         top[n] = most;
     }

@@ -7,7 +7,16 @@ from importlib import import_module
 
 import numpy as np
 
-__all__ = ["FLOAT32", "FLOAT64", "float_dtype", "float_type", "is_real", "wider", "widest"]
+__all__ = [
+    "FLOAT32",
+    "FLOAT64",
+    "as_real",
+    "float_dtype",
+    "float_type",
+    "is_real",
+    "wider",
+    "widest",
+]
 
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
@@ -48,13 +57,19 @@ def widest(wanted: set) -> np.dtype:
 
 def wider(dtype, other) -> np.dtype:
     """The wider of `dtype` and the real dtype `other`; long double counts as float64."""
-    short = (other.kind == "f" and other.itemsize < 8) or is_bfloat16(other)
+    short = (other.kind == "f" and other.itemsize < 8) or _is_bfloat16(other)
     return widest({dtype, other.newbyteorder("=") if short else FLOAT64})
 
 
-def is_bfloat16(dtype) -> bool:
+def _is_bfloat16(dtype) -> bool:
     return dtype.name == "bfloat16"
 
 
 def is_real(dtype) -> bool:
-    return dtype.kind in "fiu" or is_bfloat16(dtype)
+    return dtype.kind in "fiu" or _is_bfloat16(dtype)
+
+
+def as_real(x, scales, real):
+    """Keys or values in the dtype `real`, each row times its number in `scales` where given."""
+    x = x.astype(real)
+    return x if scales is None else x * scales[..., None].astype(real)

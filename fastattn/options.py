@@ -1,4 +1,4 @@
-"""The options of a call, checked against the shape of its problem."""
+"""The options of a call, checked: each as a `Problem` has it, or an error."""
 
 from __future__ import annotations
 

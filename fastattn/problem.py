@@ -29,7 +29,7 @@ from .options import (
 )
 from .results import destination, empty_like, may_overlap
 
-__all__ = ["DISTANCE", "DOT", "Gradient", "Measure", "Problem", "pose"]
+__all__ = ["DISTANCE", "DOT", "Gradient", "Measure", "Problem", "gradient_of", "pose"]
 
 _ndarray = np.ndarray
 
@@ -323,12 +323,6 @@ def _broadcast_batch(q_batch, k_batch, v_batch):
                 f"{name}: leading axes {other} do not broadcast with {batch}"
             ) from None
     return batch
-
-
-def as_real(x, scales, real):
-    """Keys or values in the dtype `real`, each row times its number in `scales` where given."""
-    x = x.astype(real)
-    return x if scales is None else x * scales[..., None].astype(real)
 
 
 def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:

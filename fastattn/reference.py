@@ -13,7 +13,8 @@ import numpy as np
 
 from .backward_problem import Backward
 from .cells import cell_starts, nothing_seen
-from .problem import Problem, as_real
+from .dtypes import as_real
+from .problem import Problem
 
 name = "reference"
 

@@ -100,7 +100,8 @@ def compile_numba_kernels():
     """On disk they are found by the programs that tests start, which have a time limit."""
     for dtype in ("float32", "float64"):
         q = np.ones((1, 1, 1), dtype)
-        fastattn.scaled_dot(q, q, q, backend="numba")
+        for bias in (None, np.ones(1, dtype)):
+            fastattn.scaled_dot(q, q, q, bias=bias, backend="numba")
 
 
 @pytest.fixture(params=targets(), ids=str)

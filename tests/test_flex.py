@@ -76,6 +76,11 @@ class TestFunctions:
         chosen = options(names, SHAPE)
         check(score_mod=relative, mask_mod=checkerboard, **chosen)
 
+    def test_in_pieces(self):
+        """Queries side by side that see different keys are computed a vector at a time."""
+        check(score_mod=relative, window=(3, 3), q_offset=0)
+        check(score_mod=relative, mask_mod=same_document, causal=True, q_offset=0)
+
     def test_weights(self):
         check(score_mod=relative, mask_mod=checkerboard, return_weights=True)
 

@@ -70,7 +70,7 @@ def calls():
     pairs |= {(other, n) for n, other in pairs}
     kinds = list(itertools.product(("f4", "f8"), OPTIONS))
     for n, (n_queries, n_keys) in enumerate(sorted(pairs)):
-        sizes = {"one": 1, "heads": 1 + n % 2, "queries": n_queries, "keys": n_keys,
+        sizes = {"one": 1, "heads": 1 + n % 3, "queries": n_queries, "keys": n_keys,
                  "dim": DIMS[n % 26], "value_dim": DIMS[n * 5 // 3 % 26]}  # fmt: skip
         for kind in kinds:  # what vectors read beyond lies behind packed rows
             yield "end", "packed", sizes, kind[0], BIAS_DTYPES[n % 6], kind[1]

@@ -8,7 +8,7 @@ from cases import Shape
 
 import fastattn
 
-SHAPE = Shape(2, 4, 50, 90, 64)
+SHAPE = Shape(2, 4, 50, 90, 64, kv_heads=1)
 
 
 def parts_of(target, q, k, v, cuts, **options):

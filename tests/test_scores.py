@@ -104,6 +104,12 @@ def test_alibi_measures_from_q_offset(target, q_offset):
     check(target, *SHAPE.arrays(), alibi=[0.5, 0.25, 0.125, 0.0625], q_offset=q_offset)
 
 
+@pytest.mark.parametrize("q_offset", [2**24 + 1000, 2**25, -(2**25)])
+def test_alibi_far_away(target, q_offset):
+    """Where float32 has not every whole number."""
+    check(target, *Shape(1, 2, 40, 200, 16).arrays(), alibi=[0.03, 0.25], q_offset=q_offset)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64"])
 def test_alibi_and_sinks_of_any_real_dtype(target, dtype):
     slopes = np.array([0, 1, 2, 3], dtype)

@@ -31,14 +31,14 @@ def test_long_squares(target, n):
 @pytest.mark.parametrize("dim", EDGES)
 def test_head_and_value_dims(target, dim, dtype):
     """Any D >= 1; ``Dv != D`` is ordinary; few queries and many."""
-    for n_queries in (1, 33):
+    for n_queries in (1, 33, 129):
         for head_dim, value_dim in ((dim, dim), (dim, 5), (5, dim)):
             shape = Shape(6, 2, n_queries, 19, head_dim, value_dim=value_dim)
             check(target, *shape.arrays(dtype))
 
 
 def test_large_dims(target):
-    check(target, *Shape(1, 1, 20, 30, 1000, value_dim=300).arrays())
+    check(target, *Shape(1, 1, 130, 30, 1000, value_dim=300).arrays())
 
 
 @pytest.mark.parametrize("n_queries", [1, 2, 3, 5, 8, 16])

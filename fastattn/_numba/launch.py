@@ -63,8 +63,8 @@ _plain = _cached()
 
 def launcher(score_mod, mask_mod):
     """``launch(address, begin, end, scale, measure, bias, score_mod, mask_mod)`` for these, or
-    None: it compiles itself at its first call with numbers of a type, and with or without a
-    measure.
+    None: it compiles itself at its first call with numbers of a type, with or without a measure
+    and a bias.
     """
     return _plain if score_mod is None and mask_mod is None else _with(score_mod, mask_mod)
 

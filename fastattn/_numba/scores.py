@@ -93,8 +93,8 @@ def score_block(t, begin, scale, measure, bias, score_mod, mask_mod):
 
 @compiled
 def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, bias, score_mod):
-    """The scores of the piece of panel `p` that begins at vector `n`. It sees nothing, or some,
-    where a bias or a function hides the rest.
+    """The scores of the piece of panel `p` that begins at vector `n`. A bias or a function may hide
+    some of its keys, or all: then it has no vectors left.
     """
     size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
     vecs, state, row = piece[PIECE_VECS], piece[PIECE_STATE], p * size + lane
@@ -192,7 +192,7 @@ def load_bias(t, format, row, key, vecs, keys, tile, scale):
 
 @compiled
 def exclude(values, vecs, keys, seen, state, scale):
-    """Take the keys whose value is -inf out of `seen`. Returns what the panel sees then."""
+    """Take the keys whose value is -inf out of `seen`. Returns what the piece sees then."""
     size = TILE_VECS * lanes(scale)
     lowest = splat(constant(-inf, scale))
     found = lowest < lowest
@@ -244,11 +244,11 @@ def subtract_alibi(t, row, key, vecs, keys, scores, scale):
             place = ints(t.row_query)[at] + ints(t.q_offset)[t.batch]
             slopes[i] = constant(slope, scale)
             distances[i] = constant(np.float64(place - key), scale)
-        slope, distance = load(slopes), load(distances)
+        slope, distance, step = load(slopes), load(distances), one - one
         for j in range(keys):
             to = ahead(scores, j * size + n)
-            store(to, load(to) - slope * magnitude(distance))
-            distance = distance - one
+            store(to, load(to) - slope * magnitude(distance - step))
+            step = step + one
 
 
 @compiled

@@ -8,9 +8,10 @@ maximum is that of the whole block and O^T is rescaled once per block.
 
 A tile is one record, `TILE`: plain numbers and addresses, so that one compilation serves arrays of
 any layout. The functions take it as `t`; `scale` comes with it because its type is that of the
-numbers. `measure` and `bias` are None or a number that tells which, the format of the bias;
+numbers. `measure` is None or its number, `bias` None or the format of the bias, and
 `score_mod` and `mask_mod` are the functions of `fastattn.flex`, or None: what is None in all calls
-of a process is never compiled.
+of a process is never compiled. A literal argument is a type of its own, and would be another
+version of a function to compile: hence ``np.int64(0)``.
 """
 
 from __future__ import annotations
@@ -248,16 +249,8 @@ def load_queries(t, p, columns, scale):
     for i in range(size):
         q, step = rows[i], t.q_dim
         if t.q_format != REAL:
-            widen(
-                q,
-                np.int64(0),
-                step,
-                np.int64(1),
-                t.head_dim,
-                t.q_format,
-                floats(0),
-                reals(t.widened, scale),
-            )
+            widen(q, np.int64(0), step, np.int64(1), t.head_dim, t.q_format, floats(0),
+                  reals(t.widened, scale))  # fmt: skip
             q, step = t.widened, VECTOR_BYTES // width
         for d in range(done, t.head_dim):
             columns[d * size + i] = reals(q + d * step, scale)[0]

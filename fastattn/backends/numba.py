@@ -76,7 +76,7 @@ class _Call:
             hooks.score_function(p.score_mod, p.accumulator.itemsize),
             hooks.mask_function(p.mask_mod),
         )
-        self.options = [measures.NUMBER[p.measure.name], None]
+        self.measure, self.bias = measures.NUMBER[p.measure.name], None
         self.kernel = launch.launcher(*self.hooks)
         self.scale = p.accumulator.type(p.scale if p.measure is DOT else 1)
         self.threads = threads(p)
@@ -115,7 +115,7 @@ class _Call:
         if p.bias is not None:
             self.point(p, "bias", p.bias)
             direct = p.bias.dtype == p.accumulator and p.bias.flags.aligned
-            self.options[1] = numbers.REAL if direct else numbers.format_of(p.bias.dtype)
+            self.bias = numbers.REAL if direct else numbers.format_of(p.bias.dtype)
             t["bias_swapped"] = not p.bias.dtype.isnative
         if p.block_mask is not None:
             blocks = p.block_mask.blocks
@@ -156,7 +156,8 @@ class _Call:
         share(self.items, self.step, self.threads, self.start)
 
     def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
-        self.kernel(tile.ctypes.data, begin, end, self.scale, *self.options, *self.hooks)
+        given = (self.scale, self.measure, self.bias, *self.hooks)
+        self.kernel(tile.ctypes.data, begin, end, *given)
 
     def start(self) -> Callable[[int, int], None]:
         """A thread's own launch, with a scratch of its own."""

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..problem import DOT, Problem, as_real
+from ..dtypes import as_real
+from ..problem import DOT, Problem
 from .numpy_measures import measure
 
 __all__ = [
