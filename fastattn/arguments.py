@@ -63,7 +63,8 @@ def number(name: str, value) -> float:
     return float(x)
 
 
-def integer(name, value) -> int:
+def integer(name: str, value) -> int:
+    """A whole number, or an error that names the argument."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
@@ -108,7 +109,8 @@ def vector(name: str, value, dim: int) -> np.ndarray:
     return np.ascontiguousarray(x, np.float64)
 
 
-def broadcast(name, x, shape, axes):
+def broadcast(name: str, x, shape, axes: str):
+    """`x` broadcast to `shape`, whose axes are told in words, or an error that names `x`."""
     try:
         return x.broadcast_to(shape) if isinstance(x, DeviceArray) else np.broadcast_to(x, shape)
     except ValueError:

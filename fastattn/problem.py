@@ -1,6 +1,7 @@
-"""One attention call, validated: the only place where its arguments are checked.
+"""One attention call, validated.
 
-``pose`` turns the words of the public API into a `Problem`. Nothing after it validates again.
+``pose`` turns the words of the public API into a `Problem`; it, and what it calls in `arguments`,
+`options` and `results`, is all that checks them. Nothing after it validates again.
 """
 
 from __future__ import annotations

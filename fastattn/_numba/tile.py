@@ -93,8 +93,9 @@ ATTEND, ATTEND_WITH_MARGIN, WEIGH, DONE = range(4)
 # Some row of the panel sees first <= j < last, every row inner_first <= j < inner_last.
 FIRST, LAST, INNER_FIRST, INNER_LAST, VECS, STARTED, LIVE = range(7)
 PANEL_FIELDS = 7
-# A piece is what is computed of a panel and a strip: so many vectors, of which somebody sees the
-# keys first <= j < last, and whether all do. There is one for the whole panel, or one per vector.
+# A piece is what is computed of a panel and a strip at once: so many vectors (0: nothing) and the
+# keys first <= j < last; its state says whether all its rows see all of them. There is one piece
+# for the whole panel, or one for each vector.
 PIECE_VECS, PIECE_FIRST, PIECE_LAST, PIECE_STATE = range(4)
 PIECE_FIELDS = 4
 

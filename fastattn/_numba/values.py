@@ -68,7 +68,7 @@ def attend_block(t, begin, scale):
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         if panel[LIVE]:
             raise_max(t, p, scale)
-            clear(t.block_total if panel[STARTED] else t.total, t, p, scale)
+            clear(t, p, t.block_total if panel[STARTED] else t.total, scale)
     for strip in range(STRIPS):
         first, last = strip_of(begin, strip, t.first, t.last)
         v = t.v_head + first * t.v_row
@@ -110,7 +110,8 @@ def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale):
 
 
 @compiled
-def clear(total, t, p, scale):
+def clear(t, p, total, scale):
+    """Let the panel's sums of values begin at 0: not every vector of it need see a key."""
     size = TILE_VECS * lanes(scale)
     column = ahead(reals(total, scale), p * size * t.value_dim)
     for x in range(size * t.value_dim):

@@ -29,8 +29,8 @@ from .tile import (
 )
 from .vectors import TILE_VECS, compiled, lanes
 
-# The vectors of a panel are computed one by one where together they would meet so many times the
-# pairs: alone, each loads as much for a third of the work.
+# The vectors of a panel are computed one by one where all together would compute more than so many
+# times the scores. Not from 1 on: a vector alone loads as many keys as all of them.
 APART = 1.25
 
 
@@ -53,6 +53,7 @@ def see(t, p, key, keys, begin, scale, mask_mod):
 
 @compiled
 def somebody_sees(seen, count):
+    """Is one of so many flags not 0?"""
     some = np.uint8(0)
     for x in range(count):
         some = np.uint8(some | seen[x])

@@ -19,6 +19,8 @@ name = "numba"
 # A launch is long beside the 10 us that it costs, more where threads wait for each other to start
 # one, and short beside what Ctrl-C may take.
 LAUNCH_FLOPS = 100_000_000
+# A thread makes at least so many, if there are as many tiles: some see more keys than others.
+LAUNCHES = 8
 # Below this many flops a second thread costs more than it brings: waking one takes some 50 us.
 ONE_THREAD_FLOPS = 20_000_000
 
@@ -99,7 +101,8 @@ class _Call:
             t[format] = numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
         flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
-        self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), self.items // (8 * self.threads)))
+        most = self.items // (LAUNCHES * self.threads)
+        self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), most))
         for operand in ("q", "k", "v"):
             self.point(p, operand, getattr(p, operand))
         for operand, scales in (("k_scales", p.k_scales), ("v_scales", p.v_scales)):
@@ -156,8 +159,7 @@ class _Call:
         share(self.items, self.step, self.threads, self.start)
 
     def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
-        given = (self.scale, self.measure, self.bias, *self.hooks)
-        self.kernel(tile.ctypes.data, begin, end, *given)
+        self.kernel(tile.ctypes.data, begin, end, self.scale, self.measure, self.bias, *self.hooks)
 
     def start(self) -> Callable[[int, int], None]:
         """A thread's own launch, with a scratch of its own."""
