@@ -140,10 +140,12 @@ def scaled_dot(
 
 def answer(problem: Problem, backend: str | None, out):
     """Solve a problem; the results in their order of return, in the caller's `out` if given."""
-    lse, weights = select(problem, backend).run(problem)
-    result = out
-    if out is None or problem.out is not None:
-        result = problem.result
+    chosen = select(problem, backend)
+    result = problem.new_result() if problem.out is None else problem.out
+    lse, weights = chosen.run(problem, result)
+    if problem.out is not None:
+        result = out
+    else:
         if isinstance(result, DeviceArray):
             result = result.owner
         elif problem.one_head:

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
-# serve, in words, or None, `run(problem)`, which fills `problem.result` -> (lse, weights), and
+# serve, in words, or None, `run(problem, result)`, which fills `result` -> (lse, weights), and
 # `plan(problem)`, what it says of itself to `explain`. One that computes gradients has besides
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
 # with each axis along which the argument broadcasts either in full or summed already. One that

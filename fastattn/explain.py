@@ -79,9 +79,8 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
             else:
                 unasked = "comes later" if place > order.index(chosen) else "another was named"
             passed_over[other.name] = unsupported(other, problem) or unasked
-    copies = problem.copied + (("out",) if problem.out is not None else ())
     gradients = _gradients(problem, backend)
-    return Explanation(chosen.name, chosen.plan(problem), copies, passed_over, gradients)
+    return Explanation(chosen.name, chosen.plan(problem), problem.copied, passed_over, gradients)
 
 
 def _gradients(problem: Problem, backend) -> str:

@@ -87,13 +87,12 @@ class Problem:
     mask: np.ndarray | None  # (batch, heads, queries, keys), bool
     return_lse: bool
     return_weights: bool
-    result: np.ndarray  # (batch, heads, queries, value_dim): to be filled, overlaps no input
-    out: np.ndarray | None  # where the caller wants a copy of it; None if it lies there already
+    out: np.ndarray | None  # the caller's, with an axis of heads, where a backend may fill it
     one_head: bool  # all operands were two-dimensional: drop the head axis on return; on a
     # device, what is allocated there has none
     threads: int | None
     precision: str | None
-    copied: tuple[str, ...]  # operands that had to be copied, for `explain`
+    copied: tuple[str, ...]  # arrays that take a copy, for `explain`
     gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
     score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
@@ -108,7 +107,7 @@ class Problem:
     @property
     def on_device(self) -> bool:
         """Do the arrays lie on a CUDA device? Then q, k, v, bias and mask are `DeviceArray`, with
-        dtypes of their own, and so is `result`, which the backend allocates if it has no owner.
+        dtypes of their own, and so is the result.
         """
         return isinstance(self.q, DeviceArray)
 
@@ -121,6 +120,15 @@ class Problem:
     def group(self) -> int:
         """How many query heads read one key head."""
         return self.heads // self.kv_heads if self.kv_heads else 1
+
+    def new_result(self) -> np.ndarray:
+        """A place for the result that overlaps no input, in the memory order of `q`; on a device
+        its description, without an owner: the backend allocates it.
+        """
+        shape = self.rows(self.value_dim)
+        if self.q.flags.c_contiguous:
+            return np.empty(shape, self.dtype)
+        return empty_like(self.q, shape, self.dtype)
 
     def rows(self, dim: int | None = None) -> tuple[int, ...]:
         """The shape of a result with one entry (or `dim` entries) per query."""
@@ -276,18 +284,15 @@ def pose(
         check_block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
         mask_mod = block_mask.mask_mod
 
-    shape = (*rows, value_dim)
     if out is not None:
-        result, out = destination(out, shape, dtype, one_head, (q, k, v, bias, mask))
-    elif q.flags.c_contiguous:
-        result = np.empty(shape, dtype)
-    else:
-        result = empty_like(q, shape, dtype)
+        out = destination(out, (*rows, value_dim), dtype, one_head, (q, k, v, bias, mask))
+        if out is None:
+            copied += ("out",)
     return Problem(
         q, k, v, k_scales, v_scales, dtype, batch, heads, kv_heads, n_queries, n_keys,
         head_dim, value_dim, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, result, out, one_head, threads, precision, copied,
+        return_lse, return_weights, out, one_head, threads, precision, copied,
         wanted, score_mod, mask_mod, block_mask, measure,
     )  # fmt: skip
 

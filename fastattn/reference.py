@@ -24,10 +24,10 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def run(problem: Problem):
-    """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
+def run(problem: Problem, result):
+    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
     out, lse, weights = attend(problem)
-    problem.result[...] = out.astype(problem.dtype)
+    result[...] = out.astype(problem.dtype)
     return (
         lse.astype(problem.accumulator) if problem.return_lse else None,
         weights.astype(problem.dtype) if problem.return_weights else None,

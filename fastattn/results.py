@@ -20,8 +20,8 @@ def empty_like(x, shape, dtype):
 
 
 def destination(out, shape, dtype, one_head, inputs):
-    """Where a backend may write, and `out` if that is elsewhere because `out` itself would do
-    harm (it overlaps an input) or cannot be written by a kernel.
+    """The caller's `out`, checked, as a backend may fill it; None where it has to be filled with a
+    copy, because it overlaps an input or cannot be written by a kernel.
     """
     q = inputs[0]
     x = operand("out", out, q) if isinstance(q, DeviceArray) else out
@@ -38,8 +38,8 @@ def destination(out, shape, dtype, one_head, inputs):
         raise ValueError("out: overlaps itself in memory, every element of its own wanted")
     writable = x.dtype.isnative and x.flags.aligned and type(x) in (np.ndarray, DeviceArray)
     if writable and not any(may_overlap(x, y) for y in inputs if y is not None):
-        return (x[None] if one_head else x), None
-    return empty_like(q, shape, dtype), out
+        return x[None] if one_head else x
+    return None
 
 
 def may_overlap(x, y) -> bool:

@@ -1,5 +1,7 @@
 """What would run, and why not another (contract, section 3)."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from cases import Shape
@@ -33,6 +35,16 @@ def test_copies():
     assert fastattn.explain(*halves).copies == ()
     assert fastattn.explain(q.astype(">f4"), k, v.astype(np.float64)).copies == ("q", "k")
     assert fastattn.explain(q, k, v, out=np.empty(q.shape, ">f4")).copies == ("out",)
+
+
+def test_allocates_no_result():
+    q = np.broadcast_to(np.float32(0), (1024, 4, 1 << 20, 64))
+    tracemalloc.start()
+    try:
+        fastattn.explain(q, q[:, :, :8], q[:, :, :8])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_reasons_of_who_cannot_serve():

@@ -55,15 +55,15 @@ def missing() -> str | None:
     return f"no CUDA device ({' '.join(str(error).split()).partition('.')[0]})"
 
 
-def run(problem: Problem):
-    """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
+def run(problem: Problem, result):
+    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
     device, stream_address = p.q.place() if isinstance(p.q, DeviceArray) else (None, 0)
     cuda = import_module("numba.cuda")
     with cuda.gpus[device] if device is not None else nullcontext():
         stream = cuda.external_stream(stream_address) if stream_address else cuda.default_stream()
         try:
-            return _run(p, cuda, stream)
+            return _run(p, result, cuda, stream)
         except Exception as error:
             if "OUT_OF_MEMORY" in str(error):
                 raise MemoryError(f"on the CUDA device: {error}") from error
@@ -94,7 +94,7 @@ class _Operand(NamedTuple):
     strides: tuple[int, ...] = (0, 0)  # of the last two axes, in elements
 
 
-def _run(p: Problem, cuda, stream):
+def _run(p: Problem, result, cuda, stream):
     kernel = import_module(".cuda_kernel", __package__)
     spec = _spec(p)
     tile = kernel.tile_for(spec)
@@ -116,7 +116,7 @@ def _run(p: Problem, cuda, stream):
         elements, strides, first = _copy(side, cuda, stream)
         return _locate(elements, side.shape, strides, first, rows)
 
-    out = _Result(p, p.rows(p.value_dim), p.dtype, cuda, p.result)
+    out = _Result(p, p.rows(p.value_dim), p.dtype, cuda, result)
     lse = _Result(p, p.rows(), p.accumulator, cuda) if p.return_lse else None
     weights = _Result(p, p.rows(p.n_keys), p.dtype, cuda) if p.return_weights else None
     start, stop = p.intervals() or (0, p.n_keys)

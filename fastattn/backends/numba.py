@@ -50,18 +50,18 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def run(problem: Problem):
-    """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
+def run(problem: Problem, result):
+    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
     real = p.accumulator
     halves = p.dtype != real
-    result = np.empty(p.rows(p.value_dim), real) if halves else p.result
+    sums = np.empty(p.rows(p.value_dim), real) if halves else result
     lse = np.empty(p.rows()) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), real) if p.return_weights else None
     with np.errstate(all="ignore"):
-        _Call(p, result, lse, weights).run()
+        _Call(p, sums, lse, weights).run()
         if halves:
-            p.result[...] = result
+            result[...] = sums
             weights = None if weights is None else weights.astype(p.dtype)
         if lse is not None:
             lse = lse.astype(real, copy=False)

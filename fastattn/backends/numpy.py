@@ -45,14 +45,14 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def run(problem: Problem):
-    """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
+def run(problem: Problem, result):
+    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):
-            _attend(p, heads, queries, lse, weights)
+            _attend(p, heads, queries, result, lse, weights)
     return lse, weights
 
 
@@ -65,7 +65,7 @@ def plan(problem: Problem) -> dict[str, str]:
     }
 
 
-def _attend(p: Problem, h: Heads, queries: slice, lse, weights, margin=0.0) -> None:
+def _attend(p: Problem, h: Heads, queries: slice, result, lse, weights, margin=0.0) -> None:
     """Attend from one block of queries to every block of keys that one of them sees.
 
     Weights are relative to the largest score plus `margin`: log(2 * n_keys) keeps the sum of huge
@@ -92,7 +92,7 @@ def _attend(p: Problem, h: Heads, queries: slice, lse, weights, margin=0.0) -> N
         out = out * rescale[..., None] + product(weight, seen, rows_of(h.v, h.v_scales, keys, real))
         some |= True if seen is None else seen.any(axis=-1)
     if margin == 0 and not np.isfinite(out[np.isfinite(total)]).all():
-        return _attend(p, h, queries, lse, weights, margin=np.log(2 * p.n_keys))
+        return _attend(p, h, queries, result, lse, weights, margin=np.log(2 * p.n_keys))
     # A row that sees nothing has a total of 0 and gets 0; one that sees only -inf gets 0 / 0.
     unseen = ~some
     out = out / np.where(unseen & (total == 0), 1, total)[..., None]
@@ -100,7 +100,7 @@ def _attend(p: Problem, h: Heads, queries: slice, lse, weights, margin=0.0) -> N
     def deliver(target, values):  # (kv_heads, group, queries, ...) -> (heads, queries, ...)
         target[h.where][:, queries] = values.reshape(h.shape[0] * h.shape[1], *values.shape[2:])
 
-    deliver(p.result, out)
+    deliver(result, out)
     if lse is not None:
         deliver(lse, shift + np.log(total))
     if weights is not None:
