@@ -88,8 +88,7 @@ def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
     cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset,
-    cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
     bint for_gradients, measure, cnp.ndarray sums, cnp.ndarray indices,
 ):
@@ -98,8 +97,7 @@ def attend(
     `k` and `v` have one dtype: float16, bfloat16, that of the kernels, or int8 with `k_scales` and
     `v_scales`, float32 (batch, kv_heads, keys) without gaps between the keys.
     `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
-    must be 0 before. `start` and `stop` are int64, `alibi` and `sinks` contiguous float64,
-    `q_offset` int64.
+    must be 0 before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
     `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
     bit as `differentiate` does. `measure` is that of a Problem if other than DOT. All must have
@@ -115,7 +113,7 @@ def attend(
     cdef char *scratch = NULL
     cdef Py_ssize_t items, i, scratch_bytes, tile_bytes, total_bytes
     describe_walk(
-        &walk, q, k, v, out, batch, heads, kv_heads, alibi, sinks, q_offset, start, stop, mask, bias
+        &walk, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
     )
     describe(&walk, &walk.k_scales, k_scales, 2)
     describe(&walk, &walk.v_scales, v_scales, 2)

@@ -118,8 +118,8 @@ def differentiate(
     cnp.ndarray grad_out not None, cnp.ndarray lse not None, cnp.ndarray delta not None,
     cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
     tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset,
-    cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask, str product, int threads,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
+    str product, int threads,
     cnp.ndarray grad_bias, cnp.ndarray grad_slope, cnp.ndarray key_heads not None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
@@ -137,8 +137,7 @@ def differentiate(
     cdef Py_ssize_t scratch_bytes, total_bytes, counts
     cdef Walk *walk = &pull.walk
     describe_walk(
-        walk, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, q_offset, start, stop, mask,
-        bias,
+        walk, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
     )
     describe(walk, &pull.grad_out, grad_out, 3)
     describe(walk, &pull.lse, lse, 2)

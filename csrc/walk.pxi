@@ -7,6 +7,16 @@ cdef struct Operand:
     Py_ssize_t batch[64]  # one stride per batch axis, 0 where it broadcasts
 
 
+# As a side of a window; the sum of it and a position is no overflow.
+cdef Py_ssize_t UNBOUNDED = <Py_ssize_t>1 << 62
+
+
+cdef struct KeyRange:
+    # fastattn.visibility.KeyRange as it is read for each tile. Arrays that were not given are NULL.
+    Py_ssize_t left, right, offset
+    Operand offsets, lengths, start, stop  # offsets in place of the one offset
+
+
 cdef struct Survey:
     # What is made of the weights besides: their sums over cells of queries x keys, or each query's
     # strongest keys; see maps.pxi.
@@ -20,7 +30,8 @@ cdef struct Survey:
 cdef struct Walk:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
-    Operand q, k, v, k_scales, v_scales, out, start, stop, q_offset, mask, bias, weights, lse
+    Operand q, k, v, k_scales, v_scales, out, mask, bias, weights, lse
+    KeyRange keys
     int lse_bytes  # of one number
     int n_batch
     Py_ssize_t shape[64]  # of the batch
@@ -104,17 +115,19 @@ cdef char *partial_of(const Walk *walk, Py_ssize_t batch, Py_ssize_t kv_head) no
 
 cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
     """Point a tile at its queries, and at the keys that they read."""
-    cdef Py_ssize_t offset = 0, i, query, head, first_key = 0, last_key = walk.n_keys
+    cdef const KeyRange *keys = &walk.keys
+    cdef Py_ssize_t offset = keys.offset, i, query, head, first_key = 0, last_key = walk.n_keys
+    cdef Py_ssize_t position, first, last
     cdef char *q = entry(walk, &walk.q, at.batch)
     cdef char *out = entry(walk, &walk.out, at.batch)
-    cdef char *start = entry(walk, &walk.start, at.batch)
-    cdef char *stop = entry(walk, &walk.stop, at.batch)
+    cdef char *start = entry(walk, &keys.start, at.batch)
+    cdef char *stop = entry(walk, &keys.stop, at.batch)
     cdef char *mask = entry(walk, &walk.mask, at.batch)
     cdef char *bias = entry(walk, &walk.bias, at.batch)
     cdef char *weights = entry(walk, &walk.weights, at.batch)
     cdef char *partial = NULL
-    if walk.q_offset.data is not NULL:
-        offset = (<int64_t *>entry(walk, &walk.q_offset, at.batch))[0]
+    if keys.offsets.data is not NULL:
+        offset = (<int64_t *>entry(walk, &keys.offsets, at.batch))[0]
     tile.n_queries = min(walk.kernels.queries, walk.group * walk.n_queries - at.first)
     tile.k = entry(walk, &walk.k, at.batch) + at.kv_head * walk.k.head
     tile.v = entry(walk, &walk.v, at.batch) + at.kv_head * walk.v.head
@@ -128,9 +141,11 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
     tile.has_sinks = walk.sinks is not NULL and at.part == 0
     if walk.parts > 1:
         first_key = at.part * walk.part_keys
-        last_key = first_key + walk.part_keys
+        last_key = min(first_key + walk.part_keys, walk.n_keys)
         partial = partial_of(walk, at.batch, at.kv_head) + at.part * walk.partial_bytes
         partial += tile.n_queries * sizeof(double)
+    if keys.lengths.data is not NULL:
+        last_key = min(last_key, (<int64_t *>entry(walk, &keys.lengths, at.batch))[0])
     # The heads of a group lie side by side, so that a tile's queries are neighbours in position.
     query = at.first // walk.group
     head = at.kv_head * walk.group + at.first % walk.group
@@ -139,13 +154,14 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
         tile.out[i] = row_of(&walk.out, out, head, query)
         if partial is not NULL:
             tile.out[i] = partial + i * tile.value_dim * walk.kernels.real_bytes
-        tile.start[i] = 0
-        tile.stop[i] = walk.n_keys
+        position = query + offset
+        first = max(first_key, position - keys.left)
+        last = min(last_key, position + keys.right + 1)
         if start is not NULL:
-            tile.start[i] = (<int64_t *>row_of(&walk.start, start, head, query))[0]
-            tile.stop[i] = (<int64_t *>row_of(&walk.stop, stop, head, query))[0]
-        tile.start[i] = max(tile.start[i], first_key)
-        tile.stop[i] = min(tile.stop[i], last_key)
+            first = max(first, (<int64_t *>row_of(&keys.start, start, head, query))[0])
+            last = min(last, (<int64_t *>row_of(&keys.stop, stop, head, query))[0])
+        tile.start[i] = min(first, walk.n_keys)
+        tile.stop[i] = max(last, 0)
         if mask is not NULL:
             tile.mask[i] = row_of(&walk.mask, mask, head, query)
         if bias is not NULL:
@@ -154,7 +170,7 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
             tile.weights[i] = row_of(&walk.weights, weights, head, query)
         if walk.alibi is not NULL:
             tile.slope[i] = walk.alibi[head]
-            tile.position[i] = query + offset
+            tile.position[i] = position
         if walk.sinks is not NULL:
             tile.sink[i] = walk.sinks[head]
         head += 1
@@ -209,10 +225,25 @@ cdef const double *doubles(cnp.ndarray array):
     return NULL if array is None else <const double *>cnp.PyArray_DATA(array)
 
 
+cdef int describe_key_range(Walk *walk, key_range) except -1:
+    cdef KeyRange *keys = &walk.keys
+    offset, left, right, spans = key_range.offset, key_range.left, key_range.right, key_range.spans
+    by_entry = type(offset) is not int
+    keys.offset = 0 if by_entry else offset
+    keys.left = UNBOUNDED if left is None else left
+    keys.right = UNBOUNDED if right is None else right
+    start, stop = (None, None) if spans is None else spans
+    describe(walk, &keys.offsets, offset if by_entry else None, 0)
+    describe(walk, &keys.lengths, key_range.lengths, 0)
+    describe(walk, &keys.start, start, 2)
+    describe(walk, &keys.stop, stop, 2)
+    return 0
+
+
 cdef int describe_walk(
     Walk *walk, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
-    cnp.ndarray q_offset, cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask, cnp.ndarray bias,
+    key_range, cnp.ndarray mask, cnp.ndarray bias,
 ) except -1:
     """What both directions need of a walk; each key head is one tile's queries, one part."""
     cdef int i
@@ -225,9 +256,7 @@ cdef int describe_walk(
     describe(walk, &walk.k, k, 3)
     describe(walk, &walk.v, v, 3)
     describe(walk, &walk.out, out, 3)
-    describe(walk, &walk.start, start, 2)
-    describe(walk, &walk.stop, stop, 2)
-    describe(walk, &walk.q_offset, q_offset, 0)
+    describe_key_range(walk, key_range)
     describe(walk, &walk.mask, mask, 3)
     describe(walk, &walk.bias, bias, 3)
     describe(walk, &walk.weights, None, 3)

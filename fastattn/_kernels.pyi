@@ -1,6 +1,8 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .visibility import KeyRange
+
 FEATURES: tuple[str, ...]
 
 def getenv(name: str) -> str | None: ...
@@ -28,9 +30,7 @@ def attend(
     bias: np.ndarray | None,
     alibi: np.ndarray | None,
     sinks: np.ndarray | None,
-    q_offset: np.ndarray | None,
-    start: np.ndarray | None,
-    stop: np.ndarray | None,
+    key_range: KeyRange,
     mask: np.ndarray | None,
     lse: np.ndarray | None,
     weights: np.ndarray | None,
@@ -60,9 +60,7 @@ def differentiate(
     bias: np.ndarray | None,
     alibi: np.ndarray | None,
     sinks: np.ndarray | None,
-    q_offset: np.ndarray | None,
-    start: np.ndarray | None,
-    stop: np.ndarray | None,
+    key_range: KeyRange,
     mask: np.ndarray | None,
     product: str,
     threads: int,

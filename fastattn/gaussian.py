@@ -111,14 +111,16 @@ def _lift(q, k, v, alpha, normalize, exclude_self, options, **results) -> _Lifte
     p = pose(q, k, v, **options, **results)
     if p.sinks is not None and not normalize:
         raise ValueError("sinks: given with normalize=False, which divides by nothing")
-    if exclude_self and p.kv_lengths is not None and options.get("q_offset") is None:
+    if exclude_self and p.key_range.lengths is not None and options.get("q_offset") is None:
         raise ValueError(
             "q_offset: None given with kv_lengths and exclude_self; pass 0 for a padded batch of "
             "whole sequences, kv_lengths - n_queries for a cache"
         )
-    parts = _without_self(p) if exclude_self else (p.spans,)
+    parts = _without_self(p) if exclude_self else (p.key_range.spans,)
     with np.errstate(all="ignore"):
-        centre = _centre([replace(p, spans=spans) for spans in parts])
+        centre = _centre(
+            [replace(p, key_range=replace(p.key_range, spans=spans)) for spans in parts]
+        )
         k, squares = _moved(p.k, centre)
         far = np.isinf(squares)  # a score of -inf, whatever the query: not Inf - Inf
         if far.any():
@@ -147,7 +149,7 @@ def _moved(x, centre):
 
 def _without_self(p: Problem):
     """The spans before and after each query's own place on the key axis."""
-    start, stop = (0, p.n_keys) if p.spans is None else p.spans
+    start, stop = (0, p.n_keys) if p.key_range.spans is None else p.key_range.spans
     offset = p.q_offset
     if isinstance(offset, np.ndarray):
         offset = offset[..., None, None]

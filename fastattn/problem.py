@@ -29,6 +29,7 @@ from .options import (
     window_sides,
 )
 from .results import destination, empty_like, may_overlap
+from .visibility import KeyRange, key_range
 
 __all__ = ["DISTANCE", "DOT", "Gradient", "Measure", "Problem", "gradient_of", "pose"]
 
@@ -79,11 +80,8 @@ class Problem:
     bias: np.ndarray | None  # (batch, heads, queries, keys), any real dtype, any byte order
     alibi: np.ndarray | None  # (heads,), float64
     sinks: np.ndarray | None  # (heads,), float64
-    causal: bool
-    window: tuple[int | None, int | None]
     q_offset: int | np.ndarray  # (batch), int64
-    kv_lengths: np.ndarray | None  # (batch), int64
-    spans: tuple[np.ndarray, np.ndarray] | None  # (batch, heads, queries), int64
+    key_range: KeyRange
     mask: np.ndarray | None  # (batch, heads, queries, keys), bool
     return_lse: bool
     return_weights: bool
@@ -134,34 +132,6 @@ class Problem:
         """The shape of a result with one entry (or `dim` entries) per query."""
         shape = (*self.batch, self.heads, self.n_queries)
         return shape if dim is None else (*shape, dim)
-
-    def intervals(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """``(start, stop)`` such that a query sees keys ``start <= j < stop`` and no structured
-        mask hides one of those; int64, broadcastable to ``(batch, heads, queries)``, within
-        ``0..n_keys``, empty where ``stop <= start``. None if every query sees every key.
-        """
-        left, right = self.window
-        if self.causal:
-            right = 0  # a window's right side is never negative, so causal is the tighter
-        if left is None and right is None and self.kv_lengths is None and self.spans is None:
-            return None
-        start = np.zeros(1, np.int64)
-        stop = np.full(1, self.n_keys, np.int64)
-        if left is not None or right is not None:
-            offset = self.q_offset
-            if isinstance(offset, np.ndarray):
-                offset = offset[..., None, None]
-            position = np.arange(self.n_queries) + offset
-            if left is not None:
-                start = np.maximum(position - left, 0)
-            if right is not None:
-                stop = np.minimum(position + (right + 1), self.n_keys)
-        if self.kv_lengths is not None:
-            stop = np.minimum(stop, self.kv_lengths[..., None, None])
-        if self.spans is not None:
-            start = np.maximum(start, self.spans[0])
-            stop = np.minimum(stop, self.spans[1])
-        return np.minimum(start, self.n_keys), np.maximum(stop, 0)
 
 
 def pose(
@@ -219,7 +189,7 @@ def pose(
     kv_heads, n_keys, k_dim = k_shape[-3:]
     v_heads, v_keys, value_dim = v_shape[-3:]
     if k_dim != head_dim:
-        raise ValueError(f"k: head_dim {k_dim} differs from q's {head_dim}")
+        raise ValueError(f"k: expected head_dim {head_dim} as in q, got {k_dim}")
     if head_dim < 1:
         raise ValueError("q: head_dim 0 given, at least 1 wanted")
     if v_keys != n_keys:
@@ -271,6 +241,7 @@ def pose(
     q_offset = n_keys - n_queries if q_offset is None else query_offset(q_offset, batch)
     if spans is not None:
         spans = span_arrays(spans, rows, n_keys)
+    visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
     if threads is not None:
         threads = count("threads", threads)
     if precision is not None and precision != "bfloat16":
@@ -291,9 +262,8 @@ def pose(
     return Problem(
         q, k, v, k_scales, v_scales, dtype, batch, heads, kv_heads, n_queries, n_keys,
         head_dim, value_dim, scale, softcap, bias, alibi, sinks,
-        causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, out, one_head, threads, precision, copied,
-        wanted, score_mod, mask_mod, block_mask, measure,
+        q_offset, visible, mask, return_lse, return_weights, out, one_head,
+        threads, precision, copied, wanted, score_mod, mask_mod, block_mask, measure,
     )  # fmt: skip
 
 

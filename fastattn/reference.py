@@ -194,20 +194,18 @@ def measure_gradients(p: Problem, q, k, seen, grad) -> dict[str, np.ndarray]:
 def visible(p: Problem) -> np.ndarray:
     """``seen[i, j]``: may query `i` see key `j`? bool, (batch, heads, queries, keys)."""
     i, j = positions(p)
-    left, right = p.window
+    r = p.key_range
     seen = np.ones((*p.rows(), p.n_keys), bool)
     if p.mask is not None:
         seen &= p.mask
-    if p.causal:
-        seen &= j <= i
-    if left is not None:
-        seen &= i - left <= j
-    if right is not None:
-        seen &= j <= i + right
-    if p.kv_lengths is not None:
-        seen &= j < p.kv_lengths[..., None, None, None]
-    if p.spans is not None:
-        start, stop = p.spans
+    if r.left is not None:
+        seen &= i - r.left <= j
+    if r.right is not None:
+        seen &= j <= i + r.right
+    if r.lengths is not None:
+        seen &= j < r.lengths[..., None, None, None]
+    if r.spans is not None:
+        start, stop = r.spans
         seen &= (start[..., None] <= j) & (j < stop[..., None])
     if p.bias is not None:
         seen &= p.bias != -np.inf

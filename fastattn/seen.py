@@ -14,7 +14,7 @@ _ROWS = 16
 
 def seen_keys(p: Problem) -> np.ndarray:
     """Does a query see the key? bool, broadcastable to (batch, kv_heads, keys)."""
-    intervals = p.intervals()
+    intervals = p.key_range.bounds()
     if p.mask is None and p.bias is None:
         if intervals is None:
             return np.ones(p.n_keys, bool)

@@ -112,14 +112,14 @@ def _run(p: Problem, result, cuda, stream):
         return nothing if x is None else cuda.to_device(np.ascontiguousarray(x, dtype), stream)
 
     def interval(side):
-        side = np.atleast_2d(side)[..., None]
+        side = np.atleast_2d(side)[..., None]  # an int where nothing is hidden
         elements, strides, first = _copy(side, cuda, stream)
         return _locate(elements, side.shape, strides, first, rows)
 
     out = _Result(p, p.rows(p.value_dim), p.dtype, cuda, result)
     lse = _Result(p, p.rows(), p.accumulator, cuda) if p.return_lse else None
     weights = _Result(p, p.rows(p.n_keys), p.dtype, cuda) if p.return_weights else None
-    start, stop = p.intervals() or (0, p.n_keys)
+    start, stop = p.key_range.bounds() or (0, p.n_keys)
     operands = (
         operand(p.q), operand(p.k, p.group), operand(p.v, p.group),
         _locate(out.elements, out.shape, out.strides, out.first, rows),

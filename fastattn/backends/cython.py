@@ -90,7 +90,7 @@ def plan(problem: Problem) -> dict[str, str]:
 
 def _share_skipped(p: Problem, queries: int) -> float:
     """The share of the square that lies outside the intervals of whole panels of queries."""
-    intervals = p.intervals()
+    intervals = p.key_range.bounds()
     if intervals is None or not p.n_queries or not p.n_keys:
         return 0.0
     start, stop, _ = np.broadcast_arrays(*intervals, np.empty(p.n_queries))

@@ -10,7 +10,7 @@ from ..backward_problem import Backward
 from ..problem import Problem
 from ..results import empty_like
 from . import numpy_backward
-from .cython_kernels import attend, bounds, kernels, product, threads
+from .cython_kernels import attend, kernels, product, threads
 
 __all__ = ["run_backward"]
 
@@ -33,8 +33,6 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         "v": np.empty((*p.batch, p.kv_heads, *p.v.shape[-2:]), p.accumulator),
     }
     of_queries = (*range(len(p.batch)), -1)
-    start, stop = bounds(p)
-    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
     grad_slope = np.zeros(p.rows(3)) if b.wants("alibi") else None
     with np.errstate(all="ignore"):
         lse = _lse(b)
@@ -53,8 +51,8 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         grad_bias = None  # filled already
     kernels.differentiate(
         p.q, p.k, p.v, b.grad_out, lse, delta, found["q"], found["k"], found["v"], p.batch, p.heads,
-        p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop,
-        p.mask, product(p), threads(p), grad_bias, grad_slope, key_heads,
+        p.kv_heads, p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
+        product(p), threads(p), grad_bias, grad_slope, key_heads,
     )  # fmt: skip
     if grad_slope is not None:
         # What the rounding of out made of every score's gradient shows in their sum.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..problem import DOT, Problem
 from ..threads import worth_threads
 
@@ -18,7 +16,7 @@ except ImportError as error:
     missing = f"the extension cannot be loaded ({error})"
 
 
-__all__ = ["attend", "bounds", "kernels", "missing", "product", "threads"]
+__all__ = ["attend", "kernels", "missing", "product", "threads"]
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
@@ -33,31 +31,12 @@ def attend(
     p: Problem, result, lse=None, weights=None, for_gradients=False, sums=None, indices=None
 ) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
-    start, stop = bounds(p)
-    q_offset = None if p.alibi is None else np.asarray(p.q_offset)
-    order = None if start is None else _longest_first(p, start, stop)
     kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
-        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask,
-        lse, weights, order, product(p), threads(p), for_gradients,
+        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
+        lse, weights, p.key_range.longest_first(p.batch), product(p), threads(p), for_gradients,
         None if p.measure is DOT else p.measure, sums, indices,
     )  # fmt: skip
-
-
-def bounds(p: Problem):
-    """The intervals of a problem, of (heads, queries) at least, or ``(None, None)``."""
-    intervals = p.intervals()
-    return (None, None) if intervals is None else tuple(map(np.atleast_2d, intervals))
-
-
-def _longest_first(p: Problem, start, stop) -> np.ndarray | None:
-    """The flattened batch entries in the order of what they see, or None where all see the same:
-    a run that ends in small pieces leaves no thread waiting for another.
-    """
-    if max(p.batch, default=1) < 2 or (start.ndim < 3 and stop.ndim < 3):
-        return None
-    seen = (stop - start).max(axis=(-2, -1), initial=0)
-    return np.argsort(-np.broadcast_to(seen, p.batch).ravel(), kind="stable")
 
 
 def product(problem: Problem) -> str:

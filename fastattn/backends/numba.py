@@ -109,10 +109,10 @@ class _Call:
             if scales is not None:
                 self.point(p, operand, scales[..., None])
         self.point(p, "out", result)
-        intervals = p.intervals()
+        intervals = p.key_range.bounds()
         if intervals is not None:
             for side, x in zip(("start", "stop"), intervals, strict=True):
-                self.point(p, side, np.atleast_2d(x)[..., None])
+                self.point(p, side, x[..., None])
         if p.mask is not None:
             self.point(p, "mask", p.mask)
         if p.bias is not None:
@@ -178,7 +178,7 @@ def keys_seen(problem: Problem) -> int:
     p = problem
     if p.block_mask is not None:
         seen = p.n_keys * (p.block_mask.blocks != NONE)
-    elif (intervals := p.intervals()) is not None:
+    elif (intervals := p.key_range.bounds()) is not None:
         start, stop = intervals
         seen = np.maximum(stop - start, 0)
     else:

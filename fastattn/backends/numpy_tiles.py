@@ -59,7 +59,7 @@ def query_blocks(p: Problem) -> Iterator[tuple[Heads, slice]]:
     block_q = min(BLOCK_Q, p.n_queries)
     tile = max(1, block_q * min(BLOCK_K, p.n_keys) * p.group)
     kv_step = max(1, TILE_ELEMENTS // tile)
-    intervals = p.intervals()
+    intervals = p.key_range.bounds()
     for batch in np.ndindex(p.batch):
         for kv in range(0, p.kv_heads, kv_step):
             heads = _operands(p, intervals, batch, slice(kv, min(kv + kv_step, p.kv_heads)))
