@@ -10,9 +10,11 @@ import numpy as np
 __all__ = [
     "FLOAT32",
     "FLOAT64",
+    "FLOATS",
     "as_real",
     "float_dtype",
     "float_type",
+    "is_float",
     "is_real",
     "wider",
     "widest",
@@ -20,6 +22,7 @@ __all__ = [
 
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
+FLOATS = ("float32", "float64", "float16", "bfloat16")
 _FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become float64)"
 
 
@@ -42,9 +45,13 @@ def float_dtype(name: str, x: np.ndarray) -> np.dtype:
 def _computed_in(dtype: np.dtype) -> np.dtype | None:
     if dtype.kind in "biu":
         return FLOAT64
-    if dtype.name in ("float16", "bfloat16", "float32", "float64"):
-        return np.dtype(dtype.type)  # native
-    return None
+    return np.dtype(dtype.type) if is_float(dtype) else None  # native
+
+
+@lru_cache
+def is_float(dtype: np.dtype) -> bool:
+    """Is it one of `FLOATS`, in whatever byte order?"""
+    return dtype.name in FLOATS
 
 
 def widest(wanted: set) -> np.dtype:

@@ -1,6 +1,8 @@
 """`KVCache`: the same as `scaled_dot` on all that was appended (contract, section 3)."""
 
+import copy
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def joined(parts):
 def attend(target, cache, q, causal=True, **options):
     if target.backend in WITHOUT_INT8 and cache.dtype == np.int8:
         pytest.skip(f"{target.backend} cannot serve this call: no kernel for int8 keys and values")
-    return cache.attend(q, causal, backend=target.backend, return_lse=True, **options)
+    return cache.attend(q, causal=causal, backend=target.backend, return_lse=True, **options)
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -134,6 +136,72 @@ def test_a_sequence_shorter_than_the_queries(target):
     np.testing.assert_allclose(out[1, :, 3:], alone, atol=1e-6)
 
 
+COUNTED = {
+    "plain": {},
+    "sinks": {"sinks": np.linspace(-1, 1, HEADS)},
+    "not causal": {"causal": False},
+    "spans": {"spans": (1, 4)},
+}
+
+
+@pytest.mark.parametrize("options", COUNTED.values(), ids=COUNTED)
+def test_as_many_queries_as_were_appended(target, options):
+    """A right-padded prefill in two pieces, the second without a token for one sequence."""
+    cache = new("float32")
+    (_, k, v), (q, more_k, more_v) = draw(4), draw(5, seed=1)
+    counts = [2, 5]
+    q[0, :, 2:] = more_k[0, :, 2:] = more_v[0, :, 2:] = np.nan
+    cache.append(k, v, counts=[4, 0])
+    cache.append(more_k, more_v, counts=counts)
+    asked = {"causal": True, **options}
+    out, lse = attend(target, cache, q, counts=counts, **asked)
+    for b, (before, n) in enumerate(((4, 2), (0, 5))):
+        assert (out[b, :, n:] == 0).all() and (lse[b, :, n:] == -np.inf).all()
+        whole = (joined([x[b : b + 1, :, :before], y[b : b + 1, :, :n]])
+                 for x, y in ((k, more_k), (v, more_v)))  # fmt: skip
+        problem = pose(q[b : b + 1, :, :n], *whole, **{"causal": True, **options}, return_lse=True)
+        assert_solves((out[b : b + 1, :, :n], lse[b : b + 1, :, :n]), problem)
+
+
+def test_an_empty_slot(target):
+    cache = new("float32")
+    q, k, v = draw(3)
+    cache.append(k, v, counts=[3, 0])
+    out, lse = attend(target, cache, q, counts=[3, 0], sinks=np.zeros(HEADS))
+    assert (out[1] == 0).all() and (lse[1] == -np.inf).all() and (out[0] != 0).any()
+
+
+def test_copies_share_no_memory():
+    cache = new("float32")
+    q, k, v = draw(3)
+    cache.append(k, v)
+    for twin in (copy.copy(cache), copy.deepcopy(cache)):
+        twin.truncate(1)
+        twin.append(-k, -v)
+        assert cache.lengths.tolist() == [3, 3] and twin.lengths.tolist() == [4, 4]
+        assert same_bits(cache.attend(q), fastattn.scaled_dot(q, k, v, causal=True))
+
+
+def test_attends_beside_an_append():
+    """A call sees the cache as it was at its start, which may be of two lengths here."""
+    cache, done = new("float32", capacity=1), threading.Event()
+    q, k, v = draw(1)
+    cache.append(k, v)
+
+    def append():
+        while not done.is_set() and cache.lengths[0] < 5000:
+            cache.append(k, v, counts=[1, cache.lengths[0] % 2])
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    try:
+        for _ in range(300):
+            np.testing.assert_allclose(cache.attend(q), np.repeat(v, 3, axis=1), rtol=1e-5)
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_without_a_token(target):
     out, lse = attend(target, new("float32"), draw(2)[0])
     assert (out == 0).all() and (lse == -np.inf).all()
@@ -202,39 +270,60 @@ def test_int8_is_near():
     _, k, v = draw(50)
     k[0, 0, 3] = 0  # no scale
     v[1, 1, 5] *= 1e-30
+    v[0, 1, 7] *= 1e-44  # subnormal, and so would be its scale
     cache.append(k, v)
     weights = np.eye(50, dtype=bool)  # each query sees one key, so it gets its value
     out = cache.attend(np.zeros((BATCH, KV_HEADS, 50, HEAD_DIM), np.float32), mask=weights)
     step = np.abs(v).max(axis=-1, keepdims=True) / 127
-    assert (np.abs(out - v) <= 0.501 * step).all()
+    # A subnormal scale is a whole number of the smallest.
+    tiny = 64 * np.finfo(np.float32).smallest_subnormal
+    assert (np.abs(out - v) <= 0.501 * step + tiny * (step < 1e-38)).all()
+    assert out[0, 1, 7].any()
     assert np.abs(out - v).max() > 0.4 * step.min()
 
 
 ERRORS = {
-    "k: shape": lambda c, k, v: c.append(k[:, :1], v),
-    "k: shape (2": lambda c, k, v: c.append(k[..., :-1], v),
-    "k: shape (3": lambda c, k, v: c.append(k[0, 0], v),
-    "v: shape": lambda c, k, v: c.append(k, k),
-    "v: 2 tokens differ from k's 3": lambda c, k, v: c.append(k, v[:, :, :2]),
-    "k: int64 given": lambda c, k, v: c.append(k.astype(int), v),
-    "v: complex64 given": lambda c, k, v: c.append(k, v.astype("complex64")),
+    "k: expected shape": lambda c, k, v: c.append(k[:, :1], v),
+    "k: expected shape (2": lambda c, k, v: c.append(k[..., :-1], v),
+    "k: expected shape (2, 2, n, 40), got (3": lambda c, k, v: c.append(k[0, 0], v),
+    "v: expected shape": lambda c, k, v: c.append(k, k),
+    "v: expected 3 tokens as in k, got 2": lambda c, k, v: c.append(k, v[:, :, :2]),
+    "k: expected one of float32, float64, float16, bfloat16, got int64": lambda c, k, v: c.append(
+        k.astype(int), v
+    ),
+    "v: expected one of float32, float64, float16, bfloat16, got complex64": lambda c, k, v: (
+        c.append(k, v.astype("complex64"))
+    ),
     "k: masked array": lambda c, k, v: c.append(np.ma.array(k), v),
-    "counts: shape": lambda c, k, v: c.append(k, v, counts=3),
-    "counts: 4 given": lambda c, k, v: c.append(k, v, counts=[1, 4]),
-    "counts: -1 given": lambda c, k, v: c.append(k, v, counts=[-1, 3]),
+    "counts: expected shape": lambda c, k, v: c.append(k, v, counts=3),
+    "counts: expected 0..3, got 4": lambda c, k, v: c.append(k, v, counts=[1, 4]),
+    "counts: expected 0..3, got -1": lambda c, k, v: c.append(k, v, counts=[-1, 3]),
     "counts: float64": lambda c, k, v: c.append(k, v, counts=[1.0, 2.0]),
-    "k: 3 tokens given, but": lambda c, k, v: c.append(k, v, counts=[3, 0]),
-    "k: a NaN": lambda c, k, v: c.append(np.full_like(k, np.nan), v, counts=[1, 1]),
-    "v: a NaN, an Inf": lambda c, k, v: c.append(k, np.full_like(v, np.inf), counts=[1, 1]),
-    "n: -1 given": lambda c, k, v: c.truncate(-1),
-    "n: shape": lambda c, k, v: c.truncate([1, 2, 3]),
+    "k: expected at most max_tokens 10 in a sequence, got 3": lambda c, k, v: c.append(
+        k, v, counts=[3, 0]
+    ),
+    "k: expected numbers for int8": lambda c, k, v: c.append(
+        np.full_like(k, np.nan), v, counts=[1, 1]
+    ),
+    "v: expected numbers for int8": lambda c, k, v: c.append(
+        k, np.full_like(v, np.inf), counts=[1, 1]
+    ),
+    "n: expected at least 0, got -1": lambda c, k, v: c.truncate(-1),
+    "n: expected shape": lambda c, k, v: c.truncate([1, 2, 3]),
     "n: float64": lambda c, k, v: c.truncate(1.5),
-    "q: shape": lambda c, k, v: c.attend(k[0]),
-    "q: shape (1": lambda c, k, v: c.attend(k[:1]),
-    "k: head_dim 40 differs": lambda c, k, v: c.attend(v),
+    "q: expected shape": lambda c, k, v: c.attend(k[0]),
+    "q: expected shape (2, heads, n, head_dim), got (1": lambda c, k, v: c.attend(k[:1]),
+    "k: expected head_dim 24 as in q, got 40": lambda c, k, v: c.attend(v),
     "k: 2 heads given": lambda c, k, v: c.attend(np.zeros((BATCH, 3, 1, HEAD_DIM))),
-    "kv_lengths: given": lambda c, k, v: c.attend(k, kv_lengths=3),
-    "q_offset: given": lambda c, k, v: c.attend(k, q_offset=3),
+    "kv_lengths: attend() has no such option": lambda c, k, v: c.attend(k, kv_lengths=3),
+    "q_offset: attend() has no such option": lambda c, k, v: c.attend(k, q_offset=3),
+    "gradients: attend() has no such option": lambda c, k, v: c.attend(k, gradients=True),
+    "wrt: attend() has no such option": lambda c, k, v: c.attend(k, wrt=("bias",)),
+    "k_scales: attend() has no such option": lambda c, k, v: c.attend(k, k_scales=None),
+    "counts: expected 0..3, got 5": lambda c, k, v: c.attend(k, counts=[5, 1]),
+    "counts: expected at most the 8 tokens of sequence 1, got 9": lambda c, k, v: c.attend(
+        np.zeros((BATCH, HEADS, 9, HEAD_DIM)), counts=[3, 9]
+    ),
     "causal: ": lambda c, k, v: c.attend(k, causal=1),
     "mask: shape": lambda c, k, v: c.attend(k, mask=np.ones((3, 99), bool)),
 }
