@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .arguments import plain
+from .dtypes import float_dtype, widest
+
 __all__ = ["merge"]
 
 
@@ -20,14 +23,15 @@ def merge(*parts):
     Returns
     -------
     out : ndarray, (..., Sq, Dv)
-        In the widest dtype of the parts; 0 where no part saw a key.
+        In the widest dtype of the parts, as `scaled_dot` promotes: integers count as float64,
+        float16 with bfloat16 as float32; 0 where no part saw a key.
     lse : ndarray, (..., Sq)
         ``-inf`` where no part saw a key.
 
     Raises
     ------
     TypeError, ValueError
-        If a part is not such a pair, or the shapes differ.
+        If a part is not such a pair of plain arrays of real numbers, or the shapes differ.
 
     Notes
     -----
@@ -46,17 +50,19 @@ def merge(*parts):
     True
     """
     if not parts:
-        raise ValueError("parts: none given, at least one (out, lse) wanted")
+        raise ValueError("parts: expected at least one (out, lse), got none")
     pairs = [_pair(f"part {n}", part) for n, part in enumerate(parts)]
     shape = pairs[0][0].shape
     for n, (out, lse) in enumerate(pairs):
         if out.shape != shape or lse.shape != shape[:-1]:
             raise ValueError(
-                f"part {n}: shapes {out.shape} and {lse.shape} given, {shape} and {shape[:-1]} "
-                "wanted"
+                f"part {n}: expected shapes {shape} and {shape[:-1]}, "
+                f"got {out.shape} and {lse.shape}"
             )
-    dtype = np.result_type(*(out.dtype for out, _ in pairs))
-    real = np.result_type(np.float32, *(lse.dtype for _, lse in pairs))
+    dtype = widest({float_dtype("out", out) for out, _ in pairs})
+    real = widest({np.dtype(np.float32), dtype, *(float_dtype("lse", lse) for _, lse in pairs)})
+    if real != np.float64:
+        real = np.dtype(np.float32)
     with np.errstate(all="ignore"):
         top = np.max([lse for _, lse in pairs], axis=0)
         shift = np.where(np.isfinite(top), top, 0)
@@ -71,8 +77,10 @@ def merge(*parts):
 
 def _pair(name, part):
     if not isinstance(part, tuple) or len(part) != 2:
-        raise TypeError(f"{name}: {type(part).__name__} given, a pair (out, lse) wanted")
-    out, lse = (np.asarray(x) for x in part)
+        raise TypeError(f"{name}: expected a pair (out, lse), got {type(part).__name__}")
+    out, lse = (plain(f"{name}, {what}", x) for what, x in zip(("out", "lse"), part, strict=True))
+    for what, x in (("out", out), ("lse", lse)):
+        float_dtype(f"{name}, {what}", x)
     if out.ndim < 1:
-        raise ValueError(f"{name}: out has no axes, (..., Sq, Dv) wanted")
+        raise ValueError(f"{name}: expected out of shape (..., Sq, Dv), got ()")
     return out, lse

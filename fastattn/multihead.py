@@ -8,6 +8,7 @@ from . import torch_state
 from .api import scaled_dot
 from .arguments import count, flag, plain
 from .dtypes import float_dtype, widest
+from .options import wrt_names
 from .projection import project, rows
 from .vjp import differentiates, vjp
 
@@ -244,7 +245,7 @@ class MultiHeadAttention:
 @differentiates(MultiHeadAttention)
 def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options):
     inputs, dtype = layer._inputs(query, key, value, options)
-    own = tuple(name for name in wrt if name in layer.parameters)
+    own = tuple(name for name in wrt_names(wrt) if name in layer.parameters)
     other = tuple(name for name in wrt if name not in own)
     results, back = vjp(scaled_dot, *layer._heads(inputs, dtype), wrt=other, **options)
     joined, *rest = results if isinstance(results, tuple) else (results,)

@@ -13,6 +13,7 @@ from .dtypes import is_real
 __all__ = [
     "bias_array", "check_block_mask", "check_wrt", "key_lengths", "mask_array", "per_head",
     "query_offset", "span_arrays", "span_sides", "window_sides",
+    "wrt_names",
 ]  # fmt: skip
 
 _INT64 = np.dtype(np.int64)
@@ -30,7 +31,10 @@ def bias_array(value, shape, q):
 def mask_array(value, shape, q):
     x = operand("mask", value, q)
     if x.dtype.kind != "b":
-        raise TypeError(f"mask: {x.dtype} given, bool wanted; pass scores to add as bias=")
+        hint = "scores to add go into bias="
+        if x.dtype.kind in "iu":
+            hint = f"mask.astype(bool) makes one of zeros and ones; {hint}"
+        raise TypeError(f"mask: expected bool, got {x.dtype}; {hint}")
     return broadcast("mask", x, shape, "(..., heads, queries, keys)")
 
 
@@ -114,11 +118,18 @@ def check_block_mask(value, mask_mod, grid) -> None:
 
 def check_wrt(wrt, given: dict) -> None:
     """An error if `wrt` is no tuple of names of arrays that are given."""
-    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
-        raise TypeError(f"wrt: {type(wrt).__name__} given, a tuple of names wanted")
-    for name in wrt:
-        if not isinstance(name, str) or name not in given:
-            names = ", ".join(map(repr, given))
-            raise ValueError(f"wrt: {name!r} given, some of {names} wanted")
+    for name in wrt_names(wrt):
+        if name not in given:
+            raise ValueError(f"wrt: expected some of {', '.join(map(repr, given))}, got {name!r}")
         if given[name] is None:
             raise ValueError(f"wrt: {name!r} given, but no {name}=")
+
+
+def wrt_names(wrt) -> Sequence[str]:
+    """`wrt`, or an error if it is no tuple of names."""
+    if isinstance(wrt, str) or not isinstance(wrt, Sequence):
+        raise TypeError(f"wrt: expected a tuple of names, got {type(wrt).__name__}")
+    for name in wrt:
+        if not isinstance(name, str):
+            raise TypeError(f"wrt: expected a tuple of names, got {name!r} in it")
+    return wrt

@@ -9,6 +9,7 @@ import numpy as np
 from .api import answer, scaled_dot
 from .arguments import number, plain
 from .dtypes import float_dtype
+from .options import check_wrt
 from .problem import pose
 from .vjp import differentiates, vjp
 
@@ -193,8 +194,7 @@ def _turned(grad, unit, length):
 
 @differentiates(pool)
 def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
-    if isinstance(wrt, str) or any(name != "b" for name in wrt):
-        raise ValueError(f"wrt: {wrt!r} given, ('b',) or () wanted")
+    check_wrt(wrt, {"b": b})
     x, w, given = _pooling(x, w, b, kv_lengths, mask)
     single = w.ndim == 1
     results, back = vjp(

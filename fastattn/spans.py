@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arguments import integers
+from .arguments import FAR, integers
 
 __all__ = ["document_spans"]
 
@@ -29,7 +29,8 @@ def document_spans(lengths_q, lengths_k=None, causal=False):
     Raises
     ------
     TypeError, ValueError
-        If the lengths are not integers, negative, or of different numbers of documents.
+        If the lengths are not integers, negative, of different numbers of documents, or 2**61 and
+        more together.
 
     Examples
     --------
@@ -41,9 +42,9 @@ def document_spans(lengths_q, lengths_k=None, causal=False):
     queries = _lengths("lengths_q", lengths_q)
     keys = queries if lengths_k is None else _lengths("lengths_k", lengths_k)
     if keys.shape != queries.shape:
-        raise ValueError(f"lengths_k: {keys.size} documents given, {queries.size} wanted")
+        raise ValueError(f"lengths_k: expected {queries.size} documents, got {keys.size}")
     if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal: {type(causal).__name__} given, bool wanted")
+        raise TypeError(f"causal: expected bool, got {type(causal).__name__}")
     end = np.cumsum(keys)
     start, stop = np.repeat(end - keys, queries), np.repeat(end, queries)
     if causal:
@@ -55,7 +56,10 @@ def document_spans(lengths_q, lengths_k=None, causal=False):
 def _lengths(name, value) -> np.ndarray:
     lengths = integers(name, value)
     if lengths.ndim != 1:
-        raise ValueError(f"{name}: {lengths.ndim} axes given, 1 wanted")
+        raise ValueError(f"{name}: expected 1 axis, got {lengths.ndim}")
     if lengths.size and lengths.min() < 0:
-        raise ValueError(f"{name}: {lengths.min()} given, lengths of at least 0 wanted")
+        raise ValueError(f"{name}: expected lengths of at least 0, got {lengths.min()}")
+    total = sum(lengths.tolist())
+    if total >= FAR:
+        raise ValueError(f"{name}: expected lengths of less than 2**61 together, got more")
     return lengths

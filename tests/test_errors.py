@@ -22,7 +22,7 @@ def array(*shape):
 # (arguments changed, the exception, the argument at the start, words the message holds)
 TABLE = [
     # shapes
-    ({"k": array(2, 2, 7, 6)}, ValueError, "k", ["head_dim 6", "8"]),
+    ({"k": array(2, 2, 7, 6)}, ValueError, "k", ["head_dim 8", "got 6"]),
     ({"v": array(2, 2, 6, 8)}, ValueError, "v", ["6", "7"]),
     ({"q": array(8)}, ValueError, "q", ["1", "2"]),
     ({"k": array(8)}, ValueError, "k", ["1", "2"]),
@@ -57,7 +57,7 @@ TABLE = [
     ({"sinks": array(4, 1)}, ValueError, "sinks", ["(4, 1)"]),
     ({"sinks": "abcd"}, (TypeError, ValueError), "sinks", []),
     # which keys are seen
-    ({"mask": array(5, 7)}, TypeError, "mask", ["float32 given", "bool wanted", "bias="]),
+    ({"mask": array(5, 7)}, TypeError, "mask", ["expected bool", "got float32", "bias="]),
     ({"mask": np.ones((5, 7), np.uint8)}, TypeError, "mask", ["uint8", "bool"]),
     ({"mask": np.ones((5, 8), bool)}, ValueError, "mask", ["(5, 8)", "(2, 4, 5, 7)"]),
     ({"window": -1}, ValueError, "window", ["-1", "0"]),
@@ -127,11 +127,13 @@ def test_before_any_work(target, changed, error, name, words):
 
 def test_words_of_the_contract(target):
     """The two messages that the contract spells out."""
-    with pytest.raises(ValueError, match=r"^k: head_dim 32 differs from q's 64$"):
+    with pytest.raises(ValueError, match=r"^k: expected head_dim 64 as in q, got 32$"):
         target.attend(array(5, 64), array(7, 32), array(7, 8))
-    wanted = "mask: float32 given, bool wanted; pass scores to add as bias="
+    wanted = "mask: expected bool, got float32; scores to add go into bias="
     with pytest.raises(TypeError, match=f"^{re.escape(wanted)}$"):
         target.attend(Q, K, V, mask=array(5, 7))
+    with pytest.raises(TypeError, match=r"^mask: expected bool, got int64; .*mask\.astype\(bool\)"):
+        target.attend(Q, K, V, mask=array(5, 7).astype(int))
 
 
 def test_no_dropout(target):

@@ -170,13 +170,13 @@ ARRAYS, GIVEN = arguments("additive")
 
 
 @pytest.mark.parametrize("name, opts, error, message", [
-    ("euclidean", {"wrt": ("w",)}, ValueError, "wrt: 'w' given, some of 'bias', 'alibi', 'sinks'"),
+    ("euclidean", {"wrt": ("w",)}, ValueError, "wrt: expected some of 'bias',.* got 'w'"),
     ("euclidean", {"wrt": ("bias",)}, ValueError, "wrt: 'bias' given, but no bias="),
     ("euclidean", {"out": np.ones(3)}, ValueError, "out: array given, None wanted"),
     ("euclidean", {"scale": -1.0}, ValueError, "scale: -1.0 given"),
     ("euclidean", {"backend": "numba"}, ValueError, "backend: 'numba' given, which cannot serve"),
-    ("additive", {"wrt": ("v",)}, ValueError, "wrt: 'v' given, some of 'w_q', 'w_k', 'w', 'b', "),
-    ("additive", {"wrt": "b"}, TypeError, "wrt: str given, a tuple of names wanted"),
+    ("additive", {"wrt": ("v",)}, ValueError, "wrt: expected some of 'w_q', 'w_k', 'w', 'b', "),
+    ("additive", {"wrt": "b"}, TypeError, "wrt: expected a tuple of names, got str"),
     ("additive", {"wrt": ("b",), "b": None}, ValueError, "wrt: 'b' given, but no b="),
     ("additive", {"scale": 1.0}, TypeError, "scale: float given"),
     ("additive", {"w": np.ones(8)}, ValueError, r"w: shape \(8,\) given"),

@@ -155,11 +155,14 @@ def test_layer(target, kv_heads, inputs):
 
 @pytest.mark.parametrize("function, arrays, opts, error, message", [
     (fastattn.dot, (1, 2, 3), {"wrt": ("scale",)}, ValueError, "q: 0 axes"),
-    (fastattn.dot, SHAPE.arrays(), {"wrt": ("scale",)}, ValueError, "wrt: 'scale' given"),
+    (fastattn.dot, SHAPE.arrays(), {"wrt": ("scale",)}, ValueError, "wrt: expected some of"),
     (fastattn.cosine, SHAPE.arrays(), {"temperature": 0}, ValueError, "temperature: 0"),
     (fastattn.cosine, SHAPE.arrays(), {"scale": 1.0}, TypeError, "scale: float given"),
     (fastattn.pool, (np.ones((3, 2)), np.ones(2)), {"wrt": ("w",)}, ValueError, "wrt: "),
-    (MultiHeadAttention(4, 2), (np.ones((3, 4)),), {"wrt": ("w",)}, ValueError, "wrt: 'w' given"),
+    (fastattn.pool, (np.ones((3, 2)), np.ones(2)), {"wrt": "b"}, TypeError, "wrt: expected"),
+    (fastattn.pool, (np.ones((3, 2)), np.ones(2)), {"wrt": 1}, TypeError, "wrt: expected"),
+    (MultiHeadAttention(4, 2), (np.ones((3, 4)),), {"wrt": "w_q"}, TypeError, "wrt: expected"),
+    (MultiHeadAttention(4, 2), (np.ones((3, 4)),), {"wrt": ("w",)}, ValueError, "wrt: exp"),
     (MultiHeadAttention(4, 2), (np.ones((3, 5)),), {}, ValueError, "query: shape"),
 ])  # fmt: skip
 def test_errors(function, arrays, opts, error, message):

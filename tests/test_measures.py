@@ -335,7 +335,7 @@ GIVEN = parameters(8)
     ("euclidean", {"scale": 0}, ValueError, "scale: 0.0 given, a finite number > 0"),
     ("euclidean", {"scale": "1"}, TypeError, "scale: <U1 given, a real number"),
     ("euclidean", {"mask": 1.0}, TypeError, "mask: "),
-    ("euclidean", {"k": K[..., :5]}, ValueError, "k: head_dim 5 differs from q's 8"),
+    ("euclidean", {"k": K[..., :5]}, ValueError, "k: expected head_dim 8 as in q, got 5"),
     ("euclidean", {"out": np.ones((2, 4, 5, 9))}, ValueError, "out: shape"),
     ("euclidean", {"backend": "nobody"}, ValueError, "backend: 'nobody' given"),
     ("additive", {"scale": 1.0}, TypeError, "scale: float given, but additive has no scale"),

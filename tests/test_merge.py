@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import Shape
+from cases import Shape, float_type
 
 import fastattn
 
@@ -53,12 +53,30 @@ def test_parts_that_see_nothing():
 
 
 @pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [(("int64", "int64"), "float64"), (("float16", "bfloat16"), "float32"),
+     (("float16", "float16"), "float16"), (("bfloat16", "float32"), "float32")],
+)  # fmt: skip
+def test_dtype_of_parts(dtypes, expected):
+    """Promoted as in `scaled_dot`; integers keep the fractions that they merge to."""
+    lse = np.zeros(1, np.float32)
+    first, second = map(float_type, dtypes)
+    parts = np.array([[1, 2]]).astype(first), np.array([[2, 3]]).astype(second)
+    out, _ = fastattn.merge(*((part, lse) for part in parts))
+    assert out.dtype == expected and out.tolist() == [[1.5, 2.5]]
+
+
+@pytest.mark.parametrize(
     ("parts", "error", "message"),
     [
-        ((), ValueError, "parts: none given"),
-        ((np.zeros((2, 2)),), TypeError, "part 0: ndarray given"),
-        (((np.zeros((2, 2)), np.zeros(3)),), ValueError, "part 0: shapes"),
+        ((), ValueError, "parts: expected at least one"),
+        ((np.zeros((2, 2)),), TypeError, "part 0: expected a pair"),
+        (((np.zeros((2, 2)), np.zeros(3)),), ValueError, "part 0: expected shapes"),
         (((np.zeros((2, 2)), np.zeros(2)), (np.zeros((3, 2)), np.zeros(3))), ValueError, "part 1"),
+        (((np.zeros((2, 2), complex), np.zeros(2)),), TypeError, "part 0, out: "),
+        (((np.zeros((2, 2)), np.zeros(2, complex)),), TypeError, "part 0, lse: "),
+        (((np.ma.zeros((2, 2)), np.zeros(2)),), TypeError, "part 0, out: masked array"),
+        (((np.zeros((2, 2)), np.ma.zeros(2)),), TypeError, "part 0, lse: masked array"),
     ],
 )
 def test_errors(parts, error, message):

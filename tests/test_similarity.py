@@ -310,7 +310,7 @@ def test_errors(name, opts, error, message):
 
 @pytest.mark.parametrize("name", ["dot", "cosine", "gaussian"])
 def test_shapes_are_those_of_scaled_dot(name):
-    with pytest.raises(ValueError, match=r"^k: head_dim 6 differs from q's 8"):
+    with pytest.raises(ValueError, match=r"^k: expected head_dim 8 as in q, got 6"):
         getattr(fastattn, name)(Q, K[..., :6], V)
     with pytest.raises(ValueError, match=r"^q: 0 axes"):
         getattr(fastattn, name)(1.0, K, V)

@@ -33,10 +33,12 @@ def test_dtype_and_emptiness():
     ("arguments", "error", "message"),
     [
         (([1.5],), TypeError, "lengths_q: float64 given"),
-        (([-1],), ValueError, "lengths_q: -1 given"),
-        (([[1]],), ValueError, "lengths_q: 2 axes given"),
-        (([1, 2], [1]), ValueError, "lengths_k: 1 documents given"),
-        (([1], None, 1), TypeError, "causal: int given"),
+        (([-1],), ValueError, "lengths_q: expected lengths of at least 0, got -1"),
+        (([[1]],), ValueError, "lengths_q: expected 1 axis, got 2"),
+        (([2**62, 2**62],), ValueError, "lengths_q: expected lengths of less than"),
+        (([1], [2**63]), ValueError, "lengths_k: expected lengths of less than"),
+        (([1, 2], [1]), ValueError, "lengths_k: expected 2 documents, got 1"),
+        (([1], None, 1), TypeError, "causal: expected bool, got int"),
     ],
 )
 def test_errors(arguments, error, message):
