@@ -162,7 +162,7 @@ def test_layer(target, kv_heads, inputs):
     (fastattn.pool, (np.ones((3, 2)), np.ones(2)), {"wrt": "b"}, TypeError, "wrt: expected"),
     (fastattn.pool, (np.ones((3, 2)), np.ones(2)), {"wrt": 1}, TypeError, "wrt: expected"),
     (MultiHeadAttention(4, 2), (np.ones((3, 4)),), {"wrt": "w_q"}, TypeError, "wrt: expected"),
-    (MultiHeadAttention(4, 2), (np.ones((3, 4)),), {"wrt": ("w",)}, ValueError, "wrt: exp"),
+    (MultiHeadAttention(4, 2), (np.ones((3, 4)),), {"wrt": ("w",)}, ValueError, "wrt: expected"),
     (MultiHeadAttention(4, 2), (np.ones((3, 5)),), {}, ValueError, "query: shape"),
 ])  # fmt: skip
 def test_errors(function, arrays, opts, error, message):

@@ -120,7 +120,7 @@ def test_no_block_is_larger_than_its_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("words, error, message", [
-    ({"mask": da.zeros((50, 70))}, TypeError, "mask: float64 given, bool wanted"),
+    ({"mask": da.zeros((50, 70))}, TypeError, "mask: expected bool, got float64"),
     ({"bias": da.zeros((50, 71))}, ValueError, r"bias: shape \(50, 71\) given"),
     ({"kv_lengths": [3, 71]}, ValueError, "kv_lengths: 71 given"),
     ({"kv_lengths": da.ones(2, dtype=int), "causal": True}, ValueError, "q_offset: None given"),
