@@ -164,6 +164,7 @@ def differentiate(
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
         tiles.grad_out_dim = pull.grad_out.dim
+        tiles.grad_out_format = number_format(grad_out)
         tiles.wants_bias, tiles.wants_slope = grad_bias is not None, grad_slope is not None
         tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
         scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)
