@@ -79,6 +79,9 @@ cdef extern from "tile.h" nogil:
         double delta[MAX_QUERIES]
         char *grad_k
         char *grad_v
+        NumberFormat grad_k_format, grad_v_format
+        Py_ssize_t grad_k_key, grad_v_key
+        bint adds_k, adds_v
         bint wants_bias, wants_slope, rows_share_bias
         char *grad_bias[MAX_QUERIES]
         double grad_slope[MAX_QUERIES][3]

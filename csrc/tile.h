@@ -76,7 +76,10 @@ typedef struct {
     NumberFormat grad_out_format;
     ptrdiff_t grad_out_dim;
     double delta[MAX_QUERIES];
-    char *grad_k, *grad_v;
+    char *grad_k, *grad_v; /* of the key head, without gaps between the dims */
+    NumberFormat grad_k_format, grad_v_format;
+    ptrdiff_t grad_k_key, grad_v_key;
+    int adds_k, adds_v; /* to what is there, or fills it? */
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
      * share it. */
     int wants_bias, wants_slope, rows_share_bias;

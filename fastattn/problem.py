@@ -122,6 +122,12 @@ class Problem:
         """How many query heads read one key head."""
         return self.heads // self.kv_heads if self.kv_heads else 1
 
+    def with_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an array with an axis for each of the problem's, of length 1 where it has
+        none.
+        """
+        return (1,) * (3 + len(self.batch) - len(shape)) + shape
+
     def rows(self, dim: int | None = None) -> tuple[int, ...]:
         """The shape of a result with one entry (or `dim` entries) per query."""
         shape = (*self.batch, self.heads, self.n_queries)
