@@ -94,8 +94,9 @@ def attend(
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
-    `k` and `v` have one dtype: float16, bfloat16, that of the kernels, or int8 with `k_scales` and
-    `v_scales`, float32 (batch, kv_heads, keys) without gaps between the keys.
+    `q`, `k` and `v` have a dtype each: float16, bfloat16, float32, or float64 where the kernels sum
+    that. Or `k` and `v` are int8 with `k_scales` and `v_scales`, float32 (batch, kv_heads, keys)
+    without gaps between the keys.
     `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
     must be 0 before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.

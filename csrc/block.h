@@ -54,9 +54,11 @@ typedef struct {
 #define FEW_QUERIES (LANES < 8 ? LANES : 8)
 
 #ifndef PARTS
-/* May keys and values be read where they lie? */
-static bool direct(const Tile *t) { return is_real(t->kv_format) && !t->k_scales; }
-static bool direct_keys(const Tile *t) { return direct(t) && t->measure != ADDITIVE; }
+/* May keys or values be multiplied where they lie? */
+static bool direct_keys(const Tile *t) {
+    return is_real(t->k_format) && !t->k_scales && t->measure != ADDITIVE;
+}
+static bool direct_values(const Tile *t) { return is_real(t->v_format) && !t->v_scales; }
 #endif
 
 /* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch. */
@@ -96,7 +98,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
 #else
     TAKE(q, row * round_up(t->head_dim, LANES))
     TAKE(keys, direct_keys(t) ? 0 : pass_keys * t->head_dim)
-    TAKE(values, direct(t) ? 0 : pass_keys * t->value_dim)
+    TAKE(values, direct_values(t) ? 0 : pass_keys * t->value_dim)
     TAKE(few_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
     TAKE(few_sums, FEW_QUERIES * round_up(t->value_dim, LANES))
     if (t->measure != DOT) {

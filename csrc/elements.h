@@ -1,7 +1,7 @@
 /* Numbers as they lie in memory, of any format, as lanes of `real` and back.
  *
- * Queries, keys, values and results may be float32, float16, bfloat16 (or float64 where `real` is),
- * keys and values also int8; a bias may be any real dtype in any byte order.
+ * Queries, keys and values may be float32, float16, bfloat16 (and float64 where `real` is), each of
+ * its own, keys and values also int8; results are `real`, or halves where that is float32; a bias may be any real dtype in any byte order.
  */
 #ifndef FASTATTN_ELEMENTS_H
 #define FASTATTN_ELEMENTS_H
@@ -91,12 +91,13 @@ INLINE bool is_real(NumberFormat format) {
 /* LANES numbers that lie one behind the other. */
 INLINE vec load_numbers(const char *at, NumberFormat format) {
     if (is_real(format)) return load_unaligned((const real *)at);
-#ifndef REAL_IS_DOUBLE
     if (format.kind == 'b') return load_bfloats(at);
     if (format.kind == 'i' && format.bytes == 1) return load_bytes(at);
+#ifdef REAL_IS_DOUBLE
+    if (format.kind == 'f' && format.bytes == 4 && !format.swapped) return load_floats(at);
+#endif
 #ifdef HAS_HALF
     if (format.kind == 'f' && format.bytes == 2) return load_halves(at);
-#endif
 #endif
     vec x = {0};
     for (int i = 0; i < LANES; i++) x[i] = (real)read_number(at + i * format.bytes, format);
@@ -163,13 +164,14 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
     }
 }
 
-/* Call `function` with a constant format of keys and values last, or the choice between formats would
- * be made for each vector. */
+/* Call `function` with a constant format of an operand last, or the choice between formats would be made
+ * for each vector. */
 #define WITH_FORMAT(format, function, ...)                                                        \
     do {                                                                                          \
-        const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_HALF = {'f', 2, 0},               \
-                           AS_BFLOAT = {'b', 2, 0}, AS_BYTE = {'i', 1, 0};                        \
+        const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_FLOAT = {'f', 4, 0},              \
+                           AS_HALF = {'f', 2, 0}, AS_BFLOAT = {'b', 2, 0}, AS_BYTE = {'i', 1, 0}; \
         if (is_real(format)) function(__VA_ARGS__, AS_REAL);                                      \
+        else if (sizeof(real) > 4 && (format).bytes == 4) function(__VA_ARGS__, AS_FLOAT);        \
         else if ((format).kind == 'b') function(__VA_ARGS__, AS_BFLOAT);                          \
         else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                            \
         else function(__VA_ARGS__, AS_HALF);                                                      \

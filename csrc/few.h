@@ -31,8 +31,8 @@ typedef struct {
 } FewRows;
 
 /* Rows with gaps between their numbers are widened, without their scales. */
-static NumberFormat few_format(const Tile *t, ptrdiff_t dim) {
-    return dim == t->kv_format.bytes ? t->kv_format : (NumberFormat){'f', sizeof(real), 0};
+static NumberFormat few_format(ptrdiff_t dim, NumberFormat format) {
+    return dim == format.bytes ? format : (NumberFormat){'f', sizeof(real), 0};
 }
 static FewRows few_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format, int rows,
                         ptrdiff_t dims, real *to) {
@@ -106,7 +106,7 @@ INLINE void multiply_few(const Tile *t, const Scratch *s, const Strip *strip, Nu
         int keys = fewer(strip->keys - first, LANES), i = 0;
         real *scores = strip->scores + first * PANEL;
         const float *scales = t->k_scales ? t->k_scales + key + first : NULL;
-        FewRows k = few_rows(t->k + (key + first) * t->k_key, t->k_key, t->k_dim, t->kv_format, keys,
+        FewRows k = few_rows(t->k + (key + first) * t->k_key, t->k_key, t->k_dim, t->k_format, keys,
                              t->head_dim, s->few_rows);
         for (int j = 0; j < keys; j++) store(scores + j * PANEL, splat(0));
 #define GROUP(queries)                                                                            \
@@ -171,7 +171,7 @@ INLINE void add_few_values(const Tile *t, const Scratch *s, const Strip *strip, 
         int keys = fewer(strip->keys - first, LANES), i = 0;
         const float *scales = t->v_scales ? t->v_scales + key + first : NULL;
         const real *weights = strip->scores + first * PANEL;
-        FewRows v = few_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, t->kv_format, keys,
+        FewRows v = few_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, t->v_format, keys,
                              t->value_dim, s->few_rows);
         for (; i < t->n_queries && strip->seen == SEE_SOME; i++)
             for (int j = 0; j < keys; j++)

@@ -215,26 +215,34 @@ static void add_grad_q(Tile *t) {
 }
 
 static void store_keys(const real *block, ptrdiff_t dims, ptrdiff_t keys, ptrdiff_t first,
-                       double scale, real *to) {
+                       double scale, bool adds, char *to, ptrdiff_t key, NumberFormat format) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
     real factor = (real)scale;
     for (ptrdiff_t m = 0; m < dim_panels(dims); m++)
         for (ptrdiff_t j = 0; j < keys; j++) {
-            const real *from = block + (m * PASS_KEYS + first + j) * PANEL;
-            real *row = to + j * dims + m * width;
+            const real *from = block + (m * PASS_KEYS + first % PASS_KEYS + j) * PANEL;
+            char *row = to + (first + j) * key + m * width * format.bytes;
             ptrdiff_t d = 0, n = dims - m * width < width ? dims - m * width : width;
-            for (; d + LANES <= n; d += LANES) store_unaligned(row + d, load(from + d) * factor);
-            for (; d < n; d++) row[d] = from[d] * factor;
+            for (; d + LANES <= n; d += LANES) {
+                vec x = load(from + d) * factor;
+                char *at = row + d * format.bytes;
+                store_numbers(at, format, adds ? load_unaligned((const real *)at) + x : x);
+            }
+            for (; d < n; d++) {
+                char *at = row + d * format.bytes;
+                real x = from[d] * factor;
+                write_number(at, format, adds ? *(const real *)at + x : x);
+            }
         }
 }
 
-/* Write the gradients of the block of keys. */
+/* Write the gradients of the block of keys, or add them. */
 static void close_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     GradientScratch g;
     lay_out_gradient(t, &g);
-    store_keys(g.grad_k, t->head_dim, end - begin, begin % PASS_KEYS, t->scale / WEIGHT_UNIT,
-               (real *)t->grad_k + begin * t->head_dim);
-    store_keys(g.grad_v, t->value_dim, end - begin, begin % PASS_KEYS, 1 / WEIGHT_UNIT,
-               (real *)t->grad_v + begin * t->value_dim);
+    store_keys(g.grad_k, t->head_dim, end - begin, begin, t->scale / WEIGHT_UNIT, t->adds_k, t->grad_k,
+               t->grad_k_key, t->grad_k_format);
+    store_keys(g.grad_v, t->value_dim, end - begin, begin, 1 / WEIGHT_UNIT, t->adds_v, t->grad_v,
+               t->grad_v_key, t->grad_v_format);
 }
 #endif

@@ -84,8 +84,8 @@ static void open_panel(const Tile *t, const GradientScratch *g, int p) {
     ptrdiff_t first = p * PANEL, v = round_up(t->value_dim, CHUNK) / CHUNK;
     ptrdiff_t k = round_up(t->head_dim, CHUNK) / CHUNK;
     int queries = fewer(t->n_queries - first, PANEL);
-    uint64_t odd = split_queries(t->grad_out + first, queries, t->grad_out_dim, t->value_dim, t->q_format,
-                                 g->rows);
+    uint64_t odd = split_queries(t->grad_out + first, queries, t->grad_out_dim, t->value_dim,
+                                 t->grad_out_format, g->rows);
     pair_queries(v, g->rows, g->grad_out_pairs + p * PAIRS * PANEL);
     /* grad_out_lanes[part][panel][pair of dims][PANEL] */
     for (int i = 0; i < PARTS; i++)
@@ -140,7 +140,7 @@ static uint64_t split_values(const Tile *t, const GradientScratch *g, ptrdiff_t 
     const char *at[STRIP_KEYS];
     uint64_t odd;
     for (ptrdiff_t key = begin; key < end; key++) at[key - begin] = t->v + key * t->v_key;
-    WITH_FORMAT(t->kv_format, split_rows, at, (int)(end - begin), t->v_dim, t->value_dim, WEIGHT_UNIT,
+    WITH_FORMAT(t->v_format, split_rows, at, (int)(end - begin), t->v_dim, t->value_dim, WEIGHT_UNIT,
                 g->value_rows + begin % PASS_KEYS * CHUNK, chunk,
                 chunk * round_up(t->value_dim, CHUNK) / CHUNK, &odd);
     return odd;
@@ -172,9 +172,9 @@ static bool sees_odd(const Tile *t, const GradientScratch *g, int p, const Strip
 /* Read a panel and a strip as real numbers. */
 static void ready_reals(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
     ready_real_queries(t, g, p);
-    widen(t->k + strip->key * t->k_key, t->k_key, t->k_dim, t->kv_format, NULL, strip->keys,
+    widen(t->k + strip->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, strip->keys,
           t->head_dim, g->real_keys);
-    widen(t->v + strip->key * t->v_key, t->v_key, t->v_dim, t->kv_format, NULL, strip->keys,
+    widen(t->v + strip->key * t->v_key, t->v_key, t->v_dim, t->v_format, NULL, strip->keys,
           t->value_dim, g->real_values);
 }
 

@@ -129,11 +129,11 @@ static void ready_real_queries(const Tile *t, const GradientScratch *g, int p) {
     ptrdiff_t first = p * PANEL, slot = p % REAL_PANELS * PANEL;
     int queries = fewer(t->n_queries - first, PANEL);
     for (int n = 0; n < t->panel[p].vecs; n++)
-        load_columns(t->grad_out, t->grad_out_dim, t->q_format, t->value_dim, t->n_queries, 1,
-                     first + n * LANES, g->grad_out + slot * t->value_dim + n * LANES);
+        load_columns(t->grad_out, t->grad_out_dim, t->grad_out_format, t->value_dim, t->n_queries,
+                     1, first + n * LANES, g->grad_out + slot * t->value_dim + n * LANES);
     bool q = load_rows(t->q + first, t->q_dim, t->q_format, t->head_dim, queries, g->q_rows + slot * PANEL);
-    bool o = load_rows(t->grad_out + first, t->grad_out_dim, t->q_format, t->value_dim, queries,
-                       g->grad_out_rows + slot * PANEL);
+    bool o = load_rows(t->grad_out + first, t->grad_out_dim, t->grad_out_format, t->value_dim,
+                       queries, g->grad_out_rows + slot * PANEL);
     g->finite[p % REAL_PANELS] = q && o;
 }
 

@@ -1,14 +1,65 @@
 # Part of kernels.pyx: the walk backward.
 
+cdef struct Turns:
+    # Key heads whose operand broadcasts add to one gradient. They do so in the order of their items, so
+    # that the sum does not depend on the threads.
+    Py_ssize_t sharers  # of each gradient
+    Py_ssize_t parts  # of each gradient, that have their turns by themselves
+    int64_t *place  # (key heads): which gradient is theirs
+    int64_t *before  # (key heads): how many come before them
+    int64_t *count  # (gradients, parts): how many have had their turn
+
+
 cdef struct Pull:
     # A walk backward; `out` of the walk is the gradient of q.
     Walk walk
-    Operand grad_out, lse, delta, grad_bias, grad_slope
-    char *grad_k
-    char *grad_v
+    Operand grad_out, lse, delta, grad_k, grad_v, grad_bias, grad_slope
     const int64_t *key_heads  # as many of them as `sharers` are one item after another
     Py_ssize_t sharers, blocks  # of keys
-    int64_t *turn  # (batch, kv_heads, tiles): whose turn it is to add to the gradients of q
+    Turns q_turns, k_turns, v_turns  # parts: tiles of queries, blocks of keys
+
+
+cdef Py_ssize_t place_of_gradient(const Walk *walk, const Operand *grad, Py_ssize_t head) noexcept nogil:
+    """Which of the gradients is that of a key head."""
+    cdef Py_ssize_t batch = head // walk.kv_heads, place = 0, step = 1
+    cdef int axis
+    for axis in range(walk.n_batch - 1, -1, -1):
+        if grad.batch[axis] != 0:
+            place += batch % walk.shape[axis] * step
+            step *= walk.shape[axis]
+        batch //= walk.shape[axis]
+    return place + head % walk.kv_heads * step if grad.head != 0 else place
+
+
+cdef int64_t *take_turns(
+    Pull *pull, Turns *turns, const Operand *grad, Py_ssize_t parts, int64_t *room
+) noexcept nogil:
+    """Settle who takes turns. Returns what is left of the room, which is 0 before."""
+    cdef const Walk *walk = &pull.walk
+    cdef Py_ssize_t n, head, heads = walk.key_heads
+    turns.sharers, turns.parts = 1, parts
+    turns.place, turns.before, turns.count = room, room + heads, room + 2 * heads
+    for n in range(heads):
+        head = pull.key_heads[n]
+        turns.place[head] = place_of_gradient(walk, grad, head)
+        turns.before[head] = turns.count[turns.place[head]]
+        turns.count[turns.place[head]] += 1
+        turns.sharers = max(turns.sharers, turns.count[turns.place[head]])
+    memset(turns.count, 0, heads * sizeof(int64_t))
+    return turns.count + heads * max(parts, 1)
+
+
+cdef inline int64_t *turn_of(const Turns *turns, Py_ssize_t head, Py_ssize_t part) noexcept nogil:
+    return turns.count + turns.place[head] * turns.parts + part
+
+
+cdef inline bint await_turn(const int64_t *turn, int64_t own, bint *stopped) noexcept nogil:
+    """False if the walk was stopped."""
+    while read_count(turn) < own:
+        if stopped[0]:
+            return False
+        sched_yield()
+    return True
 
 
 cdef bint differentiate_tile(
@@ -23,7 +74,10 @@ cdef bint differentiate_tile(
     cdef char *delta = entry(walk, &pull.delta, at.batch)
     cdef char *grad_bias = entry(walk, &pull.grad_bias, at.batch)
     cdef char *grad_slope = entry(walk, &pull.grad_slope, at.batch)
-    cdef int64_t *turn = pull.turn
+    cdef Py_ssize_t key_head = at.batch * walk.kv_heads + at.kv_head
+    cdef int64_t *turn = turn_of(&pull.q_turns, key_head, at.first // walk.kernels.queries)
+    cdef int64_t own = block * pull.q_turns.sharers + pull.q_turns.before[key_head]
+    cdef bint shared = pull.q_turns.sharers > 1, some = False
     set_tile(walk, tile, at)
     for i in range(tile.n_queries):
         head = at.kv_head * walk.group + (at.first + i) % walk.group
@@ -34,15 +88,13 @@ cdef bint differentiate_tile(
         if grad_bias is not NULL:
             tile.grad_bias[i] = row_of(&pull.grad_bias, grad_bias, head, query)
     walk.kernels.begin(tile)
-    if end <= tile.first or tile.last <= begin:
+    if tile.first < end and begin < tile.last:
+        some = walk.kernels.gradient.differentiate(tile, begin, end)
+    elif not shared:
         return True
-    some = walk.kernels.gradient.differentiate(tile, begin, end)
     # Blocks are added in their order, so that the sum does not depend on the threads.
-    turn += (at.batch * walk.kv_heads + at.kv_head) * walk.tiles + at.first // walk.kernels.queries
-    while tile.first < begin and read_count(turn) < block:
-        if stopped[0]:
-            return False
-        sched_yield()
+    if (shared or tile.first < begin) and not await_turn(turn, own, stopped):
+        return False
     if some:
         walk.kernels.gradient.add(tile)
         for i in range(tile.n_queries if grad_slope is not NULL else 0):
@@ -50,7 +102,7 @@ cdef bint differentiate_tile(
             query = (at.first + i) // walk.group
             for n in range(3):
                 (<double *>row_of(&pull.grad_slope, grad_slope, head, query))[n] += tile.grad_slope[i][n]
-    set_count(turn, block + 1)
+    set_count(turn, own + 1)
     return True
 
 
@@ -63,18 +115,28 @@ cdef bint differentiate_block(
     cdef Py_ssize_t n
     cdef Py_ssize_t begin = block * walk.kernels.pass_keys
     cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
-    cdef Py_ssize_t row = walk.n_keys * walk.kernels.real_bytes
-    tile.k = entry(walk, &walk.k, head // walk.kv_heads) + head % walk.kv_heads * walk.k.head
-    tile.v = entry(walk, &walk.v, head // walk.kv_heads) + head % walk.kv_heads * walk.v.head
-    tile.grad_k = pull.grad_k + head * row * tile.head_dim
-    tile.grad_v = pull.grad_v + head * row * tile.value_dim
+    cdef Py_ssize_t batch = head // walk.kv_heads, kv_head = head % walk.kv_heads
+    cdef int64_t *k_turn = turn_of(&pull.k_turns, head, block)
+    cdef int64_t *v_turn = turn_of(&pull.v_turns, head, block)
+    tile.k = entry(walk, &walk.k, batch) + kv_head * walk.k.head
+    tile.v = entry(walk, &walk.v, batch) + kv_head * walk.v.head
+    tile.grad_k = entry(walk, &pull.grad_k, batch) + kv_head * pull.grad_k.head
+    tile.grad_v = entry(walk, &pull.grad_v, batch) + kv_head * pull.grad_v.head
+    tile.adds_k = pull.k_turns.before[head] > 0
+    tile.adds_v = pull.v_turns.before[head] > 0
     walk.kernels.gradient.open(tile, begin, end)
     for n in range(walk.tiles):
         if stopped[0] or (listen and interrupted(last_look)):
             return False
         if not differentiate_tile(pull, tile, place_of(walk, head * walk.tiles + n), block, stopped):
             return False
+    if not await_turn(k_turn, pull.k_turns.before[head], stopped):
+        return False
+    if not await_turn(v_turn, pull.v_turns.before[head], stopped):
+        return False
     walk.kernels.gradient.close(tile, begin, end)
+    set_count(k_turn, pull.k_turns.before[head] + 1)
+    set_count(v_turn, pull.v_turns.before[head] + 1)
     return True
 
 
@@ -82,12 +144,14 @@ cdef bint differentiate_item(
     const Pull *pull, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
     """One block of keys of key heads that share a bias, in their order. False if stopped."""
-    cdef const int64_t *heads = pull.key_heads + item // pull.blocks * pull.sharers
-    cdef Py_ssize_t i
+    cdef Py_ssize_t groups = pull.walk.key_heads // pull.sharers
+    cdef Py_ssize_t group = item // pull.blocks, block = item % pull.blocks, i
+    cdef const int64_t *heads
+    if pull.q_turns.sharers > 1:  # who waits for a turn waits for items before it
+        group, block = item % groups, item // groups
+    heads = pull.key_heads + group * pull.sharers
     for i in range(pull.sharers):
-        if not differentiate_block(
-            pull, tile, heads[i], item % pull.blocks, listen, last_look, stopped
-        ):
+        if not differentiate_block(pull, tile, heads[i], block, listen, last_look, stopped):
             return False
     return True
 
@@ -123,7 +187,9 @@ def differentiate(
     cnp.ndarray grad_bias, cnp.ndarray grad_slope, cnp.ndarray key_heads not None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
-    and `grad_v`, (batch, kv_heads, keys, dim): contiguous, of the dtype of sums.
+    and `grad_v`, (batch, kv_heads, keys, dim): of the dtype of sums, without gaps between the dims.
+    Along axes of length 1 that the call has more of they are summed; where there are none `grad_k` and
+    `grad_v` may also be of half precision.
 
     `lse` and `delta`, (batch, heads, queries), are float64. What is not None of `grad_bias` and
     `grad_slope` is added to: one broadcasts to the scores, of the dtype of sums, or float64 if it
@@ -134,6 +200,7 @@ def differentiate(
     cdef Pull pull
     cdef Tile *tiles
     cdef char *scratch = NULL
+    cdef int64_t *turns
     cdef Py_ssize_t scratch_bytes, total_bytes, counts
     cdef Walk *walk = &pull.walk
     describe_walk(
@@ -146,14 +213,16 @@ def differentiate(
     describe(walk, &pull.grad_slope, grad_slope, 3)
     pull.key_heads = <const int64_t *>cnp.PyArray_DATA(key_heads)
     pull.sharers = key_heads.shape[1]
-    pull.grad_k = <char *>cnp.PyArray_DATA(grad_k)
-    pull.grad_v = <char *>cnp.PyArray_DATA(grad_v)
+    describe(walk, &pull.grad_k, grad_k, 3)
+    describe(walk, &pull.grad_v, grad_v, 3)
     walk.kernels = gradient_kernels_for(
         product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
     )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     pull.blocks = (walk.n_keys + walk.kernels.pass_keys - 1) // walk.kernels.pass_keys
     if walk.key_heads * pull.blocks == 0:
+        grad_k.fill(0)
+        grad_v.fill(0)
         return
     threads = 1 if alone else min(threads, key_heads.shape[0] * pull.blocks)
     tiles = <Tile *>malloc(threads * sizeof(Tile))
@@ -163,16 +232,22 @@ def differentiate(
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
         tiles.grad_out_dim = pull.grad_out.dim
+        tiles.grad_out_format = number_format(grad_out)
+        tiles.grad_k_format, tiles.grad_v_format = number_format(grad_k), number_format(grad_v)
+        tiles.grad_k_key, tiles.grad_v_key = pull.grad_k.row, pull.grad_v.row
         tiles.wants_bias, tiles.wants_slope = grad_bias is not None, grad_slope is not None
         tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
         scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)
-        counts = walk.key_heads * walk.tiles * sizeof(int64_t)
+        counts = walk.key_heads * (6 + max(walk.tiles, 1) + 2 * pull.blocks) * sizeof(int64_t)
         total_bytes = threads * scratch_bytes + counts + 64
         scratch = <char *>malloc(total_bytes)
         if scratch is NULL:
             raise MemoryError(f"{total_bytes} bytes of scratch")
-        pull.turn = <int64_t *>share_scratch(tiles, threads, scratch, scratch_bytes)
-        memset(pull.turn, 0, counts)
+        turns = <int64_t *>share_scratch(tiles, threads, scratch, scratch_bytes)
+        memset(turns, 0, counts)
+        turns = take_turns(&pull, &pull.q_turns, &walk.out, walk.tiles, turns)
+        turns = take_turns(&pull, &pull.k_turns, &pull.grad_k, pull.blocks, turns)
+        take_turns(&pull, &pull.v_turns, &pull.grad_v, pull.blocks, turns)
         pull_back(&pull, threads, tiles)
     finally:
         free(tiles)

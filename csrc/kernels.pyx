@@ -51,7 +51,7 @@ cdef extern from "tile.h" nogil:
         const char *v
         const float *k_scales
         const float *v_scales
-        NumberFormat q_format, kv_format, out_format
+        NumberFormat q_format, k_format, v_format, out_format, grad_out_format
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
         Py_ssize_t n_queries, head_dim, value_dim, pass_keys
         double scale, margin
@@ -79,6 +79,9 @@ cdef extern from "tile.h" nogil:
         double delta[MAX_QUERIES]
         char *grad_k
         char *grad_v
+        NumberFormat grad_k_format, grad_v_format
+        Py_ssize_t grad_k_key, grad_v_key
+        bint adds_k, adds_v
         bint wants_bias, wants_slope, rows_share_bias
         char *grad_bias[MAX_QUERIES]
         double grad_slope[MAX_QUERIES][3]

@@ -154,7 +154,7 @@ static void measure_few(const Tile *t, const Scratch *s, const Strip *strip, Ter
         const char *rows[PANEL];
         for (int j = 0; j < keys; j++) rows[j] = t->k + (strip->key + first + j) * t->k_key;
         for (int n = 0; n < vecs; n++)
-            load_columns(rows, t->k_dim, t->kv_format, t->head_dim, keys, 1, n * LANES,
+            load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
                          s->key_columns + n * LANES);
         Compared x = {.a = s->q, .row = padded, .dim = 1, .b = s->key_columns,
                       .weights = s->weights, .dims = t->head_dim};

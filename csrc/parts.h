@@ -154,7 +154,7 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
 }
 
 static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    WITH_FORMAT(t->kv_format, split_keys, t, s, begin, end);
+    WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
 /* The bits of a strip's keys among those of the whole strip. */
@@ -231,8 +231,8 @@ static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdi
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
         uint32_t odd, none;
-        WITH_FORMAT(t->kv_format, pair_values, t, key, use, s->value_pairs, &odd);
-        if (odd) WITH_FORMAT(t->kv_format, pair_values, t, key, use & ~odd, s->value_pairs, &none);
+        WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &odd);
+        if (odd) WITH_FORMAT(t->v_format, pair_values, t, key, use & ~odd, s->value_pairs, &none);
         *strip_odd |= (uint64_t)odd << key % STRIP_KEYS;
         for (int i = 0; i < PARTS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
@@ -399,7 +399,7 @@ static void patch_scores(const Tile *t, const Scratch *s, int p, const Strip *st
     for (int j = 0; j < strip->keys; j++) {
         uint64_t lanes = odd >> j & 1 ? ~(uint64_t)0 : t->panel[p].outside;
         if (!lanes) continue;
-        widen(t->k + (strip->key + j) * t->k_key, t->k_key, t->k_dim, t->kv_format,
+        widen(t->k + (strip->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
               t->k_scales ? t->k_scales + strip->key + j : NULL, 1, t->head_dim, s->keys);
         product(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
         for (int i = 0; i < vecs * LANES; i++)
@@ -470,7 +470,7 @@ static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBl
     vec exponent = splat((real)t->exponent);
     for (int j = 0; j < strip->keys; j++) {
         if (!(odd >> j & 1)) continue;
-        widen(t->v + (strip->key + j) * t->v_key, t->v_key, t->v_dim, t->kv_format,
+        widen(t->v + (strip->key + j) * t->v_key, t->v_key, t->v_dim, t->v_format,
               t->v_scales ? t->v_scales + strip->key + j : NULL, 1, t->value_dim, s->values);
         for (int n = 0; n < t->panel[p].vecs; n++) {
             vec score = load(strip->scores + j * PANEL + n * LANES);

@@ -140,7 +140,7 @@ static View keys_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     return (View){s->keys + key % PASS_KEYS * t->head_dim, t->head_dim, 1};
 }
 static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
-    if (direct(t)) return view(t->v + key * t->v_key, t->v_key, t->v_dim);
+    if (direct_values(t)) return view(t->v + key * t->v_key, t->v_key, t->v_dim);
     return (View){s->values + key % PASS_KEYS * t->value_dim, t->value_dim, 1};
 }
 
@@ -163,7 +163,7 @@ static void ready_queries(Tile *t, const Scratch *s, int p) {
 
 static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (direct_keys(t) || few(t)) return;
-    widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->kv_format,
+    widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->k_format,
           t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
           s->keys + begin % PASS_KEYS * t->head_dim);
     if (t->measure == ADDITIVE) ready_additive_keys(t, s, begin % PASS_KEYS, end - begin);
@@ -176,7 +176,7 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
         return;
     }
     if (few(t)) {
-        WITH_FORMAT(few_format(t, t->k_dim), multiply_few, t, s, strip);
+        WITH_FORMAT(few_format(t->k_dim, t->k_format), multiply_few, t, s, strip);
         take_max(1, strip, top);
         return;
     }
@@ -186,8 +186,8 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
 }
 
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (!direct(t) && !few(t))
-        widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->kv_format,
+    if (!direct_values(t) && !few(t))
+        widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->v_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
               s->values + begin % PASS_KEYS * t->value_dim);
 }
@@ -231,7 +231,7 @@ static void sum_few_values(const Tile *t, const Scratch *s, PanelBlock *b, int s
         const Strip *strip = &b->strips[i];
         if (strip->seen == SEE_NONE) continue;
         weigh(1, t->exponent, strip, b->top, b->sum);
-        WITH_FORMAT(few_format(t, t->v_dim), add_few_values, t, s, strip);
+        WITH_FORMAT(few_format(t->v_dim, t->v_format), add_few_values, t, s, strip);
     }
     transpose_few(t, s, out);
 }

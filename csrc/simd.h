@@ -96,9 +96,47 @@ INLINE void store(real *p, vec x) { *(vec *)p = x; }
 INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
 INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
 
-#ifndef REAL_IS_DOUBLE
 typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2)));
 typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
+
+#ifdef REAL_IS_DOUBLE
+typedef float float_lanes __attribute__((vector_size(LANES * 4)));
+typedef uint32_t float_bits __attribute__((vector_size(LANES * 4)));
+typedef int32_t int_lanes __attribute__((vector_size(LANES * 4)));
+INLINE vec load_floats(const char *p) {
+    float_lanes x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, vec);
+}
+INLINE vec load_bfloats(const char *p) {
+    half_lanes x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return __builtin_convertvector((float_lanes)(__builtin_convertvector(x, float_bits) << 16), vec);
+}
+INLINE vec load_bytes(const char *p) {
+    byte_lanes x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, int_lanes), vec);
+}
+#if defined(__AVX512F__) || defined(__F16C__)
+#define HAS_HALF
+INLINE vec load_halves(const char *p) {
+#if defined(__AVX512F__)
+    __m256i x = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_cvtps_pd(_mm512_castps512_ps256(_mm512_cvtph_ps(x)));
+#else
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));
+#endif
+}
+#elif defined(__aarch64__)
+#define HAS_HALF
+INLINE vec load_halves(const char *p) {
+    float16x4_t x = vdup_n_f16(0);
+    __builtin_memcpy(&x, p, 2 * LANES);
+    return (vec)vcvt_f64_f32(vget_low_f32(vcvt_f32_f16(x)));
+}
+#endif
+#else
 INLINE vec load_bfloats(const char *p) {
 #if defined(__AVX512F__) /* GCC converts by halves */
     __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));

@@ -41,7 +41,7 @@ typedef struct {
     char *out[MAX_QUERIES];
     const char *k, *v; /* of the one key head that these queries read */
     const float *k_scales, *v_scales; /* one per key that its numbers are multiplied by; or NULL */
-    NumberFormat q_format, kv_format, out_format; /* kv_format of k and v, out_format also of weights */
+    NumberFormat q_format, k_format, v_format, out_format; /* out_format also of weights */
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
@@ -72,10 +72,14 @@ typedef struct {
     /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
      * of queries go to `out`, all of type `real` with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_QUERIES]; /* of q_format */
+    const char *grad_out[MAX_QUERIES];
+    NumberFormat grad_out_format;
     ptrdiff_t grad_out_dim;
     double delta[MAX_QUERIES];
-    char *grad_k, *grad_v;
+    char *grad_k, *grad_v; /* of the key head, without gaps between the dims */
+    NumberFormat grad_k_format, grad_v_format;
+    ptrdiff_t grad_k_key, grad_v_key;
+    int adds_k, adds_v; /* to what is there, or fills it? */
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
      * share it. */
     int wants_bias, wants_slope, rows_share_bias;

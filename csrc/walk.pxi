@@ -281,7 +281,7 @@ cdef int describe_tile(
     """What all tiles of a walk have in common."""
     tile.k_scales = tile.v_scales = NULL
     tile.q_format = number_format(q)
-    tile.kv_format = number_format(k)
+    tile.k_format, tile.v_format = number_format(k), number_format(v)
     tile.out_format = walk.out_format
     tile.q_dim, tile.out_dim = walk.q.dim, walk.out.dim
     tile.k_dim, tile.k_key = walk.k.dim, walk.k.row

@@ -67,7 +67,7 @@ class Problem:
     v: np.ndarray  # (batch, kv_heads, keys, value_dim)
     k_scales: np.ndarray | None  # (batch, kv_heads, keys), float32, packed keys: k and v are int8
     v_scales: np.ndarray | None  # then, and each of their rows is multiplied by its number here
-    dtype: np.dtype  # of the result and of q; k and v have it too, or both a narrower float dtype
+    dtype: np.dtype  # of the result: the widest of q, k and v, whose float dtypes are their own
     batch: tuple[int, ...]
     heads: int
     kv_heads: int
@@ -128,6 +128,12 @@ class Problem:
             return np.empty(shape, self.dtype)
         return empty_like(self.q, shape, self.dtype)
 
+    def with_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an array with an axis for each of the problem's, of length 1 where it has
+        none.
+        """
+        return (1,) * (3 + len(self.batch) - len(shape)) + shape
+
     def rows(self, dim: int | None = None) -> tuple[int, ...]:
         """The shape of a result with one entry (or `dim` entries) per query."""
         shape = (*self.batch, self.heads, self.n_queries)
@@ -174,12 +180,12 @@ def pose(
         and q.flags.aligned and k.flags.aligned and v.flags.aligned
     ):  # fmt: skip
         originals = (q, k, v)
+        q_dtype, k_dtype, v_dtype = float_dtype("q", q), k.dtype, v.dtype
+        dtype = q_dtype
         if k_scales is None:
-            dtype = _promote(q, k, v)
-            kv_dtype = k.dtype if _widened(k, v, dtype) else dtype
-        else:
-            dtype, kv_dtype = float_dtype("q", q), k.dtype
-        q, k, v = _readable(q, dtype), _readable(k, kv_dtype), _readable(v, kv_dtype)
+            k_dtype, v_dtype = float_dtype("k", k), float_dtype("v", v)
+            dtype = widest({q_dtype, k_dtype, v_dtype})
+        q, k, v = _readable(q, q_dtype), _readable(k, k_dtype), _readable(v, v_dtype)
         pairs = zip("qkv", originals, (q, k, v), strict=True)
         copied = tuple(n for n, old, new in pairs if old is not new and not may_overlap(old, new))
 
@@ -268,7 +274,9 @@ def pose(
 
 
 def _readable(x, dtype):
-    """`x` as backends read it: native, aligned, of that dtype; on a device the kernel converts."""
+    """`x` as backends read it: native, aligned, of that float dtype, which differs from its own only
+    where that holds integers; on a device the kernel converts.
+    """
     if isinstance(x, DeviceArray) or (x.dtype is dtype and x.flags.aligned):
         return x
     return np.require(x, dtype, "A")
@@ -278,15 +286,6 @@ def _with_heads(name, x):
     if x.ndim < 2:
         raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
     return x[None] if x.ndim == 2 else x
-
-
-def _widened(k, v, dtype) -> bool:
-    """Do backends read `k` and `v` as they lie, though narrower than the result's `dtype`?"""
-    return dtype is FLOAT32 and k.dtype == v.dtype and k.dtype.isnative
-
-
-def _promote(q, k, v) -> np.dtype:
-    return widest({float_dtype("q", q), float_dtype("k", k), float_dtype("v", v)})
 
 
 def _broadcast_batch(q_batch, k_batch, v_batch):

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import DTYPES, Shape, check, finfo, float_type, plain_numpy, rms, ulp
+from cases import DTYPES, Shape, check, finfo, float_type, plain_numpy, rms, same_bits, ulp
 
 from fastattn import reference
 from fastattn.problem import pose
@@ -26,6 +26,29 @@ def test_promotion(target, names):
     out, lse = check(target, q, k, v)
     assert out.dtype == float_type(wanted)
     assert lse.dtype == (np.float64 if wanted == "float64" else np.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(2, 2, 130, 600, 64, value_dim=37), Shape(2, 4, 1, 130, 20, 2), Shape(1, 1, 3, 5000, 8)],
+    ids=["many queries", "few queries", "parts of keys"],
+)
+def test_mixed_dtypes_give_the_bits_of_converted_copies(target, shape, transposed):
+    """A narrower operand is widened as it is read, which changes no number."""
+    arrays = shape.arrays()
+    for names in itertools.product(DTYPES, repeat=3):
+        if len(set(names)) == 1:
+            continue
+        mixed = [x.astype(float_type(n)) for x, n in zip(arrays, names, strict=True)]
+        if transposed:
+            mixed = [np.asfortranarray(x) for x in mixed]
+        wide = np.float64 if "float64" in names else np.float32
+        found, wanted = (
+            target.attend(*x, causal=True, return_lse=True)
+            for x in (mixed, [x.astype(wide) for x in mixed])
+        )
+        assert all(map(same_bits, found, wanted)), names
 
 
 @pytest.mark.parametrize("name", INTEGERS)

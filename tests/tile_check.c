@@ -194,7 +194,8 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
     real *k = rows_of(N_KEYS * HEAD_DIM), *v = rows_of(N_KEYS * VALUE_DIM);
     memset(&t, 0, sizeof t);
     t.k = (char *)k, t.v = (char *)v;
-    t.q_format = t.kv_format = t.out_format = (NumberFormat){'f', sizeof(real), 0};
+    t.q_format = t.k_format = t.v_format = t.out_format = t.grad_out_format =
+        (NumberFormat){'f', sizeof(real), 0};
     t.pass_keys = kernels.pass_keys < N_KEYS ? kernels.pass_keys : N_KEYS;
     t.n_queries = n_queries;
     t.q_dim = t.k_dim = t.v_dim = t.out_dim = t.weights_key = sizeof(real);

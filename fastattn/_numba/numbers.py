@@ -6,7 +6,7 @@ from math import copysign, inf, isinf, ldexp
 
 import numpy as np
 
-from .memory import ahead, flags, halfwords, peek_uint8, peek_uint16, peek_uint32, peek_uint64
+from .memory import ahead, flags, floats, halfwords, peek_uint8, peek_uint16, peek_uint32, peek_uint64
 from .vectors import compiled, constant, from_bits, per_type, swap_bytes
 
 __all__ = ["FORMATS", "REAL", "finite_most", "format_of", "read", "rounded", "widen"]
@@ -48,8 +48,8 @@ def bfloat16(bits):
 
 @compiled
 def widen(address, row, step, rows, dims, format, scales, target):
-    """Rows of halves, or of int8 times their `scales`, strides in bytes, as rows of `target`, one
-    behind the other.
+    """Rows of halves, of float32, or of int8 times their `scales`, strides in bytes, as rows of
+    `target`, one behind the other.
     """
     for j in range(rows):
         source, to = address + j * row, ahead(target, j * dims)
@@ -57,6 +57,10 @@ def widen(address, row, step, rows, dims, format, scales, target):
             scale, numbers = np.float64(scales[j]), flags(source)
             for d in range(dims):
                 to[d] = np.float64(np.int8(numbers[d * step])) * scale
+        elif format == FLOAT32:
+            singles = floats(source)
+            for d in range(dims):
+                to[d] = singles[d * (step // 4)]
         else:
             words, apart = halfwords(source), step // 2
             for d in range(dims):

@@ -74,8 +74,8 @@ def score_block(t, begin, scale, measure, bias, score_mod, mask_mod):
         first, last = strip_of(begin, strip, t.first, t.last)
         k = t.k_head + first * t.k_row
         k_row, k_dim = t.k_row, t.k_dim
-        if t.kv_format != REAL and first < last:
-            widen(k, k_row, k_dim, last - first, t.head_dim, t.kv_format,
+        if t.k_format != REAL and first < last:
+            widen(k, k_row, k_dim, last - first, t.head_dim, t.k_format,
                   floats(t.k_scale + 4 * first), reals(t.widened, scale))  # fmt: skip
             k_dim = VECTOR_BYTES // lanes(scale)
             k, k_row = t.widened, t.head_dim * k_dim

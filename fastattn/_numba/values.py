@@ -73,8 +73,8 @@ def attend_block(t, begin, scale):
         first, last = strip_of(begin, strip, t.first, t.last)
         v = t.v_head + first * t.v_row
         v_row, v_dim = t.v_row, t.v_dim
-        if t.kv_format != REAL and first < last:
-            widen(v, v_row, v_dim, last - first, t.value_dim, t.kv_format,
+        if t.v_format != REAL and first < last:
+            widen(v, v_row, v_dim, last - first, t.value_dim, t.v_format,
                   floats(t.v_scale + 4 * first), reals(t.widened, scale))  # fmt: skip
             v_dim = VECTOR_BYTES // lanes(scale)
             v, v_row = t.widened, t.value_dim * v_dim

@@ -20,18 +20,16 @@ LARGE_LSE = 256.0
 
 
 def run_backward(backward: Backward) -> dict[str, np.ndarray]:
-    """The gradients of `backward` by the names of their arguments, each with every axis of the
-    batch and of the heads; that of a bias of queries x keys has the bias's own.
+    """The gradients of `backward` by the names of their arguments, with the axes of the problem;
+    those of `q`, `k`, `v` and of a bias of queries x keys have length 1 where their arrays do.
     """
     b, p = backward, backward.problem
+    arrays = {"q": p.q, "k": p.k, "v": p.v}
     if np.any(np.abs(b.lse) > 1 / np.finfo(p.accumulator).eps, where=np.isfinite(b.lse)):
         # No digit of such an lse is left for the number of keys: the softmax must be taken anew.
         return numpy_backward.run_backward(b)
-    found = {
-        "q": np.zeros((*p.batch, p.heads, *p.q.shape[-2:]), p.accumulator),
-        "k": np.empty((*p.batch, p.kv_heads, *p.k.shape[-2:]), p.accumulator),
-        "v": np.empty((*p.batch, p.kv_heads, *p.v.shape[-2:]), p.accumulator),
-    }
+    found = {name: _room(p, name, x) for name, x in arrays.items()}
+    found["q"].fill(0)
     of_queries = (*range(len(p.batch)), -1)
     grad_slope = np.zeros(p.rows(3)) if b.wants("alibi") else None
     with np.errstate(all="ignore"):
@@ -59,12 +57,24 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         slope, total, distance = np.moveaxis(grad_slope, -1, 0)
         with np.errstate(all="ignore"):
             found["alibi"] = (slope + (total - rest) * distance).sum(axis=of_queries)
-    for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
-        if not x.flags.c_contiguous:  # in the memory order of its array
-            ordered = empty_like(x, found[name].shape, p.accumulator)
+    for name, x in arrays.items():
+        ordered = empty_like(x, found[name].shape, found[name].dtype)
+        if ordered.strides != found[name].strides:
             ordered[...] = found[name]
             found[name] = ordered
     return found
+
+
+def _room(p: Problem, name: str, x) -> np.ndarray:
+    """Where the gradient of `q`, `k` or `v` is summed: in the memory order of its array, if that
+    leaves no gaps between dims. That of a key or value which no other head adds to is summed in the
+    kernel's scratch, and may be rounded at once.
+    """
+    shape = p.with_axes(x.shape)
+    alone = name != "q" and shape[:-2] == (*p.batch, p.kv_heads)
+    room = empty_like(x, shape, p.dtype if alone else p.accumulator)
+    gaps = shape[-1] > 1 and room.strides[-1] != room.itemsize
+    return np.empty(shape, room.dtype) if gaps else room
 
 
 def _lse(b: Backward) -> np.ndarray:

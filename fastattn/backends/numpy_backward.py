@@ -35,16 +35,17 @@ def unsupported_backward(problem: Problem) -> str | None:
 
 def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     """The gradients of `backward` by the names of their arguments, each of the accumulator's dtype
-    and with every axis of the batch and of the heads; that of a bias has the bias's own axes.
+    and with the axes of the problem, of length 1 where its array broadcasts.
     """
     b, p = backward, backward.problem
     found = {}
-    for name, x, n_heads in (("q", p.q, p.heads), ("k", p.k, p.kv_heads), ("v", p.v, p.kv_heads)):
-        found[name] = empty_like(x, (*p.batch, n_heads, *x.shape[-2:]), p.accumulator)
+    for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
+        found[name] = empty_like(x, p.with_axes(x.shape), p.accumulator)
         found[name].fill(0)
     for gradient in p.gradients[3:]:
-        lead = 3 + len(p.batch) - len(gradient.shape) if gradient.name == "bias" else 0
-        found[gradient.name] = np.zeros((1,) * lead + gradient.shape, p.accumulator)
+        shape = gradient.shape
+        shape = p.with_axes(shape) if gradient.name == "bias" else shape
+        found[gradient.name] = np.zeros(shape, p.accumulator)
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):
             _differentiate(b, heads, _rows(b, heads, queries), found)
@@ -98,13 +99,13 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         grad_s = weights * (r.grad_out @ v.swapaxes(-1, -2) - r.delta[..., None])
         grad_s = where_seen(seen, grad_s)
         if "bias" in found:
-            _add_to_bias(found["bias"], h, r.queries, keys, grad_s)
+            _add(found["bias"], (*h.where, r.queries, keys), grad_s)
         if "alibi" in found:
             steps = (grad_s * distances(h, r.queries, keys).astype(real)).sum(axis=(-1, -2))
             found["alibi"][h.where[-1]] -= steps.ravel()
         if p.softcap is not None:
             grad_s = where_seen(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
-        of_keys = (*h.kv_where, keys)
+        of_keys = (*h.kv_where, keys, slice(None))
         if p.measure is DOT:
             grad_q += product(grad_s, seen, k)
             grad_k = product(grad_s.swapaxes(-1, -2), seen_by, r.q)
@@ -114,22 +115,25 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             grad_k *= real(p.scale)
             if "w" in found:
                 found["w"] += more_w * real(p.scale)
-        found["k"][of_keys] += grad_k.sum(axis=1)
-        found["v"][of_keys] += product(weights.swapaxes(-1, -2), seen_by, r.grad_out).sum(axis=1)
+        grad_v = product(weights.swapaxes(-1, -2), seen_by, r.grad_out)
+        for name, x in (("k", grad_k), ("v", grad_v)):
+            _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
     grad_q *= real(p.scale)
-    found["q"][h.where][:, r.queries] = grad_q.reshape(-1, *grad_q.shape[2:])
+    _add(found["q"], (*h.where, r.queries, slice(None)), grad_q)
     if "sinks" in found:
         weights = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
         found["sinks"][h.where[-1]] -= (weights * r.delta).sum(axis=-1).ravel()
 
 
-def _add_to_bias(found, h: Heads, queries: slice, keys: slice, grad_s) -> None:
-    """Add one tile, summed over the axes along which the bias broadcasts."""
-    *batch, heads = h.where
+def _add(found, where: tuple, tile) -> None:
+    """Add to `found` at the index `where` a tile of (kv_heads, group, rows, columns), summed over the
+    axes along which an array of found's shape broadcasts.
+    """
+    *batch, heads, rows, columns = where
     rest = found.shape[-3:]
     view = found[tuple(0 if n == 1 else i for n, i in zip(found.shape[:-3], batch, strict=True))]
-    place = zip(rest, (heads, queries, keys), strict=True)
-    tile = grad_s.reshape(-1, *grad_s.shape[2:])
+    place = zip(rest, (heads, rows, columns), strict=True)
+    tile = tile.reshape(-1, *tile.shape[2:])
     broadcast = tuple(axis for axis, n in enumerate(rest) if n == 1)
     view[tuple(slice(None) if n == 1 else at for n, at in place)] += tile.sum(
         axis=broadcast, keepdims=True
