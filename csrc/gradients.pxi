@@ -3,12 +3,59 @@
 cdef struct Pull:
     # A walk backward; `out` of the walk is the gradient of q.
     Walk walk
-    Operand grad_out, lse, delta, grad_bias, grad_slope
+    Operand grad_out, lse, lse_rest, delta, grad_bias, row_sums
+    double coarse  # the size from which on an lse has lost digits of its row's weights
     char *grad_k
     char *grad_v
     const int64_t *key_heads  # as many of them as `sharers` are one item after another
     Py_ssize_t sharers, blocks  # of keys
     int64_t *turn  # (batch, kv_heads, tiles): whose turn it is to add to the gradients of q
+
+
+cdef bint is_coarse(const Pull *pull, double lse) noexcept nogil:
+    return pull.coarse < fabs(lse) < INFINITY
+
+
+cdef bint normalize_tile(
+    const Pull *pull, Tile *tile, Place at, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """Where the lse of the tile's rows is coarse take what the kernels find themselves. An lse that
+    stands for more keys than this call sees stays, unless no digit of it is left for their number.
+    False if the walk was stopped.
+    """
+    cdef const Walk *walk = &pull.walk
+    cdef char *lse = entry(walk, &pull.lse, at.batch)
+    cdef char *lse_rest = entry(walk, &pull.lse_rest, at.batch)
+    cdef Py_ssize_t value_dim = tile.value_dim, i, head, query
+    cdef Py_ssize_t rows = min(walk.kernels.queries, walk.group * walk.n_queries - at.first)
+    cdef double eps = DBL_EPSILON if walk.kernels.real_bytes == sizeof(double) else FLT_EPSILON
+    cdef double *given
+    cdef double apart
+    cdef bint any_coarse = False
+    for i in range(rows):
+        head = at.kv_head * walk.group + (at.first + i) % walk.group
+        query = (at.first + i) // walk.group
+        any_coarse |= is_coarse(pull, (<double *>row_of(&pull.lse, lse, head, query))[0])
+    if not any_coarse:
+        return True
+    set_tile(walk, tile, at)
+    tile.value_dim = 0
+    walk.kernels.begin(tile)
+    if not each_pass(walk.kernels.attend, walk.kernels.pass_keys, tile, listen, last_look, stopped):
+        return False
+    walk.kernels.gradient.normalize(tile)
+    tile.value_dim = value_dim
+    for i in range(rows):
+        head = at.kv_head * walk.group + (at.first + i) % walk.group
+        query = (at.first + i) // walk.group
+        given = <double *>row_of(&pull.lse, lse, head, query)
+        apart = fabs((tile.lse[i] - given[0]) + tile.lse_rest[i])
+        if is_coarse(pull, given[0]) and (
+            apart <= 4 * eps * fabs(given[0]) or fabs(given[0]) > 1 / eps
+        ):
+            given[0] = tile.lse[i]
+            (<double *>row_of(&pull.lse_rest, lse_rest, head, query))[0] = tile.lse_rest[i]
+    return True
 
 
 cdef bint differentiate_tile(
@@ -20,9 +67,10 @@ cdef bint differentiate_tile(
     cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
     cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
     cdef char *lse = entry(walk, &pull.lse, at.batch)
+    cdef char *lse_rest = entry(walk, &pull.lse_rest, at.batch)
     cdef char *delta = entry(walk, &pull.delta, at.batch)
     cdef char *grad_bias = entry(walk, &pull.grad_bias, at.batch)
-    cdef char *grad_slope = entry(walk, &pull.grad_slope, at.batch)
+    cdef char *row_sums = entry(walk, &pull.row_sums, at.batch)
     cdef int64_t *turn = pull.turn
     set_tile(walk, tile, at)
     for i in range(tile.n_queries):
@@ -30,6 +78,7 @@ cdef bint differentiate_tile(
         query = (at.first + i) // walk.group
         tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
         tile.lse[i] = (<double *>row_of(&pull.lse, lse, head, query))[0]
+        tile.lse_rest[i] = (<double *>row_of(&pull.lse_rest, lse_rest, head, query))[0]
         tile.delta[i] = (<double *>row_of(&pull.delta, delta, head, query))[0]
         if grad_bias is not NULL:
             tile.grad_bias[i] = row_of(&pull.grad_bias, grad_bias, head, query)
@@ -45,11 +94,11 @@ cdef bint differentiate_tile(
         sched_yield()
     if some:
         walk.kernels.gradient.add(tile)
-        for i in range(tile.n_queries if grad_slope is not NULL else 0):
+        for i in range(tile.n_queries if row_sums is not NULL else 0):
             head = at.kv_head * walk.group + (at.first + i) % walk.group
             query = (at.first + i) // walk.group
-            for n in range(3):
-                (<double *>row_of(&pull.grad_slope, grad_slope, head, query))[n] += tile.grad_slope[i][n]
+            for n in range(4):
+                (<double *>row_of(&pull.row_sums, row_sums, head, query))[n] += tile.row_sums[i][n]
     set_count(turn, block + 1)
     return True
 
@@ -98,9 +147,19 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     cdef bint *stop = &stopped  # as in work
     cdef double last_look = seconds()
     cdef Py_ssize_t item, items = pull.walk.key_heads // pull.sharers * pull.blocks
+    cdef Py_ssize_t tiles_to_normalize = pull.walk.key_heads * pull.walk.tiles
+    if pull.coarse == INFINITY:
+        tiles_to_normalize = 0
     if threads > 1:
         pool_started = True
     with nogil:
+        for item in prange(tiles_to_normalize, num_threads=threads, schedule="dynamic"):
+            if not stop[0]:
+                if not normalize_tile(
+                    pull, &tiles[threadid()], place_of(&pull.walk, item), threadid() == 0,
+                    &last_look, stop,
+                ):
+                    stop[0] = True
         # In the order of their numbers: a block waits only for those before it.
         for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
             if not stop[0]:
@@ -115,21 +174,24 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
 
 def differentiate(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray grad_out not None, cnp.ndarray lse not None, cnp.ndarray delta not None,
+    cnp.ndarray grad_out not None, cnp.ndarray lse not None, cnp.ndarray lse_rest not None,
+    double coarse, cnp.ndarray delta not None,
     cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
     tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset,
     cnp.ndarray start, cnp.ndarray stop, cnp.ndarray mask, str product, int threads,
-    cnp.ndarray grad_bias, cnp.ndarray grad_slope, cnp.ndarray key_heads not None,
+    cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
     and `grad_v`, (batch, kv_heads, keys, dim): contiguous, of the dtype of sums.
 
-    `lse` and `delta`, (batch, heads, queries), are float64. What is not None of `grad_bias` and
-    `grad_slope` is added to: one broadcasts to the scores, of the dtype of sums, or float64 if it
-    broadcasts along the queries, and without gaps between the keys; the other is float64 (batch,
-    heads, queries, 3) and contiguous, what the Tile says of slopes. `key_heads`, int64 (items, sharers), are all the flattened key heads, those
-    side by side whose `grad_bias` is one. The rest as for `attend`.
+    `lse`, `lse_rest` and `delta`, (batch, heads, queries), are float64. Weights are those of lse +
+    lse_rest; where an lse is beyond `coarse` both are set to what these kernels find. What is not
+    None of `grad_bias` and `row_sums` is added to: one broadcasts to the scores, of the dtype of
+    sums, or float64 if it broadcasts along the queries, and without gaps between the keys; the other
+    is float64 (batch, heads, queries, 4) and contiguous, as the Tile explains. `key_heads`, int64
+    (items, sharers), are all the flattened key heads, those side by side whose `grad_bias` is one.
+    The rest as for `attend`.
     """
     cdef Pull pull
     cdef Tile *tiles
@@ -142,9 +204,11 @@ def differentiate(
     )
     describe(walk, &pull.grad_out, grad_out, 3)
     describe(walk, &pull.lse, lse, 2)
+    describe(walk, &pull.lse_rest, lse_rest, 2)
     describe(walk, &pull.delta, delta, 2)
     describe(walk, &pull.grad_bias, grad_bias, 3)
-    describe(walk, &pull.grad_slope, grad_slope, 3)
+    describe(walk, &pull.row_sums, row_sums, 3)
+    pull.coarse = coarse
     pull.key_heads = <const int64_t *>cnp.PyArray_DATA(key_heads)
     pull.sharers = key_heads.shape[1]
     pull.grad_k = <char *>cnp.PyArray_DATA(grad_k)
@@ -164,7 +228,7 @@ def differentiate(
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
         tiles.grad_out_dim = pull.grad_out.dim
-        tiles.wants_bias, tiles.wants_slope = grad_bias is not None, grad_slope is not None
+        tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
         tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
         scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)
         counts = walk.key_heads * walk.tiles * sizeof(int64_t)

@@ -67,6 +67,7 @@ typedef struct {
     ptrdiff_t weights_key;
     int want_lse;
     double lse[MAX_QUERIES]; /* filled by finish, where wanted */
+    double lse_rest[MAX_QUERIES]; /* for gradients: what is missing in `lse` */
     void *scratch;           /* scratch_bytes of it, 64-byte aligned */
 
     /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
@@ -78,11 +79,11 @@ typedef struct {
     char *grad_k, *grad_v;
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
      * share it. */
-    int wants_bias, wants_slope, rows_share_bias;
+    int wants_bias, wants_sums, rows_share_bias;
     char *grad_bias[MAX_QUERIES];
-    /* Of each query, filled by differentiate: that of its slope, those of its scores summed, and the
-     * mean distance. */
-    double grad_slope[MAX_QUERIES][3];
+    /* Of each query, filled by differentiate where wanted: its weights and the gradients of its scores
+     * summed, and both times the distance of the key, which is 0 without alibi. */
+    double row_sums[MAX_QUERIES][4];
 
     /* For maps of the weights: pool adds those of a query to its row of `pooled`, a column for each of
      * the runs that the keys are split into, as cell_of says. */
@@ -117,10 +118,12 @@ static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
     return ((i + 1) * cells - 1) / n;
 }
 
-/* Gradients: for a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
+/* Gradients: after `begin` and a forward pass of no values `normalize` fills lse and lse_rest. For a block of
+ * keys, `open` it, `differentiate` each tile of queries after `begin` and
  * then add to the gradients of the queries, and `close` it. */
 typedef struct {
     size_t (*scratch_bytes)(const Tile *);
+    void (*normalize)(Tile *);
     void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
     int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: nobody sees anybody */
     void (*add)(Tile *);
