@@ -25,6 +25,22 @@ static void open_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     *g.forward.ready = (Ready){.end = end};
 }
 
+/* The mean of the weights' gradients, grad_out . out, summed as the products of grad_out and v are: where one
+ * key has all the weight of a row, out is its v, and the gradient of its score is 0 as it should be. */
+static void prepare(Tile *t) {
+    GradientScratch g;
+    lay_out_gradient(t, &g);
+    for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
+        real *grad_out = g.grad_out, *result = g.grad_v;
+        vec sum = splat(0);
+        load_columns(t->grad_out, t->grad_out_dim, t->q_format, t->value_dim, t->n_queries, 1, first, grad_out);
+        load_columns(t->result, t->result_dim, t->q_format, t->value_dim, t->n_queries, 1, first, result);
+        for (ptrdiff_t d = 0; d < t->value_dim; d++)
+            sum = load(result + d * PANEL) * load(grad_out + d * PANEL) + sum;
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++) t->mean[first + i] = sum[i];
+    }
+}
+
 /* The unit of scores. */
 static double score_unit(const Tile *t) { return t->exponent == LOG2_E ? 1 : t->exponent * LN2; }
 

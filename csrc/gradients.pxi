@@ -3,8 +3,8 @@
 cdef struct Pull:
     # A walk backward; `out` of the walk is the gradient of q.
     Walk walk
-    Operand grad_out, lse, lse_rest, delta, grad_bias, row_sums
-    double coarse  # the size from which on an lse has lost digits of its row's weights
+    Operand grad_out, result, lse, grad_lse, rows, grad_bias, row_sums
+    double coarse  # the size from which on an lse has lost digits that its row's weights show
     char *grad_k
     char *grad_v
     const int64_t *key_heads  # as many of them as `sharers` are one item after another
@@ -12,49 +12,68 @@ cdef struct Pull:
     int64_t *turn  # (batch, kv_heads, tiles): whose turn it is to add to the gradients of q
 
 
+cdef struct Row:
+    # What a row of scores brings along; weights are exp(score - lse - lse_rest).
+    double lse, lse_rest, mean  # of the weights' gradients
+
+
+cdef inline double real_at(const Walk *walk, const char *at) noexcept nogil:
+    """A number of the dtype of sums."""
+    return (<double *>at)[0] if walk.kernels.real_bytes == sizeof(double) else (<float *>at)[0]
+
+
 cdef bint is_coarse(const Pull *pull, double lse) noexcept nogil:
     return pull.coarse < fabs(lse) < INFINITY
 
 
-cdef bint normalize_tile(
+cdef bint prepare_tile(
     const Pull *pull, Tile *tile, Place at, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """Where the lse of the tile's rows is coarse take what the kernels find themselves. An lse that
-    stands for more keys than this call sees stays, unless no digit of it is left for their number.
-    False if the walk was stopped.
+    """Fill the rows of a tile. Where the lse of one is coarse it is what the kernels find themselves;
+    but one that stands for more keys than this call sees stays, unless no digit of it is left for
+    their number. False if the walk was stopped.
     """
     cdef const Walk *walk = &pull.walk
+    cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
+    cdef char *result = entry(walk, &pull.result, at.batch)
     cdef char *lse = entry(walk, &pull.lse, at.batch)
-    cdef char *lse_rest = entry(walk, &pull.lse_rest, at.batch)
+    cdef char *rows = entry(walk, &pull.rows, at.batch)
     cdef Py_ssize_t value_dim = tile.value_dim, i, head, query
-    cdef Py_ssize_t rows = min(walk.kernels.queries, walk.group * walk.n_queries - at.first)
     cdef double eps = DBL_EPSILON if walk.kernels.real_bytes == sizeof(double) else FLT_EPSILON
-    cdef double *given
     cdef double apart
+    cdef Row *row
     cdef bint any_coarse = False
-    for i in range(rows):
+    set_tile(walk, tile, at)
+    for i in range(tile.n_queries):
         head = at.kv_head * walk.group + (at.first + i) % walk.group
         query = (at.first + i) // walk.group
-        any_coarse |= is_coarse(pull, (<double *>row_of(&pull.lse, lse, head, query))[0])
+        tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
+        tile.result[i] = row_of(&pull.result, result, head, query)
+    walk.kernels.gradient.prepare(tile)
+    for i in range(tile.n_queries):
+        head = at.kv_head * walk.group + (at.first + i) % walk.group
+        query = (at.first + i) // walk.group
+        row = <Row *>row_of(&pull.rows, rows, head, query)
+        row.lse = real_at(walk, row_of(&pull.lse, lse, head, query))
+        row.lse_rest, row.mean = 0, tile.mean[i]
+        any_coarse |= is_coarse(pull, row.lse)
     if not any_coarse:
         return True
-    set_tile(walk, tile, at)
     tile.value_dim = 0
     walk.kernels.begin(tile)
     if not each_pass(walk.kernels.attend, walk.kernels.pass_keys, tile, listen, last_look, stopped):
         return False
     walk.kernels.gradient.normalize(tile)
     tile.value_dim = value_dim
-    for i in range(rows):
+    for i in range(tile.n_queries):
         head = at.kv_head * walk.group + (at.first + i) % walk.group
         query = (at.first + i) // walk.group
-        given = <double *>row_of(&pull.lse, lse, head, query)
-        apart = fabs((tile.lse[i] - given[0]) + tile.lse_rest[i])
-        if is_coarse(pull, given[0]) and (
-            apart <= 4 * eps * fabs(given[0]) or fabs(given[0]) > 1 / eps
+        row = <Row *>row_of(&pull.rows, rows, head, query)
+        apart = fabs((tile.lse[i] - row.lse) + tile.lse_rest[i])
+        if is_coarse(pull, row.lse) and (
+            apart <= 4 * eps * fabs(row.lse) or fabs(row.lse) > 1 / eps
         ):
-            given[0] = tile.lse[i]
-            (<double *>row_of(&pull.lse_rest, lse_rest, head, query))[0] = tile.lse_rest[i]
+            row.lse, row.lse_rest = tile.lse[i], tile.lse_rest[i]
     return True
 
 
@@ -66,9 +85,9 @@ cdef bint differentiate_tile(
     cdef Py_ssize_t begin = block * walk.kernels.pass_keys, i, n, head, query
     cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
     cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
-    cdef char *lse = entry(walk, &pull.lse, at.batch)
-    cdef char *lse_rest = entry(walk, &pull.lse_rest, at.batch)
-    cdef char *delta = entry(walk, &pull.delta, at.batch)
+    cdef char *grad_lse = entry(walk, &pull.grad_lse, at.batch)
+    cdef char *rows = entry(walk, &pull.rows, at.batch)
+    cdef Row *row
     cdef char *grad_bias = entry(walk, &pull.grad_bias, at.batch)
     cdef char *row_sums = entry(walk, &pull.row_sums, at.batch)
     cdef int64_t *turn = pull.turn
@@ -77,9 +96,10 @@ cdef bint differentiate_tile(
         head = at.kv_head * walk.group + (at.first + i) % walk.group
         query = (at.first + i) // walk.group
         tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
-        tile.lse[i] = (<double *>row_of(&pull.lse, lse, head, query))[0]
-        tile.lse_rest[i] = (<double *>row_of(&pull.lse_rest, lse_rest, head, query))[0]
-        tile.delta[i] = (<double *>row_of(&pull.delta, delta, head, query))[0]
+        row = <Row *>row_of(&pull.rows, rows, head, query)
+        tile.lse[i], tile.lse_rest[i], tile.delta[i] = row.lse, row.lse_rest, row.mean
+        if grad_lse is not NULL:
+            tile.delta[i] -= real_at(walk, row_of(&pull.grad_lse, grad_lse, head, query))
         if grad_bias is not NULL:
             tile.grad_bias[i] = row_of(&pull.grad_bias, grad_bias, head, query)
     walk.kernels.begin(tile)
@@ -147,15 +167,14 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     cdef bint *stop = &stopped  # as in work
     cdef double last_look = seconds()
     cdef Py_ssize_t item, items = pull.walk.key_heads // pull.sharers * pull.blocks
-    cdef Py_ssize_t tiles_to_normalize = pull.walk.key_heads * pull.walk.tiles
-    if pull.coarse == INFINITY:
-        tiles_to_normalize = 0
     if threads > 1:
         pool_started = True
     with nogil:
-        for item in prange(tiles_to_normalize, num_threads=threads, schedule="dynamic"):
+        for item in prange(
+            pull.walk.key_heads * pull.walk.tiles, num_threads=threads, schedule="dynamic"
+        ):
             if not stop[0]:
-                if not normalize_tile(
+                if not prepare_tile(
                     pull, &tiles[threadid()], place_of(&pull.walk, item), threadid() == 0,
                     &last_look, stop,
                 ):
@@ -174,8 +193,8 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
 
 def differentiate(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray grad_out not None, cnp.ndarray lse not None, cnp.ndarray lse_rest not None,
-    double coarse, cnp.ndarray delta not None,
+    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
+    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
     cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
     tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, cnp.ndarray q_offset,
@@ -185,9 +204,9 @@ def differentiate(
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
     and `grad_v`, (batch, kv_heads, keys, dim): contiguous, of the dtype of sums.
 
-    `lse`, `lse_rest` and `delta`, (batch, heads, queries), are float64. Weights are those of lse +
-    lse_rest; where an lse is beyond `coarse` both are set to what these kernels find. What is not
-    None of `grad_bias` and `row_sums` is added to: one broadcasts to the scores, of the dtype of
+    `lse` and `grad_lse`, (batch, heads, queries), are of the dtype of sums. An lse beyond `coarse` is
+    found once more by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
+    filled: the lse, what is missing in it, and the mean of the weights' gradients. What is not None of `grad_bias` and `row_sums` is added to: one broadcasts to the scores, of the dtype of
     sums, or float64 if it broadcasts along the queries, and without gaps between the keys; the other
     is float64 (batch, heads, queries, 4) and contiguous, as the Tile explains. `key_heads`, int64
     (items, sharers), are all the flattened key heads, those side by side whose `grad_bias` is one.
@@ -203,9 +222,10 @@ def differentiate(
         bias,
     )
     describe(walk, &pull.grad_out, grad_out, 3)
+    describe(walk, &pull.result, out, 3)
     describe(walk, &pull.lse, lse, 2)
-    describe(walk, &pull.lse_rest, lse_rest, 2)
-    describe(walk, &pull.delta, delta, 2)
+    describe(walk, &pull.grad_lse, grad_lse, 2)
+    describe(walk, &pull.rows, rows, 3)
     describe(walk, &pull.grad_bias, grad_bias, 3)
     describe(walk, &pull.row_sums, row_sums, 3)
     pull.coarse = coarse
@@ -218,16 +238,16 @@ def differentiate(
     )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     pull.blocks = (walk.n_keys + walk.kernels.pass_keys - 1) // walk.kernels.pass_keys
-    if walk.key_heads * pull.blocks == 0:
+    if walk.key_heads == 0:
         return
-    threads = 1 if alone else min(threads, key_heads.shape[0] * pull.blocks)
+    threads = 1 if alone else min(threads, max(1, key_heads.shape[0] * pull.blocks))
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
-        tiles.grad_out_dim = pull.grad_out.dim
+        tiles.grad_out_dim, tiles.result_dim = pull.grad_out.dim, pull.result.dim
         tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
         tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
         scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)

@@ -77,7 +77,9 @@ cdef extern from "tile.h" nogil:
         void *scratch
         bint differentiating
         const char *grad_out[MAX_QUERIES]
-        Py_ssize_t grad_out_dim
+        const char *result[MAX_QUERIES]
+        Py_ssize_t grad_out_dim, result_dim
+        double mean[MAX_QUERIES]
         double delta[MAX_QUERIES]
         char *grad_k
         char *grad_v
@@ -95,6 +97,7 @@ cdef extern from "tile.h" nogil:
 
     ctypedef struct GradientKernels:
         size_t (*scratch_bytes)(const Tile *) noexcept nogil
+        void (*prepare)(Tile *) noexcept nogil
         void (*normalize)(Tile *) noexcept nogil
         void (*open)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*differentiate)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil

@@ -381,7 +381,7 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
 #ifdef HAS_GRADIENT
 #include "gradient.h"
 
-static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, normalize, open_keys,
+static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, prepare, normalize, open_keys,
                                                  differentiate, add_grad_q, close_keys};
 #define GRADIENT &GRADIENT_KERNELS
 #else

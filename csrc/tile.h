@@ -73,8 +73,9 @@ typedef struct {
     /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
      * of queries go to `out`, all of type `real` with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_QUERIES]; /* of q_format */
-    ptrdiff_t grad_out_dim;
+    const char *grad_out[MAX_QUERIES], *result[MAX_QUERIES]; /* of q_format */
+    ptrdiff_t grad_out_dim, result_dim;
+    double mean[MAX_QUERIES]; /* of the weights' gradients, filled by prepare */
     double delta[MAX_QUERIES];
     char *grad_k, *grad_v;
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
@@ -118,11 +119,12 @@ static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
     return ((i + 1) * cells - 1) / n;
 }
 
-/* Gradients: after `begin` and a forward pass of no values `normalize` fills lse and lse_rest. For a block of
- * keys, `open` it, `differentiate` each tile of queries after `begin` and
+/* Gradients: `prepare` each tile of queries; after `begin` and a forward pass of no values `normalize` fills
+ * lse and lse_rest. For a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
  * then add to the gradients of the queries, and `close` it. */
 typedef struct {
     size_t (*scratch_bytes)(const Tile *);
+    void (*prepare)(Tile *);
     void (*normalize)(Tile *);
     void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
     int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: nobody sees anybody */

@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem
 from ..results import empty_like
 from .cython_kernels import bounds, kernels, product, threads
 from .row_sums import RowSums
@@ -27,35 +26,20 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     }
     start, stop = bounds(p)
     q_offset = None if p.alibi is None else np.asarray(p.q_offset)
-    lse, lse_rest = b.lse.astype(np.float64), np.zeros(p.rows())
-    with np.errstate(all="ignore"):
-        far = np.isfinite(lse) & (np.abs(lse) > b.coarse())
-        out, grad_out = (x.astype(p.accumulator, copy=False) for x in (b.out, b.grad_out))
-        mean = np.einsum("...d,...d->...", grad_out, out).astype(np.float64)
-        delta = mean if b.grad_lse is None else mean - b.grad_lse
-        grad_bias, key_heads = _prepare_bias(b)
+    grad_bias, key_heads = _prepare_bias(b)
     constant = b.wants("bias") and grad_bias is None
     row_sums = np.zeros(p.rows(4)) if constant or b.wants("alibi") else None
+    rows = np.empty(p.rows(3))
     kernels.differentiate(
-        p.q, p.k, p.v, b.grad_out, lse, lse_rest, b.coarse() if far.any() else math.inf, delta,
+        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
         found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, p.scale,
         p.softcap or 0.0, p.bias, p.alibi, p.sinks, q_offset, start, stop, p.mask, product(p),
         threads(p), grad_bias, row_sums, key_heads,
     )  # fmt: skip
+    if row_sums is not None or b.wants("sinks"):
+        found |= _of_rows(b, rows, row_sums)
     if grad_bias is not None:
         found["bias"] = grad_bias
-    with np.errstate(all="ignore"):
-        sink = _sink_weights(p, lse, lse_rest)
-        of_queries = (*range(len(p.batch)), -1)
-        if b.wants("sinks"):
-            found["sinks"] = -(sink * delta).sum(axis=of_queries)
-        if row_sums is not None:
-            grads, slopes = RowSums(*np.moveaxis(row_sums, -1, 0)).settled(
-                mean, mean - delta, sink, b.tolerance(lse)
-            )
-            found["alibi"] = -slopes.sum(axis=of_queries)
-            if constant:
-                found["bias"] = grads[..., None]
     for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
         if not x.flags.c_contiguous:  # in the memory order of its array
             ordered = empty_like(x, found[name].shape, p.accumulator)
@@ -64,12 +48,24 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     return found
 
 
-def _sink_weights(p: Problem, lse, lse_rest):
-    """What of each row's softmax its sink takes."""
-    if p.sinks is None:
-        return 0.0
-    sinks = p.sinks[:, None]
-    return np.where(sinks == -np.inf, 0, np.exp((sinks - lse) - lse_rest))
+def _of_rows(b: Backward, rows, row_sums) -> dict[str, np.ndarray]:
+    """The gradients that need no product: of sinks, slopes, and a bias constant along the keys."""
+    p = b.problem
+    lse, lse_rest, mean = np.moveaxis(rows, -1, 0)
+    of_queries = (*range(len(p.batch)), -1)
+    found, sink = {}, np.zeros(())
+    with np.errstate(all="ignore"):
+        from_lse = 0.0 if b.grad_lse is None else b.grad_lse.astype(np.float64)
+        if p.sinks is not None:
+            sinks = p.sinks[:, None]
+            sink = np.where(sinks == -np.inf, 0, np.exp((sinks - lse) - lse_rest))
+        if b.wants("sinks"):
+            found["sinks"] = -(sink * (mean - from_lse)).sum(axis=of_queries)
+        if row_sums is not None:
+            sums = RowSums(*np.moveaxis(row_sums, -1, 0))
+            grads, slopes = sums.settled(mean, from_lse, sink, b.tolerance(lse))
+            found |= {"alibi": -slopes.sum(axis=of_queries), "bias": grads[..., None]}
+    return found
 
 
 def _prepare_bias(b: Backward) -> tuple[np.ndarray | None, np.ndarray]:
