@@ -90,7 +90,7 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
-    bint for_gradients, measure, cnp.ndarray sums, cnp.ndarray indices,
+    measure, cnp.ndarray sums, cnp.ndarray indices,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
@@ -100,8 +100,7 @@ def attend(
     `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
     must be 0 before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
-    `product` says whose kernels multiply, as in `kernels_for`; `for_gradients` makes scores bit for
-    bit as `differentiate` does. `measure` is that of a Problem if other than DOT. All must have
+    `product` says whose kernels multiply, as in `kernels_for`. `measure` is that of a Problem if other than DOT. All must have
     been validated: nothing is checked here.
 
     To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each cell of
@@ -122,15 +121,10 @@ def attend(
     describe(&walk, &walk.lse, lse, 2)
     walk.lse_bytes = 0 if lse is None else lse.descr.itemsize
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
-    if for_gradients:
-        walk.kernels = gradient_kernels_for(
-            product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
-        )
-    else:
-        walk.kernels = kernels_for(
-            product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
-            measure is None,
-        )
+    walk.kernels = kernels_for(
+        product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
+        measure is None,
+    )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
     describe_survey(&walk, sums, indices)
     if (
@@ -154,7 +148,6 @@ def attend(
             tiles.measure = {"distance": DISTANCE, "additive": ADDITIVE}[measure[0]]
             tiles.measure_weights = doubles(measure[1])
         tiles.want_lse = lse is not None
-        tiles.differentiating = for_gradients  # no other layout for few queries
         if walk.parts > 1:
             tiles.want_lse = True
             tiles.out_format.kind, tiles.out_format.swapped = ord("f"), False

@@ -12,7 +12,11 @@
 
 #ifndef PARTS
 
-static bool few(const Tile *t) { return t->n_queries <= FEW_QUERIES && !t->differentiating; }
+/* Gradients make the same scores, bit for bit: their weights are exp(score - lse). */
+static bool few(const Tile *t) { return t->n_queries <= FEW_QUERIES; }
+
+/* Do products with dimensions in the lanes read keys and values where they lie? */
+static bool few_products(const Tile *t) { return few(t) && !t->differentiating; }
 
 /* x[l] summed over its lanes, for each l in lane l. */
 INLINE vec sum_lanes(vec x[LANES]) {

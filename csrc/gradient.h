@@ -25,14 +25,46 @@ static void open_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     *g.forward.ready = (Ready){.end = end};
 }
 
+/* The mean of the weights' gradients, grad_out . out, summed as the products of grad_out and v are: where one
+ * key has all the weight of a row, out is its v, and the gradient of its score is 0 as it should be. */
+static void prepare(Tile *t) {
+    GradientScratch g;
+    lay_out_gradient(t, &g);
+    for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
+        real *grad_out = g.grad_out, *result = g.grad_v;
+        vec sum = splat(0);
+        load_columns(t->grad_out, t->grad_out_dim, t->grad_out_format, t->value_dim, t->n_queries, 1, first,
+                     grad_out);
+        load_columns(t->result, t->result_dim, t->grad_out_format, t->value_dim, t->n_queries, 1, first,
+                     result);
+        for (ptrdiff_t d = 0; d < t->value_dim; d++)
+            sum = load(result + d * PANEL) * load(grad_out + d * PANEL) + sum;
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++) t->mean[first + i] = sum[i];
+    }
+}
+
+/* The unit of scores. */
+static double score_unit(const Tile *t) { return t->exponent == LOG2_E ? 1 : t->exponent * LN2; }
+
+/* What these kernels normalize each row by: its maximum, and the rest, which has all its digits. */
+static void normalize(Tile *t) {
+    Scratch s = scratch_of(t);
+    double unit = score_unit(t);
+    for (ptrdiff_t i = 0; i < t->n_queries; i++) {
+        double top = s.row_max[i], lse = top * unit;
+        t->lse[i] = lse;
+        t->lse_rest[i] = isinf(top) ? 0 : fma(top, unit, -lse) + log((double)s.row_sum[i] / WEIGHT_UNIT);
+    }
+}
+
 /* Read what the tile's queries bring along. */
 static void open_queries(Tile *t, const GradientScratch *g) {
-    double unit = t->exponent == LOG2_E ? 1 : 1 / (t->exponent * LN2);
+    double unit = score_unit(t);
     for (ptrdiff_t i = 0; i < t->panels * PANEL; i++) {
         bool real_query = i < t->n_queries;
-        double lse = !real_query ? INFINITY : t->lse[i] == -INFINITY ? 0 : t->lse[i] * unit;
-        g->lse[i] = (real)lse;
-        g->lse_rest[i] = isfinite(lse) ? (real)(lse - g->lse[i]) : 0;
+        double lse = !real_query ? INFINITY : t->lse[i] == -INFINITY ? 0 : t->lse[i];
+        g->lse[i] = (real)(lse / unit);
+        g->lse_rest[i] = isfinite(lse) ? (real)((fma(-g->lse[i], unit, lse) + t->lse_rest[i]) / unit) : 0;
         g->delta[i] = real_query ? (real)t->delta[i] : 0;
     }
     for (int p = 0; p < t->panels; p++) open_panel(t, g, p);
@@ -92,23 +124,35 @@ static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const St
     }
 }
 
-/* Add what a strip has to say of the slopes: see Tile. */
-static void add_to_slopes(Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+/* Add a strip to what its rows are to be summed up to. Distances are counted from the near end of the strip,
+ * so that they are small, and what is `far` of them is added in double. */
+static void add_to_row_sums(Tile *t, const GradientScratch *g, int p, const Strip *strip) {
     for (int n = 0; n < t->panel[p].vecs; n++) {
         ptrdiff_t first = p * PANEL + n * LANES;
-        vec distance = distances(t, first, strip->key);
-        vec slope = splat(0), sum = splat(0), mean = splat(0), step = splat(0);
+        vec weights = splat(0), grads = splat(0), weighted = splat(0), slope = splat(0);
+        vec near = splat(0), step = splat(0);
+        double far[LANES] = {0};
+        for (int i = 0; i < LANES && first + i < t->n_queries && t->has_alibi; i++) {
+            ptrdiff_t away = t->position[first + i] - strip->key;
+            near[i] = (real)(away > STRIP_KEYS ? STRIP_KEYS : away < -STRIP_KEYS ? -STRIP_KEYS : away);
+            far[i] = fabs((double)away) - fabs(near[i]);
+        }
         for (int j = 0; j < strip->keys; j++) {
+            vec weight = load(strip->scores + j * PANEL + n * LANES);
             vec grad = load(g->grad_scores + j * PANEL + n * LANES);
-            slope += grad * magnitude(distance - step);
-            sum += grad;
-            mean += load(strip->scores + j * PANEL + n * LANES) * magnitude(distance - step);
-            step += 1;
+            vec distance = magnitude(near - step);
+            weights += weight;
+            grads += grad;
+            weighted += weight * distance;
+            slope += grad * distance;
+            if (t->has_alibi) step += 1;
         }
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) {
-            t->grad_slope[first + i][0] -= slope[i] / WEIGHT_UNIT;
-            t->grad_slope[first + i][1] += sum[i] / WEIGHT_UNIT;
-            t->grad_slope[first + i][2] += mean[i] / WEIGHT_UNIT;
+            double *sums = t->row_sums[first + i];
+            sums[0] += weights[i] / WEIGHT_UNIT;
+            sums[1] += grads[i] / WEIGHT_UNIT;
+            sums[2] += (weighted[i] + far[i] * weights[i]) / WEIGHT_UNIT;
+            sums[3] += (slope[i] + far[i] * grads[i]) / WEIGHT_UNIT;
         }
     }
 }
@@ -139,7 +183,7 @@ static void differentiate_strip(Tile *t, const GradientScratch *g, int p, Strip 
     bool fit = multiply_values(t, g, p, strip, &unit);
     fit &= differentiate_scores(t, g, p, strip, unit);
     if (t->wants_bias) add_to_bias(t, g, p, strip);
-    if (t->wants_slope) add_to_slopes(t, g, p, strip);
+    if (t->wants_sums) add_to_row_sums(t, g, p, strip);
     if (t->softcap > 0) uncap(t, g, p, strip);
     sum_strip(t, g, p, strip, fit, begun);
 }
@@ -163,7 +207,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     lay_out_gradient(t, &g);
     OPEN_TILES();
     open_queries(t, &g);
-    if (t->wants_slope) memset(t->grad_slope, 0, sizeof *t->grad_slope * (size_t)t->n_queries);
+    if (t->wants_sums) memset(t->row_sums, 0, sizeof *t->row_sums * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS) {
         /* Whole strips, so that a row of dK or dV has one place. */
         int keys = fewer(end - key, STRIP_KEYS);

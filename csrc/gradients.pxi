@@ -13,7 +13,8 @@ cdef struct Turns:
 cdef struct Pull:
     # A walk backward; `out` of the walk is the gradient of q.
     Walk walk
-    Operand grad_out, lse, delta, grad_k, grad_v, grad_bias, grad_slope
+    Operand grad_out, result, lse, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
+    double coarse  # the size from which on an lse has lost digits that its row's weights show
     const int64_t *key_heads  # as many of them as `sharers` are one item after another
     Py_ssize_t sharers, blocks  # of keys
     Turns q_turns, k_turns, v_turns  # parts: tiles of queries, blocks of keys
@@ -62,6 +63,71 @@ cdef inline bint await_turn(const int64_t *turn, int64_t own, bint *stopped) noe
     return True
 
 
+cdef struct Row:
+    # What a row of scores brings along; weights are exp(score - lse - lse_rest).
+    double lse, lse_rest, mean  # of the weights' gradients
+
+
+cdef inline double real_at(const Walk *walk, const char *at) noexcept nogil:
+    """A number of the dtype of sums."""
+    return (<double *>at)[0] if walk.kernels.real_bytes == sizeof(double) else (<float *>at)[0]
+
+
+cdef bint is_coarse(const Pull *pull, double lse) noexcept nogil:
+    return pull.coarse < fabs(lse) < INFINITY
+
+
+cdef bint prepare_tile(
+    const Pull *pull, Tile *tile, Place at, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """Fill the rows of a tile. Where the lse of one is coarse it is what the kernels find themselves;
+    but one that stands for more keys than this call sees stays, unless no digit of it is left for
+    their number. False if the walk was stopped.
+    """
+    cdef const Walk *walk = &pull.walk
+    cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
+    cdef char *result = entry(walk, &pull.result, at.batch)
+    cdef char *lse = entry(walk, &pull.lse, at.batch)
+    cdef char *rows = entry(walk, &pull.rows, at.batch)
+    cdef Py_ssize_t value_dim = tile.value_dim, i, head, query
+    cdef double eps = DBL_EPSILON if walk.kernels.real_bytes == sizeof(double) else FLT_EPSILON
+    cdef double apart
+    cdef Row *row
+    cdef bint any_coarse = False
+    set_tile(walk, tile, at)
+    for i in range(tile.n_queries):
+        head = at.kv_head * walk.group + (at.first + i) % walk.group
+        query = (at.first + i) // walk.group
+        tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
+        tile.result[i] = row_of(&pull.result, result, head, query)
+    walk.kernels.gradient.prepare(tile)
+    for i in range(tile.n_queries):
+        head = at.kv_head * walk.group + (at.first + i) % walk.group
+        query = (at.first + i) // walk.group
+        row = <Row *>row_of(&pull.rows, rows, head, query)
+        row.lse = real_at(walk, row_of(&pull.lse, lse, head, query))
+        row.lse_rest, row.mean = 0, tile.mean[i]
+        any_coarse |= is_coarse(pull, row.lse)
+    if not any_coarse:
+        return True
+    tile.value_dim = 0
+    walk.kernels.begin(tile)
+    if not each_pass(walk.kernels.attend, walk.kernels.pass_keys, tile, listen, last_look, stopped):
+        return False
+    walk.kernels.gradient.normalize(tile)
+    tile.value_dim = value_dim
+    for i in range(tile.n_queries):
+        head = at.kv_head * walk.group + (at.first + i) % walk.group
+        query = (at.first + i) // walk.group
+        row = <Row *>row_of(&pull.rows, rows, head, query)
+        apart = fabs((tile.lse[i] - row.lse) + tile.lse_rest[i])
+        if is_coarse(pull, row.lse) and (
+            apart <= 4 * eps * fabs(row.lse) or fabs(row.lse) > 1 / eps
+        ):
+            row.lse, row.lse_rest = tile.lse[i], tile.lse_rest[i]
+    return True
+
+
 cdef bint differentiate_tile(
     const Pull *pull, Tile *tile, Place at, Py_ssize_t block, bint *stopped
 ) noexcept nogil:
@@ -70,10 +136,11 @@ cdef bint differentiate_tile(
     cdef Py_ssize_t begin = block * walk.kernels.pass_keys, i, n, head, query
     cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
     cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
-    cdef char *lse = entry(walk, &pull.lse, at.batch)
-    cdef char *delta = entry(walk, &pull.delta, at.batch)
+    cdef char *grad_lse = entry(walk, &pull.grad_lse, at.batch)
+    cdef char *rows = entry(walk, &pull.rows, at.batch)
+    cdef Row *row
     cdef char *grad_bias = entry(walk, &pull.grad_bias, at.batch)
-    cdef char *grad_slope = entry(walk, &pull.grad_slope, at.batch)
+    cdef char *row_sums = entry(walk, &pull.row_sums, at.batch)
     cdef Py_ssize_t key_head = at.batch * walk.kv_heads + at.kv_head
     cdef int64_t *turn = turn_of(&pull.q_turns, key_head, at.first // walk.kernels.queries)
     cdef int64_t own = block * pull.q_turns.sharers + pull.q_turns.before[key_head]
@@ -83,8 +150,10 @@ cdef bint differentiate_tile(
         head = at.kv_head * walk.group + (at.first + i) % walk.group
         query = (at.first + i) // walk.group
         tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
-        tile.lse[i] = (<double *>row_of(&pull.lse, lse, head, query))[0]
-        tile.delta[i] = (<double *>row_of(&pull.delta, delta, head, query))[0]
+        row = <Row *>row_of(&pull.rows, rows, head, query)
+        tile.lse[i], tile.lse_rest[i], tile.delta[i] = row.lse, row.lse_rest, row.mean
+        if grad_lse is not NULL:
+            tile.delta[i] -= real_at(walk, row_of(&pull.grad_lse, grad_lse, head, query))
         if grad_bias is not NULL:
             tile.grad_bias[i] = row_of(&pull.grad_bias, grad_bias, head, query)
     walk.kernels.begin(tile)
@@ -97,11 +166,11 @@ cdef bint differentiate_tile(
         return False
     if some:
         walk.kernels.gradient.add(tile)
-        for i in range(tile.n_queries if grad_slope is not NULL else 0):
+        for i in range(tile.n_queries if row_sums is not NULL else 0):
             head = at.kv_head * walk.group + (at.first + i) % walk.group
             query = (at.first + i) // walk.group
-            for n in range(3):
-                (<double *>row_of(&pull.grad_slope, grad_slope, head, query))[n] += tile.grad_slope[i][n]
+            for n in range(4):
+                (<double *>row_of(&pull.row_sums, row_sums, head, query))[n] += tile.row_sums[i][n]
     set_count(turn, own + 1)
     return True
 
@@ -165,6 +234,15 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
     if threads > 1:
         pool_started = True
     with nogil:
+        for item in prange(
+            pull.walk.key_heads * pull.walk.tiles, num_threads=threads, schedule="dynamic"
+        ):
+            if not stop[0]:
+                if not prepare_tile(
+                    pull, &tiles[threadid()], place_of(&pull.walk, item), threadid() == 0,
+                    &last_look, stop,
+                ):
+                    stop[0] = True
         # In the order of their numbers: a block waits only for those before it.
         for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
             if not stop[0]:
@@ -179,23 +257,26 @@ cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
 
 def differentiate(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray grad_out not None, cnp.ndarray lse not None, cnp.ndarray delta not None,
+    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
+    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
     cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
     tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     str product, int threads,
-    cnp.ndarray grad_bias, cnp.ndarray grad_slope, cnp.ndarray key_heads not None,
+    cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
     and `grad_v`, (batch, kv_heads, keys, dim): of the dtype of sums, without gaps between the dims.
     Along axes of length 1 that the call has more of they are summed; where there are none `grad_k` and
     `grad_v` may also be of half precision.
 
-    `lse` and `delta`, (batch, heads, queries), are float64. What is not None of `grad_bias` and
-    `grad_slope` is added to: one broadcasts to the scores, of the dtype of sums, or float64 if it
-    broadcasts along the queries, and without gaps between the keys; the other is float64 (batch,
-    heads, queries, 3) and contiguous, what the Tile says of slopes. `key_heads`, int64 (items, sharers), are all the flattened key heads, those
-    side by side whose `grad_bias` is one. The rest as for `attend`.
+    `lse` and `grad_lse`, (batch, heads, queries), are of the dtype of sums. An lse beyond `coarse` is
+    found once more by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
+    filled: the lse, what is missing in it, and the mean of the weights' gradients. What is not None of `grad_bias` and `row_sums` is added to: one broadcasts to the scores, of the dtype of
+    sums, or float64 if it broadcasts along the queries, and without gaps between the keys; the other
+    is float64 (batch, heads, queries, 4) and contiguous, as the Tile explains. `key_heads`, int64
+    (items, sharers), are all the flattened key heads, those side by side whose `grad_bias` is one.
+    The rest as for `attend`.
     """
     cdef Pull pull
     cdef Tile *tiles
@@ -207,10 +288,13 @@ def differentiate(
         walk, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
     )
     describe(walk, &pull.grad_out, grad_out, 3)
+    describe(walk, &pull.result, out, 3)
     describe(walk, &pull.lse, lse, 2)
-    describe(walk, &pull.delta, delta, 2)
+    describe(walk, &pull.grad_lse, grad_lse, 2)
+    describe(walk, &pull.rows, rows, 3)
     describe(walk, &pull.grad_bias, grad_bias, 3)
-    describe(walk, &pull.grad_slope, grad_slope, 3)
+    describe(walk, &pull.row_sums, row_sums, 3)
+    pull.coarse = coarse
     pull.key_heads = <const int64_t *>cnp.PyArray_DATA(key_heads)
     pull.sharers = key_heads.shape[1]
     describe(walk, &pull.grad_k, grad_k, 3)
@@ -223,22 +307,23 @@ def differentiate(
     if walk.key_heads * pull.blocks == 0:
         grad_k.fill(0)
         grad_v.fill(0)
+    if walk.key_heads == 0:
         return
-    threads = 1 if alone else min(threads, key_heads.shape[0] * pull.blocks)
+    threads = 1 if alone else min(threads, max(1, key_heads.shape[0] * pull.blocks))
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
-        tiles.grad_out_dim = pull.grad_out.dim
+        tiles.grad_out_dim, tiles.result_dim = pull.grad_out.dim, pull.result.dim
         tiles.grad_out_format = number_format(grad_out)
         tiles.grad_k_format, tiles.grad_v_format = number_format(grad_k), number_format(grad_v)
         tiles.grad_k_key, tiles.grad_v_key = pull.grad_k.row, pull.grad_v.row
-        tiles.wants_bias, tiles.wants_slope = grad_bias is not None, grad_slope is not None
+        tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
         tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
         scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)
-        counts = walk.key_heads * (6 + max(walk.tiles, 1) + 2 * pull.blocks) * sizeof(int64_t)
+        counts = walk.key_heads * (6 + max(walk.tiles, 1) + 2 * max(pull.blocks, 1)) * sizeof(int64_t)
         total_bytes = threads * scratch_bytes + counts + 64
         scratch = <char *>malloc(total_bytes)
         if scratch is NULL:

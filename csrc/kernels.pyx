@@ -12,7 +12,8 @@ import numpy as np
 cimport numpy as cnp
 from cpython.unicode cimport PyUnicode_AsUTF8
 from cython.parallel cimport prange, threadid
-from libc.math cimport log
+from libc.float cimport DBL_EPSILON, FLT_EPSILON
+from libc.math cimport INFINITY, fabs, log
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.stdlib cimport getenv as c_getenv
@@ -72,19 +73,22 @@ cdef extern from "tile.h" nogil:
         Py_ssize_t weights_key
         bint want_lse
         double lse[MAX_QUERIES]
+        double lse_rest[MAX_QUERIES]
         void *scratch
         bint differentiating
         const char *grad_out[MAX_QUERIES]
-        Py_ssize_t grad_out_dim
+        const char *result[MAX_QUERIES]
+        Py_ssize_t grad_out_dim, result_dim
+        double mean[MAX_QUERIES]
         double delta[MAX_QUERIES]
         char *grad_k
         char *grad_v
         NumberFormat grad_k_format, grad_v_format
         Py_ssize_t grad_k_key, grad_v_key
         bint adds_k, adds_v
-        bint wants_bias, wants_slope, rows_share_bias
+        bint wants_bias, wants_sums, rows_share_bias
         char *grad_bias[MAX_QUERIES]
-        double grad_slope[MAX_QUERIES][3]
+        double row_sums[MAX_QUERIES][4]
         double *pooled
         int slot[MAX_QUERIES]
         Py_ssize_t pooled_row, columns, n_keys
@@ -96,6 +100,8 @@ cdef extern from "tile.h" nogil:
 
     ctypedef struct GradientKernels:
         size_t (*scratch_bytes)(const Tile *) noexcept nogil
+        void (*prepare)(Tile *) noexcept nogil
+        void (*normalize)(Tile *) noexcept nogil
         void (*open)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*differentiate)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*add)(Tile *) noexcept nogil

@@ -162,7 +162,7 @@ static void ready_queries(Tile *t, const Scratch *s, int p) {
 }
 
 static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (direct_keys(t) || few(t)) return;
+    if (direct_keys(t) || few_products(t)) return;
     widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->k_format,
           t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
           s->keys + begin % PASS_KEYS * t->head_dim);
@@ -186,7 +186,7 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
 }
 
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (!direct_values(t) && !few(t))
+    if (!direct_values(t) && !few_products(t))
         widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->v_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
               s->values + begin % PASS_KEYS * t->value_dim);

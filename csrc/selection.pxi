@@ -46,12 +46,10 @@ cdef const TileKernels *kernels_for(
 cdef const TileKernels *gradient_kernels_for(
     str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
 ) except NULL:
-    """The kernels of gradients, likewise. Three parts are worth their packing from 64 queries and 64 dims
-    on, where they take 3/4 to 5/6 of the time.
+    """The kernels of gradients: those that made the results, so that scores are the same bit for bit,
+    or where these have no gradients those of float32.
     """
     cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, True)
-    if product == "f":
-        kernels = chosen().float32 if queries >= 64 and head_dim + value_dim >= 128 else chosen().few
     return chosen().few if kernels.gradient is NULL else kernels
 
 

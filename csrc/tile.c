@@ -381,8 +381,8 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
 #ifdef HAS_GRADIENT
 #include "gradient.h"
 
-static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, open_keys, differentiate,
-                                                 add_grad_q, close_keys};
+static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, prepare, normalize, open_keys,
+                                                 differentiate, add_grad_q, close_keys};
 #define GRADIENT &GRADIENT_KERNELS
 #else
 #define GRADIENT NULL

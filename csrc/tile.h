@@ -67,14 +67,16 @@ typedef struct {
     ptrdiff_t weights_key;
     int want_lse;
     double lse[MAX_QUERIES]; /* filled by finish, where wanted */
+    double lse_rest[MAX_QUERIES]; /* for gradients: what is missing in `lse` */
     void *scratch;           /* scratch_bytes of it, 64-byte aligned */
 
     /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
      * of queries go to `out`, all of type `real` with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_QUERIES];
+    const char *grad_out[MAX_QUERIES], *result[MAX_QUERIES]; /* both of grad_out_format */
     NumberFormat grad_out_format;
-    ptrdiff_t grad_out_dim;
+    ptrdiff_t grad_out_dim, result_dim;
+    double mean[MAX_QUERIES]; /* of the weights' gradients, filled by prepare */
     double delta[MAX_QUERIES];
     char *grad_k, *grad_v; /* of the key head, without gaps between the dims */
     NumberFormat grad_k_format, grad_v_format;
@@ -82,11 +84,11 @@ typedef struct {
     int adds_k, adds_v; /* to what is there, or fills it? */
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
      * share it. */
-    int wants_bias, wants_slope, rows_share_bias;
+    int wants_bias, wants_sums, rows_share_bias;
     char *grad_bias[MAX_QUERIES];
-    /* Of each query, filled by differentiate: that of its slope, those of its scores summed, and the
-     * mean distance. */
-    double grad_slope[MAX_QUERIES][3];
+    /* Of each query, filled by differentiate where wanted: its weights and the gradients of its scores
+     * summed, and both times the distance of the key, which is 0 without alibi. */
+    double row_sums[MAX_QUERIES][4];
 
     /* For maps of the weights: pool adds those of a query to its row of `pooled`, a column for each of
      * the runs that the keys are split into, as cell_of says. */
@@ -121,10 +123,13 @@ static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
     return ((i + 1) * cells - 1) / n;
 }
 
-/* Gradients: for a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
+/* Gradients: `prepare` each tile of queries; after `begin` and a forward pass of no values `normalize` fills
+ * lse and lse_rest. For a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
  * then add to the gradients of the queries, and `close` it. */
 typedef struct {
     size_t (*scratch_bytes)(const Tile *);
+    void (*prepare)(Tile *);
+    void (*normalize)(Tile *);
     void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
     int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: nobody sees anybody */
     void (*add)(Tile *);

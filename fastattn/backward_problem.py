@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,29 @@ class Backward(NamedTuple):
     def wants(self, name: str) -> bool:
         """Is the gradient of the argument `name` asked for?"""
         return any(gradient.name == name for gradient in self.problem.gradients)
+
+    def coarse(self) -> float:
+        """The size of an lse from which on what it is rounded by shows in the weights of its row.
+
+        It moves all of them alike, where a softmax makes them sum to 1. Up to 4 that is within an
+        epsilon. Beyond, it is no more than their own rounding where many keys share the weight; few
+        of n random scores do where their lse is 2 log n or more (Derrida 1981, "Random-energy
+        model").
+        """
+        p = self.problem
+        digits = 2.0**13 if p.dtype.itemsize == 2 else 1.0  # that the result has less than an lse
+        return digits * max(4.0, 2 * math.log(max(1, p.n_keys)))
+
+    def tolerance(self, lse):
+        """How far the rounded weights of a softmax of this `lse` may be from a sum of 1."""
+        return 4 * np.finfo(self.problem.accumulator).eps * (16 + np.abs(lse))
+
+    def stands_for(self, own, lse):
+        """Is `lse` what a call found that saw the keys of this one, whose rows have `own`? Then
+        they differ by rounding only. Of an lse of 1 / eps or more no digit is left for the keys.
+        """
+        eps = np.finfo(self.problem.accumulator).eps
+        return (np.abs(own - lse) <= 4 * eps * np.abs(lse)) | (np.abs(lse) > 1 / eps)
 
 
 def pose_backward(problem: Problem, grad_out, out, lse, grad_lse=None) -> Backward:

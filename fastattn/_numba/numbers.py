@@ -6,7 +6,16 @@ from math import copysign, inf, isinf, ldexp
 
 import numpy as np
 
-from .memory import ahead, flags, floats, halfwords, peek_uint8, peek_uint16, peek_uint32, peek_uint64
+from .memory import (
+    ahead,
+    flags,
+    floats,
+    halfwords,
+    peek_uint8,
+    peek_uint16,
+    peek_uint32,
+    peek_uint64,
+)
 from .vectors import compiled, constant, from_bits, per_type, swap_bytes
 
 __all__ = ["FORMATS", "REAL", "finite_most", "format_of", "read", "rounded", "widen"]

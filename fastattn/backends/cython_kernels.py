@@ -27,14 +27,12 @@ if kernels is not None:
     kernels.instruction_set()  # a wrong FASTATTN_DISABLE_CPU_FEATURES is an error from the start
 
 
-def attend(
-    p: Problem, result, lse=None, weights=None, for_gradients=False, sums=None, indices=None
-) -> None:
+def attend(p: Problem, result, lse=None, weights=None, sums=None, indices=None) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
     kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
         p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
-        lse, weights, p.key_range.longest_first(p.batch), product(p), threads(p), for_gradients,
+        lse, weights, p.key_range.longest_first(p.batch), product(p), threads(p),
         None if p.measure is DOT else p.measure, sums, indices,
     )  # fmt: skip
 

@@ -98,7 +98,9 @@ class _Call:
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
         for operand, x in (("q", p.q), ("k", p.k), ("v", p.v)):
-            t[f"{operand}_format"] = numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
+            t[f"{operand}_format"] = (
+                numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
+            )
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
         flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
         most = self.items // (LAUNCHES * self.threads)

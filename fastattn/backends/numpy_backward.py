@@ -5,6 +5,7 @@ Dao et al. (2022), "FlashAttention", algorithm 4, with the queries in the outer 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -126,14 +127,14 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
 
 
 def _add(found, where: tuple, tile) -> None:
-    """Add to `found` at the index `where` a tile of (kv_heads, group, rows, columns), summed over the
-    axes along which an array of found's shape broadcasts.
+    """Add to `found` at the index `where` a tile of (kv_heads, group, rows, columns), summed over
+    the axes along which an array of found's shape broadcasts.
     """
     *batch, heads, rows, columns = where
     rest = found.shape[-3:]
     view = found[tuple(0 if n == 1 else i for n, i in zip(found.shape[:-3], batch, strict=True))]
     place = zip(rest, (heads, rows, columns), strict=True)
-    tile = tile.reshape(-1, *tile.shape[2:])
+    tile = tile.reshape(math.prod(tile.shape[:2]), *tile.shape[2:])
     broadcast = tuple(axis for axis, n in enumerate(rest) if n == 1)
     view[tuple(slice(None) if n == 1 else at for n, at in place)] += tile.sum(
         axis=broadcast, keepdims=True
