@@ -16,7 +16,7 @@ DIMS = st.sampled_from([1, 2, 3, 8, 16, 24, 40, 64, 96, 128])
 
 # A tenth of the profile's examples: each has so many rows that rms errors are not luck where few of
 # them are undecided between keys.
-ROWS = 1000
+ROWS = 600
 fuzz = settings(max_examples=settings.default.max_examples // 10)
 
 
