@@ -47,9 +47,11 @@ class Backward(NamedTuple):
         """How far the rounded weights of a softmax of this `lse` may be from a sum of 1."""
         return 4 * np.finfo(self.problem.accumulator).eps * (16 + np.abs(lse))
 
-    def stands_for(self, own, lse):
-        """Is `lse` what a call found that saw the keys of this one, whose rows have `own`? Then
-        they differ by rounding only. Of an lse of 1 / eps or more no digit is left for the keys.
+    def replaces(self, own, lse):
+        """May the row sums of this call, of which `own` is the lse, stand for a coarse `lse`?
+
+        Where that is of the same keys they differ by rounding only. One of 1 / eps or more has no
+        digit left for the number of keys.
         """
         eps = np.finfo(self.problem.accumulator).eps
         return (np.abs(own - lse) <= 4 * eps * np.abs(lse)) | (np.abs(lse) > 1 / eps)

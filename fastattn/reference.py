@@ -113,7 +113,7 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         k, v = (per_query_head(x.astype(real), p) for x in (p.k, p.v))
         grad_out, lse = b.grad_out.astype(real), b.lse.astype(real)
         seen, capped = visible(p), capped_products(p, real)
-        weights, sink_weights = recomputed(scores(p, real, capped), seen, lse, p)
+        weights, sink_weights = recomputed(scores(p, real, capped), seen, lse, b)
         delta = (grad_out * b.out.astype(real)).sum(axis=-1)
         if b.grad_lse is not None:
             delta = delta - b.grad_lse.astype(real)
@@ -233,15 +233,16 @@ def softmax(s, seen, sinks=None):
     return weights, (shift + np.log(total))[..., 0]
 
 
-def recomputed(s, seen, lse, p: Problem):
+def recomputed(s, seen, lse, b: Backward):
     """``(weights, sink_weights)`` of a row whose `lse` is known; it may be that of more keys.
 
-    An lse of 1 / eps or more has no digit left for the number of keys, as where a finite mask
-    hides all of them: there the softmax is taken anew.
+    Where an lse is so large that its rounding shows in the weights, and is that of these keys, the
+    softmax is taken anew.
     """
+    p = b.problem
     weights = np.where(seen, np.exp(s - lse[..., None]), 0)
     anew, own_lse = softmax(s, seen, p.sinks)
-    far = np.abs(lse) > 1 / np.finfo(p.accumulator).eps
+    far = np.isfinite(lse) & (np.abs(lse) > b.coarse()) & b.replaces(own_lse, lse)
     weights = np.where(far[..., None], anew, weights)
     if p.sinks is None:
         return weights, None

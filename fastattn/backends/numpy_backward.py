@@ -25,6 +25,7 @@ from .numpy_tiles import (
     scores,
     sums,
 )
+from .row_sums import RowSums
 
 __all__ = ["run_backward", "unsupported_backward"]
 
@@ -59,7 +60,8 @@ class _Rows(NamedTuple):
     queries: slice
     q: np.ndarray  # scaled for products
     grad_out: np.ndarray
-    delta: np.ndarray  # what the weights' mean gradient takes off every score's
+    mean: np.ndarray  # of the weights' gradients
+    delta: np.ndarray  # what is taken off every score's
     shift: np.ndarray  # the weights are exp(score - shift) / total
     total: np.ndarray
 
@@ -73,23 +75,22 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
 
     q = queries_of(p, h, queries)
     grad_out, lse = block(b.grad_out), block(b.lse)
-    delta = (grad_out * block(b.out)).sum(axis=-1)
-    if b.grad_lse is not None:
-        delta -= block(b.grad_lse)
-    rows = _Rows(queries, q, grad_out, delta, lse, np.ones_like(lse))
-    # An lse of 1 / eps or more has no digit left for the number of keys, as where a finite mask
-    # hides all of them: there the softmax is taken anew.
-    far = np.abs(lse) > 1 / np.finfo(real).eps
-    if not np.isfinite(lse[far]).any():
+    mean = (grad_out * block(b.out)).sum(axis=-1)
+    delta = mean if b.grad_lse is None else mean - block(b.grad_lse)
+    rows = _Rows(queries, q, grad_out, mean, delta, lse, np.ones_like(lse))
+    coarse = np.isfinite(lse) & (np.abs(lse) > b.coarse())
+    if not coarse.any():
         return rows
     shift, total = sums(p, h, q, queries)
-    return rows._replace(shift=np.where(far, shift, lse), total=np.where(far, total, 1))
+    coarse &= b.replaces(shift + np.log(total.astype(np.float64)), lse)
+    return rows._replace(shift=np.where(coarse, shift, lse), total=np.where(coarse, total, 1))
 
 
 def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]) -> None:
     """Add what one block of queries contributes to every gradient."""
     p, real = b.problem, b.problem.accumulator.type
     grad_q = np.zeros_like(r.q)
+    row_sums = np.zeros((4, *r.delta.shape))
     for keys in key_blocks(p, h, r.queries):
         k, v = (x[:, :, keys].astype(real) for x in (h.k, h.v))
         products = capped_products(p, h, r.q, keys)
@@ -102,8 +103,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         if "bias" in found:
             _add(found["bias"], (*h.where, r.queries, keys), grad_s)
         if "alibi" in found:
-            steps = (grad_s * distances(h, r.queries, keys).astype(real)).sum(axis=(-1, -2))
-            found["alibi"][h.where[-1]] -= steps.ravel()
+            row_sums += _row_sums(weights, grad_s, distances(h, r.queries, keys))
         if p.softcap is not None:
             grad_s = where_seen(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
         of_keys = (*h.kv_where, keys, slice(None))
@@ -121,9 +121,26 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
     grad_q *= real(p.scale)
     _add(found["q"], (*h.where, r.queries, slice(None)), grad_q)
+    sink = np.zeros(())
+    if h.sinks is not None:
+        sink = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
     if "sinks" in found:
-        weights = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
-        found["sinks"][h.where[-1]] -= (weights * r.delta).sum(axis=-1).ravel()
+        found["sinks"][h.where[-1]] -= (sink * r.delta).sum(axis=-1).ravel()
+    if "alibi" in found:
+        _, slopes = RowSums(*row_sums).settled(r.mean, r.mean - r.delta, sink, b.tolerance(r.shift))
+        found["alibi"][h.where[-1]] -= slopes.sum(axis=-1).ravel()
+
+
+def _row_sums(weights, grad_s, apart) -> np.ndarray:
+    """The fields of RowSums for one tile. Distances are counted from the least of each row, so that
+    they are small, and the rest of them is added in float64.
+    """
+    least = apart.min(axis=-1, keepdims=True)
+    near = (apart - least).astype(weights.dtype)
+    terms = weights, grad_s, weights * near, grad_s * near
+    mass, grads, distance, slope = (x.sum(axis=-1, dtype=np.float64) for x in terms)
+    far = least[:, 0]
+    return np.stack([mass, grads, distance + far * mass, slope + far * grads])
 
 
 def _add(found, where: tuple, tile) -> None:
