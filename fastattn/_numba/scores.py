@@ -24,6 +24,7 @@ from .memory import (
 )
 from .numbers import REAL, finite_most, read, rounded, widen
 from .tile import (
+    FEW_RUN_DIMS,
     FIRST,
     LAST,
     LIVE,
@@ -33,6 +34,7 @@ from .tile import (
     PIECE_LAST,
     PIECE_STATE,
     PIECE_VECS,
+    RUN_DIMS,
     SEE_ALL,
     SEE_SOME,
     STRIPS,
@@ -111,7 +113,8 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, bias, score_mo
     if measure is not None:
         measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
-        product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, np.int64(0))
+        run = run_dims(vecs, t.head_dim)
+        product(vecs, k, k_row, k_dim, keys, t.head_dim, run, queries, scores, np.int64(0))
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
     if bias is not None:
@@ -133,6 +136,15 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, bias, score_mo
             saw[i] = 1
     take_max(vecs, keys, scores, ahead(reals(t.top, scale), row), scale)
     piece[PIECE_STATE] = state
+
+
+@compiled
+def run_dims(vecs, head_dim):
+    """How many dimensions are summed at once."""
+    run = FEW_RUN_DIMS if vecs == 1 else RUN_DIMS
+    while run * run < head_dim:
+        run *= 2
+    return run
 
 
 @compiled

@@ -51,6 +51,10 @@ BLOCK_KEYS = 512
 STRIP_KEYS = blockmask.BLOCK_KEYS
 STRIPS = BLOCK_KEYS // STRIP_KEYS
 
+# Dimensions whose products are summed from 0, at least: of few queries, whom NumPy's matmul gives
+# dot products with many partial sums, and of others. Runs of sqrt(head_dim) have the least error.
+FEW_RUN_DIMS, RUN_DIMS = 16, 64
+
 # What a panel sees of a strip, and anybody of a block of a block mask, whose keys are a strip.
 SEE_NONE, SEE_SOME, SEE_ALL = blockmask.NONE, blockmask.SOME, blockmask.ALL
 MASK_QUERIES = blockmask.BLOCK_QUERIES
@@ -284,7 +288,7 @@ def seen_in_block(t, like, p, row):
 
 
 @compiled
-def product(vecs, a, a_row, a_step, rows, steps, b, c, accumulate):
+def product(vecs, a, a_row, a_step, rows, steps, run, b, c, accumulate):
     """The register tile over any number of rows."""
     size = TILE_VECS * lanes(c[0])
     accumulate = accumulate != 0
@@ -292,6 +296,6 @@ def product(vecs, a, a_row, a_step, rows, steps, b, c, accumulate):
         count, to = min(rows - row, TILE_ROWS), ahead(c, row * size)
         at = a + row * a_row
         if vecs == 1:
-            narrow_tile(at, a_row, a_step, count, steps, b, to, accumulate)
+            narrow_tile(at, a_row, a_step, count, steps, run, b, to, accumulate)
         else:
-            whole_tile(at, a_row, a_step, count, steps, b, to, accumulate)
+            whole_tile(at, a_row, a_step, count, steps, run, b, to, accumulate)

@@ -106,7 +106,7 @@ def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale):
     if piece[PIECE_STATE] == SEE_SOME and not all_finite(t, v, v_row, v_dim, keys, scale):
         add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale)
     else:
-        product(vecs, v, v_dim, v_row, t.value_dim, keys, weights, total, np.int64(1))
+        product(vecs, v, v_dim, v_row, t.value_dim, keys, keys, weights, total, np.int64(1))
 
 
 @compiled
