@@ -1,7 +1,10 @@
 """What only the numba backend has to promise: its disk cache, its vectors, its absence."""
 
+import os
+
 import numpy as np
 import pytest
+from cases import Shape, same_bits
 
 import fastattn
 
@@ -33,6 +36,44 @@ from fastattn._numba import launch
 print(launch.launcher(None, None)._cache.__class__.__name__)
 """
     assert run_python(program).strip() == "NullCache"
+
+
+WARNED = """
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for program in sys.argv[1:]:
+        exec(program)
+print(*(w.category.__name__ for w in caught))
+"""
+OTHER_CALL = 'fastattn.scaled_dot(*[np.ones((3, 5, 8))] * 3, backend="numba")'
+
+
+@pytest.mark.parametrize("ending, cut", [("nbi", True), ("nbc", True), ("nbc", False)])
+def test_damaged_cache(run_python, tmp_path, ending, cut):
+    """A file that was cut off, or in which a bit has changed: said once, and mended."""
+    where = {"timeout": 300, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run_python(CALL, **where)
+    for path in tmp_path.rglob(f"*.{ending}"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data[: len(data) // 2] if cut else data)
+    assert run_python(WARNED, CALL, **where).splitlines() == ["0 1", "RuntimeWarning"]
+    assert run_python(WARNED, CALL, **where).splitlines() == ["1 0", ""]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits on the size of files there")
+def test_full_disk(run_python, tmp_path):
+    """A limit on the size of files stands in for it; said once for all kernels."""
+    program = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+"""
+    found = run_python(
+        program + WARNED, CALL, OTHER_CALL, timeout=300, NUMBA_CACHE_DIR=str(tmp_path)
+    )
+    assert found.splitlines() == ["0 1", "RuntimeWarning"]
 
 
 def test_without_compiling(run_python):
@@ -87,3 +128,38 @@ def test_plan_tells_of_numba():
     plan = fastattn.explain(q, q, q, backend="numba", threads=2).plan
     assert "Numba" in plan["kernel"] and plan["threads"] == "2"
     assert plan["instruction set"].split(",")[0] in ("avx512", "avx2", "neon", "baseline")
+
+
+SHAPES = [
+    Shape(2, 4, 1, 130, 16, kv_heads=2),
+    Shape(2, 4, 70, 700, 24, kv_heads=2),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3e38], ids=str)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["one query", "many"])
+def test_the_rest_keeps_its_bits(shape, where, poison, size):
+    """Rows and columns that a NaN or an Inf does not reach, beside sums that overflow too."""
+    q, k, v = shape.arrays()
+    given = {"q": q, "k": k, "v": np.clip(v, -1, 1) * np.float32(size)}
+    given |= {"causal": True, "return_lse": True, "return_weights": True, "backend": "numba"}
+    clean = fastattn.scaled_dot(**given)
+    given[where][0, 0, shape.n_keys // 2 if where != "q" else 0, 3] = poison
+    dirty = fastattn.scaled_dot(**given)
+    reached = np.zeros(clean[0].shape, bool)
+    if where == "q":
+        reached[0, 0, 0] = True
+    else:
+        sees = np.arange(shape.n_queries) + shape.n_keys - shape.n_queries >= shape.n_keys // 2
+        reached[0, :2, sees, 3 if where == "v" else slice(None)] = True
+    for one, other in zip(clean, dirty, strict=True):
+        if where == "v" and one.shape != reached.shape:
+            same = np.ones(one.shape, bool)
+        else:
+            same = ~reached if one.shape == reached.shape else ~reached.any(axis=-1)
+        assert same_bits(one[same], other[same])
+    assert np.isfinite(clean[0]).all()
+    if where == "v" or np.isnan(poison):  # a score of -inf is none
+        assert not np.isfinite(dirty[0][reached]).any()

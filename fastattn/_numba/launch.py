@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from .disk import keep_on_disk
 from .scores import score_block
 from .tile import ATTEND, BLOCK_KEYS, DONE, WEIGH, open_tile, start_rows, tile_at
 from .values import attend_block, finish, store_weights
@@ -47,18 +48,12 @@ def _entry():
     return launch
 
 
-def _compiled(cache: bool):
-    return njit(nogil=True, error_model="numpy", cache=cache)(_entry())
+def _compiled():
+    return njit(nogil=True, error_model="numpy")(_entry())
 
 
-def _cached():
-    try:
-        return _compiled(cache=True)
-    except RuntimeError:  # nowhere to write: neither beside this file nor in the user's cache
-        return _compiled(cache=False)
-
-
-_plain = _cached()
+_plain = _compiled()
+keep_on_disk(_plain)
 
 
 def launcher(score_mod, mask_mod):
@@ -72,4 +67,4 @@ def launcher(score_mod, mask_mod):
 @lru_cache(32)
 def _with(score_mod, mask_mod):
     # Not on disk, where a function of the user's would be a new one in each process.
-    return _compiled(cache=False)
+    return _compiled()

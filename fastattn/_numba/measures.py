@@ -10,6 +10,7 @@ from math import inf
 
 from .exponential import tanh
 from .memory import ahead, load, reals, store
+from .numbers import bounded, is_finite
 from .vectors import (
     TILE_VECS,
     any_lane,
@@ -29,7 +30,10 @@ DISTANCE = 1
 NUMBER = {"dot": None, "distance": DISTANCE, "additive": 2}
 CHUNK_DIMS = 16
 
-shrink = per_type(2.0**-66, 2.0**-520)
+# Differences of numbers are multiplied by these before they are squared, where their squares would
+# overflow, or be summed to less than this, where subnormal ones have lost digits.
+shrink, grow = per_type(2.0**-66, 2.0**-520), per_type(2.0**100, 2.0**600)
+least_square = per_type(2.0**-100, 2.0**-960)
 
 
 @compiled
@@ -72,6 +76,12 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
         all_b = root(t, all_b, k + second * k_row, k_dim, column, scale)
         all_c = root(t, all_c, k + third * k_row, k_dim, column, scale)
         all_d = root(t, all_d, k + fourth * k_row, k_dim, column, scale)
+    else:
+        factor = splat(constant(t.measure_scale, scale))
+        all_a = bounded(all_a * factor, is_finite(all_a, scale), scale)
+        all_b = bounded(all_b * factor, is_finite(all_b, scale), scale)
+        all_c = bounded(all_c * factor, is_finite(all_c, scale), scale)
+        all_d = bounded(all_d * factor, is_finite(all_d, scale), scale)
     store(ahead(scores, fourth * size), all_d)
     store(ahead(scores, third * size), all_c)
     store(ahead(scores, second * size), all_b)
@@ -80,14 +90,23 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
 
 @compiled
 def root(t, square, k, k_dim, column, scale):
-    """The scores of one key from squared distances; those of finite numbers may overflow."""
+    """The scores of one key from squared distances, which are summed anew where they overflow or
+    lose digits.
+    """
+    factor = splat(constant(t.measure_scale, scale))
+    score = bounded(square_root(square) * factor, is_finite(square, scale), scale)
+    odd = (square == splat(constant(inf, scale))) | (square < splat(least_square(scale)))
+    return root_anew(t, square, odd, score, k, k_dim, column, scale) if any_lane(odd) else score
+
+
+@compiled
+def root_anew(t, square, odd, score, k, k_dim, column, scale):
     size, factor = TILE_VECS * lanes(scale), splat(constant(t.measure_scale, scale))
-    length, far = square_root(square), square == splat(constant(inf, scale))
-    if any_lane(far):
-        small, total = splat(shrink(scale)), splat(constant(0.0, scale))
-        for dim in range(t.head_dim):
-            x = splat(reals(k + dim * k_dim, scale)[0])
-            x = load(ahead(column, dim * size)) * small - x * small
-            total = multiply_add(x, x, total)
-        length = choose(far, square_root(total) / small, length)
-    return length * factor
+    small, large = splat(shrink(scale)), splat(grow(scale))
+    far, total = square > splat(least_square(scale)), splat(constant(0.0, scale))
+    for dim in range(t.head_dim):
+        q, x = load(ahead(column, dim * size)), splat(reals(k + dim * k_dim, scale)[0])
+        x = choose(far, q * small - x * small, (q - x) * large)  # what is near differs exactly
+        total = multiply_add(x, x, total)
+    length = square_root(total) * factor / choose(far, small, large)
+    return choose(odd, bounded(length, is_finite(total, scale), scale), score)

@@ -16,9 +16,22 @@ from .memory import (
     peek_uint32,
     peek_uint64,
 )
-from .vectors import compiled, constant, from_bits, per_type, swap_bytes
+from .vectors import (
+    choose,
+    compiled,
+    constant,
+    from_bits,
+    magnitude,
+    per_type,
+    splat,
+    swap_bytes,
+    with_sign_of,
+)
 
-__all__ = ["FORMATS", "REAL", "finite_most", "format_of", "read", "rounded", "widen"]
+__all__ = [
+    "FORMATS", "REAL", "bounded", "finite_most", "format_of", "is_finite", "read", "rounded",
+    "widen",
+]  # fmt: skip
 
 REAL = 0  # the type of the computation
 HALF, BFLOAT16, FLOAT32, FLOAT64, X87, INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64 = (
@@ -134,6 +147,20 @@ def x87(address, swapped):
         if isinf(value):
             value = finite_most(0.0)
     return copysign(value, -1.0 if top & 0x8000 else 1.0)
+
+
+@compiled
+def is_finite(x, like):
+    """Which lanes of a vector are?"""
+    return magnitude(x) <= splat(finite_most(like))
+
+
+@compiled
+def bounded(total, finite, like):
+    """A vector of sums; those of finite numbers that overflow are the largest number still."""
+    most = splat(finite_most(like))
+    bound = choose(magnitude(total) > most, with_sign_of(most, total), total)
+    return choose(finite, bound, total)
 
 
 @compiled

@@ -18,12 +18,13 @@ def register_tile(vecs: int):
 
     ``c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r, t] * b[t][lane]``, where
     ``a[r, t]`` lies at ``a + r * a_row + t * a_step`` bytes, and rows of `b` and `c` are TILE_VECS
-    vectors apart. Both products of attention have this form. Rows from `rows` on repeat the last
-    one: the same code serves any number of them.
+    vectors apart. Both products of attention have this form. At most `run` steps are summed from
+    0 before they join the sum of those before. Rows from `rows` on repeat the last one: the same
+    code serves any number of them.
     """
 
     @intrinsic
-    def tile(typingctx, a, a_row, a_step, rows, steps, b, c, accumulate):
+    def tile(typingctx, a, a_row, a_step, rows, steps, run, b, c, accumulate):
         vector = vector_of(b.dtype)
 
         def emit(context, builder, sig, args):
@@ -31,23 +32,21 @@ def register_tile(vecs: int):
             return context.get_dummy_value()
 
         whole = types.int64
-        args = (whole, whole, whole, whole, whole, b, b, types.boolean)
+        args = (*[whole] * 6, b, b, types.boolean)
         return types.void(*args), emit
 
     return tile
 
 
 def _emit_register_tile(
-    context, builder, vector, vecs, a, a_row, a_step, rows, steps, b, c, accumulate
+    context, builder, vector, vecs, a, a_row, a_step, rows, steps, run, b, c, accumulate
 ):
     whole = ir.IntType(64)
     kind = context.get_value_type(vector)
     pitch = TILE_VECS * VECTOR_BYTES
     last = builder.sub(rows, whole(1))
-    row_of = []
-    for r in range(TILE_ROWS):
-        inside = builder.icmp_signed("<", whole(r), last)
-        row_of.append(builder.select(inside, whole(r), last))
+    inside = [builder.icmp_signed("<=", whole(r), last) for r in range(TILE_ROWS)]
+    row_of = [builder.select(some, whole(r), last) for r, some in enumerate(inside)]
     a_rows = [builder.add(a, builder.mul(r, a_row)) for r in row_of]
     c_start = builder.ptrtoint(c, whole)
     targets = []
@@ -55,30 +54,42 @@ def _emit_register_tile(
         row = builder.add(c_start, builder.mul(r, whole(pitch)))
         targets.append([builder.add(row, whole(n * VECTOR_BYTES)) for n in range(vecs)])
 
-    def at(address):
-        return builder.inttoptr(address, kind.as_pointer())
-
     def loaded(address):
-        value = builder.load(at(address))
+        value = builder.load(builder.inttoptr(address, kind.as_pointer()))
         value.align = VECTOR_BYTES
         return value
 
-    starts = [[builder.select(accumulate, loaded(x), kind(None)) for x in row] for row in targets]
+    def store(value, address):
+        stored = builder.store(value, builder.inttoptr(address, kind.as_pointer()))
+        stored.align = VECTOR_BYTES
 
+    starts = [[builder.select(accumulate, loaded(x), kind(None)) for x in row] for row in targets]
     b_start = builder.ptrtoint(b, whole)
     before = builder.block
-    body = builder.append_basic_block("product")
-    after = builder.append_basic_block("product.end")
+    begin, body, first, later, after, end = (
+        builder.append_basic_block(f"product.{part}")
+        for part in ("run", "step", "first", "later", "next", "end")
+    )
+    builder.branch(begin)
+
+    builder.position_at_end(begin)
+    run_step, run_offset, run_at = (builder.phi(whole) for _ in range(3))
+    for phi, value in ((run_step, whole(0)), (run_offset, whole(0)), (run_at, b_start)):
+        phi.add_incoming(value, before)
+    sums_before = [[builder.phi(kind) for _ in row] for row in starts]
+    for phi, start in _pairs(sums_before, starts):
+        phi.add_incoming(start, before)
+    run_end = builder.add(run_step, run)
+    run_end = builder.select(builder.icmp_signed("<", run_end, steps), run_end, steps)
     builder.branch(body)
+
     builder.position_at_end(body)
     step, offset, operand_at = (builder.phi(whole) for _ in range(3))
-    step.add_incoming(whole(0), before)
-    offset.add_incoming(whole(0), before)
-    operand_at.add_incoming(b_start, before)
+    for phi, value in ((step, run_step), (offset, run_offset), (operand_at, run_at)):
+        phi.add_incoming(value, begin)
     sums = [[builder.phi(kind) for _ in row] for row in starts]
-    for row, start in zip(sums, starts, strict=True):
-        for phi, value in zip(row, start, strict=True):
-            phi.add_incoming(value, before)
+    for phi, value in _pairs(sums, sums_before):
+        phi.add_incoming(value, begin)
     operands = [loaded(builder.add(operand_at, whole(n * VECTOR_BYTES))) for n in range(vecs)]
     nexts = []
     for r in range(TILE_ROWS):
@@ -90,16 +101,38 @@ def _emit_register_tile(
                 for x, total in zip(operands, sums[r], strict=True)
             ]
         )
-    for row, new in zip(sums, nexts, strict=True):
-        for phi, value in zip(row, new, strict=True):
-            phi.add_incoming(value, body)
-    next_step = builder.add(step, whole(1))
-    step.add_incoming(next_step, body)
-    offset.add_incoming(builder.add(offset, a_step), body)
-    operand_at.add_incoming(builder.add(operand_at, whole(pitch)), body)
-    builder.cbranch(builder.icmp_signed("<", next_step, steps), body, after)
+    for phi, value in _pairs(sums, nexts):
+        phi.add_incoming(value, body)
+    next_step, next_offset = builder.add(step, whole(1)), builder.add(offset, a_step)
+    next_at = builder.add(operand_at, whole(pitch))
+    for phi, value in ((step, next_step), (offset, next_offset), (operand_at, next_at)):
+        phi.add_incoming(value, body)
+    run_done = builder.append_basic_block("product.joined")
+    builder.cbranch(builder.icmp_signed("<", next_step, run_end), body, run_done)
+
+    builder.position_at_end(run_done)
+    builder.cbranch(builder.icmp_signed("==", run_step, whole(0)), first, later)
+    builder.position_at_end(first)
+    for value, address in _pairs(nexts, targets):
+        store(value, address)
+    builder.branch(after)
+    builder.position_at_end(later)
+    for some, values, addresses in zip(inside, nexts, targets, strict=True):
+        for value, address in zip(values, addresses, strict=True):
+            once = builder.select(some, value, kind(None))  # not again by what repeats the row
+            store(builder.fadd(loaded(address), once), address)
+    builder.branch(after)
+
     builder.position_at_end(after)
-    for row, new in zip(targets, nexts, strict=True):
-        for address, value in zip(row, new, strict=True):
-            stored = builder.store(value, at(address))
-            stored.align = VECTOR_BYTES
+    for phi, value in ((run_step, next_step), (run_offset, next_offset), (run_at, next_at)):
+        phi.add_incoming(value, after)
+    for row in sums_before:
+        for phi in row:
+            phi.add_incoming(kind(None), after)
+    builder.cbranch(builder.icmp_signed("<", next_step, steps), begin, end)
+    builder.position_at_end(end)
+
+
+def _pairs(one, other):
+    """What stands at the same places of two lists of rows."""
+    return ((x, y) for a, b in zip(one, other, strict=True) for x, y in zip(a, b, strict=True))

@@ -7,6 +7,7 @@ from math import inf
 import numpy as np
 
 from .exponential import tanh
+from .extremes import far_scores, find_nans
 from .hooks import POSITIVE, for_rows
 from .measures import measure_keys
 from .memory import (
@@ -22,8 +23,10 @@ from .memory import (
     rows_to_columns,
     store,
 )
-from .numbers import REAL, finite_most, read, rounded, widen
+from .numbers import REAL, bounded, is_finite, read, rounded, widen
 from .tile import (
+    FAR_SCORES,
+    FEW_RUN_DIMS,
     FIRST,
     LAST,
     LIVE,
@@ -33,6 +36,8 @@ from .tile import (
     PIECE_LAST,
     PIECE_STATE,
     PIECE_VECS,
+    RUN_DIMS,
+    SAW_SOME,
     SEE_ALL,
     SEE_SOME,
     STRIPS,
@@ -55,10 +60,14 @@ from .vectors import (
     lanes,
     larger,
     magnitude,
+    multiply_add,
+    per_type,
     splat,
-    with_sign_of,
 )
 from .visibility import cut
+
+# Nothing less than this changes the largest numbers.
+far_enough = per_type(2.0**100, 2.0**960)
 
 
 @inlined
@@ -111,28 +120,47 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, bias, score_mo
     if measure is not None:
         measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
-        product(vecs, k, k_row, k_dim, keys, t.head_dim, queries, scores, np.int64(0))
+        run = run_dims(vecs, t.head_dim)
+        product(vecs, k, k_row, k_dim, keys, t.head_dim, run, queries, scores, np.int64(0))
+        if t.again == FAR_SCORES:
+            far_scores(t, row, vecs, k, k_row, k_dim, keys, queries, scores, scale)
+    if bias is not None:
+        state = exclude(biases, vecs, keys, seen, state, scale)
+    wild = ahead(reals(t.wild, scale), row)
+    if t.softcap > 0 or score_mod is not None:  # which may make a number of what is not finite
+        find_wild(vecs, keys, seen, state, scores, wild, scale)
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
     if bias is not None:
-        state = exclude(biases, vecs, keys, seen, state, scale)
         add_bias(biases, vecs, keys, scores, scale)
     if t.alibi != 0:
         subtract_alibi(t, row, key, vecs, keys, scores, scale)
     if score_mod is not None:
         call_score_mod(t, row, key, vecs, keys, scores, scale, score_mod)
         state = exclude(scores, vecs, keys, seen, state, scale)
-    saw = ahead(flags(t.saw), row)
+    saw, tops = ahead(flags(t.saw), row), ahead(reals(t.top, scale), row)
     if state == SEE_SOME:
-        hide(vecs, keys, seen, scores, scale)
         for j in range(keys):
             for i in range(vecs * lanes(scale)):
                 saw[i] |= seen[j * size + i]
+        hide(vecs, keys, seen, scores, wild, scale)
+        take_max(vecs, keys, scores, tops, None, scale)
     else:
         for i in range(vecs * lanes(scale)):
-            saw[i] = 1
-    take_max(vecs, keys, scores, ahead(reals(t.top, scale), row), scale)
+            saw[i] |= SAW_SOME
+        take_max(vecs, keys, scores, tops, wild, scale)
+    if t.again != 0:
+        find_nans(vecs, keys, scores, saw, scale)
     piece[PIECE_STATE] = state
+
+
+@compiled
+def run_dims(vecs, head_dim):
+    """How many dimensions are summed at once."""
+    run = FEW_RUN_DIMS if vecs == 1 else RUN_DIMS
+    while run * run < head_dim:
+        run *= 2
+    return run
 
 
 @compiled
@@ -220,17 +248,13 @@ def hides_all(bias, vecs, keys, scale):
 
 @compiled
 def add_bias(bias, vecs, keys, scores, scale):
-    """Add; a sum of finite numbers that overflows is the largest number still."""
     size = TILE_VECS * lanes(scale)
-    most = splat(finite_most(scale))
     for j in range(keys):
         for n in range(vecs):
             at = j * size + n * lanes(scale)
             a, b = load(ahead(scores, at)), load(ahead(bias, at))
-            total = a + b
-            finite = (magnitude(a) <= most) & (magnitude(b) <= most)
-            bound = choose(magnitude(total) > most, with_sign_of(most, total), total)
-            store(ahead(scores, at), choose(finite, bound, total))
+            finite = is_finite(a, scale) & is_finite(b, scale)
+            store(ahead(scores, at), bounded(a + b, finite, scale))
 
 
 @compiled
@@ -245,6 +269,10 @@ def subtract_alibi(t, row, key, vecs, keys, scores, scale):
             slopes[i] = constant(slope, scale)
             distances[i] = constant(np.float64(place - key), scale)
         slope, distance, step = load(slopes), load(distances), one - one
+        reach = magnitude(slope) * (magnitude(distance) + splat(constant(float(keys), scale)))
+        if any_lane(reach > splat(far_enough(scale))):
+            subtract_far(slope, distance, keys, ahead(scores, n), scale)
+            continue
         for j in range(keys):
             to = ahead(scores, j * size + n)
             store(to, load(to) - slope * magnitude(distance - step))
@@ -252,26 +280,63 @@ def subtract_alibi(t, row, key, vecs, keys, scores, scale):
 
 
 @compiled
-def hide(vecs, keys, seen, scores, scale):
-    size = TILE_VECS * lanes(scale)
-    nothing = splat(constant(-inf, scale))
+def subtract_far(slope, distance, keys, scores, scale):
+    """The same where the difference may leave the range of scores."""
+    size, one = TILE_VECS * lanes(scale), splat(constant(1.0, scale))
+    sloping, step = is_finite(slope, scale), one - one
     for j in range(keys):
-        for n in range(vecs):
-            at = j * size + n * lanes(scale)
-            s = load(ahead(scores, at))
-            store(ahead(scores, at), choose(load_flags(ahead(seen, at), s), s, nothing))
+        to = ahead(scores, j * size)
+        s, less = load(to), slope * magnitude(distance - step)
+        finite = is_finite(s, scale) & sloping
+        store(to, bounded(s - bounded(less, sloping, scale), finite, scale))
+        step = step + one
 
 
 @compiled
-def take_max(vecs, keys, scores, tops, scale):
-    size = TILE_VECS * lanes(scale)
-    for n in range(vecs):
-        top = load(ahead(tops, n * lanes(scale)))
-        column = ahead(scores, n * lanes(scale))
+def find_wild(vecs, keys, seen, state, scores, wild, scale):
+    """Make the rows that see a score that is not finite NaN in `wild`."""
+    size, zero = TILE_VECS * lanes(scale), splat(constant(0.0, scale))
+    for n in range(0, vecs * lanes(scale), lanes(scale)):
+        some = load(ahead(wild, n))
+        for j in range(keys):
+            s = load(ahead(scores, j * size + n))
+            if state == SEE_SOME:
+                s = choose(load_flags(ahead(seen, j * size + n), s), s, zero)
+            some = multiply_add(s, zero, some)
+        store(ahead(wild, n), some)
+
+
+@compiled
+def hide(vecs, keys, seen, scores, wild, scale):
+    """Make scores that are not seen -inf; NaN for rows that are wild."""
+    size, zero = TILE_VECS * lanes(scale), splat(constant(0.0, scale))
+    nothing = splat(constant(-inf, scale))
+    for n in range(0, vecs * lanes(scale), lanes(scale)):
+        some = load(ahead(wild, n))
+        for j in range(keys):
+            at = ahead(scores, j * size + n)
+            s = load(at)
+            shown = load_flags(ahead(seen, j * size + n), s)
+            some = multiply_add(choose(shown, s, zero), zero, some)
+            store(at, choose(shown, s, nothing))
+        store(ahead(wild, n), some)
+
+
+@compiled
+def take_max(vecs, keys, scores, tops, wild, scale):
+    """The maximum, and, unless `wild` is None, NaN for rows that are."""
+    size, zero = TILE_VECS * lanes(scale), splat(constant(0.0, scale))
+    for n in range(0, vecs * lanes(scale), lanes(scale)):
+        top, some = load(ahead(tops, n)), zero
+        column = ahead(scores, n)
         # In pairs of pairs, or the latency of one chain would be the time of the loop.
         for j in range(0, keys, 4):
             a, b = load(ahead(column, j * size)), load(ahead(column, min(j + 1, keys - 1) * size))
             c = load(ahead(column, min(j + 2, keys - 1) * size))
             d = load(ahead(column, min(j + 3, keys - 1) * size))
             top = larger(larger(larger(a, b), larger(c, d)), top)
-        store(ahead(tops, n * lanes(scale)), top)
+            if wild is not None:
+                some = some + ((a * zero + b * zero) + (c * zero + d * zero))
+        store(ahead(tops, n), top)
+        if wild is not None:
+            store(ahead(wild, n), load(ahead(wild, n)) + some)

@@ -22,7 +22,7 @@ import numpy as np
 from numba import from_dtype, njit
 
 from .. import blockmask
-from .exponential import WEIGHT_UNIT, exp
+from .exponential import WEIGHT_UNIT
 from .memory import (
     ahead,
     doubles,
@@ -37,7 +37,16 @@ from .memory import (
 )
 from .numbers import REAL, widen
 from .register_tile import register_tile
-from .vectors import TILE_ROWS, TILE_VECS, VECTOR_BYTES, compiled, lanes, splat
+from .vectors import (
+    TILE_ROWS,
+    TILE_VECS,
+    VECTOR_BYTES,
+    choose,
+    compiled,
+    constant,
+    lanes,
+    splat,
+)
 
 # Queries in a tile, as bytes of one row: a whole number of panels for every instruction set. Twice
 # as many as fill the widest registers, because each tile reads all of K and V.
@@ -50,6 +59,10 @@ BLOCK_KEYS = 512
 # Keys whose weights stay in the first-level cache between the softmax and the second product.
 STRIP_KEYS = blockmask.BLOCK_KEYS
 STRIPS = BLOCK_KEYS // STRIP_KEYS
+
+# Dimensions whose products are summed from 0, at least: of few queries, whom NumPy's matmul gives
+# dot products with many partial sums, and of others. Runs of sqrt(head_dim) have the least error.
+FEW_RUN_DIMS, RUN_DIMS = 16, 64
 
 # What a panel sees of a strip, and anybody of a block of a block mask, whose keys are a strip.
 SEE_NONE, SEE_SOME, SEE_ALL = blockmask.NONE, blockmask.SOME, blockmask.ALL
@@ -67,6 +80,7 @@ NUMBERS = (
     "measure_weights",  # see `measures`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
     "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",
+    "again",  # how a tile is solved another time, see below
     # Where the keys, the values and the scales of int8 ones begin.
     "k_head", "v_head", "k_scale", "v_scale",
     # Per row: its query, the index of its head in the tables, and the keys start <= j < stop.
@@ -76,19 +90,25 @@ NUMBERS = (
     # Per panel PANEL_FIELDS integers, and its pieces of each strip of the block.
     "panel", "pieces",
     # The scratch, [panel][row][lane] throughout, so that a panel is contiguous.
-    "row_max", "row_sum", "top", "rescale", "block_sum", "saw",
+    "row_max", "row_sum", "top", "rescale", "block_sum", "saw", "wild",
     "queries", "total", "block_total", "scores", "bias_tile", "seen", "widened",
 )  # fmt: skip
 TILE = np.dtype(
     [(name, np.int64) for name in NUMBERS]
     + [(name + part, np.int64) for name in ARRAYS for part in ("", "_row", "_dim")]
-    + [("softcap", np.float64), ("measure_scale", np.float64), ("margin", np.float64)]
+    + [(name, np.float64) for name in ("scale", "softcap", "measure_scale", "unit")]
 )
 tile_at = record_of(from_dtype(TILE))
 
-# What is to be done with a tile. A margin is added to the maximum that weights are relative to
-# where the weighted sum of huge values would overflow; without, the largest weight is exact.
-ATTEND, ATTEND_WITH_MARGIN, WEIGH, DONE = range(4)
+# What is to be done with a tile.
+ATTEND, ATTEND_AGAIN, WEIGH, DONE = range(4)
+# A tile is solved another time where finite numbers gave sums that are not: its weights are small
+# then when they meet the values, and, where that is needed, the scores of rows that are wild, which
+# have seen one that is not finite, are sums of doubles. All other scores and weights stay the same
+# to the bit, and so do results that are finite.
+SMALL_WEIGHTS, FAR_SCORES = 1, 2
+# A row has seen nothing (0), something, or, which is found then, a score that is a NaN.
+SAW_SOME, SAW_NAN = 1, 2
 
 # Some row of the panel sees first <= j < last, every row inner_first <= j < inner_last.
 FIRST, LAST, INNER_FIRST, INNER_LAST, VECS, STARTED, LIVE = range(7)
@@ -113,7 +133,7 @@ def scratch(itemsize: int, head_dim: int, value_dim: int) -> dict[str, int]:
     whole = {"row_query": rows, "row_head": rows, "row_start": rows, "row_stop": rows,
              "words": rows, "panel": panels * PANEL_FIELDS,
              "pieces": panels * STRIPS * TILE_VECS * PIECE_FIELDS}  # fmt: skip
-    per_row = {"row_max": 1, "row_sum": 1, "top": 1, "rescale": 1, "block_sum": 1,
+    per_row = {"row_max": 1, "row_sum": 1, "top": 1, "rescale": 1, "block_sum": 1, "wild": 1,
                "queries": head_dim, "total": value_dim, "block_total": value_dim,
                "scores": BLOCK_KEYS, "bias_tile": STRIP_KEYS}  # fmt: skip
     sizes = {name: 8 * n for name, n in whole.items()}
@@ -132,7 +152,7 @@ def open_tile(t, item, scale, mask_mod):
     first = (t.tiles - 1 - item % t.tiles) * t.tile_rows
     head = item // t.tiles * t.fold
     t.batch = head // t.heads
-    t.margin = 0.0
+    t.again, t.unit = 0, 1.0
     t.rows = min(t.tile_rows, t.fold * t.n_queries - first)
     key_head = t.batch * t.kv_heads + head % t.heads // t.group
     t.k_head = ints(t.k)[key_head]
@@ -219,17 +239,15 @@ def start_rows(t, scale):
     """Load the queries; a row starts with its sink, a score without a value, or with nothing."""
     size = TILE_VECS * lanes(scale)
     tops, sums, saw = reals(t.row_max, scale), reals(t.row_sum, scale), flags(t.saw)
+    wild = reals(t.wild, scale)
     for i in range(t.panels * size):
         sink = -inf
         if t.sinks != 0:
             sink = doubles(t.sinks)[ints(t.row_head)[i] % t.heads]
-        tops[i] = sink + t.margin
-        sums[i] = 0.0
-        if sink == inf:
-            sums[i] = 1.0
-        elif sink != -inf:
-            sums[i] = WEIGHT_UNIT * exp(sink - (sink + t.margin))
-        saw[i] = 0
+        tops[i], saw[i] = sink, 0
+        sums[i] = 0.0 if sink == -inf else 1.0 if sink == inf else WEIGHT_UNIT + 0.0 * sink
+        if t.again == 0:
+            wild[i] = 0.0
     for p in range(t.panels):
         ints(t.panel + 8 * PANEL_FIELDS * p)[STARTED] = 0
         load_queries(t, p, ahead(reals(t.queries, scale), p * size * t.head_dim), scale)
@@ -237,7 +255,7 @@ def start_rows(t, scale):
 
 @compiled
 def load_queries(t, p, columns, scale):
-    """columns[d][lane] = scale * q."""
+    """columns[d][lane] = scale * q, or q where the scale comes later."""
     size, width = TILE_VECS * lanes(scale), lanes(scale)
     rows, done = ints(t.words), 0
     for i in range(size):
@@ -255,8 +273,13 @@ def load_queries(t, p, columns, scale):
             q, step = t.widened, VECTOR_BYTES // width
         for d in range(done, t.head_dim):
             columns[d * size + i] = reals(q + d * step, scale)[0]
-    for x in range(0, t.head_dim * size, width):
-        store(ahead(columns, x), load(ahead(columns, x)) * splat(scale))
+    for n in range(0, size, width):
+        factor, one = splat(scale), splat(constant(1.0, scale))
+        if t.again == FAR_SCORES:
+            wild = load(ahead(reals(t.wild, scale), p * size + n))
+            factor = choose(wild == wild, factor, one)
+        for x in range(n, t.head_dim * size, size):
+            store(ahead(columns, x), load(ahead(columns, x)) * factor)
 
 
 @compiled
@@ -284,7 +307,7 @@ def seen_in_block(t, like, p, row):
 
 
 @compiled
-def product(vecs, a, a_row, a_step, rows, steps, b, c, accumulate):
+def product(vecs, a, a_row, a_step, rows, steps, run, b, c, accumulate):
     """The register tile over any number of rows."""
     size = TILE_VECS * lanes(c[0])
     accumulate = accumulate != 0
@@ -292,6 +315,6 @@ def product(vecs, a, a_row, a_step, rows, steps, b, c, accumulate):
         count, to = min(rows - row, TILE_ROWS), ahead(c, row * size)
         at = a + row * a_row
         if vecs == 1:
-            narrow_tile(at, a_row, a_step, count, steps, b, to, accumulate)
+            narrow_tile(at, a_row, a_step, count, steps, run, b, to, accumulate)
         else:
-            whole_tile(at, a_row, a_step, count, steps, b, to, accumulate)
+            whole_tile(at, a_row, a_step, count, steps, run, b, to, accumulate)

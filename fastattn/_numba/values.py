@@ -7,6 +7,7 @@ from math import inf, log, nan
 import numpy as np
 
 from .exponential import WEIGHT_UNIT, weight_of
+from .extremes import solve_again
 from .memory import (
     ahead,
     columns_to_rows,
@@ -23,7 +24,7 @@ from .memory import (
 from .numbers import REAL, finite_most, widen
 from .tile import (
     ATTEND,
-    ATTEND_WITH_MARGIN,
+    ATTEND_AGAIN,
     DONE,
     LIVE,
     PANEL_FIELDS,
@@ -32,6 +33,7 @@ from .tile import (
     PIECE_LAST,
     PIECE_STATE,
     PIECE_VECS,
+    SAW_NAN,
     SEE_ALL,
     SEE_SOME,
     STARTED,
@@ -58,6 +60,7 @@ from .vectors import (
     magnitude,
     multiply_add,
     splat,
+    with_sign_of,
 )
 
 
@@ -103,10 +106,12 @@ def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale):
     seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
     total = ahead(total, p * size * t.value_dim + lane)
     weigh(t, p * size + lane, vecs, keys, weights, scale)
+    if t.unit != 1:
+        shrink(vecs, keys, weights, constant(t.unit, scale))
     if piece[PIECE_STATE] == SEE_SOME and not all_finite(t, v, v_row, v_dim, keys, scale):
         add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale)
     else:
-        product(vecs, v, v_dim, v_row, t.value_dim, keys, weights, total, np.int64(1))
+        product(vecs, v, v_dim, v_row, t.value_dim, keys, keys, weights, total, np.int64(1))
 
 
 @compiled
@@ -123,13 +128,13 @@ def raise_max(t, p, scale):
     """Take the block's maximum into that of the rows; how much smaller old weights become."""
     size = TILE_VECS * lanes(scale)
     one, zero = splat(constant(1.0, scale)), splat(constant(0.0, scale))
-    nothing, margin = splat(constant(-inf, scale)), splat(constant(t.margin, scale))
+    nothing = splat(constant(-inf, scale))
     unit = splat(constant(1 / WEIGHT_UNIT, scale))
     for n in range(TILE_VECS):
         at = p * size + n * lanes(scale)
         top, row_max = ahead(reals(t.top, scale), at), ahead(reals(t.row_max, scale), at)
         before = load(row_max)
-        now = larger(before, load(top) + margin)
+        now = larger(before, load(top))
         store(row_max, now)
         # While a row has seen nothing its maximum is -inf; any finite one will do.
         shift = choose(now == nothing, zero, now)
@@ -158,6 +163,15 @@ def weigh(t, row, vecs, keys, scores, scale):
             store(s, weight)
             total = total + weight
         store(ahead(reals(t.block_sum, scale), at), total)
+
+
+@compiled
+def shrink(vecs, keys, weights, unit):
+    size = TILE_VECS * lanes(unit)
+    for j in range(keys):
+        for n in range(vecs):
+            at = ahead(weights, j * size + n * lanes(unit))
+            store(at, load(at) * splat(unit))
 
 
 @compiled
@@ -217,61 +231,57 @@ def finish(t, step, scale):
     """Deliver the rows' results. Returns the step to take next."""
     if step == WEIGH:
         return DONE
-    if step == ATTEND and overflowed(t, scale):
-        t.margin = log(2 * t.n_keys * WEIGHT_UNIT)
-        return ATTEND_WITH_MARGIN
-    store_rows(t, scale)
+    if step == ATTEND:
+        t.again = solve_again(t, scale)
+    store_rows(t, step, scale)
+    if step == ATTEND and t.again != 0:
+        t.unit = 0.5 / WEIGHT_UNIT
+        for bit in range(64):
+            t.unit *= 0.5 if t.n_keys >> bit else 1.0
+        return ATTEND_AGAIN
     return WEIGH if t.weights != 0 else DONE
 
 
 @compiled
-def overflowed(t, scale):
-    """Is some sum of values not finite although the sum of its weights is?"""
-    size = TILE_VECS * lanes(scale)
-    most, zero = splat(finite_most(scale)), splat(constant(0.0, scale))
-    wrong = zero < zero
-    for p in range(t.panels):
-        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-        for n in range(panel[VECS] if panel[STARTED] else 0):
-            at = p * size + n * lanes(scale)
-            column = ahead(reals(t.total, scale), p * size * t.value_dim + n * lanes(scale))
-            some = zero  # x * 0 is a NaN where x is not finite, and so is every sum with it
-            for d in range(t.value_dim):
-                some = some + load(ahead(column, d * size)) * zero
-            finite = magnitude(load(ahead(reals(t.row_sum, scale), at))) <= most
-            wrong = wrong | (finite & (some != zero))
-    return any_lane(wrong)
-
-
-@compiled
-def store_rows(t, scale):
+def store_rows(t, step, scale):
     """Write the rows' results."""
     size, width = TILE_VECS * lanes(scale), lanes(scale)
     tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
     for p in range(t.panels):
         for n in range(0, size, width):
             divide(t, p, n, scale)
-        store_panel(t, p, ahead(reals(t.total, scale), p * size * t.value_dim), scale)
+        columns = ahead(reals(t.total, scale), p * size * t.value_dim)
+        if step == ATTEND:
+            store_panel(t, p, columns, scale)
+        else:
+            mend_panel(t, p, columns, scale)
     for i in range(t.rows if t.lse != 0 else 0):
         # log(NaN) where the top is Inf: Inf - Inf was weighed
         top = np.float64(tops[i])
         lse = top if top == inf else top + log(np.float64(sums[i]) / WEIGHT_UNIT)
+        if flags(t.saw)[i] & SAW_NAN:
+            lse = nan
         doubles(row_of(t, t.lse, t.lse_row, i))[0] = lse
 
 
 @compiled
 def divide(t, p, n, scale):
     """Weighted sums to means; 0 where a row saw nothing, whatever is in its column."""
-    size = TILE_VECS * lanes(scale)
+    size, most = TILE_VECS * lanes(scale), splat(finite_most(scale))
     zero, one = splat(constant(0.0, scale)), splat(constant(1.0, scale))
-    sums = load(ahead(reals(t.row_sum, scale), p * size + n))
+    sums = load(ahead(reals(t.row_sum, scale), p * size + n)) * splat(constant(t.unit, scale))
     # A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says.
     share = choose(sums == zero, splat(constant(nan, scale)), one / sums)
     saw = load_flags(ahead(flags(t.saw), p * size + n), sums)
     column = ahead(reals(t.total, scale), p * size * t.value_dim + n)
     for d in range(t.value_dim):
         at = ahead(column, d * size)
-        store(at, choose(saw, load(at) * share, zero))
+        total = load(at)
+        mean = total * share
+        if t.again != 0:  # a mean of the largest numbers may be rounded up
+            over = (magnitude(total) <= most) & (magnitude(mean) > most)
+            mean = choose(over, with_sign_of(most, mean), mean)
+        store(at, choose(saw, mean, zero))
 
 
 @compiled
@@ -292,6 +302,19 @@ def store_panel(t, p, columns, scale):
 
 
 @compiled
+def mend_panel(t, p, columns, scale):
+    """The same of rows that are wild, and of results that are not finite."""
+    size = TILE_VECS * lanes(scale)
+    for i in range(min(size, t.rows - p * size)):
+        row = row_of(t, t.out, t.out_row, p * size + i)
+        wild = reals(t.wild, scale)[p * size + i] != 0
+        for d in range(t.value_dim):
+            out = reals(row + d * t.out_dim, scale)
+            if wild or out[0] - out[0] != 0:
+                out[0] = columns[d * size + i]
+
+
+@compiled
 def store_weights(t, begin, scale):
     """The weights of a block, from its scores and the rows' sums; unseen ones are 0 already."""
     size = TILE_VECS * lanes(scale)
@@ -301,6 +324,7 @@ def store_weights(t, begin, scale):
         top = constant(0.0, scale) if tops[i] == -inf else tops[i]
         # Beside an infinite score others weigh 0, though the sum is not a number.
         total = constant(1.0, scale) if tops[i] == inf else sums[i]
+        total = constant(nan, scale) if flags(t.saw)[i] & SAW_NAN else total
         target = row_of(t, t.weights, t.weights_row, i)
         for strip in range(STRIPS):
             piece = pieces_of(t, p, strip)

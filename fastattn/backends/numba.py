@@ -90,11 +90,11 @@ class _Call:
         t["heads"], t["kv_heads"], t["group"], t["fold"] = p.heads, p.kv_heads, p.group, fold
         t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
-        t["softcap"] = p.softcap or 0
+        t["scale"], t["softcap"] = p.scale, p.softcap or 0
         if p.measure is not DOT:
-            t["measure_scale"] = p.scale
-            factors = p.scale * p.measure.weights
-            t["measure_weights"] = self.address(factors.astype(p.accumulator))
+            unit = power_below(p.measure.weights)  # or their sums might overflow
+            t["measure_scale"] = np.float64(p.scale) * unit
+            t["measure_weights"] = self.address((p.measure.weights / unit).astype(p.accumulator))
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
         for operand, x in (("q", p.q), ("k", p.k), ("v", p.v)):
@@ -173,6 +173,12 @@ class _Call:
             tile[part] = at
             at += size
         return partial(self.launch, tile)
+
+
+def power_below(weights: np.ndarray) -> float:
+    """A power of 2 near the largest magnitude."""
+    largest = np.abs(weights).max(initial=0)
+    return float(2.0 ** np.floor(np.log2(largest))) if 0 < largest < np.inf else 1.0
 
 
 def keys_seen(problem: Problem) -> int:
