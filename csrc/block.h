@@ -26,6 +26,8 @@ typedef struct {
 typedef struct {
     real *row_max, *row_sum; /* [panel][PANEL] */
     lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
+    real *wrong;             /* [panel][PANEL]: NaN where one was seen beside Inf, else 0 */
+    uint64_t *lost;          /* [panel][value_dim]: bits of the queries whose sum overflowed */
     lane_int *seen;          /* [strip of the block][WORDS][PANEL]: see Seen */
     real *out;               /* [panel][value_dim][PANEL], the running sum */
     real *block_out;         /* [value_dim][PANEL], the sum of one block */
@@ -78,6 +80,8 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(row_max, row)
     TAKE(row_sum, row)
     TAKE(saw, row)
+    TAKE(wrong, row)
+    TAKE(lost, panels * t->value_dim)
     TAKE(out, row * s->out_rows)
     TAKE(block_out, PANEL * s->out_rows)
     TAKE(bias, t->has_bias ? STRIP_KEYS * PANEL : 0)
