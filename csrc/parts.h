@@ -412,7 +412,14 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
     Rows k = {s->key_parts + strip->key % PASS_KEYS * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
-    multiply(KEY_ORDER, t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
+    for (ptrdiff_t d = 0; d < dims; d += PASS_DIMS) {
+        int chunks = fewer(dims - d, PASS_DIMS) / CHUNK;
+        real *to = d ? s->more : strip->scores;
+        multiply(KEY_ORDER, t->panel[p].vecs, strip->keys, k, q, chunks, to, false);
+        if (d) add_to_scores(t->panel[p].vecs, strip, to);
+        k.data += chunks * k.chunk;
+        q.data += chunks * q.chunk;
+    }
     uint64_t odd = bits_of(s->odd_keys, strip);
     if (odd | t->panel[p].outside) patch_scores(t, s, p, strip, odd);
     take_max(t->panel[p].vecs, strip, top);

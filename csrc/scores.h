@@ -150,6 +150,14 @@ static Seen add_any_bias(const Tile *t, int p, const Strip *strip, real *bias) {
     return excluding ? SEE_SOME : seen;
 }
 
+static void add_to_scores(int vecs, const Strip *strip, const real *more) {
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            store(s, load(s) + load(more + j * PANEL + n * LANES));
+        }
+}
+
 static void multiply_scores(real factor, int vecs, const Strip *strip) {
     for (int j = 0; j < strip->keys; j++)
         for (int n = 0; n < vecs; n++) {
