@@ -23,6 +23,14 @@ cdef bint attend_tile(
     cdef Place at = place_of(walk, item)
     cdef char *lse = entry(walk, &walk.lse, at.batch)
     cdef double *partial
+    cdef Step more = NULL  # what is made of the scores once their sums are known
+    cdef bint done
+    if walk.survey.sums is not NULL:
+        more = walk.kernels.pool
+    elif walk.survey.n_best:
+        more = walk.kernels.collect
+    elif walk.weights.data is not NULL:
+        more = walk.kernels.weights
     set_tile(walk, tile, at)
     set_survey(walk, tile, at)
     tile.margin = 0
@@ -30,7 +38,13 @@ cdef bint attend_tile(
         walk.kernels.begin(tile)
         if not each_pass(walk.kernels.attend, keys, tile, listen, last_look, stopped):
             return False
-        if walk.kernels.finish(tile):
+        done = walk.kernels.finish(tile)
+        if more is not NULL:
+            if not each_pass(more, keys, tile, listen, last_look, stopped):
+                return False
+            if walk.survey.n_best:
+                walk.kernels.rank(tile)
+        if done:
             break
         tile.margin = log(2 * walk.n_keys * WEIGHT_UNIT)
     if walk.parts > 1:
@@ -42,16 +56,7 @@ cdef bint attend_tile(
     for i in range(tile.n_queries if lse is not NULL else 0):
         store_lse(walk, lse, at, i, tile.lse[i])
     if walk.survey.sums is not NULL:
-        if not each_pass(walk.kernels.pool, keys, tile, listen, last_look, stopped):
-            return False
         return add_in_turn(walk, tile, at, listen, last_look, stopped)
-    if walk.survey.n_best:
-        if not each_pass(walk.kernels.collect, keys, tile, listen, last_look, stopped):
-            return False
-        walk.kernels.rank(tile)
-        return True
-    if walk.weights.data is not NULL:
-        return each_pass(walk.kernels.weights, keys, tile, listen, last_look, stopped)
     return True
 
 

@@ -71,6 +71,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
             raise_lanes(t, vecs, &rise, top, &b, row_max, begun ? block_out : NULL);
             first = i;
         }
+        for (int n = 0; n < vecs; n++) note_nan(s, p, n, strip, 1, rise.lanes[n], b.sum[n]);
         if (t->value_dim == 0) {
             sum_weights(t, p, &b, strip);
             continue;

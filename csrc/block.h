@@ -20,17 +20,23 @@ typedef struct {
     ptrdiff_t end;
 } Ready;
 
+/* Head dims whose products are summed from zero before they join the running sum, as keys of a pass do. */
+#define PASS_DIMS 512
+
 /* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
  * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */
 #define ROW_GRAIN 16
 typedef struct {
     real *row_max, *row_sum; /* [panel][PANEL] */
     lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
+    real *wrong;             /* [panel][PANEL]: NaN where one was seen beside Inf, else 0 */
+    uint64_t *lost;          /* [panel][value_dim]: bits of the queries whose sum overflowed */
     lane_int *seen;          /* [strip of the block][WORDS][PANEL]: see Seen */
     real *out;               /* [panel][value_dim][PANEL], the running sum */
     real *block_out;         /* [value_dim][PANEL], the sum of one block */
     real *scores;            /* [SCORE_KEYS of the block][PANEL], then the weights */
     real *bias;              /* [STRIP_KEYS][PANEL] */
+    real *more;              /* [STRIP_KEYS][PANEL]: what some head dims add to the scores */
     real *q;                 /* [panel][head_dim][PANEL], times q_scale */
     real *keys, *values;     /* [keys of the pass][dim]: widened ones */
 #ifdef PARTS
@@ -80,9 +86,12 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(row_max, row)
     TAKE(row_sum, row)
     TAKE(saw, row)
+    TAKE(wrong, row)
+    TAKE(lost, panels * t->value_dim)
     TAKE(out, row * s->out_rows)
     TAKE(block_out, PANEL * s->out_rows)
     TAKE(bias, t->has_bias ? STRIP_KEYS * PANEL : 0)
+    TAKE(more, t->head_dim > PASS_DIMS ? STRIP_KEYS * PANEL : 0)
     TAKE(seen, STRIPS * WORDS * PANEL)
 #ifdef PARTS
     TAKE(q, PANEL * t->head_dim)

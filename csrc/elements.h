@@ -73,7 +73,10 @@ static double read_number(const char *at, NumberFormat format) {
     }
     if (format.bytes == 4) return x.f32;
     if (format.bytes == 8) return x.f64;
-    if (format.bytes == 16) return (double)x.f80;
+    if (format.bytes == 16) {
+        double y = (double)x.f80; /* a finite number stays one */
+        return isinf(y) && !isinf(x.f80) ? copysign(DBL_MAX, y) : y;
+    }
     return half_to_double(x.u16);
 }
 

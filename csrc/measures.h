@@ -14,14 +14,19 @@
 #define CHUNK_DIMS 16
 
 /* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
- * those of finite numbers may overflow; tanh of the sum, times a weight: TANHS; or the same, RATIOS,
+ * those of finite numbers may overflow, and NEAR_SQUARES of differences GROW times as long, because
+ * those of small ones lose their digits, as sums below NEAR may have; tanh of the sum, times a weight: TANHS; or the same, RATIOS,
  * from exponentials, a = exp(-2 x) and b = exp(2 y): tanh(x + y) = (b - a) / (b + a). */
-typedef enum { SQUARES, FAR_SQUARES, TANHS, RATIOS } Terms;
+typedef enum { SQUARES, FAR_SQUARES, NEAR_SQUARES, TANHS, RATIOS } Terms;
 
 #ifdef REAL_IS_DOUBLE
 #define SHRINK 0x1p-520
+#define GROW 0x1p700
+#define NEAR 0x1p-900
 #else
 #define SHRINK 0x1p-66f
+#define GROW 0x1p100f
+#define NEAR 0x1p-100f
 #endif
 
 /* Rows of the left operand, a column of `dims` for each lane of the right one, and the weight of
@@ -62,8 +67,9 @@ INLINE void measure_tile(const Terms terms, const int rows, const int vecs, cons
                 if (terms == FAR_SQUARES) one *= (real)SHRINK;
 #pragma GCC unroll 4
                 for (int n = 0; n < vecs; n++) {
-                    if (terms == SQUARES || terms == FAR_SQUARES) {
+                    if (terms == SQUARES || terms == FAR_SQUARES || terms == NEAR_SQUARES) {
                         vec away = one - b[n];
+                        if (terms == NEAR_SQUARES) away *= GROW;
                         sum[r][n] = away * away + sum[r][n];
                     } else {
                         vec tanh = terms == TANHS ? tanh_vec(one + b[n])
@@ -95,6 +101,7 @@ static void measure(Terms terms, int vecs, const Compared *x, ptrdiff_t rows, re
 #define VECS(n)                                                                                   \
     if (vecs == n && terms == SQUARES) measure_rows(SQUARES, TILE_ROWS, n, x, rows, c);           \
     if (vecs == n && terms == FAR_SQUARES) measure_rows(FAR_SQUARES, 1, n, x, rows, c);           \
+    if (vecs == n && terms == NEAR_SQUARES) measure_rows(NEAR_SQUARES, 1, n, x, rows, c);         \
     if (vecs == n && terms == TANHS) measure_rows(TANHS, 1, n, x, rows, c);                       \
     if (vecs == n && terms == RATIOS) measure_rows(RATIOS, TILE_ROWS / 2, n, x, rows, c);
     VECS(1) VECS(2)
@@ -160,7 +167,7 @@ static void measure_few(const Tile *t, const Scratch *s, const Strip *strip, Ter
                       .weights = s->weights, .dims = t->head_dim};
         measure(terms, vecs, &x, t->n_queries, measured);
         for (int j = 0; j < keys; j++) {
-            store(to + (first + j) * PANEL, splat(0));
+            store(to + (first + j) * PANEL, splat(1)); /* as good as any for a lane without a query */
             for (ptrdiff_t i = 0; i < t->n_queries; i++)
                 to[(first + j) * PANEL + i] = measured[i * PANEL + j];
         }
@@ -184,33 +191,39 @@ static void measure_strip(const Tile *t, const Scratch *s, int p, const Strip *s
     measure(terms, t->panel[p].vecs, &x, strip->keys, to);
 }
 
-/* Squared distances to scores, times `factor`. Is any of them infinite? */
-static bool take_roots(int vecs, const Strip *strip, real factor) {
-    vec most = splat(0);
+/* Squared distances to scores, times `factor`; their smallest and their largest. */
+static void take_roots(int vecs, const Strip *strip, real factor, vec *least, vec *most) {
     for (int j = 0; j < strip->keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = strip->scores + j * PANEL + n * LANES;
             vec square = load(s);
-            most = larger(square, most);
+            *least = smaller(square, *least);
+            *most = larger(square, *most);
             store(s, root_of(square) * factor);
         }
-    bool some = false;
-    for (int i = 0; i < LANES; i++) some |= most[i] == INFINITY;
-    return some;
+}
+
+/* Distances whose squares are out of range; `terms` says on which side. */
+static void measure_again(const Tile *t, const Scratch *s, int p, const Strip *strip, View k,
+                          Terms terms) {
+    bool far = terms == FAR_SQUARES;
+    vec factor = splat((real)(t->measure_scale / (far ? SHRINK : GROW)));
+    measure_strip(t, s, p, strip, terms, k, s->measured);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < t->panel[p].vecs; n++) {
+            real *score = strip->scores + j * PANEL + n * LANES;
+            vec square = load(s->measured + j * PANEL + n * LANES), x = load(score);
+            ivec other = far ? magnitude(x) == splat(INFINITY) : square < splat(NEAR * GROW * GROW);
+            store(score, choose(other, root_of(square) * factor, x));
+        }
 }
 
 static void measure_distances(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
-    int vecs = t->panel[p].vecs;
+    vec least = splat(INFINITY), most = splat(0);
     measure_strip(t, s, p, strip, SQUARES, k, strip->scores);
-    if (!take_roots(vecs, strip, (real)t->measure_scale)) return;
-    vec factor = splat((real)(t->measure_scale / SHRINK));
-    measure_strip(t, s, p, strip, FAR_SQUARES, k, s->measured);
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < vecs; n++) {
-            real *score = strip->scores + j * PANEL + n * LANES;
-            vec far = root_of(load(s->measured + j * PANEL + n * LANES)) * factor;
-            store(score, choose(magnitude(load(score)) == splat(INFINITY), far, load(score)));
-        }
+    take_roots(t->panel[p].vecs, strip, (real)t->measure_scale, &least, &most);
+    if (any_lane(most == splat(INFINITY))) measure_again(t, s, p, strip, k, FAR_SQUARES);
+    if (any_lane(least < splat(NEAR))) measure_again(t, s, p, strip, k, NEAR_SQUARES);
 }
 
 static void measure_additive(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {

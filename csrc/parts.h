@@ -184,8 +184,8 @@ INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrd
     for (int i = 0; i < LANES; i++) store((real *)(to + i * to_row), x[i]);
 }
 
-/* pairs[part][pair][d] of up to CHUNK values, and the bits of those that parts cannot express.
- * Values whose bits are not set in `use` are 0. */
+/* pairs[part][pair][d] of up to CHUNK values, and the bits of those with numbers that parts cannot
+ * express. These are 0, as are values whose bits are not set in `use`. */
 INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *odd,
                         NumberFormat format) {
     const char *rows = t->v + key * t->v_key;
@@ -202,7 +202,7 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
                 __mmask32 wrong = bfloats_from(128, x);
                 out[0] |= (__mmask16)wrong;
                 out[1] |= (__mmask16)(wrong >> LANES);
-                parts[0] = interleave(x);
+                parts[0] = interleave(_mm512_maskz_mov_epi16(~wrong, x));
             } else {
                 vec x[2];
 #pragma GCC unroll 2
@@ -211,7 +211,9 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
                     if (use >> (j + i) & 1)
                         x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim, format,
                                          t->v_scales ? t->v_scales[key + j + i] : 1);
-                    out[i] |= outside(x[i]);
+                    __mmask16 wrong = outside(x[i]);
+                    x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~wrong, (__m512)x[i]);
+                    out[i] |= wrong;
                 }
                 split_pairs(x[0], x[1], parts);
             }
@@ -223,16 +225,15 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
     }
 }
 
-/* value_parts[part][chunk of keys][value dim][CHUNK] of a strip. A value that parts cannot express is 0. */
+/* value_parts[part][chunk of keys][value dim][CHUNK] of a strip. A number that parts cannot express is 0. */
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t part = s->out_rows * s->key_rows, dims = s->out_rows;
     uint64_t *strip_odd = s->odd_values + begin % PASS_KEYS / STRIP_KEYS;
     *strip_odd = 0;
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
-        uint32_t odd, none;
+        uint32_t odd;
         WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &odd);
-        if (odd) WITH_FORMAT(t->v_format, pair_values, t, key, use & ~odd, s->value_pairs, &none);
         *strip_odd |= (uint64_t)odd << key % STRIP_KEYS;
         for (int i = 0; i < PARTS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
@@ -411,7 +412,14 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
     Rows k = {s->key_parts + strip->key % PASS_KEYS * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
-    multiply(KEY_ORDER, t->panel[p].vecs, strip->keys, k, q, (int)(dims / CHUNK), strip->scores, false);
+    for (ptrdiff_t d = 0; d < dims; d += PASS_DIMS) {
+        int chunks = fewer(dims - d, PASS_DIMS) / CHUNK;
+        real *to = d ? s->more : strip->scores;
+        multiply(KEY_ORDER, t->panel[p].vecs, strip->keys, k, q, chunks, to, false);
+        if (d) add_to_scores(t->panel[p].vecs, strip, to);
+        k.data += chunks * k.chunk;
+        q.data += chunks * q.chunk;
+    }
     uint64_t odd = bits_of(s->odd_keys, strip);
     if (odd | t->panel[p].outside) patch_scores(t, s, p, strip, odd);
     take_max(t->panel[p].vecs, strip, top);
@@ -463,7 +471,7 @@ static void weigh(int vecs, double exponent, const Strip *strip, const vec *top,
     }
 }
 
-/* Add the values that parts cannot express, for the queries that see them. */
+/* Add the numbers that parts cannot express, for the queries that see them. */
 static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBlock *b,
                            const Strip *strip, real *out) {
     uint64_t odd = bits_of(s->odd_values, strip);
@@ -477,6 +485,7 @@ static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBl
             vec weight = weight_from(score, b->top[n], exponent);
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
                 real *o = out + d * PANEL + n * LANES;
+                if (!(outside(splat(s->values[d])) & 1)) continue;
                 store(o, choose(sees(strip, n, j), weight * s->values[d] + load(o), load(o)));
             }
         }

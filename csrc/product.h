@@ -181,8 +181,18 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *s
         return;
     }
     View k = keys_from(t, s, strip->key);
-    product(t->panel[p].vecs, strip->keys, k.data, k.row, k.dim, t->head_dim,
-            s->q + p * PANEL * t->head_dim, strip->scores, false, top);
+    const real *q = s->q + p * PANEL * t->head_dim;
+    int vecs = t->panel[p].vecs;
+    bool all = t->head_dim <= PASS_DIMS;
+    product(vecs, strip->keys, k.data, k.row, k.dim, all ? t->head_dim : PASS_DIMS, q, strip->scores,
+            false, all ? top : NULL);
+    if (all) return;
+    for (ptrdiff_t d = PASS_DIMS; d < t->head_dim; d += PASS_DIMS) {
+        product(vecs, strip->keys, k.data + d * k.dim, k.row, k.dim, fewer(t->head_dim - d, PASS_DIMS),
+                q + d * PANEL, s->more, false, NULL);
+        add_to_scores(vecs, strip, s->more);
+    }
+    take_max(vecs, strip, top);
 }
 
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {

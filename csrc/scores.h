@@ -4,6 +4,14 @@
 
 #include "block.h"
 
+#ifdef REAL_IS_DOUBLE
+#define HUGE_CAP 0x1p990
+#define EPSILON_ROOT 0x1p-28
+#else
+#define HUGE_CAP 0x1p100
+#define EPSILON_ROOT 0x1p-13f
+#endif
+
 static uint64_t first_bits(ptrdiff_t n) {
     return n <= 0 ? 0 : n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1;
 }
@@ -142,6 +150,14 @@ static Seen add_any_bias(const Tile *t, int p, const Strip *strip, real *bias) {
     return excluding ? SEE_SOME : seen;
 }
 
+static void add_to_scores(int vecs, const Strip *strip, const real *more) {
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            store(s, load(s) + load(more + j * PANEL + n * LANES));
+        }
+}
+
 static void multiply_scores(real factor, int vecs, const Strip *strip) {
     for (int j = 0; j < strip->keys; j++)
         for (int n = 0; n < vecs; n++) {
@@ -150,13 +166,16 @@ static void multiply_scores(real factor, int vecs, const Strip *strip) {
         }
 }
 
-/* s = size * tanh(s * inverse). */
-static void cap(real size, real inverse, int vecs, const Strip *strip, vec *top) {
+/* s = size * tanh(s * inverse); but s where that is within rounding, if the quotients of a huge size
+ * are subnormal. */
+INLINE void cap(const bool huge, real size, real inverse, int vecs, const Strip *strip, vec *top) {
+    const vec same = splat(size * EPSILON_ROOT);
     for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
     for (int j = 0; j < strip->keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = strip->scores + j * PANEL + n * LANES;
             vec x = size * tanh_vec(load(s) * inverse);
+            if (huge) x = choose(magnitude(load(s)) < same, load(s), x);
             store(s, x);
             top[n] = larger(x, top[n]);
         }
@@ -229,7 +248,12 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, Strip *strip, 
     int vecs = t->panel[p].vecs;
     if (t->softcap > 0) {
         double size = t->softcap * (t->exponent == 1 ? LOG2_E : 1);
-        cap((real)size, (real)(t->score_scale / t->softcap), vecs, strip, top);
+        real inverse = (real)(t->score_scale / t->softcap);
+        if (t->softcap > HUGE_CAP) {
+            multiply_scores((real)t->score_scale, vecs, strip);
+            cap(true, (real)size, (real)(1 / t->softcap), vecs, strip, top);
+        } else
+            cap(false, (real)size, inverse, vecs, strip, top);
     } else if (t->score_scale != 1) {
         multiply_scores((real)t->score_scale, vecs, strip);
         take_max(vecs, strip, top);

@@ -87,6 +87,7 @@ static void write_ranks(const Tile *t, const Scratch *s, ptrdiff_t i) {
 static void rank(Tile *t) {
     Scratch s = scratch_of(t);
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
+        if (!delivers(t, i)) continue;
         Candidate *heap = t->best + i * t->n_best;
         for (ptrdiff_t n = t->n_best - 1; n > 0; n--) {
             Candidate weakest = heap[0];

@@ -43,14 +43,15 @@ static Scratch scratch_of(const Tile *t) {
     return s;
 }
 
+#include "range.h"
 #include "strongest.h"
 
 /* How products become scores and these become weights. Where nothing in natural units is added to
  * a score, the factor log2(e) of the exponent goes into the queries. */
 static void settle_units(Tile *t) {
     double size = fabs(t->scale);
-    bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->margin > 0 ||
-                   t->softcap > REAL_MAX / 2;
+    t->careful = may_overflow(t);
+    bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->careful;
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);
@@ -119,6 +120,7 @@ static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
                         : sink == INFINITY ? 1
                                            : (real)(WEIGHT_UNIT * exp(sink - (sink + t->margin)));
         s->saw[i] = 0;
+        s->wrong[i] = 0;
     }
 }
 
@@ -126,6 +128,8 @@ static void begin(Tile *t) {
     t->panels = panels_for(t->n_queries);
     t->first = PTRDIFF_MAX;
     t->last = 0;
+    for (ptrdiff_t i = 0; i < t->n_queries && t->margin > 0; i++)
+        if (!(t->panel[i / PANEL].again >> i % PANEL & 1)) t->start[i] = t->stop[i] = 0;
     settle_units(t);
     clear_best(t);
     Scratch s = scratch_of(t);
@@ -157,6 +161,7 @@ static bool score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top
     need(t, s, strip->key, &s->ready->keys, ready_keys);
     multiply_keys(t, s, p, strip, strip_top);
     finish_scores(t, s, p, strip, strip_top);
+    if (t->careful) draw_in_scores(t, p, strip, strip_top);
     for (int n = 0; n < vecs; n++) {
         ivec *saw = (ivec *)(s->saw + p * PANEL + n * LANES);
         for (int w = 0; w < WORDS && strip->seen == SEE_SOME; w++)
@@ -245,6 +250,8 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *out = s->out + p * PANEL * s->out_rows;
     real *block_out = t->panel[p].started ? s->block_out : out;
     raise_max(t, t->panel[p].vecs, &b, s->row_max + p * PANEL);
+    for (int n = 0; n < t->panel[p].vecs; n++)
+        note_nan(s, p, n, b.strips, strips, b.rescale[n] != 1, splat(0));
     for (int i = 0; i < strips; i++) {
         if (b.strips[i].seen == SEE_NONE) continue;
         if (t->n_best > 0) collect_strip(t, p, &b.strips[i]);
@@ -267,49 +274,43 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     CLOSE_TILES();
 }
 
-/* Is some sum of values not finite although the sum of its weights is, or has some maximum left
- * the range of finite numbers? */
-static bool overflowed(const Tile *t, const Scratch *s) {
-    vec wrong = splat(0);
-    for (int p = 0; p < t->panels; p++)
-        for (int n = 0; n < t->panel[p].vecs && t->panel[p].started; n++) {
-            ptrdiff_t at = p * PANEL + n * LANES;
-            const real *out = s->out + p * PANEL * s->out_rows + n * LANES;
-            /* x * 0 is a NaN then, and so is every sum with it; four hide each other's latency. */
-            vec not_finite[4] = {{0}};
-            ptrdiff_t d = 0;
-            for (; d + 4 <= t->value_dim; d += 4)
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) not_finite[i] += load(out + (d + i) * PANEL) * 0;
-            for (; d < t->value_dim; d++) not_finite[0] += load(out + d * PANEL) * 0;
-            vec any = (not_finite[0] + not_finite[1]) + (not_finite[2] + not_finite[3]);
-            vec sum = load(s->row_sum + at);
-            wrong += choose(sum * 0 == splat(0), any, splat(0));
-            wrong += choose(*(const ivec *)(s->saw + at), load(s->row_max + at) * 0, splat(0));
+/* Results of the rows and columns that a second run is for. */
+static void store_lost(const Tile *t, const Scratch *s, int p) {
+    for (ptrdiff_t d = 0; d < t->value_dim; d++)
+        for (uint64_t bits = s->lost[p * t->value_dim + d]; bits; bits &= bits - 1) {
+            int i = __builtin_ctzll(bits), at = p * PANEL + i;
+            real sum = s->out[(p * s->out_rows + d) * PANEL + i], x = sum / s->row_sum[at];
+            if (isfinite(sum) && isinf(x)) x = copysign(REAL_MAX, x); /* a mean, rounded up */
+            write_number(t->out[at] + d * t->out_dim, t->out_format, s->row_sum[at] == 0 ? NAN : x);
         }
-    return any_lane(wrong != splat(0));
+}
+
+static void store_panel(const Tile *t, const Scratch *s, int p) {
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        ptrdiff_t at = p * PANEL + n * LANES;
+        ivec saw = *(const ivec *)(s->saw + at);
+        /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
+        vec sum = load(s->row_sum + at);
+        vec share = choose(sum == splat(0), splat(NAN), splat(1) / sum);
+        store_rows(t, at, s->out + p * PANEL * s->out_rows + n * LANES, share, saw);
+    }
 }
 
 static int finish(Tile *t) {
     Scratch s = scratch_of(t);
-    if (t->margin == 0 && overflowed(t, &s)) return 0;
+    bool again = t->margin == 0 && find_lost(t, &s);
     settle_least(t);
     for (int p = 0; p < t->panels; p++)
-        for (int n = 0; n < t->panel[p].vecs; n++) {
-            ptrdiff_t at = p * PANEL + n * LANES;
-            ivec saw = *(const ivec *)(s.saw + at);
-            /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
-            vec sum = load(s.row_sum + at);
-            vec share = choose(sum == splat(0), splat(NAN), splat(1) / sum);
-            store_rows(t, at, s.out + p * PANEL * s.out_rows + n * LANES, share, saw);
-        }
+        if (t->margin > 0) store_lost(t, &s, p);
+        else store_panel(t, &s, p);
     double unit = t->exponent == LOG2_E ? 1 : t->exponent * LN2;
-    if (t->want_lse)
-        for (ptrdiff_t i = 0; i < t->n_queries; i++) {
-            double top = s.row_max[i] * unit; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
+    for (ptrdiff_t i = 0; i < t->n_queries; i++) {
+        s.row_max[i] += s.wrong[i];
+        double top = s.row_max[i] * unit; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
+        if (t->want_lse && delivers(t, i))
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i] / WEIGHT_UNIT);
-        }
-    return 1;
+    }
+    return !again;
 }
 
 /* Scores to the weights of the result, in place. */
@@ -318,10 +319,11 @@ static void settle_weights(const Tile *t, const Scratch *s, int p, const Strip *
     for (int n = 0; n < t->panel[p].vecs; n++) {
         ptrdiff_t lane = p * PANEL + n * LANES;
         Softmax row = softmax_of(load(s->row_max + lane), load(s->row_sum + lane));
+        ivec own = delivered(t, p, n);
         for (int j = 0; j < strip->keys; j++) {
             real *score = strip->scores + j * PANEL + n * LANES;
             vec weight = weight_from(load(score), row.top, exponent) * row.share;
-            store(score, choose(sees(strip, n, j), weight, splat(0)));
+            store(score, choose(sees(strip, n, j) & own, weight, splat(0)));
         }
     }
 }
@@ -329,7 +331,7 @@ static void settle_weights(const Tile *t, const Scratch *s, int p, const Strip *
 static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
     settle_weights(t, s, p, strip);
     for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++)
-        for (int j = 0; j < strip->keys; j++)
+        for (int j = 0; j < strip->keys && delivers(t, p * PANEL + i); j++)
             write_number(t->weights[p * PANEL + i] + (strip->key + j) * t->weights_key, t->out_format,
                          strip->scores[j * PANEL + i]);
 }
@@ -366,13 +368,15 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
         sum += SHARE(i);
     }
     for (ptrdiff_t d = 0; d < value_dim; d++) {
-        double total = 0;
+        double mean = 0;
+        bool finite = true;
         for (ptrdiff_t i = 0; i < parts; i++) {
             const real *results = (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
+            double x = results[row * value_dim + d];
             /* A part whose scores are all -inf is NaN, and nothing to a part with others. */
-            if (SHARE(i) != 0) total += SHARE(i) * results[row * value_dim + d];
+            if (SHARE(i) != 0) mean += SHARE(i) / sum * x, finite &= isfinite(x);
         }
-        write_number(out + d * out_dim, format, (real)(total / sum));
+        write_number(out + d * out_dim, format, finite ? as_real(fmin(fmax(mean, -DBL_MAX), DBL_MAX)) : (real)mean);
     }
 #undef SHARE
     return top + log(sum);

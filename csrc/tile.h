@@ -48,9 +48,11 @@ typedef struct {
     double scale;
     Measure measure;
     const double *measure_weights; /* of ADDITIVE, one per dimension */
-    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact;
-     * more where the weighted sum of huge values would overflow. */
+    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact, but
+     * in a second run, for the results that overflowed in the first: those of huge values, and of
+     * scores out of range. */
     double margin;
+    int careful; /* set by begin: scores may be out of range, and are looked at one by one */
 
     ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */
 
@@ -111,6 +113,9 @@ typedef struct {
         int vecs;         /* vectors in use */
         int started;      /* has it attended to a block? */
         uint64_t outside; /* bits of the queries that the products cannot take */
+        /* Set by finish: bits of the queries that a second run is for, and among these of those whose
+         * scores it makes again, not only sums of values. */
+        uint64_t again, late;
     } panel[MAX_PANELS];
     int panels;
     /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
@@ -142,7 +147,7 @@ typedef struct {
     size_t (*scratch_bytes)(const Tile *, ptrdiff_t queries);
     void (*begin)(Tile *);
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
-    int (*finish)(Tile *); /* 0: a sum overflowed; begin again with a margin */
+    int (*finish)(Tile *); /* 0: something overflowed; begin again with a margin after all below */
     void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
     void (*pool)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
     void (*collect)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */

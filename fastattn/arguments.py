@@ -11,8 +11,8 @@ from .device import DeviceArray, on_device
 from .dtypes import is_real
 
 __all__ = [
-    "FAR", "broadcast", "count", "flag", "function", "integer", "integers", "number", "operand",
-    "plain", "vector",
+    "FAR", "broadcast", "count", "flag", "function", "in_range", "integer", "integers", "number",
+    "operand", "plain", "vector",
 ]  # fmt: skip
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -60,7 +60,16 @@ def number(name: str, value) -> float:
     if x.ndim or not is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
         raise TypeError(f"{name}: {what} given, a real number wanted")
-    return float(x)
+    return float(in_range(x, np.float64))
+
+
+def in_range(x, dtype) -> np.ndarray:
+    """`x` with its finite numbers drawn in to what `dtype` can hold; infinite ones stay so."""
+    most = np.finfo(dtype).max
+    if np.can_cast(x.dtype, dtype):
+        return x
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(x), x, np.clip(x, -most, most))
 
 
 def integer(name: str, value) -> int:
@@ -106,7 +115,7 @@ def vector(name: str, value, dim: int) -> np.ndarray:
         raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
     if x.shape != (dim,):
         raise ValueError(f"{name}: shape {x.shape} given, ({dim},) wanted")
-    return np.ascontiguousarray(x, np.float64)
+    return np.ascontiguousarray(in_range(x, np.float64), np.float64)
 
 
 def broadcast(name: str, x, shape, axes: str):

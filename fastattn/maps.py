@@ -154,8 +154,10 @@ def top_keys(q, k, n, *, backend=None, **options):
     """
     n = count("n", n)
     p = _pose("top_keys", q, k, options)
-    found = select(p, backend, unsupported_map).run_top(p, n)
-    return tuple(x[0] if p.one_head else x for x in found)
+    indices, weights = select(p, backend, unsupported_map).run_top(p, n)
+    # A row that is not a number has no order, nor 0 behind its last key.
+    weights[np.isnan(weights[..., 0]) & (indices[..., 0] < 0)] = np.nan
+    return (indices[0], weights[0]) if p.one_head else (indices, weights)
 
 
 def _pose(function: str, q, k, options) -> Problem:

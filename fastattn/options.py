@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arguments import FAR, broadcast, integer, integers, operand, plain
+from .arguments import FAR, broadcast, in_range, integer, integers, operand, plain
 from .blockmask import BlockMask
 from .dtypes import is_real
 
@@ -38,13 +38,14 @@ def mask_array(value, shape, q):
     return broadcast("mask", x, shape, "(..., heads, queries, keys)")
 
 
-def per_head(name, value, heads) -> np.ndarray:
+def per_head(name, value, heads, real) -> np.ndarray:
+    """A number for each query head as float64, within the range of sums of dtype `real`."""
     x = plain(name, value)
     if not is_real(x.dtype):
         raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
     if x.shape != (heads,):
         raise ValueError(f"{name}: shape {x.shape} given, one per query head, ({heads},), wanted")
-    return x.astype(np.float64)
+    return in_range(x, real).astype(np.float64)
 
 
 def window_sides(value) -> tuple[int | None, int | None]:

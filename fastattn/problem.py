@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import count, flag, function, number, operand, vector
+from .arguments import count, flag, function, in_range, number, operand, vector
 from .blockmask import BlockMask
 from .device import DeviceArray
 from .dtypes import FLOAT32, FLOAT64, float_dtype, wider, widest
@@ -34,6 +34,10 @@ from .visibility import KeyRange, key_range
 __all__ = ["DISTANCE", "DOT", "Gradient", "Measure", "Problem", "gradient_of", "pose"]
 
 _ndarray = np.ndarray
+
+# Of each dtype that sums are kept in: the largest number, and the least whose inverse it holds too.
+_MOST = {real: float(np.finfo(real).max) for real in (FLOAT32, FLOAT64)}
+_LEAST = {real: float(np.finfo(real).tiny) for real in (FLOAT32, FLOAT64)}
 
 
 class Gradient(NamedTuple):
@@ -213,21 +217,24 @@ def pose(
             raise ValueError(f"k: {kv_heads} heads given, a divisor of q's {heads} wanted")
 
     rows = (*batch, heads, n_queries)
-    scale = head_dim**-0.5 if scale is None else number("scale", scale)
+    real = FLOAT64 if dtype is FLOAT64 else FLOAT32
+    scale = head_dim**-0.5 if scale is None else _within(number("scale", scale), real)
     if softcap is not None:
         softcap = number("softcap", softcap)
         if not 0 < softcap < np.inf:
-            raise ValueError(f"softcap: {softcap} given, a finite number > 0 wanted")
+            raise ValueError(f"softcap: expected a finite number > 0, got {softcap}")
+        softcap = max(_within(softcap, real), _LEAST[real])
     if bias is not None:
         bias = bias_array(bias, (*rows, n_keys), q)
     if mask is not None:
         mask = mask_array(mask, (*rows, n_keys), q)
     if alibi is not None:
-        alibi = per_head("alibi", alibi, heads)
+        alibi = per_head("alibi", alibi, heads, real)
     if sinks is not None:
-        sinks = per_head("sinks", sinks, heads)
+        sinks = per_head("sinks", sinks, heads, real)
     if measure.name == "additive":
-        measure = measure._replace(weights=vector("w", measure.weights, head_dim))
+        weights = in_range(vector("w", measure.weights, head_dim), real).astype(FLOAT64)
+        measure = measure._replace(weights=weights)
 
     if causal is not False:
         causal = flag("causal", causal)
@@ -271,6 +278,11 @@ def pose(
         q_offset, visible, mask, return_lse, return_weights, out, one_head,
         threads, precision, copied, wanted, score_mod, mask_mod, block_mask, measure,
     )  # fmt: skip
+
+
+def _within(x: float, real: np.dtype) -> float:
+    """A finite `x` drawn in to the range in which sums are kept."""
+    return x if math.isinf(x) else min(max(x, -_MOST[real]), _MOST[real])
 
 
 def _readable(x, dtype):

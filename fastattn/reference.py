@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from .arguments import in_range
 from .backward_problem import Backward
 from .cells import cell_starts, nothing_seen
 from .dtypes import as_real
@@ -27,11 +28,12 @@ def unsupported(problem: Problem) -> str | None:
 def run(problem: Problem, result):
     """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
     out, lse, weights = attend(problem)
-    result[...] = out.astype(problem.dtype)
-    return (
-        lse.astype(problem.accumulator) if problem.return_lse else None,
-        weights.astype(problem.dtype) if problem.return_weights else None,
-    )
+    with np.errstate(all="ignore"):
+        result[...] = out.astype(problem.dtype)
+        return (
+            lse.astype(problem.accumulator) if problem.return_lse else None,
+            weights.astype(problem.dtype) if problem.return_weights else None,
+        )
 
 
 def unsupported_backward(problem: Problem) -> str | None:
@@ -63,7 +65,10 @@ def attend(problem: Problem, real=np.float64):
             seen &= s != -np.inf
         weights, lse = softmax(s, seen, problem.sinks)
         v = per_query_head(as_real(problem.v, problem.v_scales, real), problem)
-        out = weighted_sum(weights, seen, v)
+        # A mean of the largest numbers may be rounded up.
+        out = drawn_in(
+            weighted_sum(weights, seen, v), np.isfinite(v).all(axis=-2)[..., None, :], real
+        )
     return out, lse, weights
 
 
@@ -139,24 +144,54 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
 
 
 def scores(p: Problem, real=np.float64, products=None) -> np.ndarray:
-    """``s[i, j]`` of every query and key: (batch, heads, queries, keys)."""
+    """``s[i, j]`` of every query and key: (batch, heads, queries, keys).
+
+    What is kept after each step is within the range of sums, unless it was made of Inf or NaN.
+    """
     s = capped_products(p, real) if products is None else products
     if p.bias is not None:
-        s = s + p.bias.astype(real)
+        bias = in_range(p.bias, p.accumulator).astype(real)
+        s = drawn_in(s + bias, np.isfinite(s) & np.isfinite(bias), p.accumulator)
     if p.alibi is not None:
         i, j = positions(p)
-        s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j)
+        slope = p.alibi.astype(real)[:, None, None]
+        far = slope * np.abs(i - j)
+        s = drawn_in(s - far, np.isfinite(s) & np.isfinite(slope), p.accumulator)
     if p.score_mod is not None:
         s = on_grid(p, p.score_mod, s.astype(np.float64)).astype(real)
+        s = drawn_in(s, np.isfinite(s), p.accumulator)
     return s
+
+
+def drawn_in(x, finite, dtype) -> np.ndarray:
+    """`x` within the range of `dtype` wherever `finite`."""
+    most = np.finfo(dtype).max
+    return np.where(finite, np.clip(x, -most, most), x)
 
 
 def capped_products(p: Problem, real=np.float64) -> np.ndarray:
     """The score before anything is added: the scaled measure, softly capped."""
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
     k = per_query_head(as_real(p.k, p.k_scales, real), p)
-    s = real(p.scale) * measured(p, q, k)
+    products = measured(p, q, k)
+    s = real(p.scale) * products
+    finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
+    lost = finite & ~np.isfinite(products)
+    if lost.any():  # on the way to a score that may be in range
+        s = np.where(lost, scaled_far_products(p, q, k, real), s)
+    s = drawn_in(s, finite & np.isfinite(p.scale), p.accumulator)
     return s if p.softcap is None else p.softcap * np.tanh(s / p.softcap)
+
+
+def scaled_far_products(p: Problem, q, k, real) -> np.ndarray:
+    """The scaled measure of vectors whose sums leave the range of `real`, but for small digits."""
+    unit = real(2.0) ** (np.finfo(real).maxexp // 2 + 32)
+    if p.measure.name == "dot":
+        return real(p.scale) * measured(p, q / unit, k / unit) * unit * unit
+    if p.measure.name == "distance":
+        return real(p.scale) * measured(p, q / unit, k / unit) * unit
+    weights = p.measure.weights.astype(real) / unit
+    return real(p.scale) * (np.tanh(q[..., :, None, :] + k[..., None, :, :]) @ weights) * unit
 
 
 def measured(p: Problem, q, k) -> np.ndarray:
@@ -218,17 +253,19 @@ def softmax(s, seen, sinks=None):
     """``(weights, lse)`` over the seen keys and, where given, one sink without a value per head.
 
     A shift of the scores by their maximum keeps the exponentials in range and cancels out.
+    A score of Inf weighs Inf - Inf, which is NaN, and the others nothing beside it.
     """
     s = np.where(seen, s, -np.inf)
     top = s.max(axis=-1, keepdims=True, initial=-np.inf)
     if sinks is not None:
         sinks = sinks.astype(s.dtype)[:, None, None]
         top = np.maximum(top, sinks)
-    shift = np.where(np.isfinite(top), top, 0)
+    shift = np.where(top == -np.inf, 0, top)
     powers = np.exp(s - shift)
     total = powers.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks - shift)
+    total = np.where(shift == np.inf, 1, total)
     weights = np.where(seen, powers / total, 0)  # exact where lse is too large to hold log(total)
     return weights, (shift + np.log(total))[..., 0]
 

@@ -226,8 +226,10 @@ def finfo(dtype):
 
 
 def ulp(value, dtype) -> float:
-    """The distance from `value` to the next number of `dtype`."""
-    return float(np.spacing(np.asarray(abs(float(value)), dtype)))
+    """The distance from `value` to the next number of `dtype`, or from the last but one."""
+    real = np.dtype(dtype).type
+    last_but_one = np.nextafter(real(finfo(dtype).max), real(0))
+    return float(np.spacing(np.minimum(real(abs(float(value))), last_but_one)))
 
 
 def rms(error) -> float:

@@ -6,6 +6,8 @@ for softmax", algorithm 3) over blocks of keys, as in FlashAttention (Dao et al.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..problem import Problem
@@ -20,8 +22,10 @@ from .numpy_tiles import (
     product,
     queries_of,
     query_blocks,
+    rescale,
     rows_of,
     scores,
+    shift_of,
 )
 
 __all__ = [
@@ -65,50 +69,88 @@ def plan(problem: Problem) -> dict[str, str]:
     }
 
 
-def _attend(p: Problem, h: Heads, queries: slice, result, lse, weights, margin=0.0) -> None:
-    """Attend from one block of queries to every block of keys that one of them sees.
-
-    Weights are relative to the largest score plus `margin`: log(2 * n_keys) keeps the sum of huge
-    values from overflowing, at the price of a largest weight that is not exactly 1.
-    """
-    real = p.accumulator
+def _attend(p: Problem, h: Heads, queries: slice, result, lse, weights) -> None:
+    """Attend from one block of queries to every block of keys that one of them sees."""
     q = queries_of(p, h, queries)
-    rows = q.shape[:-1]
-    top = np.full(rows, -np.inf, real)
-    if h.sinks is not None:
-        top = np.broadcast_to(h.sinks, rows)
-    shift = np.where(np.isfinite(top), top + real.type(margin), 0)
-    total = np.exp(top - shift)
-    some = np.zeros(rows, bool)
-    out = np.zeros((*rows, p.value_dim), real)
-    for keys in key_blocks(p, h, queries):
-        s, seen = scores(p, h, capped_products(p, h, q, keys), queries, keys)
-        old_top, old_shift = top, shift
-        top = np.maximum(top, s.max(axis=-1))
-        shift = np.where(np.isfinite(top), top + real.type(margin), 0)
-        weight = np.exp(s - shift[..., None])
-        rescale = np.where(old_top == -np.inf, 0, np.exp(old_shift - shift))
-        total = total * rescale + weight.sum(axis=-1)
-        out = out * rescale[..., None] + product(weight, seen, rows_of(h.v, h.v_scales, keys, real))
-        some |= True if seen is None else seen.any(axis=-1)
-    if margin == 0 and not np.isfinite(out[np.isfinite(total)]).all():
-        return _attend(p, h, queries, result, lse, weights, margin=np.log(2 * p.n_keys))
+    sums = _sums(p, h, q, queries)
+    out, total = sums.out, sums.total
+    lost = ~np.isfinite(out) & np.isfinite(total)[..., None]
+    if lost.any():
+        expected = _infinite_values(p, h, queries, out)
+        lost &= ~(np.isnan(expected) | (out == expected))
     # A row that sees nothing has a total of 0 and gets 0; one that sees only -inf gets 0 / 0.
-    unseen = ~some
-    out = out / np.where(unseen & (total == 0), 1, total)[..., None]
+    unseen = ~sums.some & (total == 0)
+    out = out / np.where(unseen, 1, total)[..., None]
+    if lost.any():  # smaller weights keep the sum of huge values from overflowing
+        again = _sums(p, h, q, queries, margin=np.log(2 * p.n_keys))
+        most = np.finfo(out.dtype).max
+        mean = np.clip(again.out / again.total[..., None], -most, most)
+        mean = np.where(np.isfinite(again.out), mean, again.out)
+        out = np.where(lost, mean, out)
 
     def deliver(target, values):  # (kv_heads, group, queries, ...) -> (heads, queries, ...)
         target[h.where][:, queries] = values.reshape(h.shape[0] * h.shape[1], *values.shape[2:])
 
     deliver(result, out)
+    shift = shift_of(sums.top)
+    total = np.where(shift == np.inf, 1, total)  # beside which others weigh nothing
     if lse is not None:
         deliver(lse, shift + np.log(total))
     if weights is not None:
         view = weights[h.where][:, queries]
         view[...] = 0
         for keys in key_blocks(p, h, queries):
-            s, seen = scores(p, h, capped_products(p, h, q, keys), queries, keys)
+            s, seen = scores(p, h, capped_products(p, h, q, keys, queries), queries, keys)
             w = np.exp(s - shift[..., None]) / total[..., None]
             if seen is not None:
                 w = np.where(seen, w, 0)
             view[..., keys] = w.reshape(h.shape[0] * h.shape[1], *w.shape[2:])
+
+
+class _Sums(NamedTuple):
+    """What a block of queries made of all keys; axes (kv_heads, group, queries, ...)."""
+
+    out: np.ndarray  # the weighted sum of values
+    total: np.ndarray  # that of the weights
+    top: np.ndarray  # the largest score, or the sink
+    some: np.ndarray  # is any key seen?
+
+
+def _sums(p: Problem, h: Heads, q, queries: slice, margin=0.0) -> _Sums:
+    """Weights are relative to the largest score plus `margin`."""
+    real = p.accumulator
+    rows = q.shape[:-1]
+    top = np.full(rows, -np.inf, real)
+    if h.sinks is not None:
+        top = np.broadcast_to(h.sinks, rows)
+    shift = shift_of(top, margin)
+    total = np.where(top == np.inf, real.type(1), np.exp(top - shift))
+    some = np.zeros(rows, bool)
+    out = np.zeros((*rows, p.value_dim), real)
+    for keys in key_blocks(p, h, queries):
+        s, seen = scores(p, h, capped_products(p, h, q, keys, queries), queries, keys)
+        old_shift, none = shift, top == -np.inf
+        top = np.maximum(top, s.max(axis=-1))
+        shift = shift_of(top, margin)
+        weight = np.exp(s - shift[..., None])
+        factor = np.where(none, 0, rescale(old_shift, shift))
+        total = total * factor + weight.sum(axis=-1)
+        values = rows_of(h.v, h.v_scales, keys, real)
+        out = out * factor[..., None] + product(weight, seen, values)
+        some |= True if seen is None else seen.any(axis=-1)
+    return _Sums(out, total, top, some)
+
+
+def _infinite_values(p: Problem, h: Heads, queries: slice, out) -> np.ndarray:
+    """The sum of the values that are not finite and that a query sees; of the shape of `out`."""
+    expected = np.zeros_like(out)
+    for keys in key_blocks(p, h, queries):
+        v = rows_of(h.v, h.v_scales, keys, p.accumulator)
+        wild = np.flatnonzero(~np.isfinite(v).all(axis=(0, 1, 3)))
+        nothing = np.zeros((*out.shape[:-1], v.shape[-2]), out.dtype)
+        _, seen = scores(p, h, nothing, queries, keys) if wild.size else (None, None)
+        for j in wild:
+            values = np.where(np.isfinite(v[:, :, None, j]), 0, v[:, :, None, j])
+            sees = True if seen is None else np.broadcast_to(seen, nothing.shape)[..., j, None]
+            expected += np.where(sees, values, 0)
+    return expected

@@ -36,7 +36,7 @@ def _pool(p: Problem, h: Heads, queries: slice, found) -> None:
     shift, total = sums(p, h, q, queries)
     rows, first_queries = covered(queries, p.n_queries, found.shape[-2])
     for keys in key_blocks(p, h, queries):
-        s, seen = scores(p, h, capped_products(p, h, q, keys), queries, keys)
+        s, seen = scores(p, h, capped_products(p, h, q, keys, queries), queries, keys)
         weights = where_seen(seen, np.exp(s - shift[..., None]) / total[..., None])
         columns, first_keys = covered(keys, p.n_keys, found.shape[-1])
         weights = np.add.reduceat(weights, first_queries, axis=-2, dtype=np.float64)
@@ -65,7 +65,7 @@ def _strongest(p: Problem, h: Heads, queries: slice, n: int):
     indices = np.full(best.shape, -1)
     some = np.zeros(q.shape[:-1], bool)
     for keys in key_blocks(p, h, queries):
-        s, seen = scores(p, h, capped_products(p, h, q, keys), queries, keys)
+        s, seen = scores(p, h, capped_products(p, h, q, keys, queries), queries, keys)
         some |= True if seen is None else seen.any(axis=-1)
         s = np.where(np.isnan(s), -np.inf, s)
         better = (s > best[..., -1:]).any(axis=-1)

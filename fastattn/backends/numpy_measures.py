@@ -26,12 +26,17 @@ def measure(how: Measure, q, k) -> np.ndarray:
     total = _sum(_squares(q, k) if distances else _tanhs(how, q, k))
     if not distances:
         return total
-    far = np.isinf(total)
-    if not far.any():
-        return np.sqrt(total)
-    # The squares of finite numbers may overflow though the distance does not.
-    unit = q.dtype.type(2.0 ** (np.finfo(q.dtype).maxexp // 2))
-    return np.where(far, np.sqrt(_sum(_squares(q / unit, k / unit))) * unit, np.sqrt(total))
+    roots, limits, two = np.sqrt(total), np.finfo(q.dtype), q.dtype.type(2)
+    # The squares of finite numbers may overflow though the distance does not; and small ones lose
+    # their digits.
+    far, near = np.isinf(total), total < two ** (limits.minexp + limits.nmant + 4)
+    if far.any():
+        unit = two ** (limits.maxexp // 2)
+        roots = np.where(far, np.sqrt(_sum(_squares(q / unit, k / unit))) * unit, roots)
+    if near.any():
+        unit = two ** (limits.minexp // 4 * 3)
+        roots = np.where(near, np.sqrt(_sum(_squares(q, k, unit))) * unit, roots)
+    return roots
 
 
 def measure_gradients(how: Measure, q, k, seen, grad):
@@ -60,9 +65,11 @@ def measure_gradients(how: Measure, q, k, seen, grad):
     return grad_q, grad_k, grad_w
 
 
-def _squares(q, k):
+def _squares(q, k, unit=None):
     for d in range(q.shape[-1]):
         away = q[..., :, None, d] - k[..., None, :, d]
+        if unit is not None:
+            away /= unit
         away *= away
         yield away
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..arguments import in_range
 from ..dtypes import as_real
 from ..problem import DOT, Problem
 from .numpy_measures import measure
@@ -24,7 +25,9 @@ __all__ = [
     "product",
     "queries_of",
     "query_blocks",
+    "rescale",
     "scores",
+    "shift_of",
     "sums",
 ]
 
@@ -126,17 +129,46 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
             yield keys
 
 
-def capped_products(p: Problem, h: Heads, q, keys: slice) -> np.ndarray:
-    """The scores of one tile before anything is added; `q` is that of `queries_of`."""
+def capped_products(
+    p: Problem, h: Heads, q, keys: slice, queries: slice | None = None
+) -> np.ndarray:
+    """The scores of one tile before anything is added; `q` is that of `queries_of`. Where `queries`
+    says which these are, scores of finite vectors are within the range of numbers.
+    """
     k = rows_of(h.k, h.k_scales, keys, p.accumulator)
     if p.measure is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
         s = p.accumulator.type(p.scale) * measure(p.measure, q, k)
+    if queries is not None and not np.isfinite(s).all():
+        s = _products_in_range(p, h.q[:, :, queries], k, s)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
     return cap * np.tanh(s / cap)
+
+
+def _products_in_range(p: Problem, q, k, s) -> np.ndarray:
+    """`s` without what overflowed though its vectors are finite; other bits stay as they are."""
+    finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
+    lost = finite & ~np.isfinite(s)
+    if not lost.any() or not np.isfinite(p.scale):
+        return s
+    wide = np.longdouble if p.accumulator == np.float64 else np.float64
+    q, k = q.astype(wide), k.astype(wide)
+    exact = q @ k.swapaxes(-1, -2) if p.measure is DOT else measure(p.measure, q, k)
+    most = np.finfo(s.dtype).max
+    return np.where(lost, np.clip(wide(p.scale) * exact, -most, most), s).astype(s.dtype)
+
+
+def shift_of(top, margin=0.0) -> np.ndarray:
+    """What scores are taken relative to in a row with that maximum."""
+    return np.where(top == -np.inf, top.dtype.type(0), top + top.dtype.type(margin))
+
+
+def rescale(old, new) -> np.ndarray:
+    """The factor of sums relative to `old` that are to be relative to `new`; both may be Inf."""
+    return np.where(old == new, old.dtype.type(1), np.exp(old - new))
 
 
 def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
@@ -145,16 +177,14 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     s, seen = products, None
     if h.bias is not None:
         bias = h.bias[:, :, queries, keys]
-        rounded = bias.astype(real)
+        rounded = in_range(bias, real).astype(real)
         s = products + rounded
-        if (rounded == -np.inf).any():  # which a large number may round to
+        if (rounded == -np.inf).any():
             seen = bias != -np.inf
-        if not np.isfinite(s).all():
-            # A number that this dtype cannot hold, or that overflows the sum, is a number still.
-            most = np.finfo(real).max
-            s = np.where(np.isfinite(bias) & np.isfinite(products), np.clip(s, -most, most), s)
+        s = _sum_in_range(s, products, rounded)
     if h.alibi is not None:
-        s = s - h.alibi[..., None] * distances(h, queries, keys).astype(real)
+        far = h.alibi[..., None] * distances(h, queries, keys).astype(real)
+        s = _sum_in_range(s - far, s, h.alibi[..., None])
     if h.spans is not None:
         start, stop = (side[:, :, queries, None] for side in h.spans)
         inside = (start <= keys.start).all() and (keys.stop <= stop).all()
@@ -170,19 +200,27 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     return s, seen
 
 
+def _sum_in_range(total, a, b) -> np.ndarray:
+    """`total` without what overflowed though `a` and `b`, which it was made of, are finite."""
+    if np.isfinite(total).all():
+        return total
+    most = np.finfo(total.dtype).max
+    return np.where(np.isfinite(a) & np.isfinite(b), np.clip(total, -most, most), total)
+
+
 def sums(p: Problem, h: Heads, q, queries: slice):
     """``(shift, total)`` of a row's softmax ``exp(s - shift) / total``; `q` is scaled already."""
     top = np.full(q.shape[:-1], -np.inf, p.accumulator)
     if h.sinks is not None:
         top = np.broadcast_to(h.sinks, top.shape)
-    total = np.exp(top - np.where(np.isfinite(top), top, 0))
+    total = np.where(top == -np.inf, top.dtype.type(0), top.dtype.type(1))
     for keys in key_blocks(p, h, queries):
-        s, _ = scores(p, h, capped_products(p, h, q, keys), queries, keys)
+        s, _ = scores(p, h, capped_products(p, h, q, keys, queries), queries, keys)
         old, top = top, np.maximum(top, s.max(axis=-1))
-        shift = np.where(np.isfinite(top), top, 0)
-        rescale = np.where(old == -np.inf, 0, np.exp(old - shift))
-        total = total * rescale + np.exp(s - shift[..., None]).sum(axis=-1)
-    return np.where(np.isfinite(top), top, 0), total
+        shift = shift_of(top)
+        total = total * rescale(old, shift) + np.exp(s - shift[..., None]).sum(axis=-1)
+    # Inf beside which others weigh nothing; with a NaN the top is NaN too.
+    return shift_of(top), np.where(top == np.inf, top.dtype.type(1), total)
 
 
 def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:
@@ -195,9 +233,10 @@ def product(weight, seen, v):
     """``weight @ v`` in which an unseen key takes no part, whatever is in its `v`."""
     if seen is None or np.isfinite(v).all():
         return weight @ v
-    wild = ~np.isfinite(v).all(axis=(0, 1, 3))  # keys with a NaN or an Inf in some head
-    out = weight[..., ~wild] @ v[:, :, ~wild]
-    for j in np.flatnonzero(wild):
-        term = weight[..., j, None] * v[:, :, None, j]
+    finite = np.isfinite(v)
+    out = weight @ np.where(finite, v, 0)
+    for j in np.flatnonzero(~finite.all(axis=(0, 1, 3))):
+        wild = np.where(finite[:, :, None, j], 0, v[:, :, None, j])
+        term = np.where(wild == 0, 0, weight[..., j, None] * wild)
         out = out + np.where(np.broadcast_to(seen, weight.shape)[..., j, None], term, 0)
     return out

@@ -1,0 +1,242 @@
+/* What leaves the range of `real` though the inputs are finite: found when a tile is finished, and made
+ * right by a second run, which delivers nothing else. Where the inputs are to blame, nothing is to be
+ * done: NaN and Inf are the result.
+ */
+#ifndef FASTATTN_RANGE_H
+#define FASTATTN_RANGE_H
+
+#include "scores.h"
+
+/* Does the run under way deliver the query's lse and weights? */
+static bool delivers(const Tile *t, ptrdiff_t i) {
+    return (t->panel[i / PANEL].late >> i % PANEL & 1) == (t->margin > 0);
+}
+
+/* The same of the lanes of a vector. */
+static ivec delivered(const Tile *t, int p, int n) {
+    ivec own;
+    for (int i = 0; i < LANES; i++)
+        own[i] = -(lane_int)((t->panel[p].late >> (n * LANES + i) & 1) == (t->margin > 0));
+    return own;
+}
+
+/* May scores be out of range that no infinite maximum or sum that is not a number gives away? */
+static bool may_overflow(const Tile *t) {
+    bool some = t->margin > 0 || t->softcap > HUGE_CAP;
+    for (ptrdiff_t i = 0; i < t->n_queries && t->has_alibi; i++)
+        some |= fabs(t->slope[i]) > REAL_MAX * 0x1p-62; /* further than that is no key */
+    return some;
+}
+
+static double drawn_in(double x, bool finite) {
+    return finite ? fmin(fmax(x, -REAL_MAX), REAL_MAX) : x;
+}
+
+/* How a query and a key compare, as `measure` says, of numbers 2**-down times as large. */
+static double measure_exactly(const Tile *t, ptrdiff_t i, ptrdiff_t key, int down, bool *finite) {
+    const double unit = ldexp(1, -down), scale = t->k_scales ? t->k_scales[key] : 1;
+    double sum = 0;
+    *finite = true;
+    for (ptrdiff_t d = 0; d < t->head_dim; d++) {
+        double q = read_number(t->q[i] + d * t->q_dim, t->q_format);
+        double k = read_number(t->k + key * t->k_key + d * t->k_dim, t->k_format) * scale;
+        *finite &= isfinite(q) && isfinite(k);
+        if (t->measure == ADDITIVE) {
+            sum += t->measure_weights[d] * unit * tanh(q + k);
+        } else if (t->measure == DISTANCE) {
+            double away = q * unit - k * unit;
+            sum += away * away;
+        } else
+            sum += (q * unit) * (k * unit);
+    }
+    return t->measure == DISTANCE ? sqrt(sum) : sum;
+}
+
+/* The score as the definition has it: after each step a number is within the range of `real`, unless
+ * it was made of NaN or Inf. */
+static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
+    const int far = 540; /* float64 alone gets that far on the way */
+    bool finite;
+    int up = 0, power;
+    double x = measure_exactly(t, i, key, 0, &finite);
+    if (finite && !isfinite(x)) {
+        x = measure_exactly(t, i, key, far, &finite);
+        up = t->measure == DOT ? 2 * far : far;
+    }
+    x = frexp(x, &power) * t->scale;
+    double s = drawn_in(ldexp(x, power + up), finite && isfinite(t->scale));
+    if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
+    if (t->has_bias) {
+        real bias = as_real(read_number(t->bias[i] + key * t->bias_key, t->bias_format));
+        s = drawn_in(s + bias, isfinite(s) && isfinite(bias));
+    }
+    if (t->has_alibi) {
+        double away = fabs((double)(t->position[i] - key));
+        s = drawn_in(fma(-t->slope[i], away, s), isfinite(s) && isfinite(t->slope[i]));
+    }
+    return (real)s;
+}
+
+/* Make the scores again that may have left the range; `top` is their maximum then. */
+static void draw_in_scores(const Tile *t, int p, const Strip *strip, vec *top) {
+    const vec most = splat(REAL_MAX / 8);
+    int vecs = t->panel[p].vecs;
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            ivec out = ~(magnitude(load(s)) <= most) & sees(strip, n, j);
+            if (!any_lane(out)) continue;
+            for (int l = 0; l < LANES; l++) {
+                ptrdiff_t i = p * PANEL + n * LANES + l;
+                /* A lane without a query repeats the last one, but need not be right. */
+                if (out[l] < 0 && i < t->n_queries) s[l] = exact_score(t, i, strip->key + j);
+            }
+        }
+    for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) top[n] = larger(load(strip->scores + j * PANEL + n * LANES), top[n]);
+}
+
+/* Inf hides a NaN in the maximum, and weighs Inf - Inf in the sum. Note where both are among the scores
+ * of some strips, or Inf is where `fresh` and the sums so far are NaN. */
+static void note_nan(const Scratch *s, int p, int n, const Strip *strips, int count, ivec fresh,
+                     vec sum) {
+    ptrdiff_t lane = p * PANEL + n * LANES;
+    ivec infinite = load(s->row_max + lane) == splat(INFINITY);
+    if (!any_lane(infinite)) return;
+    sum += load(s->row_sum + lane);
+    ivec nan = fresh & (sum != sum);
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < strips[i].keys && strips[i].seen != SEE_NONE; j++) {
+            vec x = load(strips[i].scores + j * PANEL + n * LANES);
+            nan |= x != x;
+        }
+    store(s->wrong + lane, choose(nan & infinite, splat(NAN), load(s->wrong + lane)));
+}
+
+static bool is_visible(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
+    return t->start[i] <= key && key < t->stop[i] &&
+           (!t->has_mask || t->mask[i][key * t->mask_key]) &&
+           (!t->has_bias || read_number(t->bias[i] + key * t->bias_key, t->bias_format) != -INFINITY);
+}
+
+/* Is some number of a row NaN or Inf? */
+INLINE bool not_finite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberFormat format) {
+    vec sum = splat(0);
+    if (dim == format.bytes) {
+        for (ptrdiff_t d = 0; d < dims; d += LANES) sum += load_some(at + d * dim, dims - d, format) * 0;
+        return any_lane(sum != splat(0));
+    }
+    for (ptrdiff_t d = 0; d < dims; d++)
+        if (!isfinite(read_number(at + d * dim, format))) return true;
+    return false;
+}
+
+/* Take away the bits of the queries that see a NaN in a key. */
+INLINE void explain_by_keys(const Tile *t, int p, uint64_t *late, NumberFormat format) {
+    for (ptrdiff_t key = t->panel[p].first; key < t->panel[p].last && *late; key++) {
+        const char *k = t->k + key * t->k_key;
+        if (!not_finite(k, t->k_dim, t->head_dim, format)) continue;
+        bool nan = false;
+        for (ptrdiff_t d = 0; d < t->head_dim; d++)
+            nan |= isnan(read_number(k + d * t->k_dim, format));
+        for (uint64_t bits = nan ? *late : 0; bits; bits &= bits - 1)
+            if (is_visible(t, p * PANEL + __builtin_ctzll(bits), key)) *late &= ~(bits & -bits);
+    }
+}
+
+/* Is the query, its sink or a bias that it sees not finite? */
+static bool explained(const Tile *t, ptrdiff_t i) {
+    for (ptrdiff_t d = 0; d < t->head_dim; d++)
+        if (!isfinite(read_number(t->q[i] + d * t->q_dim, t->q_format))) return true;
+    if (t->has_sinks && isnan(t->sink[i])) return true;
+    for (ptrdiff_t key = t->start[i]; key < t->stop[i] && t->has_bias; key++) {
+        double bias = read_number(t->bias[i] + key * t->bias_key, t->bias_format);
+        if (!isfinite(bias) && is_visible(t, i, key)) return true;
+    }
+    return false;
+}
+
+/* The bits of a panel's queries whose scores have left the range. */
+static uint64_t late_queries(const Tile *t, const Scratch *s, int p) {
+    uint64_t late = 0;
+    for (int l = 0; l < PANEL && p * PANEL + l < t->n_queries; l++) {
+        ptrdiff_t i = p * PANEL + l;
+        bool sunk = t->has_sinks && t->sink[i] == INFINITY;
+        bool fine = isfinite(s->row_sum[i]) && (isfinite(s->row_max[i]) || sunk);
+        if (s->saw[i] && !fine && !explained(t, i)) late |= (uint64_t)1 << l;
+    }
+    if (late) WITH_FORMAT(t->k_format, explain_by_keys, t, p, &late);
+    return late;
+}
+
+/* Take away the bits of sums that are what the values make them. */
+INLINE void explain_by_values(const Tile *t, const Scratch *s, int p, uint64_t *lost,
+                              NumberFormat format) {
+    const real *out = s->out + p * PANEL * s->out_rows;
+    for (ptrdiff_t key = t->panel[p].first; key < t->panel[p].last; key++) {
+        const char *v = t->v + key * t->v_key;
+        if (!not_finite(v, t->v_dim, t->value_dim, format)) continue;
+        for (ptrdiff_t d = 0; d < t->value_dim; d++) {
+            double x = read_number(v + d * t->v_dim, format);
+            for (uint64_t bits = isfinite(x) ? 0 : lost[d]; bits; bits &= bits - 1) {
+                int i = __builtin_ctzll(bits);
+                bool same = isnan(x) || out[d * PANEL + i] == x;
+                if (same && is_visible(t, p * PANEL + i, key)) lost[d] &= ~(bits & -bits);
+            }
+        }
+    }
+}
+
+/* Is no sum of a vector of queries NaN or Inf? */
+static bool all_sums_finite(const Tile *t, const real *out) {
+    /* x * 0 is a NaN then, and so is every sum with it; four hide each other's latency. */
+    vec not_finite[4] = {{0}};
+    ptrdiff_t d = 0;
+    for (; d + 4 <= t->value_dim; d += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) not_finite[i] += load(out + (d + i) * PANEL) * 0;
+    for (; d < t->value_dim; d++) not_finite[0] += load(out + d * PANEL) * 0;
+    vec any = (not_finite[0] + not_finite[1]) + (not_finite[2] + not_finite[3]);
+    return !any_lane(any != splat(0));
+}
+
+/* Note what of a panel is lost; is anything? */
+static bool find_lost_of_panel(Tile *t, const Scratch *s, int p) {
+    uint64_t *lost = s->lost + p * t->value_dim, good = 0;
+    const real *out = s->out + p * PANEL * s->out_rows;
+    bool fine = true;
+    for (int n = 0; n < t->panel[p].vecs; n++) {
+        ptrdiff_t at = p * PANEL + n * LANES;
+        vec odd = load(s->row_sum + at) * 0 +
+                  choose(*(const ivec *)(s->saw + at), load(s->row_max + at) * 0, splat(0));
+        fine &= !any_lane(odd != splat(0)) && all_sums_finite(t, out + n * LANES);
+    }
+    if (fine) return false;
+    t->panel[p].again = t->panel[p].late = late_queries(t, s, p);
+    for (int l = 0; l < PANEL && p * PANEL + l < t->n_queries; l++) {
+        ptrdiff_t i = p * PANEL + l;
+        good |= (uint64_t)(s->saw[i] && isfinite(s->row_sum[i])) << l;
+    }
+    uint64_t any = 0;
+    for (ptrdiff_t d = 0; d < t->value_dim; d++) {
+        lost[d] = 0;
+        for (int l = 0; l < PANEL; l++) lost[d] |= (uint64_t)!isfinite(out[d * PANEL + l]) << l;
+        any |= lost[d] &= good;
+    }
+    if (any) WITH_FORMAT(t->v_format, explain_by_values, t, s, p, lost);
+    for (ptrdiff_t d = 0; d < t->value_dim; d++) t->panel[p].again |= lost[d] |= t->panel[p].late;
+    return t->panel[p].again != 0;
+}
+
+/* Note what has overflowed though nothing explains it; is there anything? */
+static bool find_lost(Tile *t, const Scratch *s) {
+    bool some = false;
+    for (int p = 0; p < t->panels; p++) {
+        t->panel[p].again = t->panel[p].late = 0;
+        memset(s->lost + p * t->value_dim, 0, sizeof *s->lost * (size_t)t->value_dim);
+        if (t->panel[p].started) some |= find_lost_of_panel(t, s, p);
+    }
+    return some;
+}
+#endif
