@@ -9,6 +9,7 @@ import numpy as np
 
 from .device import DeviceArray, on_device
 from .dtypes import is_real
+from .foreign import as_array
 
 __all__ = [
     "FAR", "broadcast", "count", "flag", "function", "integer", "integers", "number", "operand",
@@ -21,14 +22,13 @@ FAR = 1 << 61
 
 def plain(name, value) -> np.ndarray:
     """`value` as an array in the host's memory, or an error that names the argument."""
-    if type(value) is not np.ndarray and on_device(value):
+    if type(value) is np.ndarray:
+        return value
+    if on_device(value):
         raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
-    try:
-        return np.asarray(value)
-    except ValueError as error:  # rows of different lengths
-        raise ValueError(f"{name}: not an array: {error}") from None
+    return as_array(name, value)
 
 
 def operand(name, value, q=None):

@@ -1,0 +1,198 @@
+"""Arrays of other libraries, read where they lie: through what NumPy takes, or through DLPack.
+
+NumPy's own way is asked first where a class has one, because its library then says what it cannot
+give: torch exports a lazily negated, a masked or a fake tensor through DLPack as if it were plain.
+DLPack serves what has no other way, and what NumPy has no dtype for: bfloat16. It is read here,
+not by `numpy.from_dlpack`, which knows no bfloat16.
+
+The structures are those of ``dlpack.h``: https://dmlc.github.io/dlpack/latest/c_api.html
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from .dtypes import float_type
+
+__all__ = ["as_array"]
+
+_HOST = (1, 3, 11)  # kDLCPU, and what CUDA and ROCm have pinned of its memory
+_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}  # of DLDataTypeCode, with a name in NumPy
+_BFLOAT16 = (4, 16)
+_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
+_REFUSALS = (TypeError, ValueError, RuntimeError, BufferError, AttributeError)
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """The elements of `value` as an array, or an error that begins with `name`; no copy is made of
+    an array.
+    """
+    if _is_causal_bias(value):
+        raise TypeError(
+            f"{name}: expected numbers, got a CausalBias, which has none; pass causal=True, with "
+            "q_offset=0 for an upper left one"
+        )
+    try:
+        x = _read(name, value)
+    except _REFUSALS as error:
+        what = type(value).__name__ + _advice(value, error)
+        raise TypeError(f"{name}: expected an array that NumPy can read, got {what}") from error
+    if x.dtype == object and x.ndim == 0 and not isinstance(value, int):
+        dense = "; pass .toarray()" * hasattr(value, "toarray")
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}{dense}")
+    return x
+
+
+def _read(name, value) -> np.ndarray:
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return _from_dlpack(value)
+    try:
+        return np.asarray(value)
+    except TypeError:  # of a dtype that NumPy has not, perhaps
+        if not hasattr(value, "__dlpack__"):
+            raise
+        with suppress(*_REFUSALS):
+            return _from_dlpack(value)
+        raise
+
+
+def _is_tensor(value) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_causal_bias(value) -> bool:
+    """Is it torch's class for a causal mask? It is a tensor whose memory nobody has written."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(value, module.CausalBias)
+
+
+def _advice(value, error) -> str:
+    """What to do about an array that cannot be read."""
+    reason = str(error).strip().partition("\n")[0]
+    if not _is_tensor(value):
+        tracer = any(c.__name__ == "Tracer" for c in type(value).__mro__)
+        where = "; inside of jax.jit and jax.grad call fastattn.integrations.jax" * tracer
+        return f": {reason}{where}"
+    if value.is_nested:
+        return ", nested; pass it padded, with kv_lengths"
+    if str(value.layout) != "torch.strided":
+        return f" of layout {value.layout}; pass .to_dense()"
+    if value.device.type != "cpu":
+        return f" on device {value.device}; pass .cpu()"
+    if value.requires_grad:
+        return (
+            " that requires a gradient; pass .detach(), or call fastattn.integrations.torch, which "
+            "passes gradients on"
+        )
+    if value.is_conj():
+        return ", lazily conjugated; pass .resolve_conj()"
+    if value.is_neg():
+        return ", lazily negated; pass .resolve_neg()"
+    return f": {reason}"
+
+
+# --------------------------------------------------------------------------------- DLPack
+
+
+class _Device(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int32), ("id", ctypes.c_int32)]
+
+
+class _DType(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class _Tensor(ctypes.Structure):  # DLTensor, with which a DLManagedTensor begins
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", _DType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _Versioned(ctypes.Structure):  # DLManagedTensorVersioned
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    ]
+
+
+def _function(name, result, *arguments):
+    return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
+
+
+_capsule_pointer = _function(
+    "PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p
+)
+_capsule_is = _function("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
+
+
+class _Memory:
+    """What NumPy makes an array of, and its array's base. It holds the capsule, which nobody
+    renames: one that was not consumed releases the tensor when it goes.
+    """
+
+    def __init__(self, capsule, interface):
+        self.capsule = capsule
+        self.__array_interface__ = interface
+
+
+def _from_dlpack(value) -> np.ndarray:
+    try:
+        capsule = value.__dlpack__(max_version=(1, 0))
+    except TypeError:  # from before there were versions
+        capsule = value.__dlpack__()
+    tensor, read_only = _tensor_of(capsule)
+    if tensor.device.type not in _HOST:
+        raise TypeError(f"it is on device ({tensor.device.type}, {tensor.device.id})")
+    dtype = _dtype_of(tensor.dtype)
+    shape = tuple(tensor.shape[: tensor.ndim])
+    address = (tensor.data or 0) + tensor.byte_offset
+    if not tensor.data and 0 not in shape:
+        raise TypeError("it has no memory")
+    strides = None
+    if tensor.strides:
+        strides = tuple(dtype.itemsize * n for n in tensor.strides[: tensor.ndim])
+    interface = {
+        "version": 3,
+        "data": (address, read_only),
+        "shape": shape,
+        "strides": strides,
+        "typestr": np.dtype(f"V{dtype.itemsize}").str if dtype.kind == "V" else dtype.str,
+    }
+    return np.asarray(_Memory(capsule, interface)).view(dtype)
+
+
+def _tensor_of(capsule) -> tuple[_Tensor, bool]:
+    """The tensor in a capsule, and whether it may only be read."""
+    if not _capsule_is(capsule, b"dltensor_versioned"):
+        return _Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), False
+    managed = _Versioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
+    if managed.major != 1:
+        raise TypeError(f"it is of version {managed.major} of DLPack")
+    return managed.tensor, bool(managed.flags & _READ_ONLY)
+
+
+def _dtype_of(x: _DType) -> np.dtype:
+    if (x.code, x.bits, x.lanes) == (*_BFLOAT16, 1):
+        try:
+            return float_type("bfloat16")
+        except ImportError:
+            raise TypeError("its dtype is bfloat16, which needs the package ml_dtypes") from None
+    if x.code not in _KINDS or x.lanes != 1 or x.bits % 8:
+        raise TypeError(f"its DLPack dtype is ({x.code}, {x.bits}, {x.lanes})")
+    return np.dtype(f"{_KINDS[x.code]}{x.bits // 8}")
