@@ -19,7 +19,7 @@ import numpy as np
 
 from .dtypes import float_type
 
-__all__ = ["as_array"]
+__all__ = ["as_array", "check_meaning", "refusal"]
 
 _HOST = (1, 3, 11)  # kDLCPU, and what CUDA and ROCm have pinned of its memory
 _KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}  # of DLDataTypeCode, with a name in NumPy
@@ -32,23 +32,39 @@ def as_array(name: str, value: Any) -> np.ndarray:
     """The elements of `value` as an array, or an error that begins with `name`; no copy is made of
     an array.
     """
-    if _is_causal_bias(value):
-        raise TypeError(
-            f"{name}: expected numbers, got a CausalBias, which has none; pass causal=True, with "
-            "q_offset=0 for an upper left one"
-        )
+    check_meaning(name, value)
     try:
-        x = _read(name, value)
+        x = _read(value)
     except _REFUSALS as error:
-        what = type(value).__name__ + _advice(value, error)
-        raise TypeError(f"{name}: expected an array that NumPy can read, got {what}") from error
+        raise refusal(name, value, error) from error
     if x.dtype == object and x.ndim == 0 and not isinstance(value, int):
         dense = "; pass .toarray()" * hasattr(value, "toarray")
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}{dense}")
     return x
 
 
-def _read(name, value) -> np.ndarray:
+# Tensors of which the memory does not say what they mean, by module and name.
+_OTHERWISE = {
+    ("torch.nn.attention.bias", "CausalBias"): "pass causal=True, for an upper left one q_offset=0",
+    ("torch.masked", "MaskedTensor"): "pass mask= besides",
+    ("torch.nested._internal.nested_tensor", "NestedTensor"): "pass it padded, with kv_lengths",
+}
+
+
+def check_meaning(name: str, value: Any) -> None:
+    """An error if `value` is a tensor whose elements do not lie in its memory."""
+    for (module, kind), advice in _OTHERWISE.items():
+        if module in sys.modules and isinstance(value, getattr(sys.modules[module], kind)):
+            raise TypeError(f"{name}: expected an array of numbers, got {kind}; {advice}")
+
+
+def refusal(name: str, value: Any, error: Exception) -> TypeError:
+    """The error of an array that cannot be read, with what to do about it."""
+    what = type(value).__name__ + _advice(value, error)
+    return TypeError(f"{name}: expected an array that NumPy can read, got {what}")
+
+
+def _read(value) -> np.ndarray:
     if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         return _from_dlpack(value)
     try:
@@ -64,12 +80,6 @@ def _read(name, value) -> np.ndarray:
 def _is_tensor(value) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _is_causal_bias(value) -> bool:
-    """Is it torch's class for a causal mask? It is a tensor whose memory nobody has written."""
-    module = sys.modules.get("torch.nn.attention.bias")
-    return module is not None and isinstance(value, module.CausalBias)
 
 
 def _advice(value, error) -> str:
