@@ -13,7 +13,7 @@ from .foreign import as_array
 
 __all__ = [
     "FAR", "broadcast", "count", "flag", "function", "integer", "integers", "number", "operand",
-    "plain", "vector",
+    "plain", "renamed", "vector",
 ]  # fmt: skip
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -117,3 +117,11 @@ def broadcast(name: str, x, shape, axes: str):
         raise ValueError(
             f"{name}: shape {x.shape} given, one that broadcasts to {axes} = {shape} wanted"
         ) from None
+
+
+def renamed(error: Exception, names: dict[str, str]) -> Exception:
+    """A TypeError or ValueError that begins with the name that its argument has elsewhere."""
+    if type(error) not in (TypeError, ValueError):
+        return error
+    name, colon, rest = str(error).partition(":")
+    return type(error)(names.get(name, name) + colon + rest)

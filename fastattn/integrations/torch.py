@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from ..arguments import renamed
 from .torch_operators import attend
 from .torch_tensors import check_tensors
 
@@ -93,10 +94,7 @@ def scaled_dot_product_attention(
         return attend(query, key, value, **options)[0]
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         check_tensors({}, query=query, key=key, value=value)  # which says it better
-        if type(error) in (TypeError, ValueError):
-            name, colon, rest = str(error).partition(":")
-            raise type(error)(_NAMES.get(name, name) + colon + rest) from error
-        raise
+        raise renamed(error, _NAMES) from None
 
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask", "mask": "attn_mask"}
