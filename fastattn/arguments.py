@@ -24,10 +24,12 @@ def plain(name, value) -> np.ndarray:
     """`value` as an array in the host's memory, or an error that names the argument."""
     if type(value) is np.ndarray:
         return value
-    if on_device(value):
-        raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
+    if isinstance(value, np.ndarray):
+        return np.asarray(value)
+    if on_device(value):
+        raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
     return as_array(name, value)
 
 
