@@ -63,6 +63,15 @@ def test_transforms_are_torchs(name, options):
     torch.testing.assert_close(found, wanted)
 
 
+def test_other_transforms():
+    q, k, v = doubles(1)
+    assert torch.equal(torch.func.functionalize(ours)(q, k, v), ours(q, k, v))
+    with pytest.raises(NotImplementedError, match=r"^in_dims: expected an axis of at least 1"):
+        torch.vmap(ours)(q[:0], k[:0], v[:0])
+    with pytest.raises(NotImplementedError, match=r"^scaled_dot: a second derivative wanted"):
+        torch.func.jacrev(torch.func.grad(lambda q: ours(q, k, v).sum()))(q)
+
+
 def test_vmap_passes_gradients_on():
     q, k, v = (x.requires_grad_() for x in doubles())
     found, wanted = (torch.autograd.grad(torch.vmap(f)(q, k, v).square().sum(), (q, k, v))

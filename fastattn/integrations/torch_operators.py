@@ -251,6 +251,8 @@ def _keep(ctx, options, tensors, results) -> None:
 
 def _one_by_one(function, info, in_dims, options, tensors):
     """The rule of `torch.vmap`: a call for each place, as slopes and sinks have no leading axes."""
+    if not info.batch_size:
+        raise NotImplementedError("in_dims: expected an axis of at least 1, got 0")
     dims = in_dims[-len(tensors) :]
     calls = []
     for n in range(info.batch_size):

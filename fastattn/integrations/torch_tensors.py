@@ -16,7 +16,13 @@ __all__ = [
     "laid_out", "tensor", "transforms",
 ]  # fmt: skip
 
-transforms = torch._C._are_functorch_transforms_active  # torch.func.grad, vmap, ...
+
+def transforms() -> bool:
+    """Is one of torch.func's at work that wants more than an operator: grad, vmap, jvp?"""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    kind = torch._C._functorch.peek_interpreter_stack().key()
+    return kind != torch._C._functorch.TransformType.Functionalize
 
 
 def autocast(x):
