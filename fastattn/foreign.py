@@ -35,7 +35,7 @@ def as_array(name: str, value: Any) -> np.ndarray:
     check_meaning(name, value)
     try:
         x = _read(value)
-    except _REFUSALS as error:
+    except (*_REFUSALS, ImportError) as error:
         raise refusal(name, value, error) from error
     if x.dtype == object and x.ndim == 0 and not isinstance(value, int):
         dense = "; pass .toarray()" * hasattr(value, "toarray")
@@ -54,7 +54,7 @@ _OTHERWISE = {
 def check_meaning(name: str, value: Any) -> None:
     """An error if `value` is a tensor whose elements do not lie in its memory."""
     for (module, kind), advice in _OTHERWISE.items():
-        if module in sys.modules and isinstance(value, getattr(sys.modules[module], kind)):
+        if isinstance(value, getattr(sys.modules.get(module), kind, ())):
             raise TypeError(f"{name}: expected an array of numbers, got {kind}; {advice}")
 
 
@@ -78,8 +78,7 @@ def _read(value) -> np.ndarray:
 
 
 def _is_tensor(value) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def _advice(value, error) -> str:
@@ -199,10 +198,7 @@ def _tensor_of(capsule) -> tuple[_Tensor, bool]:
 
 def _dtype_of(x: _DType) -> np.dtype:
     if (x.code, x.bits, x.lanes) == (*_BFLOAT16, 1):
-        try:
-            return float_type("bfloat16")
-        except ImportError:
-            raise TypeError("its dtype is bfloat16, which needs the package ml_dtypes") from None
+        return float_type("bfloat16")  # or an ImportError of its package
     if x.code not in _KINDS or x.lanes != 1 or x.bits % 8:
         raise TypeError(f"its DLPack dtype is ({x.code}, {x.bits}, {x.lanes})")
     return np.dtype(f"{_KINDS[x.code]}{x.bits // 8}")
