@@ -23,6 +23,8 @@ def scaled_dot(
     q : array_like, (..., Hq, Sq, D)
         Queries; ``(Sq, D)`` is one head. Any strides: a transposed view
         ``x.swapaxes(1, 2)`` of ``(B, S, H, D)`` is the sequence-first layout and is not copied.
+        Here and below, arrays of other libraries in the host's memory (torch, JAX, whatever has
+        ``__dlpack__``) are read where they lie, bfloat16 too.
     k : array_like, (..., Hkv, Sk, D)
         Keys. Leading axes broadcast by NumPy's rules. Where `Hq` is a multiple of `Hkv`, query head
         ``h`` reads key head ``h // (Hq // Hkv)`` (grouped-query and multi-query attention).

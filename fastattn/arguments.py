@@ -9,10 +9,11 @@ import numpy as np
 
 from .device import DeviceArray, on_device
 from .dtypes import is_real
+from .foreign import as_array
 
 __all__ = [
     "FAR", "broadcast", "count", "flag", "function", "in_range", "integer", "integers", "number",
-    "operand", "plain", "vector",
+    "operand", "plain", "renamed", "vector",
 ]  # fmt: skip
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -21,14 +22,15 @@ FAR = 1 << 61
 
 def plain(name, value) -> np.ndarray:
     """`value` as an array in the host's memory, or an error that names the argument."""
-    if type(value) is not np.ndarray and on_device(value):
-        raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
-    try:
+    if isinstance(value, np.ndarray):
         return np.asarray(value)
-    except ValueError as error:  # rows of different lengths
-        raise ValueError(f"{name}: not an array: {error}") from None
+    if on_device(value):
+        raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
+    return as_array(name, value)
 
 
 def operand(name, value, q=None):
@@ -126,3 +128,11 @@ def broadcast(name: str, x, shape, axes: str):
         raise ValueError(
             f"{name}: shape {x.shape} given, one that broadcasts to {axes} = {shape} wanted"
         ) from None
+
+
+def renamed(error: Exception, names: dict[str, str]) -> Exception:
+    """A TypeError or ValueError that begins with the name that its argument has elsewhere."""
+    if type(error) not in (TypeError, ValueError):
+        return error
+    name, colon, rest = str(error).partition(":")
+    return type(error)(names.get(name, name) + colon + rest)

@@ -23,8 +23,8 @@ def on_device(x: Any) -> bool:
     """Is `x` an array in the memory of a CUDA device?"""
     try:
         return hasattr(x, "__cuda_array_interface__")
-    except RuntimeError:  # a torch tensor that requires a gradient; making it a DeviceArray says so
-        return True
+    except RuntimeError:  # torch will not describe it; making it a DeviceArray says why
+        return x.is_cuda
 
 
 class DeviceArray:
@@ -45,6 +45,9 @@ class DeviceArray:
             interface = owner.__cuda_array_interface__
         except RuntimeError as error:
             raise TypeError(f"{name}: {error}") from None
+        if getattr(owner, "is_neg", bool)():  # which torch's description does not say
+            raise TypeError(f"{name}: expected numbers as they lie, got a lazily negated tensor; "
+                            "pass .resolve_neg()")  # fmt: skip
         if interface.get("mask") is not None:
             raise TypeError(f"{name}: masked array given, a plain array wanted")
         self.owner = owner

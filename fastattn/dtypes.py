@@ -12,6 +12,7 @@ __all__ = [
     "FLOAT64",
     "FLOATS",
     "as_real",
+    "chosen_dtype",
     "float_dtype",
     "float_type",
     "is_float",
@@ -31,6 +32,20 @@ def float_type(name: str) -> np.dtype:
     if name == "bfloat16":
         return np.dtype(import_module("ml_dtypes").bfloat16)
     return np.dtype(name)
+
+
+def chosen_dtype(name: str, value) -> np.dtype:
+    """The dtype that an argument names, one that is computed in, or an error that begins with the
+    argument's name.
+    """
+    try:
+        dtype = float_type(value) if isinstance(value, str) else np.dtype(value)
+    except ImportError:
+        raise ValueError(f"{name}: expected an installed dtype, got {value}, which needs the "
+                         "package ml_dtypes") from None  # fmt: skip
+    except TypeError:
+        raise TypeError(f"{name}: expected {_FLOATS}, got {value!r}") from None
+    return float_dtype(name, np.empty(0, dtype))
 
 
 def float_dtype(name: str, x: np.ndarray) -> np.dtype:

@@ -7,7 +7,7 @@ import numpy as np
 from . import torch_state
 from .api import scaled_dot
 from .arguments import count, flag, plain
-from .dtypes import float_dtype, widest
+from .dtypes import chosen_dtype, float_dtype, widest
 from .options import wrt_names
 from .projection import project, rows
 from .vjp import differentiates, vjp
@@ -47,7 +47,7 @@ class MultiHeadAttention:
     w_v : ndarray, (value_dim, kv_heads * head_dim)
     w_o : ndarray, (embed_dim, embed_dim)
     b_q, b_k, b_v, b_o : ndarray, or None without bias
-        They may be replaced by arrays of the same shape, of any float dtype.
+        They may be replaced by array_likes of the same shape, of any float dtype.
 
     Raises
     ------
@@ -94,7 +94,7 @@ class MultiHeadAttention:
             )
         self.bias = flag("bias", bias)
         self.head_dim = self.embed_dim // self.num_heads
-        dtype = float_dtype("dtype", np.empty(0, dtype))
+        dtype = chosen_dtype("dtype", dtype)
         rng = np.random.default_rng(rng)
         for name, shape in self._shapes().items():
             setattr(self, name, _first(name, shape, rng).astype(dtype))
@@ -133,11 +133,11 @@ class MultiHeadAttention:
         TypeError, ValueError
             Before any work; the message begins with the argument's name.
         """
-        inputs, dtype = self._inputs(query, key, value, options)
-        heads = self._heads(inputs, dtype)
+        inputs, parameters, dtype = self._inputs(query, key, value, options)
+        heads = self._heads(inputs, parameters, dtype)
         results = scaled_dot(*heads, **options)
         out, *rest = results if isinstance(results, tuple) else (results,)
-        out = project(_merged(out), self.w_o, self.b_o, dtype)
+        out = project(_merged(out), parameters["w_o"], parameters.get("b_o"), dtype)
         return (out, *rest) if rest else out
 
     @property
@@ -158,12 +158,20 @@ class MultiHeadAttention:
         Returns
         -------
         MultiHeadAttention
+            Its parameters in the module's dtype, on the CPU.
 
         Raises
         ------
+        TypeError
+            If `module` is no such layer.
         ValueError
-            If the module has ``add_bias_kv`` or ``add_zero_attn``.
+            If it has ``add_bias_kv`` or ``add_zero_attn``.
         """
+        needed = ("embed_dim", "num_heads", "kdim", "vdim", "in_proj_bias", "bias_k")
+        if not all(hasattr(module, name) for name in needed):
+            raise TypeError(
+                f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}"
+            )
         if module.bias_k is not None or module.add_zero_attn:
             raise ValueError("module: add_bias_kv or add_zero_attn given, neither wanted")
         layer = cls(
@@ -213,7 +221,7 @@ class MultiHeadAttention:
         return shapes
 
     def _inputs(self, query, key, value, options):
-        """``((query, key, value), dtype)``, checked."""
+        """``((query, key, value), parameters, dtype)``, checked."""
         if options.get("out") is not None:
             raise TypeError(f"out: {type(options['out']).__name__} given, None wanted")
         key = query if key is None else key
@@ -225,33 +233,34 @@ class MultiHeadAttention:
             float_dtype(name, x)
             if x.ndim < 2 or x.shape[-1] != width:
                 raise ValueError(f"{name}: shape {x.shape} given, (..., length, {width}) wanted")
+        parameters = {name: plain(name, x) for name, x in self.parameters.items()}
         for name, shape in self._shapes().items():
-            x = arrays[name] = plain(name, getattr(self, name))
+            x = parameters[name]
             if x.shape != shape:
                 raise ValueError(f"{name}: shape {x.shape} given, {shape} wanted")
-        dtype = widest({float_dtype(name, x) for name, x in arrays.items()})
-        return tuple(arrays[name] for name in inputs), dtype
+        dtype = widest({float_dtype(name, x) for name, x in (arrays | parameters).items()})
+        return tuple(arrays.values()), parameters, dtype
 
-    def _heads(self, inputs, dtype):
+    def _heads(self, inputs, parameters, dtype):
         """q, k and v, each (..., heads, length, head_dim)."""
-        query, key, value = inputs
-        return (
-            _split(project(query, self.w_q, self.b_q, dtype), self.num_heads),
-            _split(project(key, self.w_k, self.b_k, dtype), self.kv_heads),
-            _split(project(value, self.w_v, self.b_v, dtype), self.kv_heads),
+        projected = (
+            project(x, parameters[f"w_{name}"], parameters.get(f"b_{name}"), dtype)
+            for name, x in zip("qkv", inputs, strict=True)
         )
+        heads = (self.num_heads, self.kv_heads, self.kv_heads)
+        return tuple(map(_split, projected, heads))
 
 
 @differentiates(MultiHeadAttention)
 def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options):
-    inputs, dtype = layer._inputs(query, key, value, options)
+    inputs, parameters, dtype = layer._inputs(query, key, value, options)
     own = tuple(name for name in wrt_names(wrt) if name in layer.parameters)
     other = tuple(name for name in wrt if name not in own)
-    results, back = vjp(scaled_dot, *layer._heads(inputs, dtype), wrt=other, **options)
+    results, back = vjp(scaled_dot, *layer._heads(inputs, parameters, dtype), wrt=other, **options)
     joined, *rest = results if isinstance(results, tuple) else (results,)
     joined = _merged(joined)
-    w_q, w_k, w_v, w_o = layer.w_q, layer.w_k, layer.w_v, layer.w_o
-    out = project(joined, w_o, layer.b_o, dtype)
+    w_q, w_k, w_v, w_o = (parameters[f"w_{name}"] for name in "qkvo")
+    out = project(joined, w_o, parameters.get("b_o"), dtype)
 
     def pullback(grad_out, grad_lse=None):
         grad_out = plain("grad_out", grad_out)
@@ -290,7 +299,7 @@ def _first(name, shape, rng) -> np.ndarray:
 def _array(name, x) -> np.ndarray:
     """A tensor or an array as an array."""
     if hasattr(x, "detach"):
-        x = x.detach().cpu().numpy()
+        x = x.detach().cpu()
     return plain(name, x)
 
 

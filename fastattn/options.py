@@ -69,7 +69,7 @@ def window_sides(value) -> tuple[int | None, int | None]:
 def key_lengths(value, batch, n_keys) -> np.ndarray:
     x = integers("kv_lengths", value)
     if x.size and (x.min() < 0 or x.max() > n_keys):
-        wrong = next(n for n in np.asarray(value).flat if not 0 <= n <= n_keys)
+        wrong = next(n for n in plain("kv_lengths", value).flat if not 0 <= n <= n_keys)
         raise ValueError(f"kv_lengths: {wrong} given, 0..{n_keys} wanted")
     return broadcast("kv_lengths", x, batch, "the leading axes")
 

@@ -296,7 +296,8 @@ def _readable(x, dtype):
 
 def _with_heads(name, x):
     if x.ndim < 2:
-        raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
+        float_dtype(name, x)
+        raise ValueError(f"{name}: expected at least 2 axes, (..., length, dim), got {x.ndim}")
     return x[None] if x.ndim == 2 else x
 
 

@@ -123,7 +123,7 @@ def test_subnormal_inputs(target, dtype):
 
 @pytest.mark.parametrize(
     "dtype", ["complex64", "complex128", "object", "U3", "S3", "datetime64[s]", "timedelta64[s]",
-              "longdouble", "f4,f4"],
+              "longdouble", "f4,f4", "V2", "V4", [("bfloat16", "u2")]],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_other_dtypes_are_refused(target, name, dtype):

@@ -274,11 +274,11 @@ def test_gradient_through_lse_alone():
     (lambda q, k, v: ours(q, k, v, implementation="cudnn"), ValueError, "implementation: 'cudnn'"),
     (lambda q, k, v: ours(q[0, 0], k, v), ValueError, "query: 2 axes given, 3 or 4 wanted"),
     (lambda q, k, v: ours(q[:1], k, v), ValueError, "query: batch of 1 given"),
-    (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "v: int32 given, float16"),
-    (lambda q, k, v: ours(q, k[..., :5], v), ValueError, "k: expected head_dim 16 as in q, got 5"),
+    (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "value: int32 given, float16"),
+    (lambda q, k, v: ours(q, k[..., :5], v), ValueError, "key: expected head_dim 16 as in q, got 5"),
     (lambda q, k, v: ours(q, k, v, mask=q[0, 0]), TypeError, "mask: float32 given, bool wanted"),
     (lambda q, k, v: [ours(q, k, v, is_causal=x) for x in (True, 1)], TypeError,
-     "causal: int given, bool wanted"),  # though 1 equals True, which is traced already
+     "is_causal: int given, bool wanted"),  # though 1 equals True, which is traced already
     (lambda q, k, v: ours(q, k, v, scale=q[0, 0]), ValueError, r"scale: shape \(6, 16\) given"),
     (lambda q, k, v: ours(q, k, v, query_seq_lengths=q[:, 0, 0, 0]), TypeError,
      "query_seq_lengths: float32 given, integers wanted"),
@@ -295,6 +295,53 @@ def test_gradient_through_lse_alone():
 def test_errors_come_when_it_is_traced(call, error, message):
     with pytest.raises(error, match=r"^" + message):
         jax.eval_shape(call, *arrays())
+
+
+@pytest.mark.parametrize("name, value", [
+    ("softcap", 2.0), ("window", 3), ("causal", True), ("threads", 1), ("return_lse", True),
+])  # fmt: skip
+def test_what_cannot_be_traced(name, value):
+    """Under jit, grad and vmap alike: in words, by name."""
+    q, k, v = arrays(kv_heads=HEADS)
+
+    def call(x):
+        return jnp.sum(jnp.asarray(scaled_dot(q, k, v, **{name: x})))
+
+    message = f"^{name}: expected a value that is known when it is traced, got a tracer"
+    for transform in (jax.jit, *([jax.grad, jax.jacfwd] if name == "softcap" else [])):
+        with pytest.raises(TypeError, match=message):
+            transform(call)(value)
+    message = r"^local_window_size: expected a value that is known"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(lambda x: ours(q, k, v, local_window_size=(x, None)))(3)
+
+
+@pytest.mark.parametrize("transform", [
+    lambda f, x: jax.jvp(f, (x,), (x,)),
+    lambda f, x: jax.jacfwd(f)(x),
+    lambda f, x: jax.linearize(f, x)[1](x),
+    lambda f, x: jax.jvp(jax.grad(lambda y: f(y).sum()), (x,), (x,)),
+])  # fmt: skip
+def test_forward_mode_is_refused_by_jax(transform):
+    q, k, v = arrays()
+    with pytest.raises(TypeError, match="forward-mode"):
+        transform(lambda x: ours(x, k, v), q)
+
+
+def test_arrays_of_others():
+    """Tensors, bfloat16 ones too; what cannot be read is an error by name."""
+    torch = pytest.importorskip("torch", reason="its tensors are read")
+    q, k, v = (torch.from_numpy(np.array(x)).bfloat16() for x in arrays())
+    found = ours(q, k, v)
+    wanted = ours(*(jnp.asarray(x.float().numpy()).astype("bfloat16") for x in (q, k, v)))
+    np.testing.assert_array_equal(found, wanted)
+    for value, words in ((v.requires_grad_(), "gradient"), (None, "NoneType"), ("v", "<U1")):
+        with pytest.raises(TypeError, match=f"^value: expected .*{words}"):
+            ours(q, k, value)
+        with pytest.raises(TypeError, match=f"^k: expected .*{words}"):
+            scaled_dot(q, value, v)
+    with pytest.raises(TypeError, match=r"^bias: masked array"):
+        scaled_dot(q, q, q, bias=np.ma.masked_array(np.ones(N_KEYS)))
 
 
 def test_lengths_out_of_range_are_found_when_it_runs():

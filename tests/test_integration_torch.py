@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import Shape, options
+from cases import Shape, float_type, options
 
 import fastattn
 
@@ -130,7 +130,7 @@ def test_keys_of_every_entry_of_the_batch():
 @pytest.mark.parametrize("options, message", [
     ({"dropout_p": 0.1}, "dropout_p: 0.1 given, 0 wanted"),
     ({"is_causal": True, "attn_mask": torch.ones(20, 30)}, "attn_mask: given with is_causal=True"),
-    ({"attn_mask": torch.ones(3)}, r"bias: shape \(3,\) given"),
+    ({"attn_mask": torch.ones(3)}, r"attn_mask: shape \(3,\) given"),
 ])  # fmt: skip
 def test_errors(options, message):
     with pytest.raises(ValueError, match=r"^" + message):
@@ -163,6 +163,21 @@ def test_options_are_those_of_scaled_dot(names, as_tensors):
     found = torch.autograd.grad(result, (q, k, v), grads)
     for got, want in zip(found, pullback(*(x.numpy() for x in grads)), strict=True):
         np.testing.assert_array_equal(got.numpy(), want)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[::-1], lambda x: x.astype(">f4"),
+                                    lambda x: x.astype(np.longdouble), np.ndarray.tolist,
+                                    lambda x: x.astype(float_type("bfloat16"))])  # fmt: skip
+def test_arrays_as_options_with_gradients(change):
+    """Whatever `fastattn.scaled_dot` takes, as without gradients."""
+    q, k, v = tensors()
+    bias = change(np.random.default_rng(0).standard_normal((20, 30)).astype(np.float32))
+    out = scaled_dot(q.requires_grad_(), k, v, bias=bias)
+    torch.testing.assert_close(out.detach(), scaled_dot(q.detach(), k, v, bias=bias))
+    out.sum().backward()
+    for name, value in (("bias", np.ones((20, 30), complex)), ("sinks", ["a"] * 4)):
+        with pytest.raises(TypeError, match=f"^{name}: expected real numbers"):
+            scaled_dot(q, k, v, **{name: value})
 
 
 def test_backend_threads_and_precision_are_passed_on():

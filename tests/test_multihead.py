@@ -120,12 +120,70 @@ def test_equal_to_torch(dims, bias):
     np.testing.assert_array_equal(layer(X, key, value), before)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes_of_torch(name, bias, batch_first):
+    """The parameters are copied bit for bit; sequences come first here whatever theirs do."""
+    torch = pytest.importorskip("torch", reason="it is held to PyTorch's layer")
+    module = torch.nn.MultiheadAttention(32, 4, bias=bias, batch_first=batch_first)
+    module = module.to(getattr(torch, name))
+    layer = MultiHeadAttention.from_torch(module)
+    state = module.state_dict()
+    assert {x.dtype.name for x in layer.parameters.values()} == {name}
+    np.testing.assert_array_equal(
+        layer.w_q.T.astype(float), state["in_proj_weight"][:32].double().numpy()
+    )
+    x = torch.from_numpy(X).to(state["in_proj_weight"].dtype)
+    own = x if batch_first else x.transpose(0, 1)
+    wanted = module(own, own, own, need_weights=False)[0].detach()
+    wanted = wanted if batch_first else wanted.transpose(0, 1)
+    got = layer(x)
+    assert got.dtype.name == name
+    # Both round to the dtype three times on the way to results below 1.
+    tolerance = 4 * torch.finfo(x.dtype).eps
+    np.testing.assert_allclose(got.astype(float), wanted.double().numpy(), atol=tolerance)
+
+
+def test_bfloat16_by_name(run_python):
+    """Nobody need have imported what it is of."""
+    pytest.importorskip("ml_dtypes")
+    program = (
+        "import fastattn; print(fastattn.MultiHeadAttention(8, 2, dtype='bfloat16').w_q.dtype)"
+    )
+    assert run_python(program).strip() == "bfloat16"
+
+
+def test_parameters_are_array_likes():
+    """As inputs are: lists, and tensors of torch."""
+    torch = pytest.importorskip("torch", reason="its tensors are read")
+    layer, other = (MultiHeadAttention(32, 4, rng=0) for _ in range(2))
+    other.w_q, other.w_o = torch.from_numpy(layer.w_q), torch.from_numpy(layer.w_o)
+    other.b_o = layer.b_o.tolist()
+    for x in (X, torch.from_numpy(X)):
+        found, pullback = fastattn.vjp(other, x, wrt=("w_q", "b_o"))
+        wanted, back = fastattn.vjp(layer, X, wrt=("w_q", "b_o"))
+        for got, want in zip((found, *pullback(found)), (wanted, *back(wanted)), strict=True):
+            np.testing.assert_array_equal(got, want)
+    other.w_k = torch.nn.Parameter(torch.ones(32, 32))
+    with pytest.raises(TypeError, match=r"^w_k: .*\.detach\(\)"):
+        other(X)
+    with pytest.raises(TypeError, match=r"^query: .*\.detach\(\)"):
+        layer(torch.ones(3, 32, requires_grad=True))
+
+
 def test_what_torch_has_besides():
     torch = pytest.importorskip("torch", reason="it is held to PyTorch's layer")
     for name in ("add_bias_kv", "add_zero_attn"):
         module = torch.nn.MultiheadAttention(8, 2, **{name: True})
         with pytest.raises(ValueError, match=r"^module: add_bias_kv or add_zero_attn"):
             MultiHeadAttention.from_torch(module)
+    with pytest.raises(TypeError, match=r"^module: expected a torch\.nn\.Multi.*, got Linear"):
+        MultiHeadAttention.from_torch(torch.nn.Linear(8, 2))
+    from torch.nn.attention.bias import causal_upper_left
+
+    with pytest.raises(TypeError, match=r"^mask: .*CausalBias; pass causal=True"):
+        MultiHeadAttention(8, 2, rng=0)(np.ones((3, 8)), mask=causal_upper_left(3, 3))
 
 
 def test_errors_of_a_state_change_nothing():
@@ -153,6 +211,8 @@ def test_errors_of_a_state_change_nothing():
     ((32, 4), {"key_dim": 2.5}, TypeError, "key_dim: float given"),
     ((32, 4), {"bias": 1}, TypeError, "bias: int given, bool wanted"),
     ((32, 4), {"dtype": complex}, TypeError, "dtype: complex128 given"),
+    ((32, 4), {"dtype": "decimal"}, TypeError, "dtype: expected float16, .*, got 'decimal'"),
+    ((32, 4), {"dtype": object()}, TypeError, "dtype: expected float16, .*, got <object"),
 ])  # fmt: skip
 def test_errors_of_making(args, options, error, message):
     with pytest.raises(error, match="^" + message):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..arguments import flag, number
+from ..arguments import flag, number, plain, renamed
 from ..options import span_sides, window_sides
 from .jax_operators import Call, attend
 
@@ -72,7 +72,7 @@ def dot_product_attention(
     if implementation is not None:
         raise ValueError(f"implementation: {implementation!r} given, None wanted: fastattn's own")
     operands = {"query": query, "key": key, "value": value}
-    q, k, v = (_with_batch(name, jnp.asarray(x)) for name, x in operands.items())
+    q, k, v = (_with_batch(name, _array(name, x)) for name, x in operands.items())
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ValueError(f"query: batch of {q.shape[0]} given, key's and value's wanted")
     arrays = {"bias": bias, "mask": mask}
@@ -81,10 +81,13 @@ def dot_product_attention(
                    "key_value_seq_lengths": key_value_seq_lengths}  # fmt: skip
         n_queries, n_keys = (_lengths(name, x, q.shape[0]) for name, x in lengths.items())
         arrays["stop"] = _stops(q.shape[1], k.shape[1], n_queries, n_keys)
-    out, *lse = _attend(
-        q, k, v, arrays, sequence_first=True, return_lse=return_residual, scale=scale,
-        causal=is_causal, q_offset=0, window=local_window_size,
-    )  # fmt: skip
+    try:
+        out, *lse = _attend(
+            q, k, v, arrays, sequence_first=True, return_lse=return_residual, scale=scale,
+            causal=is_causal, q_offset=0, window=local_window_size,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise renamed(error, _NAMES) from None
     out = out.reshape(*jnp.shape(query)[:-1], out.shape[-1])
     if not lse:
         return out
@@ -108,7 +111,7 @@ def scaled_dot(
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
     scale, softcap, causal, window, return_lse, backend, threads, precision
         As in `fastattn.scaled_dot`. A scale of JAX's, traced or not, multiplies `q`; the others
-        cannot be traced.
+        cannot be traced, which is a TypeError.
 
     Returns
     -------
@@ -134,7 +137,7 @@ def scaled_dot(
     >>> jax.grad(loss)(jax.numpy.zeros(8)).shape
     (8,)
     """
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    q, k, v = (_array(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     start, stop = (None, None) if spans is None else span_sides(spans)
     arrays = {"bias": bias, "mask": mask, "alibi": alibi, "sinks": sinks,
               "kv_lengths": kv_lengths, "start": start, "stop": stop}  # fmt: skip
@@ -146,6 +149,10 @@ def scaled_dot(
         results = [x[0] for x in results]
     return tuple(results) if return_lse else results[0]
 
+
+_NAMES = {"q": "query", "k": "key", "v": "value", "causal": "is_causal",
+          "window": "local_window_size", "return_lse": "return_residual"}  # fmt: skip
+_WORDS = {"start": "spans", "stop": "spans"}  # where an operand's is another
 
 # How many axes an array has less than q, k and v if given in full; slopes and sinks always are.
 _FEWER_AXES = {
@@ -166,13 +173,16 @@ def _attend(
             raise TypeError(
                 f"{name}: {x.dtype} given, float16, bfloat16, float32 or float64 wanted"
             )
+    for name, x in {**options, "return_lse": return_lse}.items():
+        if name != "scale":
+            _check_static(name, x)
     arrays = {"q": q, "k": k, "v": v, **arrays}
     if isinstance(options["scale"], jax.Array):  # traced perhaps, and with a gradient
         arrays["q"], options["scale"] = _scaled(q, options["scale"]), 1.0
     for name in ("scale", "softcap"):
         if options.get(name) is not None:
             options[name] = number(name, options[name])
-    given = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+    given = {name: _array(_WORDS.get(name, name), x) for name, x in arrays.items() if x is not None}
     operands = [_expanded(x, axes - _FEWER_AXES.get(name, axes)) for name, x in given.items()]
     if options["window"] is not None:
         options["window"] = window_sides(options["window"])
@@ -180,6 +190,27 @@ def _attend(
     return_lse = flag("return_lse", return_lse)
     call = Call(tuple(given), typed, backend, return_lse, axes, sequence_first)
     return attend(call, *operands)
+
+
+def _array(name: str, x):
+    """One of JAX's, or an error that begins with `name`."""
+    if isinstance(x, jax.Array):
+        return x
+    x = plain(name, x)
+    try:
+        return jnp.asarray(x)
+    except TypeError:
+        raise TypeError(f"{name}: expected numbers that JAX has, got {x.dtype}") from None
+
+
+def _check_static(name: str, x) -> None:
+    """An error if an option is traced: only arrays and the scale can be."""
+    for value in x if isinstance(x, (tuple, list)) else (x,):
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                f"{name}: expected a value that is known when it is traced, got a tracer; name it "
+                "in static_argnames of jax.jit, there is no gradient of it"
+            )
 
 
 def _scaled(q, scale):
@@ -201,7 +232,7 @@ def _with_batch(name: str, x):
 def _lengths(name: str, value, batch: int):
     if value is None:
         return None
-    x = jnp.asarray(value)
+    x = _array(name, value)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name}: {x.dtype} given, integers wanted")
     if x.shape != (batch,):

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from ..arguments import renamed
 from .torch_operators import attend
+from .torch_tensors import check_tensors
 
 __all__ = ["scaled_dot", "scaled_dot_product_attention"]
 
@@ -30,27 +33,36 @@ def scaled_dot_product_attention(
     key : Tensor, (..., H, S, E)
     value : Tensor, (..., H, S, Ev)
         On the CPU; float16, bfloat16, float32 or float64.
-    attn_mask : Tensor, optional
+    attn_mask : Tensor or torch.nn.attention.bias.CausalBias, optional
         Broadcastable to ``(..., Hq, L, S)``: of bool, True where a query may see a key, or of
-        numbers that are added to the scores. It may require a gradient.
+        numbers that are added to the scores. It may require a gradient. No L x S array is made of
+        a causal bias.
     dropout_p : float, default 0.0
         Nothing else is possible: drop whole heads or positions outside.
     is_causal : bool, default False
         Query ``i`` sees the keys ``j <= i``, whatever the lengths.
     scale : float, optional
-        ``1 / sqrt(E)`` by default.
+        ``1 / sqrt(E)`` by default. A constant: a tensor that requires a gradient is an error.
     enable_gqa : bool, default False
         Let `Hq` be a multiple of `H`.
 
     Returns
     -------
     Tensor, (..., Hq, L, Ev)
-        In the memory order of `query`. A query that sees no key gets 0.
+        In the memory order of `query`. A query that sees no key gets 0. Under `torch.autocast`
+        the operands are cast as torch casts its own function's.
 
     Raises
     ------
     TypeError, ValueError
         The message begins with the argument's name.
+    NotImplementedError
+        For forward-mode differentiation (`torch.func.jvp`, `jacfwd`, ...) and second derivatives.
+
+    Notes
+    -----
+    `torch.func.grad`, `vjp` and `jacrev` work, and `torch.vmap`, which makes one call for each
+    place along its axis: give leading axes instead where there are any.
 
     Examples
     --------
@@ -62,22 +74,51 @@ def scaled_dot_product_attention(
     >>> torch.allclose(ours, theirs, atol=1e-5)
     True
     """
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p: {dropout_p} given, 0 wanted; there is no dropout")
-    if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask: given with is_causal=True, one of the two wanted")
-    if not enable_gqa and query.dim() > 2 and key.dim() > 2 and query.size(-3) != key.size(-3):
-        heads, kv_heads = query.size(-3), key.size(-3)
-        if heads != 1 and kv_heads != 1:
-            raise ValueError(
-                f"key: {kv_heads} heads given for query's {heads}; pass enable_gqa=True to share"
-            )
-    options: dict[str, Any] = {"causal": True, "q_offset": 0} if is_causal else {}
-    if scale is not None:
-        options["scale"] = scale
-    if attn_mask is not None:
-        options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
-    return attend(query, key, value, **options)[0]
+    options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    if is_causal:
+        options.update(causal=True, q_offset=0)
+    try:
+        if dropout_p != 0:
+            raise ValueError(f"dropout_p: {dropout_p} given, 0 wanted; there is no dropout")
+        if attn_mask is not None:
+            if is_causal:
+                raise ValueError("attn_mask: given with is_causal=True, one of the two wanted")
+            options |= _mask(attn_mask, query, key)
+        if not enable_gqa and query.dim() > 2 and key.dim() > 2 and query.size(-3) != key.size(-3):
+            heads, kv_heads = query.size(-3), key.size(-3)
+            if heads != 1 and kv_heads != 1:
+                raise ValueError(
+                    f"key: {kv_heads} heads given for query's {heads}; pass enable_gqa=True to "
+                    "share"
+                )
+        return attend(query, key, value, **options)[0]
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        check_tensors({}, query=query, key=key, value=value)  # which says it better
+        raise renamed(error, _NAMES) from None
+
+
+_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask", "mask": "attn_mask"}
+
+
+def _mask(attn_mask, query, key) -> dict[str, Any]:
+    """What torch's `attn_mask` is here."""
+    if isinstance(attn_mask, CausalBias):  # whose memory nobody has written
+        lengths = query.size(-2), key.size(-2)
+        upper_left = attn_mask.variant == CausalVariant.UPPER_LEFT
+        if not upper_left and lengths != (attn_mask.seq_len_q, attn_mask.seq_len_kv):
+            shape = attn_mask.seq_len_q, attn_mask.seq_len_kv
+            raise ValueError(f"attn_mask: expected a causal bias of {lengths}, got one of {shape}")
+        return {"causal": True, "q_offset": 0 if upper_left else lengths[1] - lengths[0]}
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: expected a tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype == torch.bool:
+        return {"mask": attn_mask}
+    if not attn_mask.is_floating_point():
+        raise TypeError(
+            f"attn_mask: expected bool or floating point, got {attn_mask.dtype}; pass which keys "
+            "are seen as bool"
+        )
+    return {"bias": attn_mask}
 
 
 def scaled_dot(
@@ -94,7 +135,8 @@ def scaled_dot(
         On the CPU; none is copied.
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Tensor or as in `fastattn.scaled_dot`
     scale, softcap, causal, window, return_lse, backend, threads, precision
-        As in `fastattn.scaled_dot`.
+        As in `fastattn.scaled_dot`. No gradient passes through `scale` and `softcap`: a tensor that
+        requires one is an error.
 
     Returns
     -------
@@ -107,6 +149,8 @@ def scaled_dot(
     ------
     TypeError, ValueError
         As `fastattn.scaled_dot`. With gradients `backend` must compute them, too.
+    NotImplementedError
+        As of `scaled_dot_product_attention`, whose casts and notes hold here, too.
 
     Examples
     --------

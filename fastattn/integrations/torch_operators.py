@@ -4,13 +4,25 @@ is imported, with what autograd and `torch.compile` need to know of them.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastattn
 
 from ..options import span_sides, window_sides
+from .torch_tensors import (
+    alike,
+    array,
+    as_tensor,
+    autocast,
+    check_constant,
+    check_tensors,
+    empty_result,
+    laid_out,
+    tensor,
+    transforms,
+)  # fmt: skip
 
 __all__ = ["attend"]
 
@@ -37,6 +49,7 @@ _LIBRARY.define(
 _FORWARD = torch.ops.fastattn.scaled_dot.default
 _BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
 _OPTIONAL = ("bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop")
+_WORDS = {"offsets": "q_offset", "start": "spans", "stop": "spans"}  # where an operand's is another
 
 
 def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None]:
@@ -44,21 +57,29 @@ def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None
 
     Without `return_lse`, lse may be empty or None.
     """
+    if _any_autocast() and torch.is_autocast_enabled("cpu"):
+        q, k, v = map(autocast, (q, k, v))
     compiling = _is_compiling()
     given = [q, k, v]
-    for x in words.values():
+    for name, x in words.items():
         if isinstance(x, Tensor):
+            if name in ("scale", "softcap"):
+                check_constant(name, x)
             given.append(x)
     gradient = _needs_gradient(given)
-    if not (compiling or gradient) and _straight_to_cpu(given):
+    straight = not compiling and _straight_to_cpu(given)
+    if straight and not gradient:
         return _run(q, k, v, return_lse, words)
+    if not (compiling or straight):
+        check_tensors(words, q=q, k=k, v=v)
     tensors, options = _operands(**words)
-    if gradient and not compiling:
-        return _ScaledDot.apply(options, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
+    if not compiling and (gradient or transforms()):
+        return _attention(options, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
     # The way back starts from lse.
     return _FORWARD(q, k, v, *tensors, return_lse=return_lse or gradient, **options)
 
 
+_any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _profiles = torch._C._autograd._profiler_enabled
 _listeners = torch._C._dispatch_tls_local_include_set
@@ -67,6 +88,8 @@ _ORDINARY = {Tensor, torch.nn.Parameter}
 
 
 def _needs_gradient(tensors) -> bool:
+    if forward_ad._current_level >= 0:
+        return True  # a tangent may be asked for
     if torch.is_grad_enabled():
         for x in tensors:  # `any` takes three times as long for a few
             if isinstance(x, Tensor) and x.requires_grad:
@@ -101,15 +124,11 @@ def _operands(
         offsets = q_offset
     tensors = []  # each None costs autograd 0.3 us
     optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop)
-    for place, x in enumerate(optional):
+    for place, (name, x) in enumerate(zip(_OPTIONAL, optional, strict=True)):
         if x is not None:
             tensors += [None] * (place - len(tensors))
-            tensors.append(_as_tensor(x))
+            tensors.append(as_tensor(x, _WORDS.get(name, name)))
     return tensors, options
-
-
-def _as_tensor(x) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))
 
 
 def _forward(q, k, v, *tensors, return_lse=False, **options):
@@ -120,16 +139,18 @@ def _forward(q, k, v, *tensors, return_lse=False, **options):
 def _run(q, k, v, return_lse, words) -> tuple[Tensor, Tensor | None]:
     for name, x in words.items():
         if isinstance(x, Tensor):
-            words[name] = _array(x)
-    found = fastattn.scaled_dot(_array(q), _array(k), _array(v), return_lse=return_lse, **words)
-    out = _tensor(found[0] if return_lse else found)
-    if not q.is_contiguous() and (q.stride(-1) != 1 or not _alike(out, q)):
-        out = _laid_out(out, _empty_result(q, k, v))
-    return out, _tensor(found[1]) if return_lse else None
+            words[name] = array(x, name)
+    found = fastattn.scaled_dot(
+        array(q, "q"), array(k, "k"), array(v, "v"), return_lse=return_lse, **words
+    )
+    out = tensor(found[0] if return_lse else found)
+    if not q.is_contiguous() and (q.stride(-1) != 1 or not alike(out, q)):
+        out = laid_out(out, empty_result(q, k, v))
+    return out, tensor(found[1]) if return_lse else None
 
 
 def _forward_fake(q, k, v, *tensors, return_lse=False, **options):
-    out = _empty_result(q, k, v)
+    out = empty_result(q, k, v)
     return out, out.new_empty(out.shape[:-1] if return_lse else 0, dtype=_sums(out))
 
 
@@ -138,18 +159,18 @@ def _sums(out) -> torch.dtype:
 
 
 def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
-    arrays = (_array(x) for x in (grad_out, q, k, v, out, lse))
+    named = {"grad_out": grad_out, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     grads = fastattn.scaled_dot_backward(
-        *arrays,
-        grad_lse=None if grad_lse is None else _array(grad_lse),
+        *(array(x, name) for name, x in named.items()),
+        grad_lse=None if grad_lse is None else array(grad_lse, "grad_lse"),
         wrt=tuple(wrt),
         **_words(tensors, options),
     )
     sources = _sources(q, k, v, tensors, wrt)
     found = []
-    for grad, source in zip(map(_tensor, grads), sources, strict=True):
-        same = _alike(grad, source)
-        found.append(grad if same else _laid_out(grad, torch.empty_like(source)))
+    for grad, source in zip(map(tensor, grads), sources, strict=True):
+        same = alike(grad, source)
+        found.append(grad if same else laid_out(grad, torch.empty_like(source)))
     return found
 
 
@@ -164,11 +185,8 @@ class _ScaledDot(torch.autograd.Function):
         if _straight_to_cpu(tensors):
             results = _forward(*tensors, return_lse=True, **options)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                results = _FORWARD(*tensors, return_lse=True, **options)
-        ctx.save_for_backward(*tensors, *results)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
+            results = _below_autograd(options, *tensors)
+        _keep(ctx, options, tensors, results)
         return results
 
     @staticmethod
@@ -180,29 +198,98 @@ class _ScaledDot(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         given = (grad_out, grad_lse, q, k, v, out, lse, *tensors)
-        straight = not torch.is_grad_enabled() and _straight_to_cpu(given)
-        grads = (_backward if straight else _BACKWARD)(*given, wrt=wrt, **ctx.options)
+        options = {"wrt": wrt, **ctx.options}
+        if transforms():
+            grads = _ScaledDotBackward.apply(options, *given)
+        else:
+            straight = not torch.is_grad_enabled() and _straight_to_cpu(given)
+            grads = (_backward if straight else _BACKWARD)(*given, **options)
         found = dict(zip(("q", "k", "v", *wrt), grads, strict=True))
         return None, *map(found.get, names)
 
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        given = zip(("q", "k", "v", *_OPTIONAL), tangents, strict=False)
+        name = next((name for name, x in given if x is not None), "q")
+        raise NotImplementedError(
+            f"{name}: expected no tangent, as there is no forward-mode differentiation; call "
+            "torch.autograd.grad, torch.func.vjp or torch.func.jacrev"
+        )
+
+
+class _Transformed(_ScaledDot):
+    """The same in the form that the transforms of torch.func need, which takes 30 us more."""
+
+    @staticmethod
+    def forward(options, *tensors):
+        return _below_autograd(options, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        options, *tensors = inputs
+        _keep(ctx, options, tensors, output)
+
+    @staticmethod
+    def vmap(info, in_dims, options, *tensors):
+        return _one_by_one(_attention, info, in_dims, options, tensors)
+
+
+def _attention(options, *tensors):
+    return (_Transformed if transforms() else _ScaledDot).apply(options, *tensors)
+
+
+def _below_autograd(options, *tensors):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD(*tensors, return_lse=True, **options)
+
+
+def _keep(ctx, options, tensors, results) -> None:
+    ctx.save_for_backward(*tensors, *results)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _one_by_one(function, info, in_dims, options, tensors):
+    """The rule of `torch.vmap`: a call for each place, as slopes and sinks have no leading axes."""
+    if not info.batch_size:
+        raise NotImplementedError("in_dims: expected an axis of at least 1, got 0")
+    dims = in_dims[-len(tensors) :]
+    calls = []
+    for n in range(info.batch_size):
+        own = (x if dim is None else x.select(dim, n) for x, dim in zip(tensors, dims, strict=True))
+        calls.append(function(options, *own))
+    results = tuple(map(torch.stack, zip(*calls, strict=True)))
+    return results, (0,) * len(results)
+
 
 def _differentiable(*tensors, return_lse=False, **options):
-    if _needs_gradient(tensors):
-        if not return_lse:
-            raise ValueError("return_lse: False given, True wanted where gradients are")
-        return _ScaledDot.apply(options, *tensors)
+    if _needs_gradient(tensors) or transforms():
+        out, lse = _attention(options, *tensors)
+        return out, lse if return_lse else lse.new_empty(0)
     with torch._C._AutoDispatchBelowAutograd():
         return _FORWARD(*tensors, return_lse=return_lse, **options)
 
 
 class _ScaledDotBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, *tensors):
+    def forward(options, *tensors):
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(_BACKWARD(*tensors, **options))
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, options, *tensors):
+        return _one_by_one(_ScaledDotBackward.apply, info, in_dims, options, tensors)
+
+    @staticmethod
     def backward(ctx, *grads):
+        raise NotImplementedError("scaled_dot: a second derivative wanted, there is only the first")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
         raise NotImplementedError("scaled_dot: a second derivative wanted, there is only the first")
 
 
@@ -225,7 +312,7 @@ def _words(tensors, options) -> dict:
     """The words of `fastattn.scaled_dot` for what an operator was given."""
     for name, x in zip(_OPTIONAL, tensors, strict=False):
         if x is not None:
-            options[name] = _array(x)
+            options[name] = array(x, name)
     if "offsets" in options:
         options["q_offset"] = options.pop("offsets")
     if "start" in options:
@@ -235,54 +322,7 @@ def _words(tensors, options) -> dict:
     return options
 
 
-# -------------------------------------------------------------------------- tensors and arrays
-
-
-def _array(x: Tensor) -> np.ndarray:
-    """The same memory as an array."""
-    if x.dtype != torch.bfloat16:
-        return x.numpy(force=True)  # gradients are none of its business
-    import ml_dtypes
-
-    return x.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-
-
-def _tensor(x: np.ndarray) -> Tensor:
-    """The same memory as a tensor; torch does not read NumPy's bfloat16."""
-    if x.dtype.kind == "V":
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
-
-
-def _empty_result(q, k, v) -> Tensor:
-    """In the memory order of q where each row of q is contiguous, else contiguous: as torch's."""
-    shape, dtype = (*q.shape[:-1], v.shape[-1]), _result_type(q, k, v)
-    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
-        batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-        heads = [x.shape[-3] for x in (q, k, v) if x.dim() > 2 and x.shape[-3] != 1]
-        shape = (*batch, heads[0] if heads else 1, q.shape[-2], v.shape[-1])
-    if shape == q.shape and q.stride(-1) == 1:
-        return torch.empty_like(q, dtype=dtype)
-    return q.new_empty(shape, dtype=dtype)
-
-
-def _result_type(*tensors) -> torch.dtype:
-    """The widest, as in `fastattn.scaled_dot`."""
-    dtypes = [x.dtype if x.dtype.is_floating_point else torch.float64 for x in tensors]
-    return torch.promote_types(torch.promote_types(*dtypes[:2]), dtypes[2])
-
-
 def _sources(q, k, v, tensors, wrt) -> list[Tensor]:
     """What the gradients are of; autograd wants each like its source, in dtype too."""
     named = dict(zip(_OPTIONAL, tensors, strict=False))
     return [q, k, v, *(named[name] for name in wrt)]
-
-
-def _laid_out(x: Tensor, wanted: Tensor) -> Tensor:
-    return x if _alike(x, wanted) else wanted.copy_(x)
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Of the same dtype, shape and memory order? The stride of an axis of 1 means nothing."""
-    steps = zip(x.shape, x.stride(), y.stride(), strict=True)
-    return x.dtype == y.dtype and x.shape == y.shape and all(n < 2 or a == b for n, a, b in steps)
