@@ -83,8 +83,8 @@ def attention(
     value : Tensor, (batch, kv_heads, keys, value_dim)
         On the CPU; none is copied.
     attention_mask : Tensor, (batch, 1 or heads, queries, keys), optional
-        A `Mask`, of bool (True where a query may see a key), or of numbers to be added to the
-        scores. Without one every query sees every key.
+        Numbers to be added to the scores (what the library's masks are), or of bool, True where a
+        query may see a key. Without one every query sees every key.
     dropout : float, default 0.0
         Ignored outside training.
     scaling : float, optional
@@ -149,6 +149,7 @@ def _seen(mask: Tensor | None, indices: Tensor | None, keys: int) -> dict[str, A
     if indices is not None:
         chosen = indices.new_zeros((*indices.shape[:-1], keys), dtype=torch.bool)
         chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+        mask = mask.seen if isinstance(mask, Mask) else mask
         if mask is None or mask.dtype == torch.bool:
             mask = chosen if mask is None else mask & chosen
         else:

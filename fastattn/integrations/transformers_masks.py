@@ -23,19 +23,25 @@ Spans = tuple[int | np.ndarray, int | np.ndarray]
 
 
 class Mask(Tensor):
-    """A bool mask, True where a query may see a key, that only attention may read.
+    """The mask of ``eager``, 0 where a query sees a key and the least finite number elsewhere, kept
+    as what is seen.
 
-    What models make of their masks by indexing, joining and logic is a mask again, and ``~mask`` and
-    ``torch.where(mask, ...)`` are plain tensors. What takes it for an eager mask, whose numbers are
-    added to the scores, is refused: True would be added as 1, and take for hidden what is seen.
+    Models hand it on to attention as it is, or a part of it. Any other operation writes it out, so
+    what models compute of it is what they compute of eager's.
+
+    Attributes
+    ----------
+    seen : Tensor of bool, of its shape
     """
 
-    dense: Tensor
+    seen: Tensor
 
     @staticmethod
-    def __new__(cls, dense: Tensor):
-        mask = Tensor._make_wrapper_subclass(cls, dense.shape, dtype=torch.bool)  # type: ignore
-        mask.dense = dense
+    def __new__(cls, seen: Tensor, dtype: torch.dtype):
+        mask = Tensor._make_wrapper_subclass(  # type: ignore
+            cls, seen.shape, seen.stride(), seen.storage_offset(), dtype=dtype
+        )
+        mask.seen = seen
         return mask
 
     # Operations are seen by `__torch_dispatch__` alone.
@@ -43,26 +49,30 @@ class Mask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        if name in _COMPARISONS or operation._schema.is_mutable:
-            raise _not_for(name)
-        args_out, kwargs_out = tree_map_only(Mask, lambda x: x.written_out(), (args, kwargs or {}))
-        result = operation(*args_out, **kwargs_out)
-        condition = name == "where" and isinstance(args[0], Mask)
-        if name in _NEGATIONS or condition or not isinstance(result, Tensor):
-            return result
-        if result.is_floating_point():
-            raise _not_for(name)
-        return Mask(result) if result.dtype == torch.bool else result
+        kwargs = kwargs or {}
+        if operation in _COPIES or operation.is_view and operation is not _REINTERPRETED:
+            parts = operation(args[0].seen, *args[1:], **kwargs)
+            return tree_map_only(Tensor, lambda x: Mask(x, args[0].dtype), parts)
+        if operation._schema.is_mutable and isinstance(args[0], Mask):
+            raise TypeError(
+                "attention_mask: expected to be read only, got a model that writes to it; use "
+                'attn_implementation="eager", fastattn keeps masks in another form'
+            )
+        args, kwargs = tree_map_only(Mask, Mask.written_out, (args, kwargs))
+        return operation(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return repr(self.written_out())
 
     def written_out(self) -> Tensor:
         """The same as a plain tensor."""
-        return self.dense
+        hidden = torch.finfo(self.dtype).min
+        return torch.where(self.seen, torch.zeros((), dtype=self.dtype), hidden)
 
     @cached_property
     def words(self) -> dict:
         """What says the same to `fastattn.scaled_dot`."""
-        return {"mask": self.dense}
+        return {"mask": self.seen}
 
 
 class SpanMask(Mask):
@@ -77,16 +87,17 @@ class SpanMask(Mask):
     spans: tuple[np.ndarray, np.ndarray]
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, int, int, int], spans):
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)  # type: ignore
+    def __new__(cls, shape: tuple[int, int, int, int], spans, dtype: torch.dtype):
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore
         mask.spans = spans
         return mask
 
-    def written_out(self) -> Tensor:
+    @cached_property
+    def seen(self) -> Tensor:  # type: ignore[override]
         start, stop = self.spans
         j = np.arange(self.shape[-1])
         mask = (start[..., None] <= j) & (j < stop[..., None])
-        return torch.from_numpy(mask).expand(self.shape)
+        return torch.from_numpy(mask).expand(self.shape).contiguous()
 
     @cached_property
     def words(self) -> dict:
@@ -101,16 +112,8 @@ class SpanMask(Mask):
         return {"spans": self.spans}
 
 
-# Of bool these mean the contrary of what they mean of an eager mask.
-_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
-_NEGATIONS = frozenset(("bitwise_not", "logical_not"))
-
-
-def _not_for(operation: str) -> TypeError:
-    return TypeError(
-        f"attention_mask: expected to be read by attention alone, got {operation}() of a mask of "
-        'fastattn; a model that masks its scores by itself needs attn_implementation="eager"'
-    )
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default}
+_REINTERPRETED = torch.ops.aten.view.dtype
 
 
 def make_mask(
@@ -124,6 +127,7 @@ def make_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
+    dtype: torch.dtype = torch.float32,
     **options,
 ) -> Tensor | None:
     """The mask function of transformers' ``AttentionMaskInterface``, as its ``eager_mask``.
@@ -141,14 +145,14 @@ def make_mask(
         Ignored: what a mask says is never left to the attention function to know.
     allow_is_bidirectional_skip : bool
         Return None where every query sees every key.
-    use_vmap, **options
-        As for ``sdpa_mask``.
+    use_vmap, dtype, **options
+        As for ``eager_mask``.
 
     Returns
     -------
-    Mask or Tensor of bool, (batch_size, 1, q_length, kv_length), or None
-        A `SpanMask` where each query sees an interval of keys, a plain tensor while the call is
-        being traced.
+    Mask or Tensor, (batch_size, 1, q_length, kv_length), or None
+        A `SpanMask` where each query sees an interval of keys, a plain tensor of numbers while the
+        call is being traced.
     """
     traced = any(is_tracing(x) for x in (attention_mask, q_offset, kv_offset))
     if not traced and not use_vmap and type(attention_mask) in (Tensor, NoneType):
@@ -158,13 +162,13 @@ def make_mask(
             start, stop = (np.minimum(np.maximum(x - kv_offset, 0), kv_length) for x in spans)
             if allow_is_bidirectional_skip and not start.any() and (stop == kv_length).all():
                 return None
-            return SpanMask((batch_size, 1, q_length, kv_length), (start, stop))
-    mask = masking_utils.sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        use_vmap=use_vmap, **options,
-    )  # fmt: skip
-    return mask if traced or type(mask) is not Tensor else Mask(mask)
+            return SpanMask((batch_size, 1, q_length, kv_length), (start, stop), dtype)
+    given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    options |= {"allow_is_bidirectional_skip": allow_is_bidirectional_skip, "use_vmap": use_vmap}
+    if traced:
+        return masking_utils.eager_mask(*given, dtype=dtype, **options)
+    seen = masking_utils.sdpa_mask(*given, allow_is_causal_skip=False, **options)
+    return None if seen is None else Mask(seen, dtype)
 
 
 def _spans_of(function, batch, q, k, attention_mask) -> Spans | None:
