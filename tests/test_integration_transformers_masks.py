@@ -135,15 +135,17 @@ def test_what_models_compute_of_a_mask_is_what_they_compute_of_eagers():
         lambda x: x[:, 0], lambda x: x.expand(2, 3, 6, 6), lambda x: x.view(2, 6, 6), lambda x: x.min(),
         lambda x: x[..., [0, 2]], lambda x: x.transpose(2, 3), lambda x: x[:, :, 1:, :4] * 2,
     ]  # fmt: skip
-    for real, kind in ((padding, SpanMask), (holes, Mask)):
-        mask = make_mask(2, 6, 6, attention_mask=real)
-        eager = masking_utils.eager_mask(2, 6, 6, attention_mask=real)
-        assert type(mask) is kind
-        assert "-3.4028e+38" in repr(mask)
-        for operation in operations:
-            found = operation(mask)
-            found = found.written_out() if isinstance(found, Mask) else found
-            assert torch.equal(found, operation(eager))
+    modes = (torch.no_grad, torch.inference_mode)
+    for (real, kind), mode in itertools.product(((padding, SpanMask), (holes, Mask)), modes):
+        with mode():
+            mask = make_mask(2, 6, 6, attention_mask=real)
+            eager = masking_utils.eager_mask(2, 6, 6, attention_mask=real)
+            assert type(mask) is kind
+            assert "-3.4028e+38" in repr(mask)
+            for operation in operations:
+                found = operation(mask)
+                found = found.written_out() if isinstance(found, Mask) else found
+                assert torch.equal(found, operation(eager))
         with pytest.raises(TypeError, match=r"^attention_mask: expected to be read only"):
             mask[:, :, 0] = 0
     half = make_mask(2, 6, 6, attention_mask=padding, dtype=torch.float16)

@@ -50,6 +50,9 @@ class Mask(Tensor):
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        parts = operation.decompose(*args, **kwargs)  # inference mode leaves that to be done
+        if parts is not NotImplemented:
+            return parts
         if operation in _COPIES or operation.is_view and operation is not _REINTERPRETED:
             parts = operation(args[0].seen, *args[1:], **kwargs)
             return tree_map_only(Tensor, lambda x: Mask(x, args[0].dtype), parts)
