@@ -1,12 +1,13 @@
 """Every architecture of Hugging Face Transformers that computes attention through the library's
 interface, tiny, ``eager`` beside fastattn.
 
-    python tests/sweep_transformers.py [ARCHITECTURE ...]    writes sweep_transformers.md beside it
+    python tests/sweep_transformers.py [ARCHITECTURE ...]
 
-without a name. A number is the largest difference of any output to that of ``eager``, as a part of
-eager's largest: without a mask, with one of ones, and of what is real with padding on the left and
-on the right; of the gradients; and, where the last of ``eager``'s tokens moves no earlier output, of
-how far it moves them here. ``-`` is what the model has not.
+writes sweep_transformers.csv, or the rows of the architectures that it is given. A number there is
+the largest difference of an output to eager's, as a part of eager's largest: without a mask, with
+one of ones, and, where tokens are real, with padding on the left and on the right; of gradients; and,
+where eager's last token moves no earlier output, by how much it moves one here. ``-`` is what a
+model has not, or what the last column says.
 """
 
 import copy
@@ -106,9 +107,16 @@ def outputs(model, given):
     """The tensors of numbers among what the model returns."""
     torch.manual_seed(4)
     found = model(**given)
-    values = found.values() if hasattr(found, "values") else found
-    values = [values] if isinstance(values, torch.Tensor) else values
-    return [x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return list(tensors(found.values() if hasattr(found, "values") else found))
+
+
+def tensors(found):
+    for x in [found] if isinstance(found, torch.Tensor) else found:
+        if isinstance(x, torch.Tensor):
+            if x.is_floating_point():
+                yield x
+        elif isinstance(x, tuple | list):
+            yield from tensors(x)
 
 
 class Pair:
@@ -179,7 +187,8 @@ def compare_masks(pair, given):
     left[1, :4] = 0
     for name, mask in {"ones": ones, "left": left, "right": left.flip(1)}.items():
         real = None if "decoder_input_ids" in given else mask.bool()
-        yield name, lambda mask=mask, real=real: pair.difference({**given, "attention_mask": mask}, real)
+        masked = {**given, "attention_mask": mask}
+        yield name, lambda masked=masked, real=real: pair.difference(masked, real)
 
 
 def future(pair, given):

@@ -280,7 +280,7 @@ def test_chosen_keys():
         torch.testing.assert_close(found, want, rtol=0, atol=1e-14)
 
 
-# -------------------------------------------------------------- models that read masks in other ways
+# ------------------------------------------------------------- models that read masks in other ways
 
 
 def assert_as_eager(model, **given):
@@ -306,8 +306,8 @@ def test_a_model_that_drops_queries():
     """Gemma 4 computes its last layers for the last queries only."""
     torch.manual_seed(0)
     config = transformers.Gemma4TextConfig(
-        **{**SLIDING, "num_hidden_layers": 4}, vocab_size_per_layer_input=99, num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8, global_head_dim=16,
+        **{**SLIDING, "num_hidden_layers": 4}, num_kv_shared_layers=2, global_head_dim=16,
+        vocab_size_per_layer_input=99, hidden_size_per_layer_input=8,
         layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
     model = transformers.Gemma4ForCausalLM(config).eval()
@@ -395,7 +395,7 @@ def test_models_dropout_is_refused_in_training_only():
 @pytest.mark.parametrize("name, why", [
     ("Bloom", "computes attention by itself"), ("Mpt", "computes attention by itself"),
     ("GPTNeo", "computes attention by itself"), ("Falcon", "computes attention by itself"),
-    ("Git", "made for the library's own implementations only"),
+    ("Git", "made for the library's own"),
 ])  # fmt: skip
 def test_models_without_the_interface(name, why):
     """Are told when they are made, and later left as they are, by the library's own warning."""

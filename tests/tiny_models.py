@@ -1,4 +1,4 @@
-"""Tiny models, with random weights, of the classes of Hugging Face Transformers, and their inputs."""
+"""Tiny models of the classes of Hugging Face Transformers, with random weights, and inputs."""
 
 import dataclasses
 import inspect
@@ -17,9 +17,12 @@ SIZES = [
     (r"mamba_n_groups", 1),
     (r".*drop(out|path)?(_.*)?|.*_pdrop|layerdrop|.*_dropout|.*layerdrop", 0.0),
     (r"(.*_)?vocab(ulary)?_size(_.*)?", VOCABULARY),
-    (r"(max|n)_position(_embedding)?s|max_(source|target)_positions|n_ctx|max_sequence_length", 128),
+    (
+        r"(max|n)_position(_embedding)?s|max_(source|target)_positions|n_ctx|max_sequence_length",
+        128,
+    ),
     (r"(num|n)_(key_value|kv)_heads|swa_num_key_value_heads|.*_key_value_heads", 2),
-    (r"(.*_)?num_.*attention_heads|.*attention_heads|(num|n)_heads?|index_n_heads|linear_num_.*heads", 4),
+    (r".*attention_heads|(num|n)_heads?|index_n_heads|linear_num_.*heads", 4),
     (r"(.*_)?head_dim|d_kv|attention_head_size|linear_.*_head_dim|rotary_dim", 8),
     (r"(.*_)?intermediate_size|.*ffn_dim|d_ff|ffn_hidden_size|n_inner|inner_dim|mlp_dim", 64),
     (r"(.*_)?(hidden_size|hidden_dim|d_model|embed_dim|n_embd|model_dim|embedding_size)", 32),
@@ -41,6 +44,8 @@ VARIANTS = [
     [],
     [(_HEAD_DIM, None), (_WIDTH, 64)],
     [(_HEAD_DIM, None), (_WIDTH, 256), (r"(.*_)?(num_)?(attention_)?heads?|n_head", 2)],
+    [(_HEAD_DIM, None), (_WIDTH, 128), (r"(.*_)?(num_)?(attention_)?heads?|n_head", 2)],
+    [(r"(.*_)?(key_value|kv)_heads", 4), (r"head_dim", None)],
     [(r".*layers|depth|n_layer|.*window.*", None)],
     [(r".*layers|depth|n_layer|.*heads?|patch_size|image_size|.*mel.*", None), (_HEAD_DIM, None),
      (_WIDTH, None)],
@@ -48,7 +53,15 @@ VARIANTS = [
 CONV = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3),
         "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
 # What the rules above cannot know.
-ALSO: dict[str, dict] = {}
+ALSO: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1, 3, 5]},
+    "bridgetower_vision_model": {"hidden_size": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 60}},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "emu3": {"vocabulary_map": {"<image>": 60}},
+    "esm": {"vocab_size": VOCABULARY},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
+}
 
 
 def tiny(config_class, variant=0):
@@ -76,10 +89,8 @@ def _size(field, sizes):
         return None
     for pattern, size in sizes:
         if re.fullmatch(pattern, field.name):
-            right = float if isinstance(size, float) else int
-            if size is None:
-                return None
-            return size if right in kinds and isinstance(field.default, int | float | None) else None
+            number = isinstance(field.default, int | float | None)
+            return size if type(size) in kinds and number else None
     if re.fullmatch(r".*_(token_id|token_index)", field.name) and isinstance(field.default, int):
         return field.default if field.default < VOCABULARY else 61 + field.default % 31
     return None
@@ -102,7 +113,7 @@ def with_weights(model):
             if x.dim() > 1:
                 x.copy_(noise * max(x[0].numel(), 1) ** -0.5)
             else:
-                x.add_(0.1 * noise)
+                x.add_(0.1 * noise * (x.abs().mean() or 1))
     return model.eval()
 
 
@@ -113,40 +124,44 @@ def inputs(model, batch=2, length=12):
     seeded = torch.Generator().manual_seed(3)
 
     def noise(*shape):
-        return torch.randn(*shape, generator=seeded)
+        return torch.randn(batch, *shape, generator=seeded)
 
     more = {"decoder_input_ids": text.flip(0)} if "decoder_input_ids" in names else {}
     if "input_ids" in names:
         yield {"input_ids": text, **more}
         yield {"input_ids": text}
         if "bbox" in names:
-            yield {"input_ids": text, "bbox": torch.ones(batch, length, 4, dtype=torch.long), **more}
-    config = model.config
-    sizes = [getattr(config, "hidden_size", 32), 32]
-    if "inputs_embeds" in names:
-        for size in dict.fromkeys(sizes):
-            yield {"inputs_embeds": noise(batch, length, size), **more}
-    for size in (getattr(config, "image_size", IMAGE), IMAGE, 64, 224):
-        if isinstance(size, int) and "pixel_values" in names:
-            image = {"pixel_values": noise(batch, getattr(config, "num_channels", 3), size, size)}
-            yield image
-            yield {**image, **more}
-            if "input_ids" in names:
-                yield {**image, "input_ids": text, **more}
-    if "pixel_values_videos" in names:
-        yield {"pixel_values_videos": noise(batch, 4, 3, IMAGE, IMAGE)}
-    if "input_features" in names:
-        for shape in ((batch, MELS, 100), (batch, 64, MELS), (batch, MELS, 256), (batch, MELS, 3000)):
-            yield {"input_features": noise(*shape), **more}
-    if "input_values" in names:
-        for shape in ((batch, 2000), (batch, 1, 2000), (batch, 64, MELS), (batch, 12, 32)):
-            yield {"input_values": noise(*shape), **more}
-    if "hidden_states" in names:
-        for size in dict.fromkeys(sizes):
-            patches = noise(batch * 16, getattr(config, "in_channels", 3) * PATCH * PATCH * 2)
-            if "grid_thw" in names or "image_grid_thw" in names:
-                grid = torch.tensor([[1, 4, 4]] * batch)
-                yield {"hidden_states": patches, "grid_thw": grid}
-            yield {"hidden_states": noise(batch, length, size)}
-    if "past_values" in names:
-        yield {"past_values": noise(batch, getattr(config, "context_length", 32), 1)}
+            boxes = torch.ones(batch, length, 4, dtype=torch.long)
+            yield {"input_ids": text, "bbox": boxes, **more}
+    for name, shape in shapes(model.config, names, length):
+        given = {name: noise(*shape), **more}
+        if "grid_thw" in names:
+            given[name] = given[name].flatten(0, 1)
+            given["grid_thw"] = torch.tensor([[1, 4, 4]] * batch)
+        yield given
+        if name == "pixel_values" and "input_ids" in names:
+            yield {"input_ids": text, **given}
+
+
+def shapes(config, names, length):
+    """``(name, shape without the batch)`` of inputs of numbers that the model may take."""
+    if "grid_thw" in names:
+        size = getattr(config, "in_channels", 3) * PATCH**2
+        for name in [x for x in ("hidden_states", "pixel_values") if x in names]:
+            yield from [(name, (16, 2 * size)), (name, (16, size))]
+        return
+    width, colors = getattr(config, "hidden_size", 32), getattr(config, "num_channels", 3)
+    sizes = {getattr(config, "image_size", IMAGE): 0, IMAGE: 0, 64: 0, 224: 0}
+    frames = getattr(config, "max_length", None) or 64
+    choices = {
+        "inputs_embeds": [(length, width), (length, 32)],
+        "pixel_values": [(colors, x, x) for x in sizes if isinstance(x, int)],
+        "pixel_values_videos": [(4, 3, IMAGE, IMAGE)],
+        "input_features": [(MELS, 100), (64, MELS), (MELS, 256), (MELS, 3000)],
+        "input_values": [(frames, MELS), (2000,), (1, 2000), (64, MELS), (12, 32)],
+        "hidden_states": [(length, width), (length, 32)],
+        "past_values": [(getattr(config, "context_length", 32), 1)],
+    }
+    for name, options in choices.items():
+        if name in names:
+            yield from ((name, shape) for shape in options)

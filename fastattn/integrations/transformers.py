@@ -119,12 +119,10 @@ def attention(
     if position_bias is not None:
         bias = words.get("bias")
         words["bias"] = position_bias if bias is None else position_bias + bias
-    per_query = sinks is not None
-    out, lse = attend(
-        query, key, value, scale=scaling, softcap=softcap, sinks=s_aux, return_lse=per_query, **words
-    )
-    if per_query:
-        # A sink is one more term of the sum: exp(lse) / (exp(lse) + exp(sink)) of each weight is left.
+    words |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    out, lse = attend(query, key, value, return_lse=sinks is not None, **words)
+    if sinks is not None and lse is not None:
+        # One more term of the sum: exp(lse) / (exp(lse) + exp(sink)) of each weight is left.
         out = out * (lse[..., None] - sinks).sigmoid().to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 

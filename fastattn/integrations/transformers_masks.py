@@ -53,7 +53,8 @@ class Mask(Tensor):
         parts = operation.decompose(*args, **kwargs)  # inference mode leaves that to be done
         if parts is not NotImplemented:
             return parts
-        if operation in _COPIES or operation.is_view and operation is not _REINTERPRETED:
+        part = operation.is_view and operation is not _REINTERPRETED
+        if (part or operation in _COPIES) and isinstance(args[0], Mask):
             parts = operation(args[0].seen, *args[1:], **kwargs)
             return tree_map_only(Tensor, lambda x: Mask(x, args[0].dtype), parts)
         if operation._schema.is_mutable and isinstance(args[0], Mask):
@@ -175,7 +176,7 @@ def make_mask(
 
 
 def _spans_of(function, batch, q, k, attention_mask) -> Spans | None:
-    """``(start, stop)`` in positions of keys for the queries at the positions `q`, or None where what
+    """``(start, stop)`` in positions of keys for the queries at the positions `q`; None where what
     `function` shows of the keys at the positions `k` cannot be told to be one interval.
     """
     try:

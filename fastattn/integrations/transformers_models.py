@@ -34,7 +34,7 @@ def refuse_models_without_interface(attention: Callable) -> None:
             why = _why_not(type(self))
             if why:
                 raise ValueError(
-                    f"attn_implementation: expected \"eager\" or \"sdpa\" for {type(self).__name__}, "
+                    f'attn_implementation: expected "eager" or "sdpa" for {type(self).__name__}, '
                     f"got {chosen!r}; {why}"
                 )
         return chosen
@@ -52,12 +52,12 @@ def _why_not(model: type[PreTrainedModel]) -> str | None:
         return None
     if not model._can_set_attn_implementation():
         return (
-            "it computes attention by itself, so fastattn cannot; as a part of a larger model it is "
-            "left out by model.set_attn_implementation() after that one is made"
+            "it computes attention by itself; if it is a part of another model, make that one so and "
+            "call its set_attn_implementation(), which leaves this part out"
         )
     if _TABLE.search(code):
         return (
-            "its layers are made for the library's own implementations only; tell the rest of it "
-            "by model.set_attn_implementation() after it is made"
+            "some layers are made for the library's own implementations only; make it so and call "
+            "its set_attn_implementation(), which tells the rest"
         )
     return None
