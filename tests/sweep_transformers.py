@@ -5,9 +5,9 @@ interface, tiny, ``eager`` beside fastattn.
 
 writes sweep_transformers.csv, or the rows of the architectures that it is given. A number there is
 the largest difference of an output to eager's, as a part of eager's largest: without a mask, with
-one of ones, and, where tokens are real, with padding on the left and on the right; of gradients; and,
-where eager's last token moves no earlier output, by how much it moves one here. ``-`` is what a
-model has not, or what the last column says.
+one of ones, and, where tokens are real, with padding on the left and on the right; of gradients;
+and, where eager's last token moves no earlier output, by how much it moves one here. ``-`` is what
+a model has not, or what the last column says.
 """
 
 import copy
@@ -213,6 +213,8 @@ def future(pair, given):
 def generated(model, given):
     words = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False,
              "output_scores": True, "return_dict_in_generate": True}  # fmt: skip
+    if model.config.is_encoder_decoder:
+        words["decoder_start_token_id"] = 2
     mask = torch.ones_like(given["input_ids"])
     mask[1, :4] = 0
     with torch.no_grad():

@@ -133,7 +133,8 @@ def test_what_models_compute_of_a_mask_is_what_they_compute_of_eagers():
         lambda x: ~x[:, :, -1, :].reshape(-1).bool(), lambda x: x.double(), lambda x: x == 0,
         lambda x: torch.cat([x, x], dim=-1), lambda x: x.squeeze(1), lambda x: x.sum(),
         lambda x: x[:, 0], lambda x: x.expand(2, 3, 6, 6), lambda x: x.view(2, 6, 6),
-        lambda x: 1 - x, lambda x: x.min(), lambda x: x[..., [0, 2]], lambda x: x.transpose(2, 3), lambda x: x[:, :, 1:, :4] * 2,
+        lambda x: 1 - x, lambda x: x.min(), lambda x: x[..., [0, 2]],
+        lambda x: x.transpose(2, 3), lambda x: x[:, :, 1:, :4] * 2,
     ]  # fmt: skip
     modes = (torch.no_grad, torch.inference_mode)
     for (real, kind), mode in itertools.product(((padding, SpanMask), (holes, Mask)), modes):

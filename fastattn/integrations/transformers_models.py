@@ -52,7 +52,7 @@ def _why_not(model: type[PreTrainedModel]) -> str | None:
         return None
     if not model._can_set_attn_implementation():
         return (
-            "it computes attention by itself; if it is a part of another model, make that one so and "
+            "it computes attention by itself; if it is a part of another model, make that so and "
             "call its set_attn_implementation(), which leaves this part out"
         )
     if _TABLE.search(code):
