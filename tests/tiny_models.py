@@ -83,7 +83,7 @@ def tiny(config_class, variant=0):
 
 def _size(field, sizes):
     kinds = _kinds(field.type)
-    if field.name in CONV:
+    if field.name in CONV and isinstance(field.default, type(CONV[field.name]) | list):
         return CONV[field.name]
     if field.default is None and field.name not in ("num_key_value_heads", "head_dim"):
         return None
