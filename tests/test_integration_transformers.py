@@ -2,7 +2,6 @@
 
 import copy
 import doctest
-import itertools
 
 import numpy as np
 import pytest
@@ -12,10 +11,8 @@ import fastattn
 torch = pytest.importorskip("torch", reason="it is what this integrates with")
 transformers = pytest.importorskip("transformers", reason="it is what this integrates with")
 
-from transformers import masking_utils  # noqa: E402
-
 from fastattn.integrations import transformers as integration  # noqa: E402
-from fastattn.integrations.transformers_masks import SpanMask, make_mask  # noqa: E402
+from fastattn.integrations.transformers_masks import make_mask  # noqa: E402
 
 # Their own, and of the tiny configurations.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -172,15 +169,16 @@ def test_packed_sequences():
 
 def test_compiled():
     """Traced, masks are plain tensors, and attention is an operator of the graph."""
-    model, ids, mask = switched(make("mistral"), "fastattn"), tokens(), paddings()["left"]
+    model, ids, left = switched(make("mistral"), "fastattn"), tokens(), paddings()["left"]
     compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        want, found = (
-            x(ids, attention_mask=mask, use_cache=False).logits for x in (model, compiled)
-        )
+    for mask in (left, None):
+        with torch.no_grad():
+            want, found = (
+                x(ids, attention_mask=mask, use_cache=False).logits for x in (model, compiled)
+            )
+        size, real = want.abs().max().item(), left.bool()
+        torch.testing.assert_close(found[real], want[real], rtol=0, atol=1e-5 * size)
     torch.compiler.reset()
-    size = want.abs().max().item()
-    torch.testing.assert_close(found[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5 * size)
 
 
 # ------------------------------------------------------------------- what reaches fastattn, and how
@@ -233,109 +231,150 @@ def test_no_tensor_is_copied(monkeypatch):
     assert addresses == [x.data_ptr() for x in (*arrays, out)]
 
 
-# ------------------------------------------------------------------------------------------ masks
+def softmax(q, k, v, scores=0.0):
+    return ((q @ k.mT * q.shape[-1] ** -0.5 + scores).softmax(-1) @ v).transpose(1, 2)
 
 
-def mask_functions(batch, length):
-    """Those of the library, by name."""
-    ids = torch.arange(length).expand(batch, -1) // 4
-    positions = torch.arange(length).expand(batch, -1) % 4
-    left = torch.arange(batch) * 2
-    window = masking_utils.sliding_window_causal_mask_function(3)
-    functions = {
-        "causal": masking_utils.causal_mask_function,
-        "everything": masking_utils.bidirectional_mask_function,
-        "window": window,
-        "window on both sides": masking_utils.sliding_window_bidirectional_mask_function(3),
-        "chunks": masking_utils.chunked_causal_mask_function(4, left),
-    }
-    packed = {
-        f"packed {name}": masking_utils.packed_sequence_compatibility_function(x, positions, ids)
-        for name, x in functions.items()
-    }
-    return functions, packed
+def test_no_mask_is_every_key():
+    """Whatever the module and the library say of `is_causal`, as with eager."""
+    q, k, v = torch.randn(3, 1, 4, 5, 8, dtype=torch.float64)
+    module = torch.nn.Module()
+    for module.is_causal, options in ((True, {}), (False, {}), (True, {"is_causal": True})):
+        found, _ = integration.attention(module, q, k, v, None, **options)
+        torch.testing.assert_close(found, softmax(q, k, v), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("q_length, kv_length, q_offset, kv_offset", [
-    (9, 9, 0, 0), (1, 9, 8, 0), (4, 9, 5, 0), (1, 3, 8, 6), (5, 7, 6, 4), (4, 12, 0, 0),
-    (0, 3, 3, 0),
-])  # fmt: skip
-def test_spans_are_the_librarys_masks(q_length, kv_length, q_offset, kv_offset):
-    batch, length = 3, q_offset + q_length
-    real = torch.ones(batch, length, dtype=torch.bool)
-    left, right = real.clone(), real.clone()
-    left[1, :2] = left[2, :] = False
-    right[1, -2:] = False
-    whole, packed = mask_functions(batch, length)
-    functions = {**whole, **packed} if q_length == kv_length else whole
-    for (name, function), padding in itertools.product(
-        functions.items(), (None, real, left, right)
-    ):
-        sizes = batch, q_length, kv_length, q_offset, kv_offset, function, padding
-        found = make_mask(*sizes, allow_is_causal_skip=False)
-        assert type(found) is SpanMask, name
-        want = masking_utils.sdpa_mask(*sizes, allow_is_causal_skip=False)
-        assert found.shape == want.shape and found.dtype == want.dtype
-        assert torch.equal(found.written_out(), want), name
-        for causal in (False, True):
-            skips = {"allow_is_causal_skip": causal, "allow_is_bidirectional_skip": not causal}
-            if make_mask(*sizes, **skips) is None:  # which attention takes for this:
-                means = torch.ones_like(want)
-                if causal and q_length > 1:
-                    means = means.tril()
-                assert torch.equal(want, means), (name, causal)
+def test_masks_of_users():
+    q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+    seen = torch.rand(2, 1, 5, 5) < 0.5
+    seen[..., 0] = True
+    numbers = torch.randn(2, 4, 5, 5).double().masked_fill(~seen, torch.finfo(torch.float64).min)
+    bias = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    for mask, scores in ((numbers, numbers), (seen, torch.where(seen, 0.0, -torch.inf))):
+        found, _ = integration.attention(torch.nn.Module(), q, k, v, mask, position_bias=bias)
+        torch.testing.assert_close(found, softmax(q, k, v, scores + bias), rtol=0, atol=1e-14)
 
 
-def test_nothing_is_said_where_nothing_is_the_same():
-    real = torch.ones(2, 9, dtype=torch.bool)
-    everything = masking_utils.bidirectional_mask_function
-    assert make_mask(2, 9, 9, attention_mask=real) is None
-    assert make_mask(2, 1, 9, q_offset=torch.tensor(8), attention_mask=real) is None
-    assert make_mask(2, 1, 12, q_offset=8, attention_mask=real) is not None
-    assert make_mask(2, 4, 9, q_offset=5, attention_mask=real) is not None
-    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
-    assert make_mask(2, 4, 9, mask_function=everything, attention_mask=real, **skips) is None
+def test_sinks_of_queries():
+    """A logit for each query, its gradient too."""
+    q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+    sinks = torch.randn(2, 4, 5, 1, dtype=torch.float64, requires_grad=True)
+    scores = torch.cat([q @ k.mT * 8**-0.5, sinks], dim=-1)
+    want = (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2)
+    found, _ = integration.attention(torch.nn.Module(), q, k, v, None, sinks=sinks)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-14)
+    gradients = [torch.autograd.grad(x.square().sum(), sinks)[0] for x in (found, want)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
 
 
-def test_other_masks_are_written_out():
-    def own(batch, head, i, j):
-        return j % 2 == 0
+def test_chosen_keys():
+    """The `indices` of sparse attention, within what the mask shows."""
+    q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+    indices = torch.tensor([[[0, 1], [1, 0], [2, 0], [4, 0], [3, 4]]]).expand(2, -1, -1)
+    chosen = torch.zeros(2, 1, 5, 5, dtype=torch.bool).scatter(-1, indices[:, None], True)
+    seen = chosen & torch.ones(5, 5, dtype=torch.bool).tril()
+    want = softmax(q, k, v, torch.where(seen, 0.0, -torch.inf))
+    numbers = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    for mask in (make_mask(2, 5, 5), numbers[None, None]):
+        found, _ = integration.attention(torch.nn.Module(), q, k, v, mask, indices=indices)
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-14)
 
-    either = masking_utils.or_masks(masking_utils.causal_mask_function, own)
-    for function, use_vmap in ((own, True), (either, True), (own, False)):
-        found = make_mask(1, 5, 5, mask_function=function, use_vmap=use_vmap,
-                          allow_is_causal_skip=False)  # fmt: skip
-        assert type(found) is torch.Tensor
-        assert found[0, 0, 0].tolist() == [True, False, True, False, True]
+
+# ------------------------------------------------------------- models that read masks in other ways
 
 
-def test_a_span_mask_is_a_tensor():
-    """Models that change their masks find a bool tensor of the shape that it says."""
-    padding = torch.arange(6) < torch.tensor([[6], [4]])
-    mask = make_mask(2, 6, 6, attention_mask=padding, allow_is_causal_skip=False)
-    dense = torch.ones(6, 6, dtype=torch.bool).tril() & padding[:, None, None]
-    operations = [
-        lambda x: x[:, :, -2:, :4], lambda x: x & ~x.roll(1), lambda x: x.to(torch.float64),
-        lambda x: torch.cat([x, x], dim=-1), lambda x: torch.where(x, 0.0, -1.0), lambda x: ~x,
-        lambda x: x.expand(2, 3, 6, 6), lambda x: x.clone(), lambda x: x.sum(),
-    ]  # fmt: skip
-    assert type(mask) is SpanMask and type(mask.contiguous()) is SpanMask
-    for operation in operations:
-        assert type(operation(mask)) is torch.Tensor
-        assert torch.equal(operation(mask), operation(dense))
-    assert "True" in repr(mask)
+def assert_as_eager(model, **given):
+    with torch.inference_mode():
+        want, found = (switched(model, x)(**given)[0] for x in ("eager", "fastattn"))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("sparse", [0, 1])
+def test_a_model_without_sdpa_that_routes_by_its_masks(sparse):
+    torch.manual_seed(0)
+    config = transformers.NllbMoeConfig(
+        vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_experts=4,
+        encoder_sparse_step=sparse, decoder_sparse_step=sparse,
+    )  # fmt: skip
+    model = transformers.NllbMoeModel(config).eval()
+    for mask in paddings().values():
+        assert_as_eager(model, input_ids=tokens(), decoder_input_ids=tokens(), attention_mask=mask)
+
+
+def test_a_model_that_drops_queries():
+    """Gemma 4 computes its last layers for the last queries only."""
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(
+        **{**SLIDING, "num_hidden_layers": 4}, num_kv_shared_layers=2, global_head_dim=16,
+        vocab_size_per_layer_input=99, hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    for padding in ("none", "left", "holes"):
+        mask = paddings()[padding]
+        assert_as_eager(model, input_ids=tokens(), attention_mask=mask, logits_to_keep=4)
+
+
+def test_what_models_tell_every_attention_function():
+    config = transformers.HubertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    sound = torch.sin(torch.arange(2000.0)[None])
+    assert_as_eager(transformers.HubertModel(config).eval(), input_values=sound)
+    model, lengths = make("llama"), torch.tensor([0, LENGTH], dtype=torch.int32)
+    assert_as_eager(
+        model, input_ids=tokens(), cu_seq_lens_q=lengths, cu_seq_lens_k=lengths,
+        max_length_q=LENGTH, max_length_k=LENGTH, seq_idx=torch.zeros(3, LENGTH),
+        token_type_ids=torch.zeros(3, LENGTH), anything="else",
+    )  # fmt: skip
+
+
+def test_beams():
+    model, ids = make("llama"), tokens()
+    eager, found = (
+        switched(model, x).generate(ids, attention_mask=paddings()["left"], num_beams=3,
+                                    max_new_tokens=5, do_sample=False)
+        for x in ("eager", "fastattn")
+    )  # fmt: skip
+    assert torch.equal(found, eager)
+
+
+def test_traced_by_jit_and_export():
+    """Without a mask too: None would be causal for nobody."""
+    model, ids, mask = switched(make("mistral"), "fastattn"), tokens(), paddings()["left"]
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask=None):
+            return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+    logits = Logits().eval()
+    with torch.no_grad():
+        for given in ((ids,), (ids, mask)):
+            want = logits(*given)
+            for traced in (
+                torch.jit.trace(logits, given, check_trace=False),
+                torch.export.export(logits, given, strict=False).module(),
+            ):
+                difference = (traced(*given) - want).abs()[mask.bool()].max()
+                assert difference <= 1e-5 * want.abs().max()
 
 
 # ---------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"dropout": 0.1}, "dropout: 0.1 given, 0 wanted; there is no dropout"),
-    ({"head_mask": torch.ones(4)}, "head_mask: Tensor given, None wanted"),
-    ({"output_attentions": True}, "output_attentions: True given, None wanted"),
-    ({"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q: Tensor given"),
-    ({"indices": torch.zeros(1)}, "indices: Tensor given"),
-    ({"softcap": -1.0}, "softcap: -1.0 given"),
+    ({"dropout": 0.1}, "dropout: expected 0, got 0.1; fastattn has none"),
+    ({"head_mask": torch.ones(4)}, "head_mask: expected None, got Tensor"),
+    ({"output_attentions": True}, "output_attentions: expected None, got True"),
+    ({"block_indices": torch.zeros(1)}, "block_indices: expected None, got Tensor"),
+    ({"softcap": -1.0}, "softcap: "),
 ])  # fmt: skip
 def test_refused(options, message):
     x = torch.randn(1, 4, 5, 8)
@@ -347,19 +386,29 @@ def test_models_dropout_is_refused_in_training_only():
     config = transformers.BertConfig(**{**SIZES, "attn_implementation": "fastattn"})
     model = transformers.BertModel(config)
     assert model.eval()(tokens()).last_hidden_state.isfinite().all()
-    with pytest.raises(ValueError, match=r"^dropout: 0.1 given, 0 wanted"):
+    with pytest.raises(ValueError, match=r"^dropout: expected 0, got 0.1"):
         model.train()(tokens())
-    with pytest.raises(ValueError, match=r"^output_attentions: True given"):
+    with pytest.raises(ValueError, match=r"^output_attentions: expected None, got True"):
         model.eval()(tokens(), output_attentions=True)
 
 
-def test_what_asks_for_nothing_passes():
-    x = torch.randn(1, 4, 5, 8)
-    want, _ = integration.attention(torch.nn.Module(), x, x, x, None)
-    options = {"position_ids": torch.arange(5), "use_cache": True, "output_attentions": False,
-               "num_items_in_batch": 3, "sliding_window": 4, "head_mask": None}  # fmt: skip
-    found, _ = integration.attention(torch.nn.Module(), x, x, x, None, **options)
-    assert torch.equal(found, want)
+@pytest.mark.parametrize("name, why", [
+    ("Bloom", "computes attention by itself"), ("Mpt", "computes attention by itself"),
+    ("GPTNeo", "computes attention by itself"), ("Falcon", "computes attention by itself"),
+    ("Git", "made for the library's own"),
+])  # fmt: skip
+def test_models_without_the_interface(name, why):
+    """Are told when they are made, and later left as they are, by the library's own warning."""
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4}
+    layers = {"GPTNeo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}}
+    number = layers.get(name, {"num_hidden_layers": 2})
+    config = getattr(transformers, f"{name}Config")(**sizes, **number)
+    with pytest.raises(ValueError, match=f"^attn_implementation: .*'fastattn'; .*{why}"):
+        model_class._from_config(copy.deepcopy(config), attn_implementation="fastattn")
+    if name != "Git":
+        model = model_class._from_config(config, attn_implementation="eager").eval()
+        assert_as_eager(model, input_ids=tokens())
 
 
 def test_docstrings():

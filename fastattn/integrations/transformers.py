@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch import bool as torch_bool
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .torch_operators import attend
-from .transformers_masks import SpanMask, make_mask
+from .transformers_masks import Mask, make_mask
+from .transformers_models import refuse_models_without_interface
 
 __all__ = ["attention", "register"]
 
-# What models hand to every attention function and no other than paged or flash attention reads:
-# the mask holds the positions and the window, and the rest asks for something outside attention.
-_OF_NO_CONCERN = frozenset((
-    "cache_position", "position_ids", "sliding_window", "use_cache",
-    "num_items_in_batch", "output_hidden_states", "output_router_logits",
+# Of what models hand to every attention function, the names that change scores or what is seen, or
+# want more than the output; all else is meant for paged or flash attention or for nobody.
+_REFUSED = frozenset((
+    "alibi", "attention_bias", "attn_bias", "block_indices", "block_table", "cross_attn_head_mask",
+    "head_mask", "layer_head_mask", "logits_soft_cap", "output_attentions", "rel_pos",
+    "rel_pos_bias", "relative_position_bias",
 ))  # fmt: skip
 
 
@@ -52,6 +54,7 @@ def register(name: str = "fastattn") -> None:
     """
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, make_mask)
+    refuse_models_without_interface(attention)
 
 
 def attention(
@@ -62,10 +65,11 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' ``AttentionInterface``, as its eager ones.
@@ -73,25 +77,31 @@ def attention(
     Parameters
     ----------
     module : nn.Module
-        Its ``is_causal`` (True by default) says what no mask means, unless `is_causal` does.
+        In its training mode no dropout is possible.
     query : Tensor, (batch, heads, queries, head_dim)
     key : Tensor, (batch, kv_heads, keys, head_dim)
     value : Tensor, (batch, kv_heads, keys, value_dim)
         On the CPU; none is copied.
     attention_mask : Tensor, (batch, 1 or heads, queries, keys), optional
-        A `SpanMask`, of bool (True where a query may see a key), or of numbers to be added to the
-        scores. Without one a single query sees every key, and the first of several the first key.
+        Numbers to be added to the scores (what the library's masks are), or of bool, True where a
+        query may see a key. Without one every query sees every key.
     dropout : float, default 0.0
-        Nothing else is possible.
+        Ignored outside training.
     scaling : float, optional
         ``1 / sqrt(head_dim)`` by default.
-    is_causal : bool, optional
     softcap : float, optional
         As in `fastattn.scaled_dot`.
     s_aux : Tensor, (heads,), optional
         Its `sinks`.
+    sinks : Tensor, (batch, heads, queries, 1), optional
+        The same, one per query.
     position_bias : Tensor, (1 or batch, heads, queries, keys), optional
         Its `bias`.
+    indices : Tensor of ints, (batch, queries, n), optional
+        Of the keys that a query may see, those that it does.
+    **options
+        What asks for nothing that attention computes, such as ``use_cache``, is ignored; so is
+        ``is_causal``, which models set whatever their mask says.
 
     Returns
     -------
@@ -104,32 +114,46 @@ def attention(
     ValueError
         If the model asks for anything else; the message begins with its name.
     """
+    _refuse(dropout if module.training else 0.0, options)
+    words = _seen(attention_mask, indices, key.shape[2])
+    if position_bias is not None:
+        bias = words.get("bias")
+        words["bias"] = position_bias if bias is None else position_bias + bias
+    words |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    out, lse = attend(query, key, value, return_lse=sinks is not None, **words)
+    if sinks is not None and lse is not None:
+        # One more term of the sum: exp(lse) / (exp(lse) + exp(sink)) of each weight is left.
+        out = out * (lse[..., None] - sinks).sigmoid().to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(dropout: float, options: dict[str, Any]) -> None:
     if dropout:
         raise ValueError(
-            f"dropout: {dropout} given, 0 wanted; there is no dropout: set the config's "
+            f"dropout: expected 0, got {dropout}; fastattn has none: set the config's "
             "attention_dropout (of BERT and its kin, attention_probs_dropout_prob) to 0"
         )
-    for name, x in options.items():
-        if name not in _OF_NO_CONCERN and x is not None and x is not False:
+    for name in _REFUSED.intersection(options):
+        x = options[name]
+        if x is not None and x is not False:
             raise ValueError(
-                f"{name}: {x if isinstance(x, bool) else type(x).__name__} given, None wanted; "
+                f"{name}: expected None, got {x if isinstance(x, bool) else type(x).__name__}; "
                 'fastattn has no such option, use attn_implementation="eager"'
             )
-    words: dict[str, Any] = {
-        "scale": scaling,
-        "softcap": softcap,
-        "sinks": s_aux,
-        "bias": position_bias,
-    }
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if causal and query.shape[2] > 1:
-            words.update(causal=True, q_offset=0)
-    elif isinstance(attention_mask, SpanMask):
-        words["spans"] = attention_mask.spans
-    elif attention_mask.dtype == torch_bool:
-        words["mask"] = attention_mask
-    else:
-        words["bias"] = attention_mask if position_bias is None else position_bias + attention_mask
-    out, _ = attend(query, key, value, **words)
-    return out.transpose(1, 2).contiguous(), None
+
+
+def _seen(mask: Tensor | None, indices: Tensor | None, keys: int) -> dict[str, Any]:
+    """Which keys a query sees, in the words of `fastattn.scaled_dot`."""
+    if indices is not None:
+        chosen = indices.new_zeros((*indices.shape[:-1], keys), dtype=torch.bool)
+        chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+        mask = mask.seen if isinstance(mask, Mask) else mask
+        if mask is None or mask.dtype == torch.bool:
+            mask = chosen if mask is None else mask & chosen
+        else:
+            mask = mask.masked_fill(~chosen, -torch.inf)
+    if mask is None:
+        return {}
+    if isinstance(mask, Mask):
+        return dict(mask.words)
+    return {"mask" if mask.dtype == torch.bool else "bias": mask}
