@@ -79,9 +79,10 @@ cdef bint differentiate_block(
 
 
 cdef bint differentiate_item(
-    const Pull *pull, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """One block of keys of key heads that share a bias, in their order. False if stopped."""
+    """One block of keys of key heads that share a bias, in their order: an Item of a Pull."""
+    cdef const Pull *pull = <const Pull *>call
     cdef const int64_t *heads = pull.key_heads + item // pull.blocks * pull.sharers
     cdef Py_ssize_t i
     for i in range(pull.sharers):
@@ -93,21 +94,9 @@ cdef bint differentiate_item(
 
 
 cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
-    global pool_started
-    cdef bint stopped = False
-    cdef bint *stop = &stopped  # as in work
-    cdef double last_look = seconds()
-    cdef Py_ssize_t item, items = pull.walk.key_heads // pull.sharers * pull.blocks
-    if threads > 1:
-        pool_started = True
+    cdef Py_ssize_t items = pull.walk.key_heads // pull.sharers * pull.blocks
     with nogil:
-        # In the order of their numbers: a block waits only for those before it.
-        for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
-            if not stop[0]:
-                if not differentiate_item(
-                    pull, &tiles[threadid()], item, threadid() == 0, &last_look, stop
-                ):
-                    stop[0] = True
+        each_item(differentiate_item, pull, tiles, items, threads)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -156,7 +145,7 @@ def differentiate(
     pull.blocks = (walk.n_keys + walk.kernels.pass_keys - 1) // walk.kernels.pass_keys
     if walk.key_heads * pull.blocks == 0:
         return
-    threads = 1 if alone else min(threads, key_heads.shape[0] * pull.blocks)
+    threads = ready_threads(min(threads, key_heads.shape[0] * pull.blocks))
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")

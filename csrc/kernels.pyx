@@ -11,7 +11,7 @@ import numpy as np
 
 cimport numpy as cnp
 from cpython.unicode cimport PyUnicode_AsUTF8
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport log
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
@@ -132,6 +132,10 @@ cdef extern from "instruction_sets.h" nogil:
 
 cdef extern from "openmp.h" nogil:
     int omp_get_max_threads()
+    int openmp_processors()
+    bint is_first_thread()
+    int creatable_threads(int)
+    int grow_pool(int)
     double seconds()
     int64_t read_count(const int64_t *)
     void set_count(int64_t *, int64_t)

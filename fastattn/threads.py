@@ -17,12 +17,16 @@ __all__ = ["affinity", "openmp_setting", "thread_count", "worth_threads"]
 FEWEST_QUERIES = 4
 
 
+# No machine has use for more; a request for any number of threads is one for so many at most.
+MOST_THREADS = 1024
+
+
 def thread_count(requested: int | None, openmp: int) -> int:
     """``threads=``, else ``FASTATTN_NUM_THREADS``, else the least of the OpenMP setting (which
     `threadpoolctl.threadpool_limits` changes), the CPU affinity and the cgroup's quota.
     """
     if requested is not None:
-        return requested
+        return min(requested, MOST_THREADS)
     setting = getenv("FASTATTN_NUM_THREADS")
     if setting:
         try:
@@ -31,7 +35,7 @@ def thread_count(requested: int | None, openmp: int) -> int:
             raise ValueError(
                 f"FASTATTN_NUM_THREADS: {setting!r} given, a whole number wanted"
             ) from None
-        return count("FASTATTN_NUM_THREADS", n)
+        return min(count("FASTATTN_NUM_THREADS", n), MOST_THREADS)
     return max(1, min(openmp, affinity(), _cgroup_quota()))
 
 
