@@ -132,7 +132,10 @@ cdef extern from "instruction_sets.h" nogil:
 
 cdef extern from "openmp.h" nogil:
     int omp_get_max_threads()
-    int openmp_processors()
+    int omp_get_num_procs()
+    int omp_get_num_places()
+    int omp_get_place_num_procs(int)
+    void omp_get_place_proc_ids(int, int *)
     bint is_first_thread()
     int creatable_threads(int)
     int grow_pool(int)

@@ -18,22 +18,16 @@
 #include <omp.h>
 #else
 static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_num_procs(void) { return 0; }
+static inline int omp_get_num_places(void) { return 0; }
+static inline int omp_get_place_num_procs(int place) { return 0; }
+static inline void omp_get_place_proc_ids(int place, int *ids) {}
 #endif
 
 static inline double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* The CPUs that OpenMP may use, or 0 without it. It binds the calling thread to one of them where
- * OMP_PROC_BIND or OMP_PLACES say so, after which that thread's own affinity is not the answer. */
-static inline int openmp_processors(void) {
-#ifdef _OPENMP
-    return omp_get_num_procs();
-#else
-    return 0;
-#endif
 }
 
 /* Is this the thread that the process began with? In a forked process it is the one that forked. */

@@ -44,9 +44,16 @@ def openmp_threads():
     return omp_get_max_threads()
 
 
-def processors():
-    """The CPUs that OpenMP may use, wherever it has bound the calling thread; 0 without OpenMP."""
-    return openmp_processors()
+def cpus_in_places():
+    """How many CPUs it may use are in OpenMP's places; 0 where it has none to bind threads to."""
+    cdef int place
+    cdef cnp.ndarray cpus
+    found = set()
+    for place in range(omp_get_num_places()):
+        cpus = np.empty(omp_get_place_num_procs(place), np.intc)
+        omp_get_place_proc_ids(place, <int *>cnp.PyArray_DATA(cpus))
+        found.update(cpus.tolist())
+    return min(len(found), omp_get_num_procs())
 
 
 # The caller's thread looks for Ctrl-C this often.

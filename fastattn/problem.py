@@ -265,8 +265,8 @@ def pose(
         spans = span_arrays(spans, rows, n_keys)
     if threads is not None:
         threads = count("threads", threads)
-    if precision is not None and precision != "bfloat16":
-        raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
+    if precision is not None and not (isinstance(precision, str) and precision == "bfloat16"):
+        raise ValueError(f"precision: expected None or 'bfloat16', got {precision!r}")
     wanted = () if given is None else _gradients(wrt, given, dtype)
     if score_mod is not None:
         function("score_mod", score_mod)

@@ -24,6 +24,22 @@ def machine(monkeypatch):
     return allow
 
 
+@pytest.mark.parametrize("setting", [
+    {"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "threads"}, {"GOMP_CPU_AFFINITY": "0-1023"}
+])  # fmt: skip
+def test_bound_threads(run_python, setting):
+    """OpenMP binds the calling thread to one CPU then, and has the others all the same."""
+    program = """
+import os
+before = os.cpu_count() if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+import fastattn
+from fastattn import threads
+assert threads.affinity() == before, (threads.affinity(), before)
+print("fine")
+"""
+    assert run_python(program, **setting).strip() == "fine"
+
+
 class TestOrder:
     """``threads=``, then FASTATTN_NUM_THREADS, then the least of the others."""
 
