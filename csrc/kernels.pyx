@@ -5,8 +5,6 @@ What happens inside a tile is ``tile.c``; which instruction set's copy of it run
 ``instruction_sets.c``.
 """
 
-import os
-
 import numpy as np
 
 cimport numpy as cnp
@@ -145,6 +143,9 @@ cdef extern from "openmp.h" nogil:
 
 cdef extern from "sched.h" nogil:
     int sched_yield()
+
+cdef extern from "unistd.h" nogil:
+    int getpid()
 
 
 def getenv(str name):

@@ -1,7 +1,7 @@
 # Part of kernels.pyx: OpenMP's threads, a fork and Ctrl-C.
 
 def _is_forked():
-    """Was this process forked, without becoming another program since? Linux alone tells."""
+    """Was this process, which imports us now, forked without an exec since? Linux alone tells."""
     cdef int FORKED_WITHOUT_EXEC = 0x40  # PF_FORKNOEXEC of include/linux/sched.h
     try:
         with open("/proc/self/stat", "rb") as file:
@@ -13,21 +13,13 @@ def _is_forked():
 # The threads of OpenMP's pool do not survive a fork, and GNU's runtime does not notice: a region of the
 # thread that forked, whose pool it is, would wait for them for ever. Whoever started it: all libraries
 # of a process share it, so a child is never to use it.
-cdef bint forked = _is_forked()
-
-
-def _after_fork():
-    global forked
-    forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+cdef bint was_forked = _is_forked()
+cdef int own_process = getpid()
 
 
 cdef bint inherits_pool() noexcept nogil:
-    """Is the pool of the calling thread its parent's?"""
-    return forked and is_first_thread()
+    """Is the pool of the calling thread, if it has one, its parent's?"""
+    return (was_forked or getpid() != own_process) and is_first_thread()
 
 
 cdef int ready_threads(int wanted) noexcept:

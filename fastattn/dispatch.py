@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
     if backend is None:
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
-        reasons = []
+        reasons: list[tuple[Any, str]] = []
         for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
             reason = unsupported(candidate, problem)
             if reason is None:

@@ -96,7 +96,17 @@ assert os.waitpid(child, 0)[1] == 0
 print("fine")
 """
 
-PROGRAMS = {"fork": FORK, "grandchild": GRANDCHILD, "pool": POOL, "thread": THREAD}
+# By a C library, as a server that embeds Python may do it.
+IN_C = """
+import ctypes
+child = ctypes.PyDLL(None).fork()
+if child == 0:
+    os._exit(0 if right(attend()) else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+PROGRAMS = {"fork": FORK, "grandchild": GRANDCHILD, "pool": POOL, "thread": THREAD, "C": IN_C}
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
