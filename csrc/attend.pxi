@@ -16,9 +16,10 @@ cdef bint each_pass(
 
 
 cdef bint attend_tile(
-    const Walk *walk, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """Attend from the queries of one tile. False if a signal came in between."""
+    """Attend from the queries of one tile, an Item of a Walk."""
+    cdef const Walk *walk = <const Walk *>call
     cdef Py_ssize_t keys = walk.kernels.pass_keys, i
     cdef Place at = place_of(walk, item)
     cdef char *lse = entry(walk, &walk.lse, at.batch)
@@ -62,27 +63,8 @@ cdef bint attend_tile(
 
 cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) except -1:
     """Attend to all tiles. An interruption leaves the rest undone and raises."""
-    global pool_started
-    cdef bint stopped = False
-    cdef bint *stop = &stopped  # what a prange assigns to by name is each thread's own
-    cdef double last_look = seconds()
-    cdef Py_ssize_t item
-    if threads > 1:
-        pool_started = True
     with nogil:
-        if threads == 1:
-            for item in range(items):
-                if not attend_tile(walk, tiles, item, True, &last_look, stop):
-                    stop[0] = True
-                    break
-        else:
-            for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
-                if not stop[0]:
-                    if not attend_tile(
-                        walk, &tiles[threadid()], item, threadid() == 0, &last_look, stop
-                    ):
-                        stop[0] = True
-        if walk.parts > 1 and not stop[0]:
+        if each_item(attend_tile, walk, tiles, items, threads) and walk.parts > 1:
             join_parts(walk, tiles)
     if PyErr_Occurred() is not NULL:
         return -1
@@ -141,7 +123,7 @@ def attend(
     items = walk.key_heads * walk.tiles * walk.parts
     if items == 0:
         return
-    threads = 1 if alone else min(threads, items)
+    threads = ready_threads(min(threads, items))
 
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:

@@ -128,6 +128,14 @@ cdef bint prepare_tile(
     return True
 
 
+cdef bint prepare_item(
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """The rows of one tile: an Item of a Pull."""
+    cdef const Pull *pull = <const Pull *>call
+    return prepare_tile(pull, tile, place_of(&pull.walk, item), listen, last_look, stopped)
+
+
 cdef bint differentiate_tile(
     const Pull *pull, Tile *tile, Place at, Py_ssize_t block, bint *stopped
 ) noexcept nogil:
@@ -210,9 +218,10 @@ cdef bint differentiate_block(
 
 
 cdef bint differentiate_item(
-    const Pull *pull, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """One block of keys of key heads that share a bias, in their order. False if stopped."""
+    """One block of keys of key heads that share a bias, in their order: an Item of a Pull."""
+    cdef const Pull *pull = <const Pull *>call
     cdef Py_ssize_t groups = pull.walk.key_heads // pull.sharers
     cdef Py_ssize_t group = item // pull.blocks, block = item % pull.blocks, i
     cdef const int64_t *heads
@@ -226,30 +235,11 @@ cdef bint differentiate_item(
 
 
 cdef int pull_back(const Pull *pull, int threads, Tile *tiles) except -1:
-    global pool_started
-    cdef bint stopped = False
-    cdef bint *stop = &stopped  # as in work
-    cdef double last_look = seconds()
-    cdef Py_ssize_t item, items = pull.walk.key_heads // pull.sharers * pull.blocks
-    if threads > 1:
-        pool_started = True
+    cdef Py_ssize_t items = pull.walk.key_heads // pull.sharers * pull.blocks
     with nogil:
-        for item in prange(
-            pull.walk.key_heads * pull.walk.tiles, num_threads=threads, schedule="dynamic"
-        ):
-            if not stop[0]:
-                if not prepare_tile(
-                    pull, &tiles[threadid()], place_of(&pull.walk, item), threadid() == 0,
-                    &last_look, stop,
-                ):
-                    stop[0] = True
         # In the order of their numbers: a block waits only for those before it.
-        for item in prange(items, num_threads=threads, schedule="dynamic", chunksize=1):
-            if not stop[0]:
-                if not differentiate_item(
-                    pull, &tiles[threadid()], item, threadid() == 0, &last_look, stop
-                ):
-                    stop[0] = True
+        if each_item(prepare_item, pull, tiles, pull.walk.key_heads * pull.walk.tiles, threads):
+            each_item(differentiate_item, pull, tiles, items, threads)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -309,7 +299,7 @@ def differentiate(
         grad_v.fill(0)
     if walk.key_heads == 0:
         return
-    threads = 1 if alone else min(threads, max(1, key_heads.shape[0] * pull.blocks))
+    threads = ready_threads(min(threads, max(1, key_heads.shape[0] * pull.blocks)))
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")

@@ -5,13 +5,11 @@ What happens inside a tile is ``tile.c``; which instruction set's copy of it run
 ``instruction_sets.c``.
 """
 
-import os
-
 import numpy as np
 
 cimport numpy as cnp
 from cpython.unicode cimport PyUnicode_AsUTF8
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport parallel, prange, threadid
 from libc.float cimport DBL_EPSILON, FLT_EPSILON
 from libc.math cimport INFINITY, fabs, log
 from libc.stdint cimport int64_t, uintptr_t
@@ -141,12 +139,22 @@ cdef extern from "instruction_sets.h" nogil:
 
 cdef extern from "openmp.h" nogil:
     int omp_get_max_threads()
+    int omp_get_num_procs()
+    int omp_get_num_places()
+    int omp_get_place_num_procs(int)
+    void omp_get_place_proc_ids(int, int *)
+    bint is_first_thread()
+    int creatable_threads(int)
+    int grow_pool(int)
     double seconds()
     int64_t read_count(const int64_t *)
     void set_count(int64_t *, int64_t)
 
 cdef extern from "sched.h" nogil:
     int sched_yield()
+
+cdef extern from "unistd.h" nogil:
+    int getpid()
 
 
 def getenv(str name):

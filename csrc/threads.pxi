@@ -1,23 +1,51 @@
 # Part of kernels.pyx: OpenMP's threads, a fork and Ctrl-C.
 
-# OpenMP's threads do not survive a fork, and its runtime does not notice: a child of a process that
-# has used them must go on alone.
-cdef bint pool_started = False
-cdef bint alone = False
+def _is_forked():
+    """Was this process, which imports us now, forked without an exec since? Linux alone tells."""
+    cdef int FORKED_WITHOUT_EXEC = 0x40  # PF_FORKNOEXEC of include/linux/sched.h
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[6]) & FORKED_WITHOUT_EXEC != 0
+    except (OSError, IndexError, ValueError):
+        return False
 
 
-def _after_fork():
-    global alone
-    alone = pool_started
+# The threads of OpenMP's pool do not survive a fork, and GNU's runtime does not notice: a region of the
+# thread that forked, whose pool it is, would wait for them for ever. Whoever started it: all libraries
+# of a process share it, so a child is never to use it.
+cdef bint was_forked = _is_forked()
+cdef int own_process = getpid()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+cdef bint inherits_pool() noexcept nogil:
+    """Is the pool of the calling thread, if it has one, its parent's?"""
+    return (was_forked or getpid() != own_process) and is_first_thread()
+
+
+cdef int ready_threads(int wanted) noexcept:
+    """How many threads, at most so many, `each_item` can have. With the GIL held, so that what one call
+    has found it can create no other call takes.
+    """
+    if wanted <= 1:
+        return 1
+    return creatable_threads(wanted) if inherits_pool() else grow_pool(wanted)
 
 
 def openmp_threads():
     """How many threads OpenMP would use now: OMP_NUM_THREADS, threadpoolctl, the affinity."""
-    return 1 if alone else omp_get_max_threads()
+    return omp_get_max_threads()
+
+
+def cpus_in_places():
+    """How many CPUs it may use are in OpenMP's places; 0 where it has none to bind threads to."""
+    cdef int place
+    cdef cnp.ndarray cpus
+    found = set()
+    for place in range(omp_get_num_places()):
+        cpus = np.empty(omp_get_place_num_procs(place), np.intc)
+        omp_get_place_proc_ids(place, <int *>cnp.PyArray_DATA(cpus))
+        found.update(cpus.tolist())
+    return min(len(found), omp_get_num_procs())
 
 
 # The caller's thread looks for Ctrl-C this often.
@@ -32,3 +60,56 @@ cdef bint interrupted(double *last_look) noexcept nogil:
     last_look[0] = now
     with gil:
         return PyErr_CheckSignals() < 0
+
+
+# One item of a call, with the tile of a thread. False if `stopped`, or if a signal came in between,
+# which only the caller's thread is to `listen` for.
+ctypedef bint (*Item)(
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil
+
+cdef struct Region:
+    Item run
+    const void *call
+    Tile *tiles  # of the threads
+    Py_ssize_t items
+    int threads
+    double last_look
+    bint stopped
+
+
+cdef inline void run_item(Region *region, Py_ssize_t item, int thread) noexcept nogil:
+    if not region.stopped and not region.run(
+        region.call, &region.tiles[thread], item, thread == 0, &region.last_look, &region.stopped
+    ):
+        region.stopped = True
+
+
+cdef void run_in_parallel(Region *region) noexcept nogil:
+    cdef Py_ssize_t item
+    # In the order of their numbers: some items wait for those before them.
+    for item in prange(
+        region.items, num_threads=region.threads, schedule="dynamic", chunksize=1
+    ):
+        run_item(region, item, threadid())
+
+
+cdef bint each_item(
+    Item run, const void *call, Tile *tiles, Py_ssize_t items, int threads
+) noexcept nogil:
+    """Run all items on as many `ready_threads`. False if a signal stopped it, whose exception is set."""
+    cdef Py_ssize_t item
+    cdef Region region
+    region.run, region.call, region.tiles = run, call, tiles
+    region.items, region.threads = items, threads
+    region.last_look, region.stopped = seconds(), False
+    if threads == 1:
+        for item in range(items):
+            run_item(&region, item, 0)
+    elif inherits_pool():
+        # A nested region has threads of its own, which end with it.
+        with parallel(num_threads=1):
+            run_in_parallel(&region)
+    else:
+        run_in_parallel(&region)
+    return not region.stopped

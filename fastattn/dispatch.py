@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import numpy as np
 
 from . import reference
@@ -13,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "NAMED_ONLY",
     "ON_HOST",
+    "cannot_run",
     "named",
     "select",
     "unsupported",
@@ -26,7 +30,8 @@ __all__ = [
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
 # with each axis along which the argument broadcasts either in full or summed already. One that
 # makes maps of the weights has `run_map(problem, rows, columns)` -> their sums over cells, and
-# `run_top(problem, n)` -> (indices, weights) of each query's strongest keys.
+# `run_top(problem, n)` -> (indices, weights) of each query's strongest keys. One that may be there
+# without working has `broken()`, which says why, or None.
 BACKENDS = (cython, cuda, numba, numpy)
 
 # Those that arrays in the host's memory are given to; copying them to a device is for the user to
@@ -74,14 +79,17 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
     if backend is None:
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
-        reasons = []
+        reasons: list[tuple[Any, str]] = []
         for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
             reason = unsupported(candidate, problem)
             if reason is None:
+                for other, why in reasons:
+                    _warn_if_broken(other, why)
                 return candidate
-            reasons.append(f"{candidate.name}: {reason}")
+            reasons.append((candidate, reason))
+        told = "; ".join(f"{candidate.name}: {reason}" for candidate, reason in reasons)
         subject = "q: on a CUDA device, where" if problem.on_device else "backend:"
-        raise ValueError(f"{subject} none can serve this call: {'; '.join(reasons)}")
+        raise ValueError(f"{subject} none can serve this call: {told}")
     chosen = named(backend, origin)
     reason = unsupported(chosen, problem)
     if reason is not None:
@@ -91,6 +99,29 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
             f"these can: {', '.join(able) or 'none'}"
         )
     return chosen
+
+
+def cannot_run(backend, problem: Problem) -> str | None:
+    """Why the module `backend` cannot run `problem` as things are, or None: what `unsupported`
+    says, or what is wrong with a setting of the environment, which is an error of the call.
+    """
+    reason = unsupported(backend, problem)
+    try:
+        if reason is None and hasattr(backend, "plan"):
+            backend.plan(problem)
+    except ValueError as error:
+        return str(error)
+    return reason
+
+
+_told: set[str] = set()  # the backends that a warning has been about
+
+
+def _warn_if_broken(backend, reason: str) -> None:
+    """Say once that calls fall past a backend that is there and does not work."""
+    if hasattr(backend, "broken") and backend.broken() == reason and backend.name not in _told:
+        _told.add(backend.name)
+        warnings.warn(f"fastattn: {backend.name} is passed over: {reason}", RuntimeWarning, 5)
 
 
 def named(backend: str, origin: str = "backend"):

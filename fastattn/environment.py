@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+from .extension import kernels
+
 __all__ = ["getenv"]
 
-try:
-    # C's own: os.getenv takes 0.6 us, a tenth of a small call.
-    from ._kernels import getenv
-except ImportError:
-    from os import getenv  # type: ignore[assignment]
+# C's own, where it is there: os.getenv takes 0.6 us, a tenth of a small call.
+getenv = os.getenv if kernels is None else kernels.getenv

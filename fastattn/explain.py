@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .dispatch import BACKENDS, NAMED_ONLY, ON_HOST, select, unsupported, unsupported_backward
+from .dispatch import (
+    BACKENDS,
+    NAMED_ONLY,
+    ON_HOST,
+    cannot_run,
+    select,
+    unsupported,
+    unsupported_backward,
+)
 from .problem import Problem, pose
 
 __all__ = ["Explanation", "available_backends", "explain"]
@@ -103,4 +111,4 @@ def available_backends() -> tuple[str, ...]:
     True
     """
     plain = pose([[0.0]], [[0.0]], [[0.0]])
-    return tuple(b.name for b in BACKENDS if b.unsupported(plain) is None)
+    return tuple(b.name for b in BACKENDS if cannot_run(b, plain) is None)

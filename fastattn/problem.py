@@ -257,8 +257,8 @@ def pose(
     visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
     if threads is not None:
         threads = count("threads", threads)
-    if precision is not None and precision != "bfloat16":
-        raise ValueError(f"precision: {precision!r} given, None or 'bfloat16' wanted")
+    if precision is not None and not (isinstance(precision, str) and precision == "bfloat16"):
+        raise ValueError(f"precision: expected None or 'bfloat16', got {precision!r}")
     wanted = () if given is None else _gradients(wrt, given, dtype)
     if score_mod is not None:
         function("score_mod", score_mod)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .arguments import count
 from .environment import getenv
+from .extension import kernels
 from .problem import Problem
 
 __all__ = ["affinity", "openmp_setting", "thread_count", "worth_threads"]
@@ -17,12 +18,16 @@ __all__ = ["affinity", "openmp_setting", "thread_count", "worth_threads"]
 FEWEST_QUERIES = 4
 
 
+# No machine has use for more; a request for any number of threads is one for so many at most.
+MOST_THREADS = 1024
+
+
 def thread_count(requested: int | None, openmp: int) -> int:
     """``threads=``, else ``FASTATTN_NUM_THREADS``, else the least of the OpenMP setting (which
     `threadpoolctl.threadpool_limits` changes), the CPU affinity and the cgroup's quota.
     """
     if requested is not None:
-        return requested
+        return min(requested, MOST_THREADS)
     setting = getenv("FASTATTN_NUM_THREADS")
     if setting:
         try:
@@ -31,18 +36,16 @@ def thread_count(requested: int | None, openmp: int) -> int:
             raise ValueError(
                 f"FASTATTN_NUM_THREADS: {setting!r} given, a whole number wanted"
             ) from None
-        return count("FASTATTN_NUM_THREADS", n)
+        return min(count("FASTATTN_NUM_THREADS", n), MOST_THREADS)
     return max(1, min(openmp, affinity(), _cgroup_quota()))
 
 
 def openmp_setting() -> int:
     """How many threads OpenMP would use; where the extension is missing, by its variable alone."""
-    try:
-        from ._kernels import openmp_threads
-    except ImportError:
-        first = (getenv("OMP_NUM_THREADS") or "").partition(",")[0]
-        return int(first) if first.strip().isdecimal() else affinity()
-    return openmp_threads()
+    if kernels is not None:
+        return kernels.openmp_threads()
+    first = (getenv("OMP_NUM_THREADS") or "").partition(",")[0]
+    return int(first) if first.strip().isdecimal() else affinity()
 
 
 def worth_threads(problem: Problem, openmp: Callable[[], int], least_flops: int) -> int:
@@ -56,10 +59,22 @@ def worth_threads(problem: Problem, openmp: Callable[[], int], least_flops: int)
 
 
 def affinity() -> int:
-    """The number of CPUs that this process may run on."""
+    """The number of CPUs that this process may run on.
+
+    Where OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY let OpenMP bind its threads, it has bound
+    the calling one to a single place, so that its mask is not the answer.
+    """
+    in_places = _cpus_in_places()
+    if in_places:
+        return in_places
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@cache
+def _cpus_in_places() -> int:
+    return 0 if kernels is None else kernels.cpus_in_places()
 
 
 @cache

@@ -243,6 +243,68 @@ def test_reason_why_it_cannot():
     assert fastattn.explain(*SMALL.arrays()).passed_over["cuda"] == reason
 
 
+class FakeCuda:
+    """Numba's module on a machine with a GPU, with a compiler that fails or not."""
+
+    config = SimpleNamespace(ENABLE_CUDASIM=False)
+
+    def __init__(self, error=None):
+        self.error = error
+        self.compiled = []
+
+    def is_available(self):
+        return True
+
+    def jit(self, signature):
+        if self.error is not None:
+            raise self.error
+        return self.compiled.append
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """``fake_cuda(error, numba_cuda, numpy)`` -> the reason, and the module with a GPU."""
+
+    def reason(error=None, numba_cuda="0.30.4", numpy="2.4.6"):
+        versions = {"numba-cuda": numba_cuda, "numpy": numpy}
+        fake = FakeCuda(error)
+        monkeypatch.setattr(backend, "find_spec", lambda name: name)
+        monkeypatch.setattr(backend, "import_module", lambda name, package=None: fake)
+        monkeypatch.setattr(backend.metadata, "version", versions.get)
+        return backend.missing.__wrapped__(), fake
+
+    return reason
+
+
+@pytest.mark.parametrize("numpy", ["2.5.0", "2.5.0rc1", "2.6.1", "3.0.0"])
+def test_known_misfits_are_named(fake_cuda, numpy):
+    reason, fake = fake_cuda(numpy=numpy)
+    assert reason.startswith(f"numba-cuda 0.30.4 does not work with NumPy {numpy} (")
+    assert fake.compiled == []  # known, so not tried
+
+
+@pytest.mark.parametrize("versions", [("0.30.4", "2.4.6"), ("0.31.0", "2.5.0"), ("1.0", "3.1")])
+def test_what_is_not_known_is_tried(fake_cuda, versions):
+    """It is ready where a kernel has been compiled for the device, and not before."""
+    reason, fake = fake_cuda(None, *versions)
+    assert reason is None and len(fake.compiled) == 1
+    error = AttributeError("module 'numpy' has no\nattribute 'gone'")
+    reason, _ = fake_cuda(error, *versions)
+    assert reason == (
+        f"numba-cuda {versions[0]} compiles no kernel here (module 'numpy' has no attribute 'gone')"
+    )
+
+
+def test_import_that_fails(monkeypatch):
+    def refuses(name, package=None):
+        raise ImportError("Numba needs NumPy 1.0 or less")
+
+    monkeypatch.setattr(backend, "find_spec", lambda name: name)
+    monkeypatch.setattr(backend, "import_module", refuses)
+    reason = backend.missing.__wrapped__()
+    assert reason == "numba-cuda does not work here (Numba needs NumPy 1.0 or less)"
+
+
 # ---------------------------------------------------------------------------- device arrays
 
 

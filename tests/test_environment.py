@@ -1,12 +1,16 @@
 """What the environment decides, and which backend serves (contract, sections 1 and 3)."""
 
+import importlib.machinery
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cases import Shape
 
 import fastattn
 from conftest import instruction_sets
-from fastattn import dispatch, reference
+from fastattn import dispatch, extension, reference
 
 ARRAYS = Shape(1, 2, 5, 7, 8).arrays()
 
@@ -150,3 +154,123 @@ except ValueError as error:
             results.append(fastattn.scaled_dot(q, k, v, backend="cython"))
         for out in results[1:]:
             np.testing.assert_allclose(out, results[0], atol=1e-5)
+
+
+ASKED_EVERYWHERE = """
+import contextlib, io, sys, warnings
+path, name, reason = sys.argv[1:]
+sys.path.insert(0, path)
+import numpy as np
+import fastattn
+from fastattn.__main__ import main
+
+q = np.ones((3, 4), np.float32)
+
+def printed(function, *arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        function(*arguments)
+    return told.getvalue()
+
+assert name not in fastattn.available_backends()
+try:
+    fastattn.scaled_dot(q, q, q, backend=name)
+except ValueError as error:
+    assert str(error).startswith(f"backend: {name!r}") and reason in str(error), error
+else:
+    raise AssertionError("it has run")
+assert reason in fastattn.explain(q, q, q, backend="numpy").passed_over[name]
+assert f"{name}: " in printed(fastattn.show_config) and reason in printed(fastattn.show_config)
+assert reason in printed(main, ["info"])
+import fastattn.selftest  # a few problems are enough
+few = dict(list(fastattn.selftest.problems().items())[:2])
+fastattn.selftest.problems = lambda: few
+assert reason in printed(main, ["selftest"])
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fastattn.scaled_dot(q, q, q)
+        fastattn.vjp(fastattn.scaled_dot, q, q, q)[1](q)
+print(*(f"{w.category.__name__} {w.message}" for w in caught), sep="\\n")
+"""
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """``copied(content)``: a copy of the package whose extension is a file of that content."""
+
+    def copy(content=None, name=None):
+        package = Path(fastattn.__file__).parent
+        leave = shutil.ignore_patterns("__pycache__", "_kernels*.so", "_kernels*.pyd")
+        shutil.copytree(package, tmp_path / "fastattn", ignore=leave)
+        if content is not None:
+            suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+            (tmp_path / "fastattn" / (name or f"_kernels{suffix}")).write_bytes(content)
+        return str(tmp_path)
+
+    return copy
+
+
+class TestBroken:
+    """What is there and does not work says so everywhere, in the same words, and warns once."""
+
+    def check(self, run_python, name, reason, path, warns=True):
+        program = ASKED_EVERYWHERE
+        # A copy has nothing in Numba's cache, and to compile is not what this is about.
+        idle = {} if name == "numba" else {"NUMBA_DISABLE_JIT": "1"}
+        told = run_python(program, path, name, reason, timeout=120, **idle).split("\n")
+        assert told[0].startswith(f"RuntimeWarning fastattn: {name} " if warns else "")
+        assert told[1:] == [""] and (reason in told[0]) == warns
+
+    @built
+    @pytest.mark.parametrize("share", [0.00003, 0.5, 0.999])
+    def test_truncated_extension(self, run_python, copied, share):
+        """Loading all of one that ends early would be a bus error."""
+        whole = Path(extension.kernels.__file__).read_bytes()
+        path = copied(whole[: int(share * len(whole))])
+        self.check(run_python, "cython", "the extension cannot be loaded", path)
+
+    def test_extension_of_something_else(self, run_python, copied):
+        self.check(
+            run_python, "cython", "the extension cannot be loaded", copied(b"no such format" * 99)
+        )
+
+    def test_extension_of_another_python(self, run_python, copied):
+        path = copied(b"", "_kernels.cpython-27-x86_64-linux-gnu.so")
+        self.check(run_python, "cython", "built for another Python: _kernels.cpython-27", path)
+
+    def test_no_extension(self, run_python, copied):
+        """What is absent was never promised."""
+        path = copied()
+        self.check(run_python, "cython", "the extension was not built", path, warns=False)
+
+    def test_numba_that_refuses_numpy(self, run_python, copied, tmp_path):
+        (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 1.0 or less')")
+        path = copied()
+        self.check(run_python, "numba", "numba cannot be imported (Numba needs NumPy 1.0", path)
+
+    @built
+    def test_wrong_setting(self, run_python):
+        """An error of each call, not of the import, and a reason to whoever asks."""
+        program = """
+import contextlib, io
+import numpy as np
+import fastattn
+with contextlib.redirect_stdout(io.StringIO()) as told:
+    fastattn.show_config()
+line = next(x for x in told.getvalue().splitlines() if "cython: " in x)
+assert "cython: FASTATTN_DISABLE_CPU_FEATURES: 'avx9000' given" in line, line
+assert "FASTATTN_NUM_THREADS: 'many' given" in told.getvalue()
+assert "cython" not in fastattn.available_backends()
+q = np.ones((3, 4), np.float32)
+for call in (fastattn.scaled_dot, fastattn.explain):
+    try:
+        call(q, q, q)
+    except ValueError as error:
+        assert str(error).startswith("FASTATTN_DISABLE_CPU_FEATURES: "), error
+    else:
+        raise AssertionError("it has run")
+print("fine")
+"""
+        environment = {"FASTATTN_DISABLE_CPU_FEATURES": "avx9000", "FASTATTN_NUM_THREADS": "many"}
+        assert run_python(program, **environment).strip() == "fine"

@@ -93,6 +93,7 @@ TABLE = [
     ({"threads": 1.5}, TypeError, "threads", ["float"]),
     ({"threads": "two"}, TypeError, "threads", ["str"]),
     ({"precision": "float8"}, ValueError, "precision", ["float8", "bfloat16"]),
+    ({"precision": np.array(["bfloat16", "x"])}, ValueError, "precision", ["array", "bfloat16"]),
     ({"out": array(2, 4, 5, 9)}, ValueError, "out", ["(2, 4, 5, 9)", "(2, 4, 5, 8)"]),
     ({"out": np.ones((2, 4, 5, 8))}, ValueError, "out", ["float64", "float32"]),
 ]
@@ -165,6 +166,7 @@ ALLOWED = [
     {"threads": 1},
     {"threads": np.int64(3)},
     {"threads": 1000},
+    {"threads": 2**70},
     {"causal": np.True_},
 ]
 

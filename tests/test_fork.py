@@ -1,8 +1,13 @@
 """Promise 5: a forked child works."""
 
+import ctypes.util
 import os
 
 import pytest
+
+import fastattn
+
+FIRST = fastattn.available_backends()[0]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -53,10 +58,146 @@ assert all(map(right, results))
 print("fine")
 """
 
+THREAD = """
+import threading
 
-@pytest.mark.parametrize("program", [FORK, GRANDCHILD, POOL], ids=["fork", "grandchild", "pool"])
+def forks():
+    attend()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if right(attend()) and in_a_thread(attend) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    global fine
+    fine = True
+
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return right(found[0])
+
+thread = threading.Thread(target=forks)
+thread.start()
+thread.join()
+assert fine
+print("fine")
+"""
+
+GRADIENTS = """
+def gradient():
+    return fastattn.vjp(fastattn.scaled_dot, q, k, v, threads=2)[1](v)[0]
+
+before = gradient()
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.allclose(gradient(), before, rtol=1e-4, atol=1e-5) else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+# By a C library, as a server that embeds Python may do it.
+IN_C = """
+import ctypes
+child = ctypes.PyDLL(None).fork()
+if child == 0:
+    os._exit(0 if right(attend()) else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+PROGRAMS = {"fork": FORK, "grandchild": GRANDCHILD, "pool": POOL, "thread": THREAD, "C": IN_C}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_child_works(target, run_python, program):
     """After the parent has used its threads; in time, too: a child that hangs fails here."""
     if target.backend == "cuda":
         pytest.skip("CUDA works in no forked child once its parent has used it")
     assert run_python(COMMON + program, target.backend, timeout=30).strip() == "fine"
+
+
+def test_gradients_in_a_child(run_python):
+    assert run_python(COMMON + GRADIENTS, FIRST, timeout=30).strip() == "fine"
+
+
+# Another library's region on the pool that all share: `start_pool()`.
+POOL_OF_TORCH = """
+import torch
+def start_pool():
+    torch.set_num_threads(2)
+    torch.randn(1_000_000).exp().sum()
+"""
+
+# The same by the runtime alone; it calls back from threads that Python does not know.
+POOL_OF_OPENMP = """
+import ctypes, ctypes.util
+def start_pool():
+    openmp = ctypes.CDLL(ctypes.util.find_library("gomp"))
+    nothing = ctypes.CDLL(None).abs
+    openmp.GOMP_parallel(nothing, None, 2, 0)
+"""
+
+IMPORTED_BEFORE = "import fastattn\n"
+
+OTHERS = """
+import os, warnings
+import numpy as np
+
+warnings.simplefilter("ignore")
+start_pool()
+child = os.fork()
+if child == 0:
+    import fastattn
+    q = np.random.default_rng(0).standard_normal((8, 300, 64), np.float32)
+    one, two = (fastattn.scaled_dot(q, q, q, threads=n) for n in (1, 2))
+    assert np.array_equal(one, two)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+@pytest.mark.parametrize("starts", ["openmp", "torch"])
+def test_pool_of_another_library(run_python, starts, imported):
+    """Whoever has started the pool, and wherever fastattn is imported."""
+    if starts == "torch":
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    elif ctypes.util.find_library("gomp") is None:
+        pytest.skip("no GNU OpenMP runtime here")
+    program = (IMPORTED_BEFORE if imported == "before" else "") + (
+        POOL_OF_TORCH if starts == "torch" else POOL_OF_OPENMP
+    )
+    assert run_python(program + OTHERS, timeout=60).strip() == "fine"
+
+
+LOADER = """
+import warnings
+import numpy as np
+import torch
+import fastattn
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+torch.randn(1_000_000).exp().sum()
+q = np.ones((8, 300, 64), np.float32)
+
+class Attended(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return fastattn.scaled_dot(q, q, q, threads=2)[i]
+
+loader = torch.utils.data.DataLoader(
+    Attended(), num_workers=2, timeout=30, multiprocessing_context="fork"
+)
+assert all((batch == 1).all() for batch in loader)
+print("fine")
+"""
+
+
+def test_workers_of_a_torch_loader(run_python):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    assert run_python(LOADER, timeout=90).strip() == "fine"

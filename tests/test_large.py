@@ -76,6 +76,8 @@ def keys(kind, rng, dim):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_keys(target, option, kind):
     """More than 2**31 of them, of which the last are seen."""
+    if target.backend == "cuda":
+        pytest.skip("no device holds the mask and the bias of so many keys")
     rng = np.random.default_rng(0)
     q = rng.standard_normal((2, 10, 8), np.float32)
     (k, last_k), (v, last_v) = keys(kind, rng, 8), keys(kind, rng, 5)

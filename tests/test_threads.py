@@ -1,5 +1,6 @@
 """Who decides the number of threads, and calls from many threads at once (promise 5)."""
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,22 @@ def machine(monkeypatch):
         monkeypatch.setattr(threads, "_cgroup_quota", lambda: quota)
 
     return allow
+
+
+@pytest.mark.parametrize("setting", [
+    {"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "threads"}, {"GOMP_CPU_AFFINITY": "0-1023"}
+])  # fmt: skip
+def test_bound_threads(run_python, setting):
+    """OpenMP binds the calling thread to one CPU then, and has the others all the same."""
+    program = """
+import os
+before = os.cpu_count() if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+import fastattn
+from fastattn import threads
+assert threads.affinity() == before, (threads.affinity(), before)
+print("fine")
+"""
+    assert run_python(program, **setting).strip() == "fine"
 
 
 class TestOrder:
@@ -56,6 +73,14 @@ class TestOrder:
         with pytest.raises(ValueError, match=rf"^FASTATTN_NUM_THREADS: .*{setting}"):
             threads.thread_count(None, openmp=2)
 
+    @pytest.mark.parametrize("n", [2**31, 2**70])
+    def test_any_number_is_at_most(self, machine, monkeypatch, n):
+        """More than an int of C holds, or than any machine has use for."""
+        machine(3, 4)
+        assert threads.thread_count(n, openmp=2) == threads.MOST_THREADS
+        monkeypatch.setenv("FASTATTN_NUM_THREADS", str(n))
+        assert threads.thread_count(None, openmp=2) == threads.MOST_THREADS
+
 
 BIG = Shape(1, 8, 300, 300, 64)
 
@@ -74,6 +99,46 @@ def test_setting_changes_no_result(target, monkeypatch, setting):
     arrays = BIG.arrays()
     monkeypatch.setenv("FASTATTN_NUM_THREADS", setting)
     assert_solves(target.attend(*arrays), pose(*arrays))
+
+
+@pytest.mark.parametrize("n", [2**31, 2**70])
+def test_any_number_of_threads(target, monkeypatch, n):
+    arrays = BIG.arrays()
+    expected = target.attend(*arrays, threads=1)
+    np.testing.assert_allclose(target.attend(*arrays, threads=n), expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setenv("FASTATTN_NUM_THREADS", str(n))
+    np.testing.assert_allclose(target.attend(*arrays), expected, rtol=1e-4, atol=1e-5)
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+import fastattn
+
+q = np.random.default_rng(0).standard_normal((64, 300, 64), np.float32)
+expected = fastattn.scaled_dot(q, q, q, threads=1)
+with open("/proc/self/statm") as sizes:
+    size = int(sizes.read().split()[0]) * resource.getpagesize()
+room = int(sys.argv[1]) << 20
+resource.setrlimit(resource.RLIMIT_AS, (size + room, size + room))
+for threads in (2, 64, 3, 64):
+    try:
+        out, pull = fastattn.vjp(fastattn.scaled_dot, q, q, q, threads=threads)
+        assert np.array_equal(out, expected)
+        pull(q)
+    except MemoryError:
+        pass
+print("fine")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory")
+@pytest.mark.parametrize("room", [10, 50, 200])
+@pytest.mark.parametrize("stack", ["", "20M", "30000"])
+def test_threads_that_cannot_be_created(run_python, room, stack):
+    """Each takes a stack of some MiB: fewer are used then, or there is a MemoryError."""
+    settings = {"OMP_STACKSIZE": stack} if stack else {}
+    assert run_python(LIMITED, str(room), **settings).strip() == "fine"
 
 
 def test_threadpool_limits(target):

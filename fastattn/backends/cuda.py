@@ -8,9 +8,10 @@ and bfloat16 in float32, on any device.
 from __future__ import annotations
 
 import math
+import re
 from contextlib import nullcontext
 from functools import lru_cache
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ name = "cuda"
 # heard. It has at least so many blocks of threads for each, so that all are busy.
 LAUNCH_FLOPS = 5_000_000_000
 LAUNCH_TILES = 8
+
+# Up to which release numba-cuda fails from which NumPy on, and why.
+MISFITS = (((0, 30, 4), (2, 5), "it needs numpy.row_stack, which is gone"),)
 
 # Numba warns of fewer blocks of threads in a launch.
 WARNED_BLOCKS = 128
@@ -46,13 +50,41 @@ def missing() -> str | None:
     """Why nothing can run on a CUDA device here, or None."""
     if find_spec("numba") is None or find_spec("numba_cuda") is None:
         return "numba-cuda is not installed"
-    cuda = import_module("numba.cuda")
-    if cuda.is_available():
-        return None
-    error = cuda.cuda_error()
-    if error is None:
-        return "no CUDA toolkit for Numba; numba-cuda[cu12] or [cu13] installs one"
-    return f"no CUDA device ({' '.join(str(error).split()).partition('.')[0]})"
+    try:
+        cuda = import_module("numba.cuda")
+        if not cuda.is_available():
+            error = cuda.cuda_error()
+            if error is None:
+                return "no CUDA toolkit for Numba; numba-cuda[cu12] or [cu13] installs one"
+            return f"no CUDA device ({_in_one_line(error).partition('.')[0]})"
+        return None if cuda.config.ENABLE_CUDASIM else _compiler_fails(cuda)
+    except Exception as error:  # of several types, where it does not fit its surroundings
+        return f"numba-cuda does not work here ({_in_one_line(error)})"
+
+
+def _compiler_fails(cuda) -> str | None:
+    """Why no kernel can be compiled, or None: where it is not known, the smallest is tried."""
+    numba_cuda, numpy = (metadata.version(name) for name in ("numba-cuda", "numpy"))
+    for last, first, reason in MISFITS:
+        if _release(numba_cuda) <= last and _release(numpy) >= first:
+            return f"numba-cuda {numba_cuda} does not work with NumPy {numpy} ({reason})"
+    try:
+        cuda.jit("void(float32[::1])")(_smallest_kernel)
+    except Exception as error:
+        return f"numba-cuda {numba_cuda} compiles no kernel here ({_in_one_line(error)})"
+    return None
+
+
+def _smallest_kernel(x):
+    x[0] = 1
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _in_one_line(error) -> str:
+    return " ".join(str(error).split())
 
 
 def run(problem: Problem, result):

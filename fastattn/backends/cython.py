@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import extension
 from ..cells import nothing_seen
 from ..problem import DOT, Problem
 from .cython_backward import run_backward
-from .cython_kernels import attend, kernels, missing, product, threads
+from .cython_kernels import attend, kernels, product, threads
 
 __all__ = [
-    "name", "plan", "run", "run_backward", "run_map", "run_top", "unsupported",
+    "broken", "name", "plan", "run", "run_backward", "run_map", "run_top", "unsupported",
     "unsupported_backward",
 ]  # fmt: skip
 
 name = "cython"
 
 
+def broken() -> str | None:
+    """Why the extension, which is there, cannot be loaded, or None."""
+    return extension.missing if extension.broken else None
+
+
 def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot serve `problem`, or None."""
     p = problem
-    if missing is not None:
-        return missing
+    if extension.missing is not None:
+        return extension.missing
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):

@@ -1,30 +1,17 @@
-"""The compiled extension as backends call it: whether it is there, and what a problem is to it."""
+"""The compiled extension as backends call it: what a problem is to it."""
 
 from __future__ import annotations
 
+from ..extension import kernels
 from ..problem import DOT, Problem
 from ..threads import worth_threads
 
-missing: str | None = None  # why the extension is not there
-try:
-    import fastattn._kernels as kernels
-except ModuleNotFoundError:
-    kernels = None  # type: ignore[assignment]
-    missing = "the extension was not built"
-except ImportError as error:
-    kernels = None  # type: ignore[assignment]
-    missing = f"the extension cannot be loaded ({error})"
-
-
-__all__ = ["attend", "kernels", "missing", "product", "threads"]
+__all__ = ["attend", "kernels", "product", "threads"]
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
 # How many multiply-adds of a product take as long as one term of an additive score.
 ADDITIVE_FLOPS = 10
-
-if kernels is not None:
-    kernels.instruction_set()  # a wrong FASTATTN_DISABLE_CPU_FEATURES is an error from the start
 
 
 def attend(p: Problem, result, lse=None, weights=None, sums=None, indices=None) -> None:

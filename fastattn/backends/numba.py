@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -25,16 +26,27 @@ LAUNCHES = 8
 ONE_THREAD_FLOPS = 20_000_000
 
 
+def _disabled() -> bool:
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
 @cache
 def _missing() -> str | None:
     """Why Numba cannot be used, or None."""
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+    if _disabled():
         return "NUMBA_DISABLE_JIT is set"
     try:
         import_module("numba")
-    except ImportError as error:
-        return f"numba cannot be imported ({error})"
+        import_module("fastattn._numba.launch")
+    except Exception as error:  # of several types, where it refuses the NumPy that it finds
+        return f"numba cannot be imported ({' '.join(str(error).split())})"
     return None
+
+
+def broken() -> str | None:
+    """Why Numba, which is there, cannot be imported, or None."""
+    there = not _disabled() and find_spec("numba") is not None
+    return _missing() if there else None
 
 
 def unsupported(problem: Problem) -> str | None:

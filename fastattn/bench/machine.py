@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 
 import fastattn
 
-from ..dispatch import BACKENDS, NAMED_ONLY
+from .. import extension
+from ..dispatch import BACKENDS, NAMED_ONLY, cannot_run
 from ..problem import pose
 from ..threads import affinity, thread_count
 
@@ -33,8 +35,8 @@ ENVIRONMENT = (
 
 
 def kernels() -> ModuleType | None:
-    """The compiled extension, or None where it was not built."""
-    return import_module("fastattn._kernels") if find_spec("fastattn._kernels") else None
+    """The compiled extension, or None without one."""
+    return extension.kernels
 
 
 def threadpoolctl() -> ModuleType | None:
@@ -78,15 +80,23 @@ def info() -> dict[str, Any]:
         "blas": _blas(),
         "machine": describe(),
         "instruction sets": list(compiled.instruction_sets()) if compiled else [],
-        "instruction set in use": instruction_set(),
+        "instruction set in use": _or_why_not(instruction_set),
         "threads": {
-            "default": default_threads(),
+            "default": _or_why_not(default_threads),
             "OpenMP": compiled.openmp_threads() if compiled else None,
         },
-        "backends": {b.name: b.unsupported(problem) or "ready" for b in BACKENDS},
-        "only when named": {b.name: b.unsupported(problem) or "ready" for b in NAMED_ONLY},
+        "backends": {b.name: cannot_run(b, problem) or "ready" for b in BACKENDS},
+        "only when named": {b.name: cannot_run(b, problem) or "ready" for b in NAMED_ONLY},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
+
+
+def _or_why_not(ask: Callable[[], Any]) -> Any:
+    """What it returns, or what is wrong with the setting of the environment that it reads."""
+    try:
+        return ask()
+    except ValueError as error:
+        return str(error)
 
 
 def _cpu_model() -> str:

@@ -85,7 +85,7 @@ def print_info(info: dict[str, Any]) -> None:
             ("cores", f"{machine['cores']}, this process may use {machine['cores allowed']}"),
             ("caches", ", ".join(machine["caches"]) or "unknown"),
             ("memory", size(memory) if memory else "unknown"),
-            ("instruction sets", ", ".join(sets) or "none: the extension is not built"),
+            ("instruction sets", ", ".join(sets) or "none"),
             (
                 "threads",
                 f"{threads['default']}" + (f", OpenMP offers {threads['OpenMP']}" * compiled),
