@@ -33,8 +33,10 @@ static void prepare(Tile *t) {
     for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
         real *grad_out = g.grad_out, *result = g.grad_v;
         vec sum = splat(0);
-        load_columns(t->grad_out, t->grad_out_dim, t->q_format, t->value_dim, t->n_queries, 1, first, grad_out);
-        load_columns(t->result, t->result_dim, t->q_format, t->value_dim, t->n_queries, 1, first, result);
+        load_columns(t->grad_out, t->grad_out_dim, t->grad_out_format, t->value_dim, t->n_queries, 1, first,
+                     grad_out);
+        load_columns(t->result, t->result_dim, t->grad_out_format, t->value_dim, t->n_queries, 1, first,
+                     result);
         for (ptrdiff_t d = 0; d < t->value_dim; d++)
             sum = load(result + d * PANEL) * load(grad_out + d * PANEL) + sum;
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) t->mean[first + i] = sum[i];

@@ -247,6 +247,7 @@ def differentiate(
     try:
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
+        tiles.grad_out_format = number_format(grad_out)
         tiles.grad_out_dim, tiles.result_dim = pull.grad_out.dim, pull.result.dim
         tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
         tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
