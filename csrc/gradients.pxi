@@ -306,6 +306,7 @@ def differentiate(
     try:
         describe_tile(walk, tiles, q, k, v, grad_q, scale, softcap, bias)
         tiles.differentiating = True
+        tiles.grad_out_format = number_format(grad_out)
         tiles.grad_out_dim, tiles.result_dim = pull.grad_out.dim, pull.result.dim
         tiles.grad_out_format = number_format(grad_out)
         tiles.grad_k_format, tiles.grad_v_format = number_format(grad_k), number_format(grad_v)

@@ -76,6 +76,7 @@ cdef extern from "tile.h" nogil:
         bint differentiating
         const char *grad_out[MAX_QUERIES]
         const char *result[MAX_QUERIES]
+        NumberFormat grad_out_format
         Py_ssize_t grad_out_dim, result_dim
         double mean[MAX_QUERIES]
         double delta[MAX_QUERIES]

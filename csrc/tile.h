@@ -75,8 +75,8 @@ typedef struct {
     /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
      * of queries go to `out`, all of type `real` with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_QUERIES], *result[MAX_QUERIES]; /* both of grad_out_format */
-    NumberFormat grad_out_format;
+    const char *grad_out[MAX_QUERIES], *result[MAX_QUERIES];
+    NumberFormat grad_out_format; /* of both */
     ptrdiff_t grad_out_dim, result_dim;
     double mean[MAX_QUERIES]; /* of the weights' gradients, filled by prepare */
     double delta[MAX_QUERIES];

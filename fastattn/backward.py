@@ -55,13 +55,14 @@ def scaled_dot_backward(
 
     Notes
     -----
-    The weights are made again as ``w = exp(score - lse)``, so they are as exact as `lse` is. With
+    The weights are made again as ``w = exp(score - lse)``, so they are as exact as `lse` is; where
+    that is so large that its rounding shows, and no more than this call finds itself, its row is
+    normalised anew, at the price of another product of queries and keys. With
     ``delta = (grad_out * out).sum(-1) - grad_lse`` the gradient of the scores is
     ``ds = w * (grad_out @ v.T - delta)``; then ``dv = w.T @ grad_out``, ``dbias = ds``,
     ``dalibi = -sum(ds * abs(i + q_offset - j))``, ``dsinks = -sum(exp(sinks - lse) * delta)``, and
     with ``dp = scale * ds * (1 - (capped / softcap)**2)`` ``dq = dp @ k`` and ``dk = dp.T @ q``:
-    Dao et al. (2022), "FlashAttention", appendix B.2. Where an lse is so large that no digit is
-    left for the number of keys (2**23 in float32), its row is normalised anew.
+    Dao et al. (2022), "FlashAttention", appendix B.2.
 
     A key that no query sees gets a gradient of exactly 0, a query that sees no key too, and what
     they hold reaches no other gradient, NaN or not.

@@ -14,9 +14,9 @@ import fastattn
 AMPLITUDES = (1, 4, 15)
 DIMS = st.sampled_from([1, 2, 3, 8, 16, 24, 40, 64, 96, 128])
 
-# A tenth of the profile's examples: each has so many rows that rms errors are not luck where few of
-# them are undecided between keys.
-ROWS = 600
+# A tenth of the profile's examples: each has so many rows, few of which may be undecided between
+# keys, and so many numbers in a gradient that their rms error is not luck.
+ROWS, NUMBERS = 600, 200
 fuzz = settings(max_examples=settings.default.max_examples // 10)
 
 
@@ -24,16 +24,11 @@ fuzz = settings(max_examples=settings.default.max_examples // 10)
 def problems(draw):
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     n_queries = draw(st.integers(1, 130) | st.integers(1, 9))
-    heads = kv_heads * group
-    return Shape(
-        batch=-(-ROWS // (n_queries * heads)),
-        heads=heads,
-        n_queries=n_queries,
-        n_keys=draw(st.integers(1, 80) | st.integers(1, 4)),
-        head_dim=draw(DIMS),
-        kv_heads=kv_heads,
-        value_dim=draw(DIMS),
-    )
+    n_keys = draw(st.integers(1, 80) | st.integers(1, 4))
+    heads, head_dim, value_dim = kv_heads * group, draw(DIMS), draw(DIMS)
+    fewest = kv_heads * n_keys * min(head_dim, value_dim)
+    batch = max(-(-ROWS // (n_queries * heads)), -(-NUMBERS // fewest))
+    return Shape(batch, heads, n_queries, n_keys, head_dim, kv_heads, value_dim)
 
 
 def check_amplitude(target, shape, amplitude, dtype, seed=0, **opts):

@@ -275,7 +275,7 @@ def test_gradient_through_lse_alone():
     (lambda q, k, v: ours(q[0, 0], k, v), ValueError, "query: 2 axes given, 3 or 4 wanted"),
     (lambda q, k, v: ours(q[:1], k, v), ValueError, "query: batch of 1 given"),
     (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "value: int32 given, float16"),
-    (lambda q, k, v: ours(q, k[..., :5], v), ValueError, "key: expected head_dim 16 as in q, got 5"),
+    (lambda q, k, v: ours(q, k[..., :5], v), ValueError, "key: expected head_dim 16 as in q"),
     (lambda q, k, v: ours(q, k, v, mask=q[0, 0]), TypeError, "mask: float32 given, bool wanted"),
     (lambda q, k, v: [ours(q, k, v, is_causal=x) for x in (True, 1)], TypeError,
      "is_causal: int given, bool wanted"),  # though 1 equals True, which is traced already

@@ -136,6 +136,26 @@ static double farthest(const double *wanted, const real *found, int n) {
     return worst;
 }
 
+/* The largest error of the means and, of rows normalized anew, of lse and lse_rest together. */
+static double prepare(Tile *t) {
+    double worst = 0, lse[MAX_QUERIES];
+    memcpy(lse, t->lse, sizeof lse);
+    kernels.gradient->prepare(t);
+    t->value_dim = 0;
+    kernels.begin(t);
+    each_pass(t, kernels.attend);
+    kernels.gradient->normalize(t);
+    t->value_dim = VALUE_DIM;
+    for (int i = 0; i < t->n_queries; i++) {
+        const real *g = (const real *)t->grad_out[i], *out = (const real *)t->result[i];
+        double mean = 0;
+        for (int d = 0; d < VALUE_DIM; d++) mean += (double)g[d] * out[d];
+        worst = worse(worst, fabs(mean - t->mean[i]));
+        if (t->lse[i] != lse[i]) worst = worse(worst, fabs(t->lse[i] - lse[i] + t->lse_rest[i]));
+    }
+    return worst;
+}
+
 /* The largest error of the gradients of queries, keys and values, after `run`, with a gradient of the result
  * that arrives and a delta of nothing in particular. */
 static double run_gradients(Tile *t) {
@@ -147,7 +167,7 @@ static double run_gradients(Tile *t) {
     memset(grad_q, 0, sizeof grad_q), memset(grad_k, 0, sizeof grad_k), memset(grad_v, 0, sizeof grad_v);
     for (int i = 0; i < t->n_queries; i++) {
         const real *q = (const real *)t->q[i], *g = rows_of(VALUE_DIM);
-        t->grad_out[i] = (const char *)g;
+        t->grad_out[i] = (const char *)g, t->result[i] = t->out[i];
         t->delta[i] = i % 3 - 1;
         out[i] = t->out[i];
         t->out[i] = calloc(HEAD_DIM, sizeof(real));
@@ -165,9 +185,11 @@ static double run_gradients(Tile *t) {
         }
     }
     t->differentiating = 1;
-    t->grad_out_dim = sizeof(real);
+    t->grad_out_format = t->out_format;
+    t->grad_out_dim = t->result_dim = sizeof(real);
     t->grad_k = (char *)found_k, t->grad_v = (char *)found_v;
     t->scratch = aligned_alloc(64, (kernels.gradient->scratch_bytes(t) + 63) / 64 * 64);
+    worst = worse(worst, prepare(t));
     for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.pass_keys) {
         ptrdiff_t end = begin + kernels.pass_keys < N_KEYS ? begin + kernels.pass_keys : N_KEYS;
         kernels.gradient->open(t, begin, end);
