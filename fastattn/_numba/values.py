@@ -10,7 +10,6 @@ from .exponential import WEIGHT_UNIT, weight_of
 from .memory import (
     ahead,
     columns_to_rows,
-    doubles,
     flags,
     floats,
     ints,
@@ -20,7 +19,7 @@ from .memory import (
     reals,
     store,
 )
-from .numbers import REAL, finite_most, widen
+from .numbers import REAL, finite_most, widen, write
 from .tile import (
     ATTEND,
     ATTEND_WITH_MARGIN,
@@ -256,7 +255,7 @@ def store_rows(t, scale):
         # log(NaN) where the top is Inf: Inf - Inf was weighed
         top = np.float64(tops[i])
         lse = top if top == inf else top + log(np.float64(sums[i]) / WEIGHT_UNIT)
-        doubles(row_of(t, t.lse, t.lse_row, i))[0] = lse
+        reals(row_of(t, t.lse, t.lse_row, i), scale)[0] = lse
 
 
 @compiled
@@ -281,14 +280,14 @@ def store_panel(t, p, columns, scale):
     rows, done = ints(t.words), 0
     for i in range(size):
         rows[i] = row_of(t, t.out, t.out_row, p * size + i)
-    if t.out_dim * width == VECTOR_BYTES and t.rows >= (p + 1) * size:
+    if t.out_format == REAL and t.out_dim * width == VECTOR_BYTES and t.rows >= (p + 1) * size:
         done = t.value_dim // width * width
         for n in range(0, size, width):
             for d in range(0, done, width):
                 columns_to_rows(ahead(rows, n), d * t.out_dim, ahead(columns, d * size + n))
     for i in range(min(size, t.rows - p * size)):
         for d in range(done, t.value_dim):
-            reals(rows[i] + d * t.out_dim, scale)[0] = columns[d * size + i]
+            write(rows[i] + d * t.out_dim, t.out_format, columns[d * size + i])
 
 
 @compiled
@@ -314,4 +313,4 @@ def store_weights(t, begin, scale):
             for j in range(piece[PIECE_LAST] - key):
                 if piece[PIECE_STATE] == SEE_ALL or seen[j * size]:
                     weight = weight_of(scores[j * size] - top) / total
-                    reals(target + (key + j) * t.weights_dim, scale)[0] = weight
+                    write(target + (key + j) * t.weights_dim, t.out_format, weight)

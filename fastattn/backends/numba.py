@@ -53,18 +53,10 @@ def unsupported(problem: Problem) -> str | None:
 def run(problem: Problem):
     """Fill ``problem.result``; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    real = p.accumulator
-    halves = p.dtype != real
-    result = np.empty(p.rows(p.value_dim), real) if halves else p.result
-    lse = np.empty(p.rows()) if p.return_lse else None
-    weights = np.zeros(p.rows(p.n_keys), real) if p.return_weights else None
+    lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
+    weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
-        _Call(p, result, lse, weights).run()
-        if halves:
-            p.result[...] = result
-            weights = None if weights is None else weights.astype(p.dtype)
-        if lse is not None:
-            lse = lse.astype(real, copy=False)
+        _Call(p, p.result, lse, weights).run()
     return lse, weights
 
 
@@ -97,8 +89,10 @@ class _Call:
             t["measure_weights"] = self.address(factors.astype(p.accumulator))
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
-        for operand, x in (("q", p.q), ("k", p.k), ("v", p.v)):
-            t[f"{operand}_format"] = numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
+        for operand, x in (("q", p.q), ("k", p.k), ("v", p.v), ("out", result)):
+            t[f"{operand}_format"] = (
+                numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
+            )
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
         flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
         most = self.items // (LAUNCHES * self.threads)
