@@ -299,8 +299,8 @@ def pose(
 
 
 def _readable(x, dtype):
-    """`x` as backends read it: native, aligned, of that float dtype, which differs from its own only
-    where that holds integers; on a device the kernel converts.
+    """`x` as backends read it: native, aligned, of that float dtype, which differs from its own
+    only where that holds integers; on a device the kernel converts.
     """
     if isinstance(x, DeviceArray) or (x.dtype is dtype and x.flags.aligned):
         return x

@@ -10,9 +10,9 @@ def status(key):
         return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 """
 
-# And those that measure one call: ``extra(call)`` is by how many MiB it raises the peak of the process
-# beyond what is held before and what it returns; ``filled(*shape, dtype)`` is an array that lies in
-# memory, of a dtype by its name.
+# And those that measure one call: ``extra(call)`` is by how many MiB it raises the peak of the
+# process beyond what is held before and what it returns; ``filled(*shape, dtype)`` is an array that
+# lies in memory, of a dtype by its name.
 EXTRA = (
     STATUS
     + """

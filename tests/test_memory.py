@@ -60,8 +60,8 @@ def test_no_array_of_queries_by_keys(target, run_python, case):
     assert float(run_python(PROGRAM, target.backend, "512", case)) < 24
 
 
-# Prints how much memory a call takes whose keys, or whose queries, are 16 MiB of float16, and twice as
-# much of float32.
+# Prints how much memory a call takes whose keys, or whose queries, are 16 MiB of float16, and twice
+# as much of float32.
 MIXED = (
     EXTRA
     + """

@@ -126,8 +126,8 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
 
 
 def _add(found, where: tuple, tile) -> None:
-    """Add to `found` at the index `where` a tile of (kv_heads, group, rows, columns), summed over the
-    axes along which an array of found's shape broadcasts.
+    """Add to `found` at the index `where` a tile of (kv_heads, group, rows, columns), summed over
+    the axes along which an array of found's shape broadcasts.
     """
     *batch, heads, rows, columns = where
     rest = found.shape[-3:]
