@@ -102,6 +102,9 @@ def scaled_dot(
     see never touches its result, whatever NaN or Inf it holds. There is no dropout: it belongs to
     training losses that this function does not know; drop whole heads or positions outside it.
 
+    `q`, `k` and `v` are read where they lie, each in a dtype of its own; copies are made only of
+    integers and bools, and of what is byte-swapped or misaligned.
+
     Arrays on a CUDA device (of torch, CuPy, Numba: what has ``__cuda_array_interface__``) are read
     there by the ``cuda`` backend. `q`, `k`, `v`, `mask`, `bias` and `out` must all be there or all
     in the host's memory, where the other arguments belong. The results are arrays of torch or CuPy

@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-from cases import Shape
-from memory import STATUS
+from cases import Shape, float_type
+from memory import EXTRA, STATUS
 from test_skipping import CASES
 from test_skipping import PROGRAM as FORWARD
 
@@ -52,6 +52,47 @@ def test_no_array_of_queries_by_keys(target, run_python, case, n_queries, n_keys
         pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     extra = run_python(PROGRAM, target.backend, str(n_queries), str(n_keys), case)
     assert float(extra) < 24
+
+
+# Prints how much memory a pullback takes beyond the gradients.
+BROADCAST = (
+    EXTRA
+    + """
+backend, case = sys.argv[1:]
+few = lambda batch=16, heads=1, dtype="float32": filled(batch, heads, 2, 32, dtype=dtype)
+many = lambda n, heads=1, dtype="float32": filled(1, heads, n, 32, dtype=dtype)
+def arrays(n):
+    return {
+        "keys along the batch": lambda: (few(), many(n), many(n)),
+        "queries along the batch": lambda: (many(n), few(), few()),
+        "queries along the heads": lambda: (many(n), few(1, 16), few(1, 16)),
+        "mixed dtypes": lambda: (few(1), many(n, 4, "float16"), many(n, 4, "bfloat16")),
+        "sequence first": lambda: (few(1, 4), *(filled(1, n, 4, 32).swapaxes(1, 2) for _ in "kv")),
+    }[case]()
+def pullback(n):
+    out, back = fastattn.vjp(fastattn.scaled_dot, *arrays(n), backend=backend, threads=2)
+    grad = np.full_like(out, 0.01)
+    return lambda: back(grad)
+pullback(3)()  # whatever is made once
+print(extra(pullback(1 << 15)))
+"""
+)
+
+
+@linux
+@pytest.mark.parametrize("case", ["keys along the batch", "queries along the batch",
+                                  "queries along the heads", "mixed dtypes",
+                                  "sequence first"])  # fmt: skip
+def test_operands_and_their_gradients_are_not_repeated(target, run_python, case):
+    """For each of 16 entries a gradient would be 64 MiB, and one in another memory order or dtype
+    16; results of 16 entries take 64 MiB, their sums 8.
+    """
+    float_type("bfloat16")
+    q, k, v = Shape(1, 1, 4, 5, 8).arrays()
+    reason = target.unsupported_backward(q, k, v)
+    if reason is not None:
+        pytest.skip(f"{target.backend} cannot serve this call: {reason}")
+    assert float(run_python(BROADCAST, target.backend, case)) < 24
 
 
 SKIPPING = FORWARD.replace(

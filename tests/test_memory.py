@@ -4,7 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-from memory import STATUS
+from cases import float_type
+from memory import EXTRA, STATUS
+
+from fastattn.dispatch import named, unsupported_map
+from fastattn.problem import DISTANCE, DOT, pose
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -58,6 +62,68 @@ print(max(0, after - max(before, top)) + (top - before if after > top else 0))
 def test_no_array_of_queries_by_keys(target, run_python, case):
     """512 x 65536 scores would be 128 MiB (32 as bools); a few tiles are less than 24."""
     assert float(run_python(PROGRAM, target.backend, "512", case)) < 24
+
+
+# Prints how much memory a call takes whose keys, or whose queries, are 16 MiB of float16, and twice
+# as much of float32.
+MIXED = (
+    EXTRA
+    + """
+backend, function, many, *dtypes = sys.argv[1:]
+options = {"backend": backend, "threads": 2}
+def arrays(n, rows):
+    lengths = (rows, n, n) if many == "keys" else (n, rows, rows)
+    return [filled(1, m, 64, dtype=name) for m, name in zip(lengths, dtypes)]
+def call(q, k, v):
+    f = getattr(fastattn, function)
+    if function in ("scaled_dot", "euclidean"):
+        return f(q, k, v, **options)
+    if function == "attend":
+        return cache.attend(q, **options)
+    return f(q, k, *{"attention_map": [(1, 2)], "top_keys": [2]}.get(function, []), **options)
+if function == "attend":
+    q, k, v = arrays(1 << 17, 2)
+    cache = fastattn.KVCache(1, 1, 64, capacity=1 << 17, dtype=dtypes[1])
+    cache.append(k[None], v[None])
+    q = q[None]
+else:
+    call(*arrays(3, 2))  # whatever is made once
+    q, k, v = arrays(1 << 17, 2)
+print(extra(lambda: call(q, k, v)))
+"""
+)
+MIXTURES = {
+    "keys": [("float32", "float16", "float32"), ("float32", "float32", "bfloat16"),
+             ("float64", "float32", "float16")],
+    "queries": [("float16", "float32", "float32"), ("bfloat16", "float16", "float16")],
+}  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize(
+    "many, dtypes", [(many, dtypes) for many in MIXTURES for dtypes in MIXTURES[many]]
+)
+def test_operands_of_any_dtypes_are_read_where_they_lie(target, run_python, many, dtypes):
+    """A copy in the dtype of the result would be 32 MiB at least; a few tiles are less than 8."""
+    assert all(map(float_type, dtypes))
+    assert float(run_python(MIXED, target.backend, "scaled_dot", many, *dtypes)) < 8
+
+
+@linux
+@pytest.mark.parametrize(
+    "function", ["euclidean", "attend", "key_importance", "attention_map", "top_keys"]
+)
+def test_operands_of_any_dtypes_of_other_functions(target, run_python, function):
+    q, k, v = (np.ones((1, 2, 8), x) for x in ("float32", "float16", "float16"))
+    if function in ("key_importance", "attention_map", "top_keys"):
+        reason = unsupported_map(named(target.backend), pose(q, k, v))
+    else:
+        measure = DISTANCE if function == "euclidean" else DOT
+        reason = target.unsupported(q, k, v, measure=measure)
+    if reason is not None:
+        pytest.skip(f"{target.backend} cannot serve this call: {reason}")
+    dtypes = ("float32", "float16", "float16")
+    assert float(run_python(MIXED, target.backend, function, "keys", *dtypes)) < 8
 
 
 HUGE = (1 << 20, 1 << 10, 1 << 12)  # with 64 float32 more: 2**50 bytes, on any system too many

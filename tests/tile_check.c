@@ -216,13 +216,14 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
     real *k = rows_of(N_KEYS * HEAD_DIM), *v = rows_of(N_KEYS * VALUE_DIM);
     memset(&t, 0, sizeof t);
     t.k = (char *)k, t.v = (char *)v;
-    t.q_format = t.k_format = t.v_format = t.out_format = t.grad_out_format =
-        (NumberFormat){'f', sizeof(real), 0};
+    t.q_format = t.k_format = t.v_format = t.out_format = t.grad_out_format = t.grad_k_format =
+        t.grad_v_format = (NumberFormat){'f', sizeof(real), 0};
     t.pass_keys = kernels.pass_keys < N_KEYS ? kernels.pass_keys : N_KEYS;
     t.n_queries = n_queries;
     t.q_dim = t.k_dim = t.v_dim = t.out_dim = t.weights_key = sizeof(real);
     t.head_dim = HEAD_DIM, t.k_key = HEAD_DIM * sizeof(real);
     t.value_dim = VALUE_DIM, t.v_key = VALUE_DIM * sizeof(real);
+    t.grad_k_key = t.k_key, t.grad_v_key = t.v_key;
     t.scale = 1 / sqrt(HEAD_DIM);
     t.measure = measure, t.measure_weights = weights;
     if (measure == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;

@@ -15,6 +15,7 @@ from .memory import (
     peek_uint16,
     peek_uint32,
     peek_uint64,
+    reals,
 )
 from .vectors import (
     choose,
@@ -25,12 +26,13 @@ from .vectors import (
     per_type,
     splat,
     swap_bytes,
+    to_bits,
     with_sign_of,
 )
 
 __all__ = [
     "FORMATS", "REAL", "bounded", "finite_most", "format_of", "is_finite", "read", "rounded",
-    "widen",
+    "widen", "write",
 ]  # fmt: skip
 
 REAL = 0  # the type of the computation
@@ -88,6 +90,31 @@ def widen(address, row, step, rows, dims, format, scales, target):
             for d in range(dims):
                 bits = np.int64(words[d * apart])
                 to[d] = bfloat16(bits) if format == BFLOAT16 else half(bits)
+
+
+@compiled
+def write(address, format, x):
+    """The number `x`, a float32 if it is to be rounded to a half, to nearest and ties to even."""
+    if format == REAL:
+        reals(address, x)[0] = x
+    elif format == BFLOAT16:
+        bits = to_bits(np.float32(x))
+        if x != x:
+            halfwords(address)[0] = bits >> 16 | 0x40
+        else:
+            halfwords(address)[0] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    else:
+        bits = to_bits(np.float32(x))
+        sign, size = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+        if size > 0x7F800000:
+            size = 0x7E00
+        elif size >= 0x477FF000:  # 65520 rounds to infinity
+            size = 0x7C00
+        elif size < 0x38800000:  # subnormal: adding 1/2 leaves it in the lowest bits
+            size = to_bits(from_bits(size, np.float32(0)) + np.float32(0.5)) - 0x3F000000
+        else:
+            size = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13
+        halfwords(address)[0] = sign | size
 
 
 @compiled

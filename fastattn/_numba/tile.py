@@ -75,7 +75,7 @@ ARRAYS = ("q", "k", "v", "k_scales", "v_scales", "out", "start", "stop", "bias",
 NUMBERS = (
     # The problem. A tile holds the rows of `fold` query heads that read one key head.
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
-    "q_format", "k_format", "v_format",  # see `numbers`
+    "q_format", "k_format", "v_format", "out_format",  # see `numbers`
     "bias_swapped", "alibi", "sinks", "q_offset",
     "measure_weights",  # see `measures`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.

@@ -11,7 +11,6 @@ from .extremes import solve_again
 from .memory import (
     ahead,
     columns_to_rows,
-    doubles,
     flags,
     floats,
     ints,
@@ -21,7 +20,7 @@ from .memory import (
     reals,
     store,
 )
-from .numbers import REAL, finite_most, widen
+from .numbers import REAL, finite_most, read, widen, write
 from .tile import (
     ATTEND,
     ATTEND_AGAIN,
@@ -261,7 +260,7 @@ def store_rows(t, step, scale):
         lse = top if top == inf else top + log(np.float64(sums[i]) / WEIGHT_UNIT)
         if flags(t.saw)[i] & SAW_NAN:
             lse = nan
-        doubles(row_of(t, t.lse, t.lse_row, i))[0] = lse
+        reals(row_of(t, t.lse, t.lse_row, i), scale)[0] = lse
 
 
 @compiled
@@ -291,14 +290,14 @@ def store_panel(t, p, columns, scale):
     rows, done = ints(t.words), 0
     for i in range(size):
         rows[i] = row_of(t, t.out, t.out_row, p * size + i)
-    if t.out_dim * width == VECTOR_BYTES and t.rows >= (p + 1) * size:
+    if t.out_format == REAL and t.out_dim * width == VECTOR_BYTES and t.rows >= (p + 1) * size:
         done = t.value_dim // width * width
         for n in range(0, size, width):
             for d in range(0, done, width):
                 columns_to_rows(ahead(rows, n), d * t.out_dim, ahead(columns, d * size + n))
     for i in range(min(size, t.rows - p * size)):
         for d in range(done, t.value_dim):
-            reals(rows[i] + d * t.out_dim, scale)[0] = columns[d * size + i]
+            write(rows[i] + d * t.out_dim, t.out_format, columns[d * size + i])
 
 
 @compiled
@@ -309,9 +308,13 @@ def mend_panel(t, p, columns, scale):
         row = row_of(t, t.out, t.out_row, p * size + i)
         wild = reals(t.wild, scale)[p * size + i] != 0
         for d in range(t.value_dim):
-            out = reals(row + d * t.out_dim, scale)
-            if wild or out[0] - out[0] != 0:
-                out[0] = columns[d * size + i]
+            at = row + d * t.out_dim
+            if t.out_format == REAL:
+                out = np.float64(reals(at, scale)[0])
+            else:
+                out = read(at, t.out_format, False)
+            if wild or out - out != 0:
+                write(at, t.out_format, columns[d * size + i])
 
 
 @compiled
@@ -338,4 +341,4 @@ def store_weights(t, begin, scale):
             for j in range(piece[PIECE_LAST] - key):
                 if piece[PIECE_STATE] == SEE_ALL or seen[j * size]:
                     weight = weight_of(scores[j * size] - top) / total
-                    reals(target + (key + j) * t.weights_dim, scale)[0] = weight
+                    write(target + (key + j) * t.weights_dim, t.out_format, weight)

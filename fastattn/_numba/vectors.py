@@ -248,6 +248,16 @@ def from_bits(typingctx, bits, like):
 
 
 @intrinsic
+def to_bits(typingctx, x):
+    """The bits of a float32."""
+
+    def emit(context, builder, sig, args):
+        return builder.zext(builder.bitcast(args[0], ir.IntType(32)), ir.IntType(64))
+
+    return types.int64(types.float32), emit
+
+
+@intrinsic
 def to_exponent(typingctx, sum):
     """2**n of a sum 1.5 * 2**mantissa + bias + n, whose lowest bits are the exponent. Generic."""
 

@@ -65,18 +65,10 @@ def unsupported(problem: Problem) -> str | None:
 def run(problem: Problem, result):
     """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
-    real = p.accumulator
-    halves = p.dtype != real
-    sums = np.empty(p.rows(p.value_dim), real) if halves else result
-    lse = np.empty(p.rows()) if p.return_lse else None
-    weights = np.zeros(p.rows(p.n_keys), real) if p.return_weights else None
+    lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
+    weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
-        _Call(p, sums, lse, weights).run()
-        if halves:
-            result[...] = sums
-            weights = None if weights is None else weights.astype(p.dtype)
-        if lse is not None:
-            lse = lse.astype(real, copy=False)
+        _Call(p, result, lse, weights).run()
     return lse, weights
 
 
@@ -109,7 +101,7 @@ class _Call:
             t["measure_weights"] = self.address((p.measure.weights / unit).astype(p.accumulator))
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
-        for operand, x in (("q", p.q), ("k", p.k), ("v", p.v)):
+        for operand, x in (("q", p.q), ("k", p.k), ("v", p.v), ("out", result)):
             t[f"{operand}_format"] = (
                 numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
             )
