@@ -335,7 +335,7 @@ def test_a_span_mask_is_a_tensor():
     ({"output_attentions": True}, "output_attentions: True given, None wanted"),
     ({"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q: Tensor given"),
     ({"indices": torch.zeros(1)}, "indices: Tensor given"),
-    ({"softcap": -1.0}, "softcap: -1.0 given"),
+    ({"softcap": -1.0}, "softcap: expected a finite number > 0, got -1.0"),
 ])  # fmt: skip
 def test_refused(options, message):
     x = torch.randn(1, 4, 5, 8)
