@@ -21,7 +21,7 @@ typedef struct {
 } Ready;
 
 /* Head dims whose products are summed from zero before they join the running sum, as keys of a pass do. */
-#define PASS_DIMS 512
+#define PASS_DIMS 256
 
 /* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
  * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */

@@ -65,6 +65,9 @@ static void ready_few_queries(const Tile *t, const Scratch *s) {
  * third of the time. */
 #define FEW_AHEAD 32
 
+/* Dims that are summed from zero, so many steps of a lane, before they join the running sum. */
+#define FEW_DIMS (64 * LANES)
+
 /* scores[key][query] of LANES keys. */
 INLINE void multiply_group(const int queries, const real *q, FewRows k, int keys, ptrdiff_t dims,
                            const float *scales, real *scores, NumberFormat format) {
@@ -75,28 +78,32 @@ INLINE void multiply_group(const int queries, const real *q, FewRows k, int keys
         vec sum[FEW_TOGETHER][FEW_KEYS];
 #pragma GCC unroll 4
         for (int n = 0; n < FEW_KEYS; n++) rows[n] = k.data + (j + n < keys ? j + n : keys - 1) * k.row;
+        for (ptrdiff_t begin = 0; begin < dims; begin += FEW_DIMS) {
+            ptrdiff_t end = begin + fewer(dims - begin, FEW_DIMS);
 #pragma GCC unroll 4
-        for (int i = 0; i < queries; i++)
+            for (int i = 0; i < queries; i++)
 #pragma GCC unroll 4
-            for (int n = 0; n < FEW_KEYS; n++) sum[i][n] = splat(0);
-        for (ptrdiff_t d = 0; d < dims; d += LANES) {
-            vec key[FEW_KEYS];
+                for (int n = 0; n < FEW_KEYS; n++) sum[i][n] = splat(0);
+            for (ptrdiff_t d = begin; d < end; d += LANES) {
+                vec key[FEW_KEYS];
 #pragma GCC unroll 4
-            for (int n = 0; n < FEW_KEYS; n++) {
-                __builtin_prefetch(rows[n] + FEW_AHEAD * k.row + d * format.bytes, 0, 3);
-                key[n] = load_some(rows[n] + d * format.bytes, dims - d, format);
+                for (int n = 0; n < FEW_KEYS; n++) {
+                    __builtin_prefetch(rows[n] + FEW_AHEAD * k.row + d * format.bytes, 0, 3);
+                    key[n] = load_some(rows[n] + d * format.bytes, dims - d, format);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < queries; i++) {
+                    vec query = load(q + i * padded + d);
+#pragma GCC unroll 4
+                    for (int n = 0; n < FEW_KEYS; n++) sum[i][n] += query * key[n];
+                }
             }
 #pragma GCC unroll 4
-            for (int i = 0; i < queries; i++) {
-                vec query = load(q + i * padded + d);
+            for (int i = 0; i < queries; i++)
 #pragma GCC unroll 4
-                for (int n = 0; n < FEW_KEYS; n++) sum[i][n] += query * key[n];
-            }
+                for (int n = 0; n < FEW_KEYS; n++)
+                    x[i][j + n] = begin > 0 ? x[i][j + n] + sum[i][n] : sum[i][n];
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < queries; i++)
-#pragma GCC unroll 4
-            for (int n = 0; n < FEW_KEYS; n++) x[i][j + n] = sum[i][n];
     }
     for (int i = 0; i < queries; i++) {
         vec sums = sum_lanes(x[i]);

@@ -15,6 +15,7 @@ static bool delivers(const Tile *t, ptrdiff_t i) {
 /* The same of the lanes of a vector. */
 static ivec delivered(const Tile *t, int p, int n) {
     ivec own;
+    if (!t->panel[p].late) return splat_int(t->margin > 0 ? 0 : -1);
     for (int i = 0; i < LANES; i++)
         own[i] = -(lane_int)((t->panel[p].late >> (n * LANES + i) & 1) == (t->margin > 0));
     return own;
@@ -57,7 +58,7 @@ static double measure_exactly(const Tile *t, ptrdiff_t i, ptrdiff_t key, int dow
 static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
     const int far = 540; /* float64 alone gets that far on the way */
     bool finite;
-    int up = 0, power;
+    int up = 0, power = 0;
     double x = measure_exactly(t, i, key, 0, &finite);
     if (finite && !isfinite(x)) {
         x = measure_exactly(t, i, key, far, &finite);
@@ -234,7 +235,6 @@ static bool find_lost(Tile *t, const Scratch *s) {
     bool some = false;
     for (int p = 0; p < t->panels; p++) {
         t->panel[p].again = t->panel[p].late = 0;
-        memset(s->lost + p * t->value_dim, 0, sizeof *s->lost * (size_t)t->value_dim);
         if (t->panel[p].started) some |= find_lost_of_panel(t, s, p);
     }
     return some;

@@ -276,7 +276,7 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
 
 /* Results of the rows and columns that a second run is for. */
 static void store_lost(const Tile *t, const Scratch *s, int p) {
-    for (ptrdiff_t d = 0; d < t->value_dim; d++)
+    for (ptrdiff_t d = 0; d < t->value_dim && t->panel[p].again; d++)
         for (uint64_t bits = s->lost[p * t->value_dim + d]; bits; bits &= bits - 1) {
             int i = __builtin_ctzll(bits), at = p * PANEL + i;
             real sum = s->out[(p * s->out_rows + d) * PANEL + i], x = sum / s->row_sum[at];
@@ -331,7 +331,7 @@ static void settle_weights(const Tile *t, const Scratch *s, int p, const Strip *
 static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
     settle_weights(t, s, p, strip);
     for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++)
-        for (int j = 0; j < strip->keys && delivers(t, p * PANEL + i); j++)
+        for (int j = 0, keys = delivers(t, p * PANEL + i) ? strip->keys : 0; j < keys; j++)
             write_number(t->weights[p * PANEL + i] + (strip->key + j) * t->weights_key, t->out_format,
                          strip->scores[j * PANEL + i]);
 }
@@ -376,7 +376,8 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
             /* A part whose scores are all -inf is NaN, and nothing to a part with others. */
             if (SHARE(i) != 0) mean += SHARE(i) / sum * x, finite &= isfinite(x);
         }
-        write_number(out + d * out_dim, format, finite ? as_real(fmin(fmax(mean, -DBL_MAX), DBL_MAX)) : (real)mean);
+        mean = finite ? fmin(fmax(mean, -REAL_MAX), REAL_MAX) : mean;
+        write_number(out + d * out_dim, format, (real)mean);
     }
 #undef SHARE
     return top + log(sum);

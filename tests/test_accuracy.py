@@ -112,6 +112,15 @@ def test_sums_do_not_drift(target, dtype, n_queries, spread):
     check(target, q * q.dtype.type(spread), k, v + v.dtype.type(1))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n_queries", [1, 40, 130])
+@pytest.mark.parametrize("head_dim", [576, 4096])
+def test_large_head_dim(target, head_dim, n_queries, dtype):
+    """One running sum over all dims would lose digits, as over keys."""
+    q, k, v = Shape(2, 2, n_queries, 60, head_dim, value_dim=16).arrays(dtype)
+    check(target, q, k, v, scale=2 / head_dim**0.5)
+
+
 @pytest.mark.parametrize("dtype, n", [("float32", 2000), ("float64", 600)])
 def test_squares(target, dtype, n):
     check(target, *Shape(1, 2, n, n, 64).arrays(dtype), causal=True)

@@ -374,7 +374,7 @@ def test_traced_by_jit_and_export():
     ({"head_mask": torch.ones(4)}, "head_mask: expected None, got Tensor"),
     ({"output_attentions": True}, "output_attentions: expected None, got True"),
     ({"block_indices": torch.zeros(1)}, "block_indices: expected None, got Tensor"),
-    ({"softcap": -1.0}, "softcap: "),
+    ({"softcap": -1.0}, "softcap: expected a finite number > 0, got -1.0"),
 ])  # fmt: skip
 def test_refused(options, message):
     x = torch.randn(1, 4, 5, 8)

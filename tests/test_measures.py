@@ -179,6 +179,21 @@ def test_distance_far_from_the_origin(target, dtype):
     check(target, "euclidean", q + far, k + far, v, return_weights=True)
 
 
+@pytest.mark.parametrize("n_queries", [3, 50])
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [("float32", (1e-44, 1e-30, 1e-19, 1e-16, 1e20, 1e37)), ("float64", (1e-320, 1e-160, 1e300))],
+)
+def test_distance_whose_square_is_out_of_range(target, dtype, sizes, n_queries):
+    """Subnormal, 0 or infinite; some vectors are equal."""
+    for size in sizes:
+        q, k, v = SHAPE._replace(n_queries=n_queries).arrays(dtype)
+        q, k = q * q.dtype.type(size), k * k.dtype.type(size)
+        k[..., 5, :] = q[:, :2, 0]
+        scale = min(0.5 / size, float(np.finfo(dtype).max))
+        check(target, "euclidean", q, k, v, scale=scale)
+
+
 @pytest.mark.parametrize("dtype, size", [("float32", 2.0**100), ("float64", 2.0**900)])
 def test_distance_whose_square_overflows(target, dtype, size):
     arrays = SHAPE.arrays(dtype)
