@@ -101,8 +101,8 @@ def scaled_dot(
     query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A key that a query does not
     see never touches its result, whatever NaN or Inf it holds. Numbers beyond the range in which
     sums are kept (of the options, or a score) act as its largest finite number; a bias of ``inf``
-    makes its row NaN, and a sink of ``inf`` takes all the weight. There is no dropout: it belongs to
-    training losses that this function does not know; drop whole heads or positions outside it.
+    makes its row NaN, and a sink of ``inf`` takes all the weight. There is no dropout: it belongs
+    to training losses that this function does not know; drop whole heads or positions outside it.
 
     `q`, `k` and `v` are read where they lie, each in a dtype of its own; copies are made only of
     integers and bools, and of what is byte-swapped or misaligned.

@@ -200,6 +200,8 @@ class TestBlockMask:
 
 
 ARRAYS = Shape(2, 2, 5, 7, 8).arrays()
+HALVES = np.zeros(5, np.float16)  # which Numba cannot close over
+DATES = np.zeros(1, "M8[D]")
 
 
 @needs_numba
@@ -211,10 +213,24 @@ class TestErrors:
             ({"mask_mod": np.ones((5, 7), bool)}, "mask_mod: ndarray given, a function wanted"),
             ({"block_mask": same_document}, "block_mask: function given, the result of"),
             ({"score_mod": lambda score: score}, "score_mod: '<lambda>' cannot be compiled"),
-            ({"mask_mod": lambda batch, head, i, j: (i, j)}, "mask_mod: '<lambda>' returns"),
-            ({"score_mod": lambda s, b, h, i, j: 1j * s}, "score_mod: '<lambda>' returns complex"),
+            (
+                {"mask_mod": lambda batch, head, i, j: (i, j)},
+                "mask_mod: expected a bool",
+            ),
+            ({"score_mod": lambda s, b, h, i, j: 1j * s}, "score_mod: expected a real number from"),
+            ({"score_mod": lambda s, b, h, i, j: s + HALVES[i]}, "score_mod: '<lambda>' cannot"),
+            ({"mask_mod": lambda b, h, i, j: DATES[0] == DATES[0]}, "mask_mod: '<lambda>' cannot"),
         ],
-        ids=["number", "array", "mask", "arguments", "mask-result", "score-result"],
+        ids=[
+            "number",
+            "array",
+            "mask",
+            "arguments",
+            "mask-result",
+            "score-result",
+            "float16",
+            "dates",
+        ],
     )
     def test_wrong_function(self, opts, message):
         with pytest.raises(TypeError) as caught:

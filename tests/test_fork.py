@@ -201,3 +201,35 @@ print("fine")
 def test_workers_of_a_torch_loader(run_python):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     assert run_python(LOADER, timeout=90).strip() == "fine"
+
+
+COMPILING = """
+import os, signal, sys, threading, time, warnings
+import numpy as np
+import fastattn
+from fastattn._numba import launch
+
+warnings.simplefilter("ignore")
+q = np.ones((2, 5, 8), np.float32)
+
+def doubled(score, batch, head, i, j):
+    return 2 * score
+
+other = threading.Thread(target=fastattn.flex, args=(q, q, q, doubled))
+other.start()
+time.sleep(0.3)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    fastattn.scaled_dot(q, q, q, backend="numba")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+other.join()
+print("fine")
+"""
+
+
+def test_child_of_a_parent_that_compiles(run_python):
+    """Numba's lock, which another thread holds, is free in the child."""
+    pytest.importorskip("numba", reason="only Numba compiles at run time")
+    assert run_python(COMPILING, timeout=300).strip() == "fine"

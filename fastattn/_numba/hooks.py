@@ -10,13 +10,13 @@ from llvmlite import ir
 from numba import float32, float64, int64, njit, types
 from numba.core import cgutils
 from numba.core.dispatcher import Dispatcher
-from numba.core.errors import NumbaError
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
+from .numbers import rounded
 from .vectors import vector_of
 
-__all__ = ["POSITIVE", "for_rows", "mask_function", "score_function"]
+__all__ = ["POSITIVE", "as_score", "for_rows", "mask_function", "score_function"]
 
 # An index masked with this is known not to count from the end of an array: what lies in a row can
 # be loaded as a vector.
@@ -46,10 +46,12 @@ def _compiled(name: str, function, arguments, wanted):
         result = context.resolve_function_type(
             types.Dispatcher(compiled), arguments, {}
         ).return_type
-    except (NumbaError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Numba's own are of many types, nor is it only they that it raises
         raise TypeError(f"{name}: {called!r} cannot be compiled by Numba: {error}") from error
     if not isinstance(result, wanted):
-        raise TypeError(f"{name}: {called!r} returns {result}, {_WORDS[name]} wanted")
+        raise TypeError(f"{name}: expected {_WORDS[name]} from {called!r}, got {result}")
     return compiled
 
 
@@ -62,6 +64,17 @@ def _as_dispatcher(function):
         return function
     # Dividing by 0 as NumPy does: a branch to an exception would not be vectorised.
     return njit(error_model="numpy")(getattr(function, "py_func", function))
+
+
+def as_score(x, like):
+    """What a `score_mod` returned, in the type of scores; a finite number stays finite."""
+
+
+@overload(as_score, inline="always")
+def _as_score(x, like):
+    if x == float64 and like == float32:
+        return lambda x, like: rounded(x, like)
+    return lambda x, like: x
 
 
 @intrinsic

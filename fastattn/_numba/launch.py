@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numba import njit
+from numba.core.compiler_lock import global_compiler_lock
 
 from .disk import keep_on_disk
 from .scores import score_block
@@ -51,6 +53,14 @@ def _entry():
 def _compiled():
     return njit(nogil=True, error_model="numpy")(_entry())
 
+
+# A child that is forked while another thread compiles would wait for that thread, which it has not.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 _plain = _compiled()
 keep_on_disk(_plain)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .exponential import tanh
 from .extremes import far_scores, find_nans
-from .hooks import POSITIVE, for_rows
+from .hooks import POSITIVE, as_score, for_rows
 from .measures import measure_keys
 from .memory import (
     ahead,
@@ -182,7 +182,7 @@ def call_score_mod(t, row, key, vecs, keys, scores, scale, score_mod):
 
 @compiled
 def change(lane, i, scores, batch, head, j, score_mod):
-    scores[lane] = score_mod(scores[lane], batch, head, i, j)
+    scores[lane] = as_score(score_mod(scores[lane], batch, head, i, j), scores[lane])
 
 
 @compiled
