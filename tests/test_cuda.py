@@ -270,7 +270,7 @@ def fake_cuda(monkeypatch):
         fake = FakeCuda(error)
         monkeypatch.setattr(backend, "find_spec", lambda name: name)
         monkeypatch.setattr(backend, "import_module", lambda name, package=None: fake)
-        monkeypatch.setattr(backend.metadata, "version", versions.get)
+        monkeypatch.setattr("importlib.metadata.version", versions.get)
         return backend.missing.__wrapped__(), fake
 
     return reason

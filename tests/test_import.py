@@ -69,11 +69,11 @@ print("fine")
 
 
 OPTIONAL = ["ml_dtypes", "threadpoolctl", "numba", "torch", "jax", "dask", "transformers", "cupy",
-            "scipy", "matplotlib", "multiprocessing"]  # fmt: skip
+            "scipy", "matplotlib", "multiprocessing", "email"]  # fmt: skip
 
 
 def test_loads_no_optional_package(run_python):
-    """NumPy is the one hard dependency; the rest is imported where it is used."""
+    """NumPy is the one hard dependency; the rest is imported where it is used, and slow modules."""
     program = f"""
 import sys, numpy
 before = set(sys.modules)

@@ -11,7 +11,7 @@ import math
 import re
 from contextlib import nullcontext
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -64,7 +64,9 @@ def missing() -> str | None:
 
 def _compiler_fails(cuda) -> str | None:
     """Why no kernel can be compiled, or None: where it is not known, the smallest is tried."""
-    numba_cuda, numpy = (metadata.version(name) for name in ("numba-cuda", "numpy"))
+    from importlib.metadata import version  # not at the top: it imports 30 modules
+
+    numba_cuda, numpy = version("numba-cuda"), version("numpy")
     for last, first, reason in MISFITS:
         if _release(numba_cuda) <= last and _release(numpy) >= first:
             return f"numba-cuda {numba_cuda} does not work with NumPy {numpy} ({reason})"
