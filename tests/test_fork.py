@@ -204,23 +204,25 @@ def test_workers_of_a_torch_loader(run_python):
 
 
 COMPILING = """
-import os, signal, sys, threading, time, warnings
+import os, signal, threading, time, warnings
 import numpy as np
 import fastattn
 from fastattn._numba import launch
+from numba.core.compiler_lock import global_compiler_lock
 
 warnings.simplefilter("ignore")
-q = np.ones((2, 5, 8), np.float32)
 
-def doubled(score, batch, head, i, j):
-    return 2 * score
+def compile_for_long():
+    with global_compiler_lock:
+        time.sleep(1)
 
-other = threading.Thread(target=fastattn.flex, args=(q, q, q, doubled))
+other = threading.Thread(target=compile_for_long)
 other.start()
-time.sleep(0.3)
+time.sleep(0.2)
 child = os.fork()
 if child == 0:
-    signal.alarm(60)
+    signal.alarm(200)
+    q = np.ones((2, 5, 8), np.float32)
     fastattn.scaled_dot(q, q, q, backend="numba")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0

@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import pytest
-from cases import Shape, same_bits
+from cases import Shape, assert_solves, same_bits
 
 import fastattn
+from fastattn.problem import pose
 
 pytest.importorskip("numba", reason="tests of what Numba compiles")
 
@@ -163,3 +164,44 @@ def test_the_rest_keeps_its_bits(shape, where, poison, size):
     assert np.isfinite(clean[0]).all()
     if where == "v" or np.isnan(poison):  # a score of -inf is none
         assert not np.isfinite(dirty[0][reached]).any()
+
+
+@pytest.mark.parametrize("n_queries", [1, 3, 40])
+@pytest.mark.parametrize("head_dim", [64, 256, 4096])
+def test_large_scores(n_queries, head_dim):
+    """One running sum over the dimensions has several times the error of NumPy's partial sums."""
+    shape = Shape(40 * 256 // head_dim, 1, n_queries, 200, head_dim, value_dim=16)
+    q, k, v = shape.arrays()
+    results = fastattn.scaled_dot(4 * q, 4 * k, v, return_lse=True, backend="numba")
+    assert_solves(results, pose(4 * q, 4 * k, v, return_lse=True))
+
+
+def test_sum_that_overflows_on_its_way():
+    """To 0: beside a score of -2e38 it has all the weight."""
+    q = np.full((1, 4), 1.4e19, np.float32)
+    k = q * np.array([[-1, -1, 1, 1], [-1, 0, 0, 0]], np.float32)
+    v = np.array([[1, 2], [3, 4]], np.float32)
+    out, lse, weights = fastattn.scaled_dot(
+        q, k, v, scale=1, return_lse=True, return_weights=True, backend="numba"
+    )
+    assert out.tolist() == [[1, 2]] and lse.tolist() == [0] and weights.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("first", [1, 600])
+def test_infinite_score_beside_a_nan(first):
+    """Whichever comes first, in one block or in two."""
+    q, k, v = Shape(1, 1, 3, 700, 4).arrays()
+    q, k[..., 10, :], k[..., first, :] = abs(q), np.nan, np.inf
+    results = fastattn.scaled_dot(q, k, v, return_lse=True, return_weights=True, backend="numba")
+    assert all(np.isnan(x).all() for x in results)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-22, 1e22, 1e36])
+def test_distances_of_any_size(size):
+    """Whose squares no float32 holds."""
+    q, k, v = Shape(1, 2, 20, 30, 4).arrays()
+    near = fastattn.euclidean(q, k, v, backend="numba")
+    far = fastattn.euclidean(
+        *(x * np.float32(size) for x in (q, k)), v, scale=1 / size, backend="numba"
+    )
+    np.testing.assert_allclose(far, near, rtol=2e-5, atol=1e-5)  # the scores are some units
