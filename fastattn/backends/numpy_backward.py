@@ -133,7 +133,7 @@ def _add(found, where: tuple, tile) -> None:
     rest = found.shape[-3:]
     view = found[tuple(0 if n == 1 else i for n, i in zip(found.shape[:-3], batch, strict=True))]
     place = zip(rest, (heads, rows, columns), strict=True)
-    tile = tile.reshape(-1, *tile.shape[2:])
+    tile = tile.reshape(tile.shape[0] * tile.shape[1], *tile.shape[2:])
     broadcast = tuple(axis for axis, n in enumerate(rest) if n == 1)
     view[tuple(slice(None) if n == 1 else at for n, at in place)] += tile.sum(
         axis=broadcast, keepdims=True
