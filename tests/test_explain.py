@@ -34,7 +34,9 @@ def test_copies():
     assert fastattn.explain(q, k, v).copies == ()
     halves = (x.astype(np.float16) for x in ARRAYS)
     assert fastattn.explain(*halves).copies == ()
-    assert fastattn.explain(q.astype(">f4"), k, v.astype(np.float64)).copies == ("q", "k")
+    assert fastattn.explain(q.astype(">f4"), k, v.astype(np.float64)).copies == (
+        "q",
+    )  # k is widened tile by tile
     assert fastattn.explain(q, k, v, out=np.empty(q.shape, ">f4")).copies == ("out",)
 
 

@@ -5,7 +5,6 @@ Dao et al. (2022), "FlashAttention", algorithm 4, with the queries in the outer 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -151,7 +150,7 @@ def _add(found, where: tuple, tile) -> None:
     rest = found.shape[-3:]
     view = found[tuple(0 if n == 1 else i for n, i in zip(found.shape[:-3], batch, strict=True))]
     place = zip(rest, (heads, rows, columns), strict=True)
-    tile = tile.reshape(math.prod(tile.shape[:2]), *tile.shape[2:])
+    tile = tile.reshape(tile.shape[0] * tile.shape[1], *tile.shape[2:])
     broadcast = tuple(axis for axis, n in enumerate(rest) if n == 1)
     view[tuple(slice(None) if n == 1 else at for n, at in place)] += tile.sum(
         axis=broadcast, keepdims=True
