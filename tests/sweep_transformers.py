@@ -186,9 +186,8 @@ def compare_masks(pair, given):
     left = ones.clone()
     left[1, :4] = 0
     for name, mask in {"ones": ones, "left": left, "right": left.flip(1)}.items():
-        real = None if "decoder_input_ids" in given else mask.bool()
         masked = {**given, "attention_mask": mask}
-        yield name, lambda masked=masked, real=real: pair.difference(masked, real)
+        yield name, lambda masked=masked, mask=mask: pair.difference(masked, mask.bool())
 
 
 def future(pair, given):
