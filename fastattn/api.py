@@ -99,8 +99,8 @@ def scaled_dot(
     query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A key that a query does not
     see never touches its result, whatever NaN or Inf it holds. Numbers beyond the range in which
     sums are kept (of the options, or a score) act as its largest finite number; a bias of ``inf``
-    makes its row NaN, and a sink of ``inf`` takes all the weight. There is no dropout: it belongs to
-    training losses that this function does not know; drop whole heads or positions outside it.
+    makes its row NaN, and a sink of ``inf`` takes all the weight. There is no dropout: it belongs
+    to training losses that this function does not know; drop whole heads or positions outside it.
 
     Arrays on a CUDA device (of torch, CuPy, Numba: what has ``__cuda_array_interface__``) are read
     there by the ``cuda`` backend. `q`, `k`, `v`, `mask`, `bias` and `out` must all be there or all
