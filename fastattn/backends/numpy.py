@@ -79,7 +79,7 @@ def _attend(p: Problem, h: Heads, queries: slice, lse, weights) -> None:
         expected = _infinite_values(p, h, queries, out)
         lost &= ~(np.isnan(expected) | (out == expected))
     # A row that sees nothing gets 0, whatever its sink is; one that sees only -inf gets 0 / 0.
-    out = out / np.where(sums.some, total, 1)[..., None]
+    out = np.where(sums.some[..., None], out / total[..., None], out.dtype.type(0))
     if lost.any():  # smaller weights keep the sum of huge values from overflowing
         again = _sums(p, h, q, queries, margin=np.log(2 * p.n_keys))
         most = np.finfo(out.dtype).max
