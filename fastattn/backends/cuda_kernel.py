@@ -224,7 +224,9 @@ def compiled(spec: Spec):
             fetch_q(q, q_at, q_row, q_dim, n_rows, HEAD_DIM, scale, qs, t)
 
         margin = ZERO
-        weighing = False  # the second pass over the keys, if the weights are asked for
+        again = False  # for those sums that overflow, with smaller weights
+        lost = 0  # the bits of this thread's
+        weighing = False  # another pass over the keys, if the weights are asked for
         while True:
             if not weighing:
                 for r in range(ROWS):
@@ -320,7 +322,11 @@ def compiled(spec: Spec):
                             else:
                                 x = x + y
                         if ALIBI:
-                            x -= slopes[bh % heads] * real(abs(at[POSITION, bh] + i - j))
+                            slope = slopes[bh % heads]
+                            y = x - slope * real(abs(at[POSITION, bh] + i - j))
+                            if abs(x) <= MOST and abs(slope) <= MOST:
+                                y = min(max(y, -MOST), MOST)
+                            x = y
                         if partial and not sees:
                             x = -INF
                         s[r, c] = x
@@ -428,7 +434,12 @@ def compiled(spec: Spec):
                             acc[r, n] = ZERO
 
             if weighing:
-                break
+                if not again:
+                    break
+                weighing = False
+                margin = wide_margin
+                cuda.syncthreads()  # before what others still read is made anew
+                continue
             # ---- the sums of the rows
             cuda.syncthreads()
             for r in range(ROWS):
@@ -450,17 +461,14 @@ def compiled(spec: Spec):
                         row_sum += real(math.exp(sink - row_top[t]))
                 row_rescale[t] = row_sum
             cuda.syncthreads()
-            overflow = False
-            for r in range(ROWS):
-                row_sum = row_rescale[r * TY + ty]
-                for n in range(SUMS):
-                    if row_sum <= MOST and not abs(acc[r, n]) <= MOST:
-                        overflow = True
             # Sums of huge values: smaller weights keep them finite, unless it was v that was not.
-            again = cuda.syncthreads_or(np.int32(overflow)) != 0 and margin == ZERO
-            if again:
-                margin = wide_margin
-                continue
+            if margin == ZERO:
+                for r in range(ROWS):
+                    row_sum = row_rescale[r * TY + ty]
+                    for n in range(SUMS):
+                        if row_sum <= MOST and not abs(acc[r, n]) <= MOST:
+                            lost |= 1 << r * SUMS + n
+                again = cuda.syncthreads_or(np.int32(lost != 0)) != 0
 
             # ---- results
             for r in range(ROWS):
@@ -479,18 +487,25 @@ def compiled(spec: Spec):
                                 x = min(max(x, -MOST), MOST)  # a mean of such may be rounded up
                             if row_saw[row] == 0:
                                 x = ZERO
-                            if d < n_cols:
+                            own = margin == ZERO or lost >> r * SUMS + part * DIMS + n & 1 != 0
+                            if d < n_cols and own:
                                 write_out(out, to + (first_dim + d) * strides[OUT, 1], x)
-            if LSE and t < n_rows and first_dim == 0:
+            if LSE and t < n_rows and first_dim == 0 and margin == ZERO:
                 row_lse = np.float64(row_top[t])
                 if row_rescale[t] == ZERO:
                     row_lse = -math.inf
                 elif row_top[t] != INF:
                     row_lse += math.log(np.float64(row_rescale[t]))
                 lse[bh * n_queries + first_row + t] = row_lse
-            if not WEIGHTS:
+            if margin != ZERO:
                 break
-            weighing = True
+            if WEIGHTS:
+                weighing = True
+            elif again:
+                margin = wide_margin
+                cuda.syncthreads()
+            else:
+                break
 
     options = {} if spec.simulated else {"max_registers": tile.registers}
     return cuda.jit(attend, **options)

@@ -78,9 +78,8 @@ def _attend(p: Problem, h: Heads, queries: slice, result, lse, weights) -> None:
     if lost.any():
         expected = _infinite_values(p, h, queries, out)
         lost &= ~(np.isnan(expected) | (out == expected))
-    # A row that sees nothing has a total of 0 and gets 0; one that sees only -inf gets 0 / 0.
-    unseen = ~sums.some & (total == 0)
-    out = out / np.where(unseen, 1, total)[..., None]
+    # A row that sees nothing gets 0, whatever its sink is; one that sees only -inf gets 0 / 0.
+    out = np.where(sums.some[..., None], out / total[..., None], out.dtype.type(0))
     if lost.any():  # smaller weights keep the sum of huge values from overflowing
         again = _sums(p, h, q, queries, margin=np.log(2 * p.n_keys))
         most = np.finfo(out.dtype).max
