@@ -39,6 +39,7 @@ cdef extern from "tile.h" nogil:
         DOT
         DISTANCE
         ADDITIVE
+        SQUARED_DISTANCE
     ctypedef struct Candidate:
         pass
 

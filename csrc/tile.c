@@ -50,7 +50,7 @@ static Scratch scratch_of(const Tile *t) {
 static void settle_units(Tile *t) {
     double size = fabs(t->scale);
     bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->margin > 0 ||
-                   t->softcap > REAL_MAX / 2;
+                   t->softcap > REAL_MAX / 2 || t->measure == SQUARED_DISTANCE;
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);

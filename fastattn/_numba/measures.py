@@ -10,6 +10,7 @@ from math import inf
 
 from .exponential import tanh
 from .memory import ahead, load, reals, store
+from .numbers import finite_most
 from .vectors import (
     TILE_VECS,
     any_lane,
@@ -17,6 +18,7 @@ from .vectors import (
     compiled,
     constant,
     lanes,
+    larger,
     multiply_add,
     per_type,
     splat,
@@ -25,8 +27,13 @@ from .vectors import (
 
 __all__ = ["NUMBER", "measure_keys"]
 
-DISTANCE = 1
-NUMBER = {"dot": None, "distance": DISTANCE, "additive": 2}
+DISTANCE, ADDITIVE, SQUARED_DISTANCE = 1, 2, 3
+NUMBER = {
+    "dot": None,
+    "distance": DISTANCE,
+    "additive": ADDITIVE,
+    "squared distance": SQUARED_DISTANCE,
+}
 CHUNK_DIMS = 16
 
 shrink = per_type(2.0**-66, 2.0**-520)
@@ -58,7 +65,7 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
             y = splat(reals(at + second * k_row, scale)[0])
             z = splat(reals(at + third * k_row, scale)[0])
             u = splat(reals(at + fourth * k_row, scale)[0])
-            if measure == DISTANCE:
+            if measure != ADDITIVE:
                 x, y, z, u = q - x, q - y, q - z, q - u
                 a, b = multiply_add(x, x, a), multiply_add(y, y, b)
                 c, d = multiply_add(z, z, c), multiply_add(u, u, d)
@@ -67,11 +74,11 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
                 a, b = multiply_add(weight, tanh(q + x), a), multiply_add(weight, tanh(q + y), b)
                 c, d = multiply_add(weight, tanh(q + z), c), multiply_add(weight, tanh(q + u), d)
         all_a, all_b, all_c, all_d = all_a + a, all_b + b, all_c + c, all_d + d
-    if measure == DISTANCE:
-        all_a = root(t, all_a, k, k_dim, column, scale)
-        all_b = root(t, all_b, k + second * k_row, k_dim, column, scale)
-        all_c = root(t, all_c, k + third * k_row, k_dim, column, scale)
-        all_d = root(t, all_d, k + fourth * k_row, k_dim, column, scale)
+    if measure != ADDITIVE:
+        all_a = score_of(t, measure, all_a, k, k_dim, column, scale)
+        all_b = score_of(t, measure, all_b, k + second * k_row, k_dim, column, scale)
+        all_c = score_of(t, measure, all_c, k + third * k_row, k_dim, column, scale)
+        all_d = score_of(t, measure, all_d, k + fourth * k_row, k_dim, column, scale)
     store(ahead(scores, fourth * size), all_d)
     store(ahead(scores, third * size), all_c)
     store(ahead(scores, second * size), all_b)
@@ -79,15 +86,30 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
 
 
 @compiled
-def root(t, square, k, k_dim, column, scale):
+def score_of(t, measure, square, k, k_dim, column, scale):
     """The scores of one key from squared distances; those of finite numbers may overflow."""
-    size, factor = TILE_VECS * lanes(scale), splat(constant(t.measure_scale, scale))
-    length, far = square_root(square), square == splat(constant(inf, scale))
+    factor, infinite = splat(constant(t.measure_scale, scale)), splat(constant(inf, scale))
+    far = square == infinite
+    if measure == SQUARED_DISTANCE:
+        # What leaves the range is its end, but -Inf of what the inputs make infinite.
+        score = larger(splat(-finite_most(scale)), square * factor)
+        if any_lane(far):
+            far = shrunk(t, k, k_dim, column, scale) == infinite
+            score = choose(far, splat(constant(-inf, scale)), score)
+        return score
+    length = square_root(square)
     if any_lane(far):
-        small, total = splat(shrink(scale)), splat(constant(0.0, scale))
-        for dim in range(t.head_dim):
-            x = splat(reals(k + dim * k_dim, scale)[0])
-            x = load(ahead(column, dim * size)) * small - x * small
-            total = multiply_add(x, x, total)
-        length = choose(far, square_root(total) / small, length)
+        root = square_root(shrunk(t, k, k_dim, column, scale)) / splat(shrink(scale))
+        length = choose(far, root, length)
     return length * factor
+
+
+@compiled
+def shrunk(t, k, k_dim, column, scale):
+    """The squared distances of vectors `shrink` times as long."""
+    small, total = splat(shrink(scale)), splat(constant(0.0, scale))
+    for dim in range(t.head_dim):
+        x = splat(reals(k + dim * k_dim, scale)[0])
+        x = load(ahead(column, dim * TILE_VECS * lanes(scale))) * small - x * small
+        total = multiply_add(x, x, total)
+    return total

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem
+from ..problem import DOT, Problem
 from ..results import empty_like
 from . import numpy_backward
 from .cython_kernels import attend, bounds, kernels, product, threads
@@ -24,6 +24,8 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     batch and of the heads; that of a bias of queries x keys has the bias's own.
     """
     b, p = backward, backward.problem
+    if p.measure is not DOT:
+        return numpy_backward.run_backward(b)
     if np.any(np.abs(b.lse) > 1 / np.finfo(p.accumulator).eps, where=np.isfinite(b.lse)):
         # No digit of such an lse is left for the number of keys: the softmax must be taken anew.
         return numpy_backward.run_backward(b)

@@ -22,16 +22,18 @@ CHUNK = 16
 
 def measure(how: Measure, q, k) -> np.ndarray:
     """(..., queries, keys) from q (..., queries, head_dim) and k (..., keys, head_dim)."""
-    distances = how.name == "distance"
+    distances = how.name != "additive"
     total = _sum(_squares(q, k) if distances else _tanhs(how, q, k))
-    if not distances:
-        return total
-    far = np.isinf(total)
+    far = np.isinf(total) if distances else np.False_
+    squared = how.name != "distance"
     if not far.any():
-        return np.sqrt(total)
+        return total if squared else np.sqrt(total)
     # The squares of finite numbers may overflow though the distance does not.
-    unit = q.dtype.type(2.0 ** (np.finfo(q.dtype).maxexp // 2))
-    return np.where(far, np.sqrt(_sum(_squares(q / unit, k / unit))) * unit, np.sqrt(total))
+    unit = q.dtype.type(2.0 ** (np.finfo(q.dtype).maxexp // 2 + 16))
+    shrunk = _sum(_squares(q / unit, k / unit))
+    if squared:
+        return np.where(far & np.isfinite(shrunk), np.finfo(total.dtype).max, total)
+    return np.where(far, np.sqrt(shrunk) * unit, np.sqrt(total))
 
 
 def measure_gradients(how: Measure, q, k, seen, grad):
@@ -44,9 +46,11 @@ def measure_gradients(how: Measure, q, k, seen, grad):
     if how.name == "distance":
         lengths = measure(how, q, k)
         grad = np.where(lengths == 0, 0, grad / np.where(lengths == 0, 1, lengths))
+    elif how.name == "squared distance":
+        grad = 2 * grad
     for d in range(q.shape[-1]):
         x, y = q[..., :, None, d], k[..., None, :, d]
-        if how.name == "distance":
+        if how.name != "additive":
             terms = grad * (x - y)
             sign = -1
         else:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..dtypes import as_real
-from ..problem import DOT, Problem
+from ..problem import DOT, SQUARED_DISTANCE, Problem
 from .numpy_measures import measure
 
 __all__ = [
@@ -132,7 +132,10 @@ def capped_products(p: Problem, h: Heads, q, keys: slice) -> np.ndarray:
     if p.measure is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
-        s = p.accumulator.type(p.scale) * measure(p.measure, q, k)
+        measured = measure(p.measure, q, k)
+        s = p.accumulator.type(p.scale) * measured
+        if p.measure is SQUARED_DISTANCE:  # what leaves the range is its end
+            s = np.where(np.isfinite(measured), np.maximum(s, np.finfo(s.dtype).min), s)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
