@@ -132,5 +132,5 @@ def test_many_axes(function):
     q, k, v = (x.reshape(*(1,) * 60, *x.shape) for x in SHAPE.arrays())
     wanted = function(*SHAPE.arrays(), causal=True)
     assert same_bits(function(q, k, v, causal=True).reshape(wanted.shape), wanted)
-    out, pullback = fastattn.vjp(function, q, k, v[:1])
+    out, pullback = fastattn.vjp(function, q, k, v)
     assert [x.shape for x in pullback(out)] == [q.shape, k.shape, v.shape]
