@@ -70,7 +70,8 @@ def gaussian(
     Raises
     ------
     TypeError, ValueError
-        As of `fastattn.scaled_dot`, and where an option has no meaning here.
+        As of `fastattn.scaled_dot`, where an option has no meaning here, and where ``cuda`` is
+        named, which multiplies only, and that is not exact enough.
 
     Notes
     -----
@@ -188,6 +189,8 @@ def _tried(call: Call, part: Part, sizes) -> np.ndarray:
     """For which batch entries and key heads may the product do? (batch, kv_heads)."""
     p, (first, last) = call.problem, (part.queries.start, part.queries.stop)
     small = _exact(p, sizes, np.zeros(1))
+    if call.backend == "cuda":  # which knows no differences, and says so where they are needed
+        return np.ones_like(small)
     if small.all() or p.head_dim <= FEW_DIMS or p.group * (last - first) <= FEW_QUERIES:
         return small
     some = slice((first + last) // 2, min((first + last) // 2 + FEW_QUERIES, last))
@@ -209,7 +212,8 @@ def _sizes(call: Call, part: Part, squares) -> np.ndarray:
 
 def _exact(p: Problem, sizes, lse) -> np.ndarray:
     """Where does the rule hold for all queries of a key head? (batch, kv_heads)."""
-    exact = ~(sizes > LIMIT * np.maximum(1, np.where(np.isfinite(lse), -lse, 1)))
+    # A row that sees nothing, or a NaN, is exact in any way; one that may overflow in none.
+    exact = ~(sizes > LIMIT * np.maximum(1, -lse)) & ~(sizes > np.finfo(sizes.dtype).max / 16)
     return exact.reshape(*exact.shape[:-2], -1, p.group * exact.shape[-1]).all(axis=-1)
 
 

@@ -73,7 +73,8 @@ def _finite(p: Problem, entry: Part, seen) -> Iterator[tuple[np.ndarray, np.ndar
     """``(keys, used)`` of each run: 0 where a key is not used, neither seen by all nor finite."""
     for run in runs(p, entry):
         x = run.of(p.k, "gj.")
-        used = run.of(seen, "gj") & np.isfinite(x).all(axis=-1)
+        finite = np.isfinite(x.sum(axis=-1))  # sooner than to look at each number
+        used = run.of(seen, "gj") & (finite if finite.all() else np.isfinite(x).all(axis=-1))
         yield (x if used.all() else np.where(used[..., None], x, 0)), used
 
 
