@@ -31,7 +31,7 @@ from .vjp import differentiated, differentiates, without_out
 __all__ = ["gaussian"]
 
 # How many times the rounding of a score that of the product may be.
-LIMIT = 8
+LIMIT = 4
 # Up to so many dimensions, or queries of a key head, differences take no longer.
 FEW_DIMS = 16
 FEW_QUERIES = 16
@@ -78,9 +78,10 @@ def gaussian(
     Differences are squared and summed as they stand, so that neither a place far from the origin
     nor a spread that is large beside ``alpha**-0.5`` costs digits. A product is faster, and taken
     for a batch entry and key head, and some thousands of its queries at a time, if it is as exact:
-    with the mean `c` of the keys that are seen, and the largest distance `r` of one of them from
-    it, ``alpha * (|q - c| + r)**2 <= 8 * max(1, -lse)`` must hold for every query. Where the left
-    side is more than 8, there must also be more than 16 dimensions and queries. The product is
+    ``alpha * |q - c|**2 <= 4 * max(1, -lse)``, with the mean `c` of the keys that are seen, must
+    hold for every query: a key that is farther from `c` is far from the query, too, and plain
+    rounding of its score is as large. Where the left side is more than 4, there must also be more
+    than 16 dimensions and queries. The product is
     ``-alpha |q - k|**2 = 2 alpha (q.k - |k|**2 / 2) - alpha |q|**2`` about `c`: a dot product of
     vectors with one more number, and a factor of each query.
 
@@ -201,13 +202,13 @@ def _tried(call: Call, part: Part, sizes) -> np.ndarray:
 def _sizes(call: Call, part: Part, squares) -> np.ndarray:
     """The largest terms of the product for each query, 0 of one that is not finite."""
     p = call.problem
-    if call.alpha > np.finfo(p.accumulator).max / 4:
-        return np.full(squares.shape, np.inf, p.accumulator)
+    sizes = call.alpha * squares
+    if not np.isfinite(sizes).all():
+        sizes = np.where(np.isfinite(part.of(p.q, "hq.")).all(axis=-1), sizes, 0)
+    # Where the product might leave the range for some key, it is never exact.
+    most = np.finfo(p.accumulator).max / (64 * p.head_dim * max(call.alpha, 1))
     reach = np.repeat(part.of(call.reach, "g"), p.group, axis=-1)[..., None]
-    sizes = call.alpha * (np.sqrt(squares) + reach) ** 2
-    if np.isfinite(sizes).all():
-        return sizes
-    return np.where(np.isfinite(part.of(p.q, "hq.")).all(axis=-1), sizes, 0)
+    return np.where(reach**2 <= most, sizes, np.inf)
 
 
 def _exact(p: Problem, sizes, lse) -> np.ndarray:

@@ -32,7 +32,7 @@ class Call(NamedTuple):
     normalize: bool
     backend: str | None
     centre: np.ndarray  # (batch, kv_heads, 1, head_dim): the mean of the keys that are seen
-    reach: np.ndarray  # (batch, kv_heads): the largest distance of one from it
+    reach: np.ndarray  # (batch, kv_heads): the largest size of a number in one of them
 
 
 class Attended(NamedTuple):
@@ -57,15 +57,13 @@ def extents(p: Problem, seen) -> tuple[np.ndarray, np.ndarray]:
     reach = np.zeros((*p.batch, p.kv_heads), p.accumulator)
     for entry in entries(p):
         total, count = np.zeros((1, 1)), 0
+        most = entry.of(reach, "g")
         for x, used in _finite(p, entry, seen):
             total = total + x.sum(axis=-2, keepdims=True, dtype=np.float64)
             count = count + used.sum(axis=-1, dtype=np.int64)[..., None, None]
-        middle = entry.of(centre, "g..")
-        middle[...] = total / np.maximum(count, 1)
-        most = entry.of(reach, "g")
-        for x, used in _finite(p, entry, seen):
-            squares = np.where(used, _squares(np.subtract(x, middle, dtype=p.accumulator)), 0)
-            np.maximum(most, np.sqrt(squares.max(axis=-1, initial=0)), out=most)
+            for size in (x.max(axis=(-2, -1), initial=0), -x.min(axis=(-2, -1), initial=0)):
+                np.maximum(most, size, out=most)
+        entry.of(centre, "g..")[...] = total / np.maximum(count, 1)
     return centre, reach
 
 
