@@ -46,7 +46,8 @@ static Scratch scratch_of(const Tile *t) {
 #include "strongest.h"
 
 /* How products become scores and these become weights. Where nothing in natural units is added to
- * a score, the factor log2(e) of the exponent goes into the queries. */
+ * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes into
+ * the queries. */
 static void settle_units(Tile *t) {
     double size = fabs(t->scale);
     bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->margin > 0 ||

@@ -30,7 +30,7 @@ from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["gaussian"]
 
-# How many times the rounding of a score that of the product may be.
+# How large the product's terms may be beside the scores that count.
 LIMIT = 4
 # Up to so many dimensions, or queries of a key head, differences take no longer.
 FEW_DIMS = 16
@@ -236,18 +236,22 @@ def _scaled(x, share):
 
 
 class _Kept:
-    """What the gradients need of the forward pass: the softmax without sinks."""
+    """What the gradients need of the forward pass: the softmax without sinks, whose `out` is None
+    where it is the result.
+    """
 
-    def __init__(self, p: Problem):
+    def __init__(self, p: Problem, normalize: bool):
         self.call: Call
         self.parts: list[tuple[Part, bool]] = []
-        self.out = np.empty(p.rows(p.value_dim), p.accumulator)
+        same = normalize and p.sinks is None and p.dtype == p.accumulator
+        self.out = None if same else np.empty(p.rows(p.value_dim), p.accumulator)
         self.lse = np.empty(p.rows(), p.accumulator)
         self.inner_lse = np.empty(p.rows(), p.accumulator)
 
     def add(self, part: Part, by_product: bool, found: Attended) -> None:
         self.parts.append((part, by_product))
-        part.of(self.out, "hq.")[...] = found.out
+        if self.out is not None:
+            part.of(self.out, "hq.")[...] = found.out
         part.of(self.lse, "hq")[...] = found.lse
         part.of(self.inner_lse, "hq")[...] = found.inner_lse
 
@@ -260,7 +264,7 @@ def _gaussian(
     call = _pose(q, k, v, alpha, normalize, exclude_self, options,
                  return_lse=True, gradients=True, wrt=wrt)  # fmt: skip
     p = call.problem
-    kept = _Kept(p)
+    kept = _Kept(p, call.normalize)
     return differentiated(
         p, call.backend, return_lse, partial(_run, call, kept=kept), partial(_gradients, kept)
     )
@@ -288,7 +292,8 @@ def _gradients(kept: _Kept, b: Backward) -> dict[str, np.ndarray]:
 def _inner(kept: _Kept, b: Backward, part: Part):
     """The backward problem of a part's softmax, and the gradient of sinks."""
     call, p = kept.call, b.problem
-    y, lse = part.of(kept.out, "hq."), part.of(kept.lse, "hq")
+    y = part.of(b.out if kept.out is None else kept.out, "hq.")
+    lse = part.of(kept.lse, "hq")
     _, share = _shares(call, part, lse)
     share = np.ones_like(lse) if share is None else share
     from_lse = np.zeros_like(lse) if b.grad_lse is None else part.of(b.grad_lse, "hq")

@@ -356,6 +356,16 @@ def test_pool_of_padded_sequences():
     assert not fastattn.pool(x, np.ones(4), kv_lengths=0).any()
 
 
+def test_pool_of_many_axes():
+    """NumPy broadcasts no more than 32, and has arrays of 64."""
+    x, w = np.random.default_rng(5).standard_normal((2, 7, 7))
+    mask = np.arange(7) < 5
+    for n in (33, 63):
+        many = x.reshape(*(1,) * (n - 2), 7, 7)
+        out = fastattn.pool(many, w, mask=mask.reshape(*(1,) * (n - 2), 7))
+        assert same_bits(out.reshape(7, 7), fastattn.pool(x, w, mask=mask))
+
+
 # ---------------------------------------------------------------------------------------- errors
 
 Q, K, V = Shape(2, 4, 5, 7, 8, kv_heads=2).arrays()
@@ -395,6 +405,7 @@ def test_shapes_are_those_of_scaled_dot(name):
 
 @pytest.mark.parametrize("x, w, opts, message", [
     (np.ones(3), np.ones(3), {}, "x: expected 2 to 63 axes, "),
+    (np.ones((*[1] * 62, 5, 3)), np.ones(3), {}, "x: expected 2 to 63 axes, "),
     (np.ones((5, 3)), np.ones(4), {}, "w: dim 4 differs from x's 3"),
     (np.ones((5, 3)), np.ones((3, 2, 1)), {}, "w: 3 axes given"),
     (np.ones((5, 3)), np.ones(3), {"b": np.ones(2)}, r"b: shape \(2,\) given"),
