@@ -132,7 +132,9 @@ def attend(
         describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
         tiles.weights_key = walk.weights.dim
         if measure is not None:
-            tiles.measure = {"distance": DISTANCE, "additive": ADDITIVE}[measure[0]]
+            tiles.measure = {
+                "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+            }[measure[0]]
             tiles.measure_weights = doubles(measure[1])
         tiles.want_lse = lse is not None
         if walk.parts > 1:

@@ -38,6 +38,7 @@ cdef extern from "tile.h" nogil:
         DOT
         DISTANCE
         ADDITIVE
+        SQUARED_DISTANCE
     ctypedef struct Candidate:
         pass
 

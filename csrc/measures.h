@@ -226,6 +226,36 @@ static void measure_distances(const Tile *t, const Scratch *s, int p, const Stri
     if (any_lane(least < splat(NEAR))) measure_again(t, s, p, strip, k, NEAR_SQUARES);
 }
 
+/* Squared distances to scores, times `factor`, which is less than 0: what leaves the range is its end.
+ * Is any distance infinite? */
+static bool scale_squares(int vecs, const Strip *strip, real factor) {
+    const vec least = splat(-REAL_MAX);
+    vec most = splat(0);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = strip->scores + j * PANEL + n * LANES;
+            vec square = load(s);
+            most = larger(square, most);
+            store(s, larger(least, square * factor)); /* a NaN stays one */
+        }
+    bool some = false;
+    for (int i = 0; i < LANES; i++) some |= most[i] == INFINITY;
+    return some;
+}
+
+static void measure_squares(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
+    measure_strip(t, s, p, strip, SQUARES, k, strip->scores);
+    if (!scale_squares(t->panel[p].vecs, strip, (real)t->measure_scale)) return;
+    /* Of what the inputs make infinite the score is -Inf. */
+    measure_strip(t, s, p, strip, FAR_SQUARES, k, s->measured);
+    for (int j = 0; j < strip->keys; j++)
+        for (int n = 0; n < t->panel[p].vecs; n++) {
+            real *score = strip->scores + j * PANEL + n * LANES;
+            vec far = load(s->measured + j * PANEL + n * LANES);
+            store(score, choose(far == splat(INFINITY), splat(-INFINITY), load(score)));
+        }
+}
+
 static void measure_additive(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
     measure_strip(t, s, p, strip, few(t) ? TANHS : RATIOS, k, strip->scores);
     if (few(t)) return;
@@ -246,6 +276,7 @@ static void measure_additive(const Tile *t, const Scratch *s, int p, const Strip
 /* The scores of a strip before softcap. */
 static void measure_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
     if (t->measure == DISTANCE) measure_distances(t, s, p, strip, k);
+    else if (t->measure == SQUARED_DISTANCE) measure_squares(t, s, p, strip, k);
     else measure_additive(t, s, p, strip, k);
 }
 #endif

@@ -44,7 +44,7 @@ static double measure_exactly(const Tile *t, ptrdiff_t i, ptrdiff_t key, int dow
         *finite &= isfinite(q) && isfinite(k);
         if (t->measure == ADDITIVE) {
             sum += t->measure_weights[d] * unit * tanh(q + k);
-        } else if (t->measure == DISTANCE) {
+        } else if (t->measure == DISTANCE || t->measure == SQUARED_DISTANCE) {
             double away = q * unit - k * unit;
             sum += away * away;
         } else
@@ -62,7 +62,7 @@ static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
     double x = measure_exactly(t, i, key, 0, &finite);
     if (finite && !isfinite(x)) {
         x = measure_exactly(t, i, key, far, &finite);
-        up = t->measure == DOT ? 2 * far : far;
+        up = t->measure == DOT || t->measure == SQUARED_DISTANCE ? 2 * far : far;
     }
     x = frexp(x, &power) * t->scale;
     double s = drawn_in(ldexp(x, power + up), finite && isfinite(t->scale));

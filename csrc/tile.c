@@ -47,11 +47,13 @@ static Scratch scratch_of(const Tile *t) {
 #include "strongest.h"
 
 /* How products become scores and these become weights. Where nothing in natural units is added to
- * a score, the factor log2(e) of the exponent goes into the queries. */
+ * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes into
+ * the queries. */
 static void settle_units(Tile *t) {
     double size = fabs(t->scale);
     t->careful = may_overflow(t);
-    bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->careful;
+    bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->careful ||
+                   t->measure == SQUARED_DISTANCE;
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);

@@ -26,8 +26,8 @@ typedef struct {
     int bytes, swapped;
 } NumberFormat;
 
-/* How a query and a key compare: by q . k, |q - k|, or the weighted sum of tanh(q + k). */
-typedef enum { DOT, DISTANCE, ADDITIVE } Measure;
+/* How a query and a key compare: by q . k, |q - k|, the weighted sum of tanh(q + k), or |q - k|^2. */
+typedef enum { DOT, DISTANCE, ADDITIVE, SQUARED_DISTANCE } Measure;
 
 /* A key that may be one of a query's strongest. */
 typedef struct {

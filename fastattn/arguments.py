@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from itertools import zip_longest
 from types import FunctionType
 
 import numpy as np
@@ -12,8 +13,8 @@ from .dtypes import is_real
 from .foreign import as_array
 
 __all__ = [
-    "FAR", "broadcast", "count", "flag", "function", "in_range", "integer", "integers", "number",
-    "operand", "plain", "renamed", "vector",
+    "FAR", "broadcast", "broadcast_shapes", "count", "flag", "function", "in_range", "integer",
+    "integers", "number", "operand", "plain", "renamed", "vector",
 ]  # fmt: skip
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -118,6 +119,17 @@ def vector(name: str, value, dim: int) -> np.ndarray:
     if x.shape != (dim,):
         raise ValueError(f"{name}: shape {x.shape} given, ({dim},) wanted")
     return np.ascontiguousarray(in_range(x, np.float64), np.float64)
+
+
+def broadcast_shapes(*shapes) -> tuple[int, ...]:
+    """As `numpy.broadcast_shapes`, which takes no more than 32 axes of the 64 of an array."""
+    found = []
+    for lengths in zip_longest(*map(reversed, shapes), fillvalue=1):
+        own = set(lengths) - {1}
+        if len(own) > 1:
+            raise ValueError(f"{' and '.join(map(str, shapes))} do not broadcast")
+        found.append(own.pop() if own else 1)
+    return tuple(reversed(found))
 
 
 def broadcast(name: str, x, shape, axes: str):

@@ -90,10 +90,12 @@ def scaled_dot_backward(
     return pull_back(problem, backend, grad_out, out, lse, grad_lse)
 
 
-def pull_back(problem: Problem, backend: str | None, grad_out, out, lse, grad_lse=None):
+def pull_back(
+    problem: Problem, backend: str | None, grad_out, out, lse, grad_lse=None, run_backward=None
+):
     """The gradients that `problem` asks for, from its results and their gradients."""
-    chosen = select(problem, backend, unsupported_backward)
-    found = chosen.run_backward(pose_backward(problem, grad_out, out, lse, grad_lse))
+    chosen = run_backward or select(problem, backend, unsupported_backward).run_backward
+    found = chosen(pose_backward(problem, grad_out, out, lse, grad_lse))
     return tuple(of_its_array(found[gradient.name], gradient) for gradient in problem.gradients)
 
 

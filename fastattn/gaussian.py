@@ -1,26 +1,40 @@
-"""Attention by distance: the Gaussian kernel as a scaled dot product of one more dimension."""
+"""Attention by squared distance: the Gaussian kernel."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 
-from .api import scaled_dot
+from .api import answer
 from .arguments import flag, plain
-from .backward import of_its_array, scaled_dot_backward
-from .backward_problem import Backward, pose_backward
-from .dispatch import select, unsupported_backward
-from .merge import merge
-from .problem import Gradient, Problem, pose
-from .results import empty_like
+from .backward_problem import Backward
+from .gaussian_ways import (
+    Attended,
+    Call,
+    difference_gradients,
+    differences,
+    extents,
+    lifted,
+    product,
+    product_gradients,
+)
+from .parts import Gradients, Part, blocks, entries, fill, runs, singles
+from .problem import Problem, pose
 from .scores import positive, refuse
 from .seen import seen_keys
-from .vjp import differentiates
+from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["gaussian"]
+
+# How large the product's terms may be beside the scores that count.
+LIMIT = 4
+# Up to so many dimensions, or queries of a key head, differences take no longer.
+FEW_DIMS = 16
+FEW_QUERIES = 16
 
 
 def gaussian(
@@ -56,15 +70,23 @@ def gaussian(
     Raises
     ------
     TypeError, ValueError
-        As of `fastattn.scaled_dot`, and where an option has no meaning here.
+        As of `fastattn.scaled_dot`, where an option has no meaning here, and where ``cuda`` is
+        named, which multiplies only, and that is not exact enough.
 
     Notes
     -----
-    ``-alpha |q - k|**2 = 2 alpha (q.k - |k|**2 / 2) - alpha |q|**2``: the first term is a dot
-    product of vectors with one more number, the last a factor of each query. So that they do not
-    cancel far from the origin, the mean of the keys that are seen is subtracted from keys and
-    queries first, for each batch entry and each head of the keys; half precision is computed in
-    float32. The smoother is Nadaraya (1964), "On Estimating Regression", and Watson (1964), "Smooth
+    Differences are squared and summed as they stand, so that neither a place far from the origin
+    nor a spread that is large beside ``alpha**-0.5`` costs digits. A product is faster, and taken
+    for a batch entry and key head, and some thousands of its queries at a time, if it is as exact:
+    ``alpha * |q - c|**2 <= 4 * max(1, -lse)``, with the mean `c` of the keys that are seen, must
+    hold for every query: a key that is farther from `c` is far from the query, too, and plain
+    rounding of its score is as large. Where the left side is more than 4, there must also be more
+    than 16 dimensions and queries. The product is
+    ``-alpha |q - k|**2 = 2 alpha (q.k - |k|**2 / 2) - alpha |q|**2`` about `c`: a dot product of
+    vectors with one more number, and a factor of each query.
+
+    Half precision is computed in float32. An `alpha` and scores beyond the range of the sums act as
+    its end. The smoother is Nadaraya (1964), "On Estimating Regression", and Watson (1964), "Smooth
     Regression Analysis", equation 2.
 
     Examples
@@ -80,35 +102,18 @@ def gaussian(
            [3., 4.],
            [3., 4.]])
     """
-    lifted = _lift(q, k, v, alpha, normalize, exclude_self, options, out=out,
-                   return_lse=return_lse, return_weights=return_weights)  # fmt: skip
-    results = _results(lifted, *_attend(lifted))
-    if out is not None:
-        out[...] = results[0]
-        results[0] = out
-    return tuple(results) if len(results) > 1 else results[0]
+    call = _pose(q, k, v, alpha, normalize, exclude_self, options, out=out,
+                 return_lse=return_lse, return_weights=return_weights)  # fmt: skip
+    return answer(call.problem, call.backend, out, partial(_run, call))
 
 
-class _Lifted(NamedTuple):
-    """A call of `gaussian` as one of `scaled_dot`, in the accumulator's dtype."""
-
-    problem: Problem  # what was asked, validated
-    q: np.ndarray  # (batch, heads, queries, head_dim + 1)
-    k: np.ndarray  # (batch, kv_heads, keys, head_dim + 1)
-    v: np.ndarray
-    distance: np.ndarray  # (batch, heads, queries): alpha times that of the query to 0, squared
-    normalize: bool
-    parts: tuple  # the spans of one call each, over disjoint keys
-    options: dict
-
-
-def _lift(q, k, v, alpha, normalize, exclude_self, options, **results) -> _Lifted:
+def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
     refuse("gaussian", options, "scale", "softcap")
     alpha = positive("alpha", alpha)
     normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     backend = options.pop("backend", None)
-    p = pose(q, k, v, **options, **results)
+    p = pose(q, k, v, **options, **more)
     if p.sinks is not None and not normalize:
         raise ValueError("sinks: given with normalize=False, which divides by nothing")
     if exclude_self and p.key_range.lengths is not None and options.get("q_offset") is None:
@@ -116,170 +121,189 @@ def _lift(q, k, v, alpha, normalize, exclude_self, options, **results) -> _Lifte
             "q_offset: None given with kv_lengths and exclude_self; pass 0 for a padded batch of "
             "whole sequences, kv_lengths - n_queries for a cache"
         )
-    parts = _without_self(p) if exclude_self else (p.key_range.spans,)
-    with np.errstate(all="ignore"):
-        centre = _centre(
-            [replace(p, key_range=replace(p.key_range, spans=spans)) for spans in parts]
-        )
-        k, squares = _moved(p.k, centre)
-        far = np.isinf(squares)  # a score of -inf, whatever the query: not Inf - Inf
-        if far.any():
-            k[far] = 0
-        k[..., -1] = -squares / 2
-        if p.group > 1:
-            centre = np.repeat(centre, p.group, axis=-3)
-        q, squares = _moved(p.q, centre)
-        q[..., -1] = 1
-    for name in ("sinks", "spans"):
-        options.pop(name, None)
-    options |= {"scale": 2 * alpha, "backend": backend}
-    v = p.v.astype(p.accumulator, copy=False)
-    return _Lifted(p, q, k, v, alpha * squares, normalize, parts, options)
-
-
-def _moved(x, centre):
-    """``x - centre`` with room for one more number, in the memory order of `x`, and the squares of
-    its lengths.
-    """
-    shape = np.broadcast_shapes(x.shape, centre.shape)
-    moved = empty_like(x, (*shape[:-1], shape[-1] + 1), centre.dtype)
-    vectors = np.subtract(x, centre, out=moved[..., :-1])
-    return moved, np.einsum("...d,...d->...", vectors, vectors)
+    # Sinks come last: the product knows a score but for a term of the query.
+    spans = _without_self(p) if exclude_self else (p.key_range.spans,)
+    sets = tuple(replace(p, key_range=replace(p.key_range, spans=x), sinks=None) for x in spans)
+    alpha = min(alpha, float(np.finfo(p.accumulator).max))
+    nowhere = np.empty(0)
+    return Call(p, sets, alpha, normalize, backend, nowhere, nowhere)
 
 
 def _without_self(p: Problem):
     """The spans before and after each query's own place on the key axis."""
-    start, stop = (0, p.n_keys) if p.key_range.spans is None else p.key_range.spans
+    spans = p.key_range.spans
+    start, stop = (0, p.n_keys) if spans is None else spans
     offset = p.q_offset
     if isinstance(offset, np.ndarray):
         offset = offset[..., None, None]
     place = np.arange(p.n_queries) + offset
-    return (start, np.minimum(stop, place)), (np.maximum(start, place + 1), stop)
+    sides = (start, np.minimum(stop, place)), (np.maximum(start, place + 1), stop)
+    return [tuple(np.broadcast_to(x, p.rows()) for x in side) for side in sides]
 
 
-def _centre(parts: list[Problem]) -> np.ndarray:
-    """The mean of the keys that are seen and finite: (batch, kv_heads, 1, head_dim)."""
-    p = parts[0]
-    seen = functools.reduce(np.logical_or, map(seen_keys, parts))
-    total, count = p.k.sum(axis=-2, keepdims=True, dtype=np.float64), p.n_keys
-    if not (seen.all() and np.isfinite(total).all()):  # or else there is nothing to leave out
-        used = (seen & np.isfinite(p.k).all(axis=-1))[..., None]
-        total = np.where(used, p.k, 0).sum(axis=-2, keepdims=True, dtype=np.float64)
-        count = used.sum(axis=-2, keepdims=True)
-    return (total / np.maximum(count, 1)).astype(p.accumulator)
+def _run(call: Call, p: Problem, result, kept: _Kept | None = None):
+    """Fill `result` and return what a backend's `run` does; keep what gradients need."""
 
+    def results():
+        for part, by_product, found in _attended(call):
+            if kept is not None:
+                kept.add(part, by_product, found)
+            total, share = _shares(call, part, found.lse)
+            yield part, (_scaled(found.out, share), total, _scaled(found.weights, share))
 
-def _attend(lifted: _Lifted):
-    """``(out, lse, weights)`` of the softmax, with the lse of the lifted scores."""
-    p = lifted.problem
-    parts = [
-        scaled_dot(
-            lifted.q, lifted.k, lifted.v, spans=spans, return_lse=True,
-            return_weights=p.return_weights, **lifted.options,
-        )
-        for spans in lifted.parts
-    ]  # fmt: skip
-    if len(parts) == 1:
-        return (*parts[0], None)[:3]
-    out, lse = merge(*(part[:2] for part in parts))
-    if not p.return_weights:
-        return out, lse, None
     with np.errstate(all="ignore"):
-        shares = (np.where(own == -np.inf, 0, np.exp(own - lse)) for _, own, _ in parts)
-        terms = (x[..., None] * part[2] for x, part in zip(shares, parts, strict=True))
-        weights = functools.reduce(np.add, terms)
-    return out, lse, weights
+        seen = functools.reduce(np.logical_or, map(seen_keys, call.sets))
+        centre, reach = extents(p, seen)
+        call = call._replace(centre=centre, reach=reach)
+        if kept is not None:
+            kept.call = call
+        return fill(p, result, results())
 
 
-def _results(lifted: _Lifted, y, lse, weights) -> list:
-    """What `gaussian` returns, from what `_attend` does."""
-    p = lifted.problem
-    _, total, share = _shares(lifted, lse)
-    results = [_scaled(y, share, p.dtype)]
-    if p.return_lse:
-        results.append(total)
-    if p.return_weights:
-        results.append(_scaled(weights, share, p.dtype))
-    return [x[0] for x in results] if p.one_head else results
+def _attended(call: Call) -> Iterator[tuple[Part, bool, Attended]]:
+    """``(part, by_product, found)`` of each block."""
+    p = call.problem
+    for entry in entries(p):
+        for part in blocks(p, entry):
+            yield from _attend(call, part)
 
 
-def _shares(lifted: _Lifted, lse):
-    """``(lse, total, share)``: the logarithm of the sum of exp(score) without sinks and with, and
-    by what the softmax is to be multiplied, None for 1.
+def _attend(call: Call, part: Part) -> Iterator[tuple[Part, bool, Attended]]:
+    """Attend by the product where the rule allows it, by differences elsewhere."""
+    p = call.problem
+    queries = lifted(call, part)
+    sizes = _sizes(call, part, queries.squares)
+    tried = _tried(call, part, sizes)
+    if tried.all():
+        found = product(call, part, queries)
+        tried = _exact(p, sizes, found.lse)
+        if tried.all():
+            yield part, True, found
+            return
+    if not tried.any():
+        yield part, False, differences(call, part)
+        return
+    for single in singles(p, part):
+        yield from _attend(call, single)
+
+
+def _tried(call: Call, part: Part, sizes) -> np.ndarray:
+    """For which batch entries and key heads may the product do? (batch, kv_heads)."""
+    p, (first, last) = call.problem, (part.queries.start, part.queries.stop)
+    small = _exact(p, sizes, np.zeros(1))
+    if call.backend == "cuda":  # which knows no differences, and says so where they are needed
+        return np.ones_like(small)
+    if small.all() or p.head_dim <= FEW_DIMS or p.group * (last - first) <= FEW_QUERIES:
+        return small
+    some = slice((first + last) // 2, min((first + last) // 2 + FEW_QUERIES, last))
+    sample = differences(call, part._replace(queries=some), value_dim=1)
+    return small | _exact(p, sizes[..., some.start - first : some.stop - first], sample.lse)
+
+
+def _sizes(call: Call, part: Part, squares) -> np.ndarray:
+    """The largest terms of the product for each query, 0 of one that is not finite."""
+    p = call.problem
+    sizes = call.alpha * squares
+    if not np.isfinite(sizes).all():
+        sizes = np.where(np.isfinite(part.of(p.q, "hq.")).all(axis=-1), sizes, 0)
+    # Where the product might leave the range for some key, it is never exact.
+    most = np.finfo(p.accumulator).max / (64 * p.head_dim * max(call.alpha, 1))
+    reach = np.repeat(part.of(call.reach, "g"), p.group, axis=-1)[..., None]
+    return np.where(reach**2 <= most, sizes, np.inf)
+
+
+def _exact(p: Problem, sizes, lse) -> np.ndarray:
+    """Where does the rule hold for all queries of a key head? (batch, kv_heads)."""
+    # A row that sees nothing, or a NaN, is exact in any way; one that may overflow in none.
+    exact = ~(sizes > LIMIT * np.maximum(1, -lse)) & ~(sizes > np.finfo(sizes.dtype).max / 16)
+    return exact.reshape(*exact.shape[:-2], -1, p.group * exact.shape[-1]).all(axis=-1)
+
+
+def _shares(call: Call, part: Part, lse):
+    """``(total, share)``: the lse with sinks, and by what the softmax is to be multiplied, None for
+    1.
     """
-    p = lifted.problem
-    with np.errstate(all="ignore"):
-        lse = lse - lifted.distance
-        if p.sinks is None and lifted.normalize:
-            return lse, lse, None
-        if p.sinks is None:
-            return lse, lse, np.exp(lse)
-        total = np.logaddexp(lse, p.sinks.astype(lse.dtype)[:, None])
-        return lse, total, np.where(lse == -np.inf, 0, np.exp(lse - total))
+    p = call.problem
+    if not call.normalize:
+        return lse, np.exp(lse)
+    if p.sinks is None:
+        return lse, None
+    total = np.logaddexp(lse, p.sinks[part.heads].astype(lse.dtype)[:, None])
+    return total, np.where(lse == -np.inf, 0, np.exp(lse - total))
 
 
-def _scaled(x, share, dtype):
-    with np.errstate(all="ignore"):
-        if share is not None:
-            x = x * share[..., None].astype(x.dtype, copy=False)
-        return x.astype(dtype, copy=False)
+def _scaled(x, share):
+    return x if x is None or share is None else x * share[..., None].astype(x.dtype, copy=False)
+
+
+class _Kept:
+    """What the gradients need of the forward pass: the softmax without sinks, whose `out` is None
+    where it is the result.
+    """
+
+    def __init__(self, p: Problem, normalize: bool):
+        self.call: Call
+        self.parts: list[tuple[Part, bool]] = []
+        same = normalize and p.sinks is None and p.dtype == p.accumulator
+        self.out = None if same else np.empty(p.rows(p.value_dim), p.accumulator)
+        self.lse = np.empty(p.rows(), p.accumulator)
+        self.inner_lse = np.empty(p.rows(), p.accumulator)
+
+    def add(self, part: Part, by_product: bool, found: Attended) -> None:
+        self.parts.append((part, by_product))
+        if self.out is not None:
+            part.of(self.out, "hq.")[...] = found.out
+        part.of(self.lse, "hq")[...] = found.lse
+        part.of(self.inner_lse, "hq")[...] = found.inner_lse
 
 
 @differentiates(gaussian)
 def _gaussian(
-    q, k, v, *, wrt, alpha=1.0, normalize=True, exclude_self=False, return_weights=False, **options
+    q, k, v, *, wrt, alpha=1.0, normalize=True, exclude_self=False, return_lse=False, **options
 ):
-    wants_lse = flag("return_lse", options.pop("return_lse", False))
-    asked = {"return_lse": True, "return_weights": return_weights, "gradients": True, "wrt": wrt}
-    lifted = _lift(q, k, v, alpha, normalize, exclude_self, options, **asked)
-    p = lifted.problem
-    select(p, lifted.options["backend"], unsupported_backward)
-    y, scores_lse, weights = _attend(lifted)
-    out, total, *rest = _results(lifted, y, scores_lse, weights)
-
-    def pullback(grad_out, grad_lse=None):
-        b = pose_backward(p, grad_out, out, total, grad_lse)
-        return tuple(
-            of_its_array(found, gradient)
-            for found, gradient in zip(
-                _gradients(lifted, b, y, scores_lse), p.gradients, strict=True
-            )
-        )
-
-    results = (out, *([total] if wants_lse else []), *rest)
-    return (results if len(results) > 1 else out), pullback
+    without_out(options)
+    call = _pose(q, k, v, alpha, normalize, exclude_self, options,
+                 return_lse=True, gradients=True, wrt=wrt)  # fmt: skip
+    p = call.problem
+    kept = _Kept(p, call.normalize)
+    return differentiated(
+        p, call.backend, return_lse, partial(_run, call, kept=kept), partial(_gradients, kept)
+    )
 
 
-def _gradients(lifted: _Lifted, b: Backward, y, scores_lse):
-    """In the order of the problem's, not yet summed over axes that broadcast.
-
-    ``out = y * share``, and the distance of a query to 0 is subtracted from its lse, so it gets
-    minus what the lse gets.
-    """
-    p = lifted.problem
-    lse, _, share = _shares(lifted, scores_lse)
-    inner = tuple(gradient.name for gradient in p.gradients[3:] if gradient.name != "sinks")
+def _gradients(kept: _Kept, b: Backward) -> dict[str, np.ndarray]:
+    """``out = softmax * share``, so both it and its lse have gradients."""
+    p, sums = b.problem, Gradients(b.problem)
     with np.errstate(all="ignore"):
-        share = np.ones_like(lse) if share is None else share
-        from_lse = np.zeros_like(lse) if b.grad_lse is None else b.grad_lse
-        grad_y = b.grad_out.astype(p.accumulator, copy=False)
-        along = (grad_y * y).sum(axis=-1) * share
-        grad_y = grad_y * share[..., None]
-        grad = along * (1 - share) + from_lse * share if lifted.normalize else along + from_lse
-        grad = np.where(lse == -np.inf, 0, grad)
-        parts = [
-            scaled_dot_backward(grad_y, lifted.q, lifted.k, lifted.v, y, scores_lse, grad_lse=grad,
-                                wrt=inner, spans=spans, **lifted.options)
-            for spans in lifted.parts
-        ]  # fmt: skip
-        dq, dk, dv, *others = (functools.reduce(np.add, same) for same in zip(*parts, strict=True))
-        outwards = Gradient("distance", (*lifted.q.shape[:-1], 1), grad.dtype)
-        outward = lifted.options["scale"] * of_its_array(grad[..., None], outwards)
-        dq = dq[..., :-1] - np.where(outward == 0, 0, outward * lifted.q[..., :-1])
-        last = dk[..., -1:]
-        dk = dk[..., :-1] - np.where(last == 0, 0, last * lifted.k[..., :-1])
-        found = {"q": dq, "k": dk, "v": dv, **dict(zip(inner, others, strict=True))}
-        if p.sinks is not None:
-            axes = tuple(range(len(p.batch)))
-            found["sinks"] = ((1 - share) * (from_lse - along)).sum(axis=-1).sum(axis=axes)
-    return [found[gradient.name] for gradient in p.gradients]
+        for part, by_product in kept.parts:
+            inner, of_sinks = _inner(kept, b, part)
+            if "sinks" in sums.found:
+                sums.add(part, {"sinks": of_sinks})
+            queries = lifted(kept.call, part) if by_product else None
+            for run in runs(p, part):
+                if queries is not None:
+                    found = product_gradients(kept.call, inner, run, queries)
+                else:
+                    found = difference_gradients(kept.call, inner, run)
+                for gradients in found:
+                    sums.add(run, gradients)
+    return sums.found
+
+
+def _inner(kept: _Kept, b: Backward, part: Part):
+    """The backward problem of a part's softmax, and the gradient of sinks."""
+    call, p = kept.call, b.problem
+    y = part.of(b.out if kept.out is None else kept.out, "hq.")
+    lse = part.of(kept.lse, "hq")
+    _, share = _shares(call, part, lse)
+    share = np.ones_like(lse) if share is None else share
+    from_lse = np.zeros_like(lse) if b.grad_lse is None else part.of(b.grad_lse, "hq")
+    grad_y = part.of(b.grad_out, "hq.").astype(p.accumulator, copy=False)
+    along = (grad_y * y).sum(axis=-1) * share
+    grad = along * (1 - share) + from_lse * share if call.normalize else along + from_lse
+    grad = np.where(lse == -np.inf, 0, grad)
+    of_sinks = ((1 - share) * (from_lse - along)).sum(axis=(*range(len(p.batch)), -1))
+    inner = b._replace(
+        out=y, lse=part.of(kept.inner_lse, "hq"), grad_out=grad_y * share[..., None], grad_lse=grad
+    )
+    return inner, of_sinks

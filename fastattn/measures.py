@@ -41,7 +41,7 @@ def euclidean(q, k, v, *, scale=1.0, out=None, backend=None, **options):
 
     See Also
     --------
-    gaussian : By the squared distance, at the speed of `scaled_dot`.
+    gaussian : By the squared distance; in many dimensions about as fast as `scaled_dot`.
 
     Notes
     -----

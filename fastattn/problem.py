@@ -13,7 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import count, flag, function, in_range, number, operand, vector
+from .arguments import (
+    broadcast_shapes,
+    count,
+    flag,
+    function,
+    in_range,
+    number,
+    operand,
+    vector,
+)
 from .blockmask import BlockMask
 from .device import DeviceArray
 from .dtypes import FLOAT32, FLOAT64, float_dtype, wider, widest
@@ -31,7 +40,9 @@ from .options import (
 from .results import destination, empty_like, may_overlap
 from .visibility import KeyRange, key_range
 
-__all__ = ["DISTANCE", "DOT", "Gradient", "Measure", "Problem", "gradient_of", "pose"]
+__all__ = [
+    "DISTANCE", "DOT", "SQUARED_DISTANCE", "Gradient", "Measure", "Problem", "gradient_of", "pose",
+]  # fmt: skip
 
 _ndarray = np.ndarray
 
@@ -51,11 +62,13 @@ class Gradient(NamedTuple):
 class Measure(NamedTuple):
     """How a query and a key are compared; a score is that times the scale."""
 
-    name: str  # "dot": q . k, "distance": |q - k|, "additive": weights . tanh(q + k)
+    # "dot": q . k, "distance": |q - k|, "squared distance", "additive": weights . tanh(q + k)
+    name: str
     weights: np.ndarray = np.empty(0)  # (head_dim,), float64, of "additive" alone
 
 
 DOT, DISTANCE = Measure("dot"), Measure("distance")
+SQUARED_DISTANCE = Measure("squared distance")
 
 
 @dataclass(slots=True, eq=False)  # whose fields are read three times as fast as a named tuple's
@@ -305,7 +318,7 @@ def _broadcast_batch(q_batch, k_batch, v_batch):
     batch = q_batch
     for name, other in (("k", k_batch), ("v", v_batch)):
         try:
-            batch = np.broadcast_shapes(batch, other)
+            batch = broadcast_shapes(batch, other)
         except ValueError:
             raise ValueError(
                 f"{name}: leading axes {other} do not broadcast with {batch}"

@@ -195,12 +195,17 @@ def scaled_far_products(p: Problem, q, k, real) -> np.ndarray:
 
 
 def measured(p: Problem, q, k) -> np.ndarray:
-    """How each query compares with each key: ``q . k``, ``|q - k|`` or ``w . tanh(q + k)``."""
+    """How each query compares with each key: ``q . k``, ``|q - k|``, its square or
+    ``w . tanh(q + k)``.
+    """
     if p.measure.name == "dot":
         return q @ k.swapaxes(-1, -2)
     q, k = q[..., :, None, :], k[..., None, :, :]
     if p.measure.name == "distance":
         return np.sqrt(((q - k) ** 2).sum(axis=-1))
+    if p.measure.name == "squared distance":
+        squares, finite = ((q - k) ** 2).sum(axis=-1), np.isfinite(q) & np.isfinite(k)
+        return np.where(finite.all(axis=-1), np.fmin(squares, np.finfo(q.dtype).max), squares)
     return np.tanh(q + k) @ p.measure.weights.astype(q.dtype)
 
 
@@ -212,10 +217,13 @@ def measure_gradients(p: Problem, q, k, seen, grad) -> dict[str, np.ndarray]:
         grad_k = weighted_sum(grad.swapaxes(-1, -2), seen_by, q)
         return {"q": grad_q, "k": per_key_head(grad_k, p)}
     q, k, seen = q[..., :, None, :], k[..., None, :, :], seen[..., None]
-    if p.measure.name == "distance":
+    if p.measure.name.endswith("distance"):
         away = q - k
-        length = np.sqrt((away**2).sum(axis=-1, keepdims=True))
-        terms = np.where(seen & (length != 0), grad[..., None] * away / length, 0)
+        terms = 2 * grad[..., None] * away
+        if p.measure.name == "distance":
+            length = np.sqrt((away**2).sum(axis=-1, keepdims=True))
+            terms = np.where(length != 0, terms / (2 * length), 0)
+        terms = np.where(seen, terms, 0)
         return {"q": terms.sum(axis=-2), "k": per_key_head(-terms.sum(axis=-3), p)}
     tanh = np.where(seen, np.tanh(q + k), 0)
     terms = np.where(seen, grad[..., None] * p.measure.weights.astype(q.dtype) * (1 - tanh**2), 0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from .api import answer, scaled_dot
 from .arguments import number, plain
+from .backward_problem import Backward
 from .dtypes import float_dtype
 from .options import check_wrt
-from .problem import pose
-from .vjp import differentiates, vjp
+from .parts import Gradients, Part, Union, blocks, entries, fill, runs
+from .problem import Problem, pose
+from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]
 
@@ -93,11 +95,8 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     array([[1.762, 0.238]])
     """
     refuse("cosine", options, "scale")
-    scale = 1 / positive("temperature", temperature)
-    q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
-    p = pose(q, k, v, scale=scale, out=out, **options)
-    (q, _), (k, _) = _unit(p.q), _unit(p.k)
-    return answer(replace(p, q=q, k=k), backend, out)
+    p = _pose_cosine(q, k, v, temperature, out=out, **options)
+    return answer(p, backend, out, partial(_run_cosine, backend=backend))
 
 
 def pool(
@@ -167,28 +166,60 @@ def _dot(q, k, v, *, wrt, **options):
 
 
 @differentiates(cosine)
-def _cosine(q, k, v, *, wrt, temperature=1.0, **options):
+def _cosine(
+    q, k, v, *, wrt, temperature=1.0, backend=None, return_lse=False, **options
+):  # fmt: skip
     refuse("cosine", options, "scale")
+    without_out(options)
+    p = _pose_cosine(q, k, v, temperature, gradients=True, wrt=wrt, return_lse=True, **options)
+    run = partial(_run_cosine, backend=backend)
+    return differentiated(p, backend, return_lse, run, partial(_cosine_gradients, backend=backend))
+
+
+def _pose_cosine(q, k, v, temperature, **options) -> Problem:
     scale = 1 / positive("temperature", temperature)
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
-    p = pose(q, k, v)
-    (q_unit, q_length), (k_unit, k_length) = (
-        tuple(a.reshape(*x.shape[:-1], -1) for a in _unit(y)) for x, y in ((q, p.q), (k, p.k))
-    )
-    results, back = vjp(scaled_dot, q_unit, k_unit, v, wrt=wrt, scale=scale, **options)
+    return pose(q, k, v, scale=scale, **options)
 
-    def pullback(grad_out, grad_lse=None):
-        dq, dk, *rest = back(grad_out, grad_lse)
-        return _turned(dq, q_unit, q_length), _turned(dk, k_unit, k_length), *rest
 
-    return results, pullback
+def _run_cosine(p: Problem, result, backend):
+    """`p` with the directions of its queries and keys; fills and returns what a backend does."""
+
+    def attended(part: Part):
+        q, _ = _unit(part.of(p.q, "hq."), p.dtype)
+        found = Union(part)
+        for run in runs(p, part):
+            k, _ = _unit(run.of(p.k, "gj."), p.dtype)
+            v = run.of(p.v, "gj.").astype(p.dtype, copy=False)
+            results = scaled_dot(q, k, v, return_lse=True, return_weights=p.return_weights,
+                                 backend=backend, **run.options(p))  # fmt: skip
+            found.add(run.keys, *results)
+        return found.out, found.lse, found.weights
+
+    parts = (part for entry in entries(p) for part in blocks(p, entry))
+    return fill(p, result, ((part, attended(part)) for part in parts))
+
+
+def _cosine_gradients(b: Backward, backend) -> dict[str, np.ndarray]:
+    p = b.problem
+    sums = Gradients(p)
+    for part in (part for entry in entries(p) for part in blocks(p, entry)):
+        q, q_length = _unit(part.of(p.q, "hq."), p.dtype)
+        for run in runs(p, part):
+            k, k_length = _unit(run.of(p.k, "gj."), p.dtype)
+            v = run.of(p.v, "gj.").astype(p.dtype, copy=False)
+            found = run.gradients(part.backward(b), q, k, v, run.options(p), backend)
+            found["q"] = _turned(found["q"], q, q_length)
+            found["k"] = _turned(found["k"], k, k_length)
+            sums.add(run, found)
+    return sums.found
 
 
 def _turned(grad, unit, length):
     """The gradient of a vector from that of its direction: what turns it, by its length."""
     with np.errstate(all="ignore"):
         wide, unit = grad.astype(length.dtype, copy=False), unit.astype(length.dtype, copy=False)
-        along = np.einsum("...d,...d->...", wide, unit)[..., None]
+        along = (wide * unit).sum(axis=-1, keepdims=True)
         return ((wide - along * unit) / length).astype(grad.dtype, copy=False)
 
 
@@ -228,9 +259,11 @@ def positive(name: str, value) -> float:
     return x
 
 
-def _unit(x):
-    """``(x / length, length)`` along the last axis; 0 stays 0, with a length of infinity."""
-    real = np.float64 if x.dtype == np.float64 else np.float32
+def _unit(x, dtype):
+    """``(x / length, length)`` along the last axis, the first of `dtype`; 0 stays 0, with a length
+    of infinity.
+    """
+    real = np.float64 if dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
         wide = x.astype(real, copy=False)
         length = _length(wide)
@@ -242,19 +275,19 @@ def _unit(x):
             lengths = _length(scaled)
             unit[odd] = scaled / np.where(lengths == 0, np.inf, lengths)
             length[odd] = np.where(top == 0, np.inf, top * lengths)
-        return unit.astype(x.dtype, copy=False), length
+        return unit.astype(dtype, copy=False), length
 
 
 def _length(x):
-    return np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
+    return np.sqrt((x * x).sum(axis=-1, keepdims=True))
 
 
 def _pooling(x, w, b, kv_lengths, mask):
     """``(x, w, options)`` of the attention with one head that a pooling is."""
     x, w = plain("x", x), plain("w", w)
     float_dtype("x", x), float_dtype("w", w)
-    if x.ndim < 2:
-        raise ValueError(f"x: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
+    if not 2 <= x.ndim < 64:  # NumPy's most, and heads come in
+        raise ValueError(f"x: expected 2 to 63 axes, (..., length, dim), got {x.ndim}")
     if w.ndim not in (1, 2):
         raise ValueError(f"w: {w.ndim} axes given, 1 or 2 wanted: (dim,) or (dim, poolings)")
     if w.shape[0] != x.shape[-1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .arguments import broadcast_shapes
 from .problem import Problem
 
 __all__ = ["seen_keys"]
@@ -30,14 +31,15 @@ def seen_keys(p: Problem) -> np.ndarray:
 
 def _covered(start, stop, n_keys) -> np.ndarray:
     """Which keys lie in an interval ``start <= j < stop`` of the last axis: (..., keys)."""
-    start, stop = np.broadcast_arrays(start, stop)
-    edges = np.zeros((*start.shape[:-1], n_keys + 1), np.int64)
-    rows = np.indices(start.shape, sparse=True)[:-1]
+    *lead, n = broadcast_shapes(start.shape, stop.shape)
+    start, stop = (np.broadcast_to(x, (*lead, n)).reshape(-1, n) for x in (start, stop))
+    edges = np.zeros((len(start), n_keys + 1), np.int64)
+    rows = np.arange(len(start))[:, None]
     full = start < stop
-    np.add.at(edges, (*rows, start), full)
-    np.subtract.at(edges, (*rows, np.where(full, stop, start)), full)
-    seen = edges[..., :-1].cumsum(axis=-1) > 0
-    return seen if seen.ndim > 1 else seen[None]
+    np.add.at(edges, (rows, start), full)
+    np.subtract.at(edges, (rows, np.where(full, stop, start)), full)
+    seen = edges[:, :-1].cumsum(axis=-1) > 0
+    return seen.reshape(*(lead or [1]), n_keys)
 
 
 def _seen_by(p: Problem, intervals, rows: slice) -> np.ndarray:

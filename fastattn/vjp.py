@@ -120,15 +120,19 @@ def without_out(options: dict) -> None:
         raise ValueError("out: array given, None wanted: the gradients need the result as it was")
 
 
-def differentiated(problem: Problem, backend: str | None, return_lse: bool):
-    """What `vjp` returns for a problem that is posed with its gradients and with its lse."""
+def differentiated(
+    problem: Problem, backend: str | None, return_lse: bool, run=None, run_backward=None
+):
+    """What `vjp` returns for a problem that is posed with its gradients and with its lse. `run` and
+    `run_backward` take the place of the backend's, where it is not given the problem as it is.
+    """
     return_lse = flag("return_lse", return_lse)
     # What is wrong with the gradients is an error now, not after the forward pass.
     select(problem, backend, unsupported_backward)
-    out, lse, *weights = answer(problem, backend, None)
+    out, lse, *weights = answer(problem, backend, None, run)
 
     def pullback(grad_out, grad_lse=None):
-        return pull_back(problem, backend, grad_out, out, lse, grad_lse)
+        return pull_back(problem, backend, grad_out, out, lse, grad_lse, run_backward)
 
     results = (out, *([lse] if return_lse else []), *weights)
     return (out if len(results) == 1 else results), pullback

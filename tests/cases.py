@@ -212,6 +212,8 @@ def plain_measure(p: Problem, q, k):
     q, k = q[..., :, None, :], k[..., None, :, :]
     if p.measure.name == "distance":
         return np.sqrt(((q - k) ** 2).sum(axis=-1))
+    if p.measure.name == "squared distance":
+        return ((q - k) ** 2).sum(axis=-1)
     return (np.tanh(q + k) * p.measure.weights.astype(q.dtype)).sum(axis=-1)
 
 

@@ -61,8 +61,10 @@ def plain_measure_gradients(p, q, k, grad) -> dict[str, np.ndarray]:
         return {"q": grad @ k, "k": reference.per_key_head(grad_k, p)}
     q, k, grad = q[..., :, None, :], k[..., None, :, :], grad[..., None]
     weights = p.measure.weights.astype(p.dtype)
-    if p.measure.name == "distance":
-        terms = grad * (q - k) / np.sqrt(((q - k) ** 2).sum(axis=-1, keepdims=True))
+    if p.measure.name.endswith("distance"):
+        terms = 2 * grad * (q - k)
+        if p.measure.name == "distance":
+            terms = grad * (q - k) / np.sqrt(((q - k) ** 2).sum(axis=-1, keepdims=True))
         return {"q": terms.sum(axis=-2), "k": reference.per_key_head(-terms.sum(axis=-3), p)}
     tanh = np.tanh(q + k)
     terms = grad * weights * (1 - tanh * tanh)

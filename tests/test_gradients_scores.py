@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from cases import Shape, options
-from gradients import random_like
+from cases import Shape, assert_exact_enough, options
+from gradients import exact_gradients, plain_gradients, random_like
+from test_similarity import SPREADS, spread
 
 import fastattn
 from fastattn import MultiHeadAttention
+from fastattn.problem import SQUARED_DISTANCE, pose
 
 SHAPE = Shape(2, 4, 6, 9, 5, kv_heads=2, value_dim=3)
 RNG = np.random.default_rng(2)
@@ -90,6 +92,29 @@ def test_gaussian_with_sinks(target, how):
     q, k, v = SHAPE.arrays("float64")
     named = {"sinks": RNG.standard_normal(4) - 2, "bias": RNG.standard_normal((6, 9))}
     check(target, fastattn.gaussian, (q + 50, k + 50, v), named, alpha=0.3, **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"normalize": False}, {"exclude_self": True}], ids=str)
+def test_gaussian_of_a_large_spread(target, how):
+    q, k, v = SHAPE.arrays("float64")
+    q, k = 30 * q, 30 * k
+    k[..., :6, :] = q[:, ::2] + 0.1
+    named = {"bias": RNG.standard_normal((1, 9)), "alibi": RNG.random(4)}
+    check(target, fastattn.gaussian, (q, k, v), named, alpha=0.3, q_offset=0, **how)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", SPREADS)
+def test_gradients_of_a_large_spread(target, case, dtype):
+    """Promise 1, beside squares of differences."""
+    q, k, v, alpha = spread(case, dtype)
+    out, pullback = fastattn.vjp(fastattn.gaussian, q, k, v, alpha=alpha, backend=target.backend)
+    p = pose(q, k, v, scale=-alpha, measure=SQUARED_DISTANCE, gradients=True)
+    grads = random_like(out), np.zeros((1, len(q)))
+    real = np.longdouble if dtype == "float64" else np.float64
+    exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)
+    for got, truth, yardstick, g in zip(pullback(grads[0]), exact, plain, p.gradients, strict=True):
+        assert_exact_enough(got, truth, yardstick, g.dtype, f"gradient of {g.name}")
 
 
 def test_gaussian_of_padding(target):

@@ -1,5 +1,6 @@
 """Scores by dot product, cosine and distance, and attention pooling (SYSTEMS.md, 1, 2 and 4)."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -172,6 +173,80 @@ def test_gaussian_far_from_the_origin(target, dtype, offset):
     check(results, pose(q, k, v), distances, offset)
 
 
+def squared_differences(q, k, alpha):
+    """As they stand, dimension by dimension."""
+    terms = ((q[..., :, None, d] - k[..., None, :, d]) ** 2 for d in range(q.shape[-1]))
+    return -q.dtype.type(alpha) * sum(terms)
+
+
+def spread(case, dtype):
+    """``(q, k, v, alpha)``: points that are far apart beside alpha**-0.5."""
+    rng = np.random.default_rng(4)
+    v = rng.standard_normal((500, 2))
+    if case == "uniform":
+        x, alpha = 1000 * rng.random((500, 1)), 50.0
+    elif case == "year of seconds":
+        x, alpha = 3.15e7 * rng.random((500, 1)), 0.5 / 3600**2
+    elif case == "two clusters":
+        x, alpha = rng.standard_normal((500, 20)) + 1e4 * (np.arange(500) % 2)[:, None], 0.05
+    else:  # pairs of neighbours in many dimensions
+        x, alpha = rng.standard_normal((250, 40)).repeat(2, axis=0), 3.0
+        x += 0.05 * rng.standard_normal(x.shape)
+    x, v = x.astype(dtype), v.astype(dtype)
+    return x[:300], x, v, alpha
+
+
+SPREADS = ["uniform", "year of seconds", "two clusters", "neighbours"]
+
+
+@pytest.mark.parametrize("how", [{}, {"normalize": False}, {"exclude_self": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", SPREADS)
+def test_gaussian_of_a_large_spread(target, case, dtype, how):
+    """As exact as the squares of differences, where a product has no digits left for them."""
+    q, k, v, alpha = spread(case, dtype)
+    how, offset = how.copy(), {"q_offset": 0}
+    results = fastattn.gaussian(q, k, v, alpha=alpha, return_lse=True, backend=target.backend,
+                                **how, **offset)  # fmt: skip
+    p = pose(q, k, v, **offset)
+    i, j = reference.positions(p)
+    hidden = i == j if how.pop("exclude_self", False) else None
+    score = functools.partial(squared_differences, alpha=alpha)
+    # An lse of 0 is that of a sum whose other terms are lost, which plain NumPy rounds once.
+    check([x[None] for x in results[:1]], p, score, hidden=hidden, **how)
+    lse = solve(p, score, np.longdouble, hidden=hidden)[1][0]
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(results[1], lse.astype(dtype), rtol=4 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("names", [("causal",), ("bias", "mask"), ("alibi", "sinks")])
+def test_options_of_a_large_spread(target, names):
+    q, k, v = SHAPE.arrays()
+    q, k, opts = 30 * q, 30 * k, options(names, SHAPE)
+    k[..., :50, :] = q[:, ::2]
+    results = fastattn.gaussian(q, k, v, alpha=0.05, return_lse=True, return_weights=True,
+                                backend=target.backend, **opts)  # fmt: skip
+    check(results, pose(q, k, v, **opts), functools.partial(squared_differences, alpha=0.05))
+
+
+@pytest.mark.parametrize("alpha", [1e38, 1e300])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scores_beyond_the_range(target, dtype, alpha):
+    """They act as its end: of equal scores the result is the mean."""
+    q, k, v = Shape(1, 2, 40, 50, 8).arrays(dtype)
+    k[:, :, 20:] = k.dtype.type(1e200 if dtype == "float64" else 1e30)
+    out, lse, weights = fastattn.gaussian(
+        q, k, v, alpha=alpha, mask=np.arange(50) > 20, return_lse=True, return_weights=True,
+        backend=target.backend,
+    )  # fmt: skip
+    np.testing.assert_allclose(weights[..., 21:], 1 / 29, rtol=1e-6)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(lse, -np.finfo(dtype).max, rtol=1e-6)
+    out, lse = fastattn.gaussian(k, k, v, alpha=alpha, backend=target.backend, return_lse=True)
+    np.testing.assert_allclose(out[:, :, :20], v[:, :, :20], rtol=1e-6)
+    assert np.isfinite(lse).all()
+
+
 @pytest.mark.parametrize("names", [("kv_lengths",), ("mask",), ("-inf",), ("spans",),
                                    ("mask", "causal", "bias")], ids="-".join)  # fmt: skip
 @pytest.mark.parametrize("padding", [np.nan, np.inf, 1e30])
@@ -281,6 +356,16 @@ def test_pool_of_padded_sequences():
     assert not fastattn.pool(x, np.ones(4), kv_lengths=0).any()
 
 
+def test_pool_of_many_axes():
+    """NumPy broadcasts no more than 32, and has arrays of 64."""
+    x, w = np.random.default_rng(5).standard_normal((2, 7, 7))
+    mask = np.arange(7) < 5
+    for n in (33, 63):
+        many = x.reshape(*(1,) * (n - 2), 7, 7)
+        out = fastattn.pool(many, w, mask=mask.reshape(*(1,) * (n - 2), 7))
+        assert same_bits(out.reshape(7, 7), fastattn.pool(x, w, mask=mask))
+
+
 # ---------------------------------------------------------------------------------------- errors
 
 Q, K, V = Shape(2, 4, 5, 7, 8, kv_heads=2).arrays()
@@ -319,7 +404,8 @@ def test_shapes_are_those_of_scaled_dot(name):
 
 
 @pytest.mark.parametrize("x, w, opts, message", [
-    (np.ones(3), np.ones(3), {}, "x: 1 axes given"),
+    (np.ones(3), np.ones(3), {}, "x: expected 2 to 63 axes, "),
+    (np.ones((*[1] * 62, 5, 3)), np.ones(3), {}, "x: expected 2 to 63 axes, "),
     (np.ones((5, 3)), np.ones(4), {}, "w: dim 4 differs from x's 3"),
     (np.ones((5, 3)), np.ones((3, 2, 1)), {}, "w: 3 axes given"),
     (np.ones((5, 3)), np.ones(3), {"b": np.ones(2)}, r"b: shape \(2,\) given"),

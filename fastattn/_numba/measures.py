@@ -10,7 +10,7 @@ from math import inf
 
 from .exponential import tanh
 from .memory import ahead, load, reals, store
-from .numbers import bounded, is_finite
+from .numbers import bounded, finite_most, is_finite
 from .vectors import (
     TILE_VECS,
     any_lane,
@@ -18,6 +18,7 @@ from .vectors import (
     compiled,
     constant,
     lanes,
+    larger,
     multiply_add,
     per_type,
     splat,
@@ -26,8 +27,13 @@ from .vectors import (
 
 __all__ = ["NUMBER", "measure_keys"]
 
-DISTANCE = 1
-NUMBER = {"dot": None, "distance": DISTANCE, "additive": 2}
+DISTANCE, ADDITIVE, SQUARED_DISTANCE = 1, 2, 3
+NUMBER = {
+    "dot": None,
+    "distance": DISTANCE,
+    "additive": ADDITIVE,
+    "squared distance": SQUARED_DISTANCE,
+}
 CHUNK_DIMS = 16
 
 # Differences of numbers are multiplied by these before they are squared, where their squares would
@@ -62,7 +68,7 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
             y = splat(reals(at + second * k_row, scale)[0])
             z = splat(reals(at + third * k_row, scale)[0])
             u = splat(reals(at + fourth * k_row, scale)[0])
-            if measure == DISTANCE:
+            if measure != ADDITIVE:
                 x, y, z, u = q - x, q - y, q - z, q - u
                 a, b = multiply_add(x, x, a), multiply_add(y, y, b)
                 c, d = multiply_add(z, z, c), multiply_add(u, u, d)
@@ -71,7 +77,12 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
                 a, b = multiply_add(weight, tanh(q + x), a), multiply_add(weight, tanh(q + y), b)
                 c, d = multiply_add(weight, tanh(q + z), c), multiply_add(weight, tanh(q + u), d)
         all_a, all_b, all_c, all_d = all_a + a, all_b + b, all_c + c, all_d + d
-    if measure == DISTANCE:
+    if measure == SQUARED_DISTANCE:
+        all_a = negated_square(t, all_a, k, k_dim, column, scale)
+        all_b = negated_square(t, all_b, k + second * k_row, k_dim, column, scale)
+        all_c = negated_square(t, all_c, k + third * k_row, k_dim, column, scale)
+        all_d = negated_square(t, all_d, k + fourth * k_row, k_dim, column, scale)
+    elif measure == DISTANCE:
         all_a = root(t, all_a, k, k_dim, column, scale)
         all_b = root(t, all_b, k + second * k_row, k_dim, column, scale)
         all_c = root(t, all_c, k + third * k_row, k_dim, column, scale)
@@ -110,3 +121,28 @@ def root_anew(t, square, odd, score, k, k_dim, column, scale):
         total = multiply_add(x, x, total)
     length = square_root(total) * factor / choose(far, small, large)
     return choose(odd, bounded(length, is_finite(total, scale), scale), score)
+
+
+@compiled
+def negated_square(t, square, k, k_dim, column, scale):
+    """The scores of one key from squared distances: what leaves the range is its end, but -Inf of
+    what the inputs make infinite.
+    """
+    infinite = splat(constant(inf, scale))
+    score = larger(splat(-finite_most(scale)), square * splat(constant(t.measure_scale, scale)))
+    far = square == infinite
+    if any_lane(far):
+        far = shrunk(t, k, k_dim, column, scale) == infinite
+        score = choose(far, splat(constant(-inf, scale)), score)
+    return score
+
+
+@compiled
+def shrunk(t, k, k_dim, column, scale):
+    """The squared distances of vectors `shrink` times as long."""
+    small, total = splat(shrink(scale)), splat(constant(0.0, scale))
+    for dim in range(t.head_dim):
+        x = splat(reals(k + dim * k_dim, scale)[0])
+        x = load(ahead(column, dim * TILE_VECS * lanes(scale))) * small - x * small
+        total = multiply_add(x, x, total)
+    return total

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from .. import extension
+from ..arguments import broadcast_shapes
 from ..cells import nothing_seen
-from ..problem import DOT, Problem
+from ..problem import DOT, SQUARED_DISTANCE, Problem
 from .cython_backward import run_backward
 from .cython_kernels import attend, kernels, product, threads
 
@@ -73,7 +74,7 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
-    if problem.measure is not DOT:
+    if problem.measure is not DOT and problem.measure is not SQUARED_DISTANCE:
         return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
@@ -99,7 +100,8 @@ def _share_skipped(p: Problem, queries: int) -> float:
     intervals = p.key_range.bounds()
     if intervals is None or not p.n_queries or not p.n_keys:
         return 0.0
-    start, stop, _ = np.broadcast_arrays(*intervals, np.empty(p.n_queries))
+    shape = broadcast_shapes(*(x.shape for x in intervals), (p.n_queries,))
+    start, stop = (np.broadcast_to(x, shape) for x in intervals)
     step = max(1, queries // p.group)
     edges = np.arange(0, p.n_queries, step)
     first = np.minimum.reduceat(np.where(start < stop, start, p.n_keys), edges, axis=-1)

@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from ..backward_problem import Backward
-from ..problem import Problem
+from ..problem import DOT, Problem
 from ..results import empty_like
+from . import numpy_backward
 from .cython_kernels import kernels, product, threads
 from .row_sums import RowSums
 
@@ -20,6 +21,8 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     those of `q`, `k`, `v` and of a bias of queries x keys have length 1 where their arrays do.
     """
     b, p = backward, backward.problem
+    if p.measure is not DOT:
+        return numpy_backward.run_backward(b)
     arrays = {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}
     found["q"].fill(0)

@@ -22,10 +22,12 @@ CHUNK = 16
 
 def measure(how: Measure, q, k) -> np.ndarray:
     """(..., queries, keys) from q (..., queries, head_dim) and k (..., keys, head_dim)."""
-    distances = how.name == "distance"
+    distances = how.name != "additive"
     total = _sum(_squares(q, k) if distances else _tanhs(how, q, k))
     if not distances:
         return total
+    if how.name == "squared distance":  # of finite vectors that overflows to the largest number
+        return _within_range(total, q, k)
     roots, limits, two = np.sqrt(total), np.finfo(q.dtype), q.dtype.type(2)
     # The squares of finite numbers may overflow though the distance does not; and small ones lose
     # their digits.
@@ -39,6 +41,14 @@ def measure(how: Measure, q, k) -> np.ndarray:
     return roots
 
 
+def _within_range(squares, q, k) -> np.ndarray:
+    far = np.isinf(squares)
+    if far.any():
+        finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
+        squares = np.where(far & finite, np.finfo(squares.dtype).max, squares)
+    return squares
+
+
 def measure_gradients(how: Measure, q, k, seen, grad):
     """``(grad_q, grad_k, grad_w)`` of what `measure` returns, from its gradient `grad`, each with
     all leading axes of that but for `grad_w`, (head_dim,).
@@ -49,9 +59,11 @@ def measure_gradients(how: Measure, q, k, seen, grad):
     if how.name == "distance":
         lengths = measure(how, q, k)
         grad = np.where(lengths == 0, 0, grad / np.where(lengths == 0, 1, lengths))
+    elif how.name == "squared distance":
+        grad = 2 * grad
     for d in range(q.shape[-1]):
         x, y = q[..., :, None, d], k[..., None, :, d]
-        if how.name == "distance":
+        if how.name != "additive":
             terms = grad * (x - y)
             sign = -1
         else:

@@ -1,0 +1,166 @@
+"""The two ways to a Gaussian kernel's scores: by a product, and by squared differences.
+
+``-alpha |q - k|**2 = 2 alpha (q.k - |k|**2 / 2) - alpha |q|**2``: about the mean of the keys, the
+first term is a dot product of vectors with one more number, the last a factor of each query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .api import answer
+from .arguments import broadcast_shapes
+from .backward_problem import Backward
+from .parts import Part, Union, entries, runs
+from .problem import SQUARED_DISTANCE, Problem, pose
+
+__all__ = [
+    "Attended", "Call", "Lifted", "difference_gradients", "differences", "extents", "lifted",
+    "product", "product_gradients",
+]  # fmt: skip
+
+
+class Call(NamedTuple):
+    """A call of `gaussian`, validated."""
+
+    problem: Problem
+    sets: tuple[Problem, ...]  # the same for keys that no two of them show, without sinks
+    alpha: float
+    normalize: bool
+    backend: str | None
+    centre: np.ndarray  # (batch, kv_heads, 1, head_dim): the mean of the keys that are seen
+    reach: np.ndarray  # (batch, kv_heads): the largest size of a number in one of them
+
+
+class Attended(NamedTuple):
+    """The softmax of a part, without sinks."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    weights: np.ndarray | None
+    inner_lse: np.ndarray  # of the product alone
+
+
+class Lifted(NamedTuple):
+    """Queries or keys less the centre, with one more number, and the squares of their lengths."""
+
+    vectors: np.ndarray
+    squares: np.ndarray
+
+
+def extents(p: Problem, seen) -> tuple[np.ndarray, np.ndarray]:
+    """``(centre, reach)`` of a `Call`, of the keys that are `seen` and finite."""
+    centre = np.zeros((*p.batch, p.kv_heads, 1, p.head_dim), p.accumulator)
+    reach = np.zeros((*p.batch, p.kv_heads), p.accumulator)
+    for entry in entries(p):
+        total, count = np.zeros((1, 1)), 0
+        most = entry.of(reach, "g")
+        for x, used in _finite(p, entry, seen):
+            total = total + x.sum(axis=-2, keepdims=True, dtype=np.float64)
+            count = count + used.sum(axis=-1, dtype=np.int64)[..., None, None]
+            for size in (x.max(axis=(-2, -1), initial=0), -x.min(axis=(-2, -1), initial=0)):
+                np.maximum(most, size, out=most)
+        entry.of(centre, "g..")[...] = total / np.maximum(count, 1)
+    return centre, reach
+
+
+def _finite(p: Problem, entry: Part, seen) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``(keys, used)`` of each run: 0 where a key is not used, neither seen by all nor finite."""
+    for run in runs(p, entry):
+        x = run.of(p.k, "gj.")
+        finite = np.isfinite(x.sum(axis=-1))  # sooner than to look at each number
+        used = run.of(seen, "gj") & (finite if finite.all() else np.isfinite(x).all(axis=-1))
+        yield (x if used.all() else np.where(used[..., None], x, 0)), used
+
+
+def _squares(x):
+    return (x * x).sum(axis=-1)
+
+
+def lifted(call: Call, part: Part) -> Lifted:
+    """The part's queries."""
+    p = call.problem
+    centre = np.repeat(part.of(call.centre, "g.."), p.group, axis=-3)
+    found = _moved(part.of(p.q, "hq."), centre)
+    found.vectors[..., -1] = 1
+    return found
+
+
+def _lifted_keys(call: Call, run: Part) -> np.ndarray:
+    k, squares = _moved(run.of(call.problem.k, "gj."), run.of(call.centre, "g.."))
+    far = np.isinf(squares)  # a score of -inf, whatever the query: not Inf - Inf
+    if far.any():
+        k[far] = 0
+    k[..., -1] = -squares / 2
+    return k
+
+
+def _moved(x, centre) -> Lifted:
+    shape = broadcast_shapes(x.shape, centre.shape)
+    moved = np.empty((*shape[:-1], shape[-1] + 1), centre.dtype)
+    vectors = np.subtract(x, centre, out=moved[..., :-1])
+    return Lifted(moved, _squares(vectors))
+
+
+def product(call: Call, part: Part, queries: Lifted) -> Attended:
+    """Attend by the product; `queries` are those of `lifted`."""
+    p, found = call.problem, Union(part)
+    for run in runs(p, part):
+        k, v = _lifted_keys(call, run), _of_sums(p, run.of(p.v, "gj."))
+        for one in call.sets:
+            options = run.options(one) | {"scale": 2 * call.alpha}
+            stated = pose(queries.vectors, k, v, return_lse=True,
+                          return_weights=p.return_weights, **options)  # fmt: skip
+            found.add(run.keys, *answer(stated, call.backend, None))
+    lse = found.lse - call.alpha * queries.squares
+    return Attended(found.out, lse, found.weights, found.lse)
+
+
+def differences(call: Call, part: Part, value_dim: int | None = None) -> Attended:
+    """Attend by differences, to values of the first `value_dim` dimensions."""
+    p, found = call.problem, Union(part)
+    q = _of_sums(p, part.of(p.q, "hq."))
+    for run in runs(p, part):
+        k, v = (_of_sums(p, run.of(x, "gj.")) for x in (p.k, p.v[..., :value_dim]))
+        for one in call.sets:
+            options = run.options(one) | {"scale": -call.alpha}
+            stated = pose(q, k, v, measure=SQUARED_DISTANCE, return_lse=True,
+                          return_weights=p.return_weights, **options)  # fmt: skip
+            found.add(run.keys, *answer(stated, call.backend, None))
+    return Attended(found.out, found.lse, found.weights, found.lse)
+
+
+def _of_sums(p: Problem, x):
+    return x.astype(p.accumulator, copy=False)
+
+
+def product_gradients(call: Call, b: Backward, run: Part, queries: Lifted) -> Iterator[dict]:
+    """The gradients by name, of one set of keys after another, of the part `run`. `b` is about the
+    softmax, of whose lse the distance of a query from the centre is a part.
+    """
+    p, grad_lse = call.problem, b.grad_lse
+    assert grad_lse is not None
+    q, k, v = queries.vectors, _lifted_keys(call, run), _of_sums(p, run.of(p.v, "gj."))
+    for one in call.sets:
+        options = run.options(one) | {"scale": 2 * call.alpha}
+        found = run.gradients(b, q, k, v, options, call.backend)
+        dq, dk = found["q"], found["k"]
+        found["q"], last = dq[..., :-1], dk[..., -1:]
+        found["k"] = dk[..., :-1] - np.where(last == 0, 0, last * k[..., :-1])
+        yield found
+    if run.keys.start == 0:
+        outward = 2 * call.alpha * grad_lse[..., None]
+        yield {"q": -np.where(outward == 0, 0, outward * q[..., :-1])}
+
+
+def difference_gradients(call: Call, b: Backward, run: Part) -> Iterator[dict]:
+    """Likewise."""
+    p = call.problem
+    q = _of_sums(p, run.of(p.q, "hq."))
+    k, v = (_of_sums(p, run.of(x, "gj.")) for x in (p.k, p.v))
+    for one in call.sets:
+        options = run.options(one) | {"scale": -call.alpha}
+        yield run.gradients(b, q, k, v, options, call.backend, SQUARED_DISTANCE)

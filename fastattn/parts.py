@@ -1,0 +1,244 @@
+"""A call in parts, so that what is made of its queries, keys and values takes a few MiB.
+
+Entries and heads that are small are taken together. How the queries and the keys of one head are
+split depends on the sizes of one head alone, so that slices of a call agree with the whole of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .backward import of_its_array, pull_back
+from .backward_problem import Backward
+from .merge import merge
+from .problem import DOT, Gradient, Problem, pose
+
+__all__ = [
+    "Gradients", "Part", "Union", "blocks", "entries", "fill", "narrowed", "runs", "singles",
+]  # fmt: skip
+
+# What one operand of a part takes at most, once it is copied. Queries and keys that are split are
+# split in whole tiles and blocks of the kernels.
+PART_BYTES = 4 << 20
+QUERIES, KEYS = 384, 512
+
+
+class Part(NamedTuple):
+    """Some batch entries, heads, queries and keys of a problem."""
+
+    batch: tuple[slice, ...]
+    heads: slice
+    kv_heads: slice
+    queries: slice
+    keys: slice
+
+    def of(self, x, axes: str):
+        """The part's view of an array of (batch, *axes): h, g, q and j stand for heads, key heads,
+        queries and keys, a point for an axis of its own. Axes of length 1 broadcast and stay.
+        """
+        sides = {"h": self.heads, "g": self.kv_heads, "q": self.queries, "j": self.keys}
+        where = (*self.batch, *(sides.get(axis, slice(None)) for axis in axes))
+        where = where[len(where) - x.ndim :]
+        return x[tuple(slice(None) if n == 1 else s for n, s in zip(x.shape, where, strict=True))]
+
+    def options(self, p: Problem) -> dict[str, Any]:
+        """The options of `p`, as `pose` takes them for the part's own queries and keys. Sinks come
+        with the first keys.
+        """
+        first = self.keys.start
+        shift = self.queries.start - first
+        found = {name: getattr(p, name) for name in ("scale", "softcap", "threads", "precision")}
+        r = p.key_range
+        found["window"] = (r.left, r.right)
+        found["q_offset"] = shift + (
+            self.of(p.q_offset, "") if isinstance(p.q_offset, np.ndarray) else p.q_offset
+        )
+        for name, axes in (("bias", "hqj"), ("mask", "hqj"), ("alibi", "h"), ("sinks", "h")):
+            x = getattr(p, name)
+            if x is not None and not (name == "sinks" and first > 0):
+                found[name] = x[self.heads] if axes == "h" else self.of(x, axes)
+        if r.lengths is not None:
+            lengths = self.of(r.lengths, "") - first
+            found["kv_lengths"] = np.clip(lengths, 0, self.keys.stop - first)
+        if r.spans is not None:
+            found["spans"] = tuple(self.of(x, "hq") - first for x in r.spans)
+        return found
+
+    def backward(self, b: Backward) -> Backward:
+        """`b` for the part's queries."""
+        grad_lse = None if b.grad_lse is None else self.of(b.grad_lse, "hq")
+        return b._replace(
+            out=self.of(b.out, "hq."), lse=self.of(b.lse, "hq"),
+            grad_out=self.of(b.grad_out, "hq."), grad_lse=grad_lse,
+        )  # fmt: skip
+
+    def gradients(
+        self, b: Backward, q, k, v, options, backend, measure=DOT
+    ) -> dict[str, np.ndarray]:
+        """By their names those of `q`, `k`, `v` and of the options; `b` has its queries only."""
+        p = b.problem
+        wrt = tuple(g.name for g in p.gradients[3:] if g.name in options)
+        for g in p.gradients[3:]:
+            if g.name == "bias":
+                options["bias"] = self.of(narrowed(p.bias, g.shape), "hqj")
+        stated = pose(q, k, v, gradients=True, wrt=wrt, measure=measure, **options)
+        found = pull_back(stated, backend, b.grad_out, b.out, b.lse, b.grad_lse)
+        return dict(zip(("q", "k", "v", *wrt), found, strict=True))
+
+
+_AXES = {"q": "hq.", "k": "gj.", "v": "gj.", "bias": "hqj", "alibi": "h", "sinks": "h"}
+
+
+class Gradients:
+    """Those of a problem, summed up part by part, in the accumulator's dtype: with the axes that
+    their arrays have, of length 1 where these broadcast.
+    """
+
+    def __init__(self, p: Problem):
+        self.found = {}
+        for g in p.gradients:
+            shape = getattr(p, g.name).shape if g.name in "qkv" else g.shape
+            self.found[g.name] = np.zeros(shape, p.accumulator)
+
+    def add(self, part: Part, found: dict[str, np.ndarray]) -> None:
+        with np.errstate(all="ignore"):
+            for name, x in found.items():
+                total, axes = self.found[name], _AXES[name]
+                own = total[part.heads] if axes == "h" else part.of(total, axes[-total.ndim :])
+                own += of_its_array(x, Gradient(name, own.shape, own.dtype))
+
+
+def entries(p: Problem) -> Iterator[Part]:
+    """As many batch entries and heads as fit at a time, with all queries and keys."""
+    batch = tuple(slice(0, n) for n in p.batch)
+    heads, kv_heads = slice(0, p.heads), slice(0, p.kv_heads)
+    whole = Part(batch, heads, kv_heads, slice(0, p.n_queries), slice(0, p.n_keys))
+    return _split(p, whole, PART_BYTES)
+
+
+def singles(p: Problem, part: Part) -> Iterator[Part]:
+    """Each batch entry and key head of the part by itself."""
+    return _split(p, part, 0)
+
+
+def _split(p: Problem, part: Part, most: int) -> Iterator[Part]:
+    halves = _halves(p, part) if _bytes(p, part) > most else ()
+    if not halves:
+        yield part
+    for half in halves:
+        yield from _split(p, half, most)
+
+
+def _bytes(p: Problem, part: Part) -> int:
+    """Of the largest operand, without axes that broadcast."""
+    rows = max(
+        _length(part.heads) * _length(part.queries), _length(part.kv_heads) * _length(part.keys)
+    )
+    row = max(p.head_dim, p.value_dim) * p.accumulator.itemsize
+    return math.prod(map(_length, part.batch)) * rows * row
+
+
+def _length(side: slice) -> int:
+    return side.stop - side.start
+
+
+def _halves(p: Problem, part: Part) -> tuple[Part, ...]:
+    """The part split along its batch or its heads; nothing if it is one entry and one key head."""
+    for axis, side in enumerate(part.batch):
+        if _length(side) > 1:
+            batches = (
+                (*part.batch[:axis], half, *part.batch[axis + 1 :]) for half in _halved(side)
+            )
+            return tuple(part._replace(batch=batch) for batch in batches)
+    if _length(part.kv_heads) > 1:
+        return tuple(
+            part._replace(kv_heads=half, heads=slice(half.start * p.group, half.stop * p.group))
+            for half in _halved(part.kv_heads)
+        )
+    return ()
+
+
+def _halved(side: slice) -> tuple[slice, slice]:
+    middle = (side.start + side.stop) // 2
+    return slice(side.start, middle), slice(middle, side.stop)
+
+
+def blocks(p: Problem, part: Part) -> Iterator[Part]:
+    """The part's queries, as many as fit at a time."""
+    row = p.group * max(p.head_dim, p.value_dim) * p.accumulator.itemsize
+    for side in _cut(part.queries, row, QUERIES):
+        yield part._replace(queries=side)
+
+
+def runs(p: Problem, part: Part) -> Iterator[Part]:
+    """The part's keys, as many as fit at a time."""
+    row = max(p.head_dim, p.value_dim) * p.accumulator.itemsize
+    for side in _cut(part.keys, row, KEYS):
+        yield part._replace(keys=side)
+
+
+def _cut(side: slice, row: int, multiple: int) -> Iterator[slice]:
+    step = max(multiple, PART_BYTES // row // multiple * multiple)
+    for first in range(side.start, side.stop, step) or (side.start,):
+        yield slice(first, min(first + step, side.stop))
+
+
+def fill(p: Problem, result, found: Iterable[tuple[Part, tuple]]):
+    """What a backend's `run` fills and returns, from ``(out, lse, weights)`` of each block."""
+    lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
+    weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
+    for part, results in found:
+        for target, x, axes in zip((result, lse, weights), results, ("hq.", "hq", "hqj"),
+                                   strict=True):  # fmt: skip
+            if target is not None:
+                with np.errstate(all="ignore"):
+                    part.of(target, axes)[...] = x
+    return lse, weights
+
+
+class Union:
+    """Attention of a block to sets of keys that have none in common, one set after another."""
+
+    def __init__(self, part: Part):
+        self.part = part
+        self.out: Any = None
+        self.lse: Any = None
+        self.weights: Any = None
+
+    def add(self, keys: slice, out, lse, weights=None) -> None:
+        """The results of attention to some of the part's keys, of `keys`."""
+        if self.out is None:
+            self.out, self.lse = out, lse
+            if weights is not None and keys == self.part.keys:
+                self.weights = weights
+            elif weights is not None:
+                shape = (*lse.shape, _length(self.part.keys))
+                self.weights = np.zeros(shape, weights.dtype)
+                self._of(keys)[...] = weights
+            return
+        before = self.lse
+        wide = np.float64  # many sets are not to round the sum as often
+        self.out, self.lse = merge((self.out.astype(wide), before.astype(wide)),
+                                   (out.astype(wide), lse.astype(wide)))  # fmt: skip
+        if weights is not None:
+            with np.errstate(all="ignore"):
+                self.weights *= self._share(before, weights.dtype)
+                self._of(keys)[...] += weights * self._share(lse, weights.dtype)
+
+    def _share(self, lse, dtype):
+        """What a set's own weights are multiplied by."""
+        return np.where(lse == -np.inf, 0, np.exp(lse - self.lse))[..., None].astype(dtype)
+
+    def _of(self, keys: slice):
+        first = self.part.keys.start
+        return self.weights[..., keys.start - first : keys.stop - first]
+
+
+def narrowed(x, shape):
+    """The broadcast array `x` as one of its own `shape`, with axes of length 1 as that has."""
+    own = (1,) * (x.ndim - len(shape)) + tuple(shape)
+    return x[tuple(slice(0, 1) if n == 1 else slice(None) for n in own)]
