@@ -24,7 +24,7 @@ def on_device(x: Any) -> bool:
     try:
         return hasattr(x, "__cuda_array_interface__")
     except RuntimeError:  # torch will not describe it; making it a DeviceArray says why
-        return x.is_cuda
+        return getattr(x, "is_cuda", True)
 
 
 class DeviceArray:

@@ -130,7 +130,7 @@ def _additive_arrays(q, k, v, w_q, w_k, w, b):
     for name in "qk":
         x, shape = inputs[name], parameters[f"w_{name}"].shape
         if x.ndim < 2:
-            raise ValueError(f"{name}: {x.ndim} axes given, at least 2 wanted: (..., length, dim)")
+            raise ValueError(f"{name}: expected at least 2 axes, (..., length, dim), got {x.ndim}")
         if shape != (x.shape[-1], hidden):
             raise ValueError(f"w_{name}: shape {shape} given, ({x.shape[-1]}, {hidden}) wanted")
     for name in parameters.keys() - {"w_q", "w_k"}:

@@ -21,9 +21,9 @@ def calls(monkeypatch):
     ran = []
     for backend in (*dispatch.BACKENDS, *dispatch.NAMED_ONLY):
 
-        def run(problem, original=backend.run, name=backend.name):
+        def run(problem, result, original=backend.run, name=backend.name):
             ran.append(name)
-            return original(problem)
+            return original(problem, result)
 
         monkeypatch.setattr(backend, "run", run)
     return ran

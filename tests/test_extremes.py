@@ -10,6 +10,7 @@ from cases import Shape, check, same_bits
 
 import fastattn
 from fastattn import reference
+from fastattn.dispatch import named, unsupported_map
 from fastattn.problem import pose
 
 SHAPES = {"few": Shape(1, 2, 3, 70, 16), "many": Shape(1, 2, 50, 70, 16, kv_heads=1)}
@@ -203,7 +204,10 @@ def test_infinity_among_values_that_overflow(target, shape, dtype):
 
 def test_top_keys_of_nan(target):
     """Every weight of the row is NaN, behind the last key too."""
-    q, k, _ = Shape(1, 1, 3, 4, 8).arrays()
+    q, k, v = Shape(1, 1, 3, 4, 8).arrays()
+    reason = unsupported_map(named(target.backend), pose(q, k, v))
+    if reason is not None:
+        pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     q[0, 0, 1] = np.nan
     indices, weights = fastattn.top_keys(q, k, 6, backend=target.backend)
     assert (indices[0, 0, 1] == -1).all() and np.isnan(weights[0, 0, 1]).all()

@@ -179,7 +179,7 @@ def test_layer(target, kv_heads, inputs):
 
 
 @pytest.mark.parametrize("function, arrays, opts, error, message", [
-    (fastattn.dot, (1, 2, 3), {"wrt": ("scale",)}, ValueError, "q: 0 axes"),
+    (fastattn.dot, (1, 2, 3), {"wrt": ("scale",)}, ValueError, "q: expected at least 2 axes"),
     (fastattn.dot, SHAPE.arrays(), {"wrt": ("scale",)}, ValueError, "wrt: expected some of"),
     (fastattn.cosine, SHAPE.arrays(), {"temperature": 0}, ValueError, "temperature: 0"),
     (fastattn.cosine, SHAPE.arrays(), {"scale": 1.0}, TypeError, "scale: float given"),

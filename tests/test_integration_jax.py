@@ -276,7 +276,7 @@ def test_gradient_through_lse_alone():
     (lambda q, k, v: ours(q[:1], k, v), ValueError, "query: batch of 1 given"),
     (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "value: int32 given, float16"),
     (lambda q, k, v: ours(q, k[..., :5], v), ValueError, "key: expected head_dim 16 as in q"),
-    (lambda q, k, v: ours(q, k, v, mask=q[0, 0]), TypeError, "mask: float32 given, bool wanted"),
+    (lambda q, k, v: ours(q, k, v, mask=q[0, 0]), TypeError, "mask: expected bool, got float32"),
     (lambda q, k, v: [ours(q, k, v, is_causal=x) for x in (True, 1)], TypeError,
      "is_causal: int given, bool wanted"),  # though 1 equals True, which is traced already
     (lambda q, k, v: ours(q, k, v, scale=q[0, 0]), ValueError, r"scale: shape \(6, 16\) given"),
