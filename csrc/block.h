@@ -26,7 +26,8 @@ typedef struct {
 /* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
  * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */
 #define ROW_GRAIN 16
-typedef struct {
+typedef struct Scratch {
+    struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
     real *row_max, *row_sum; /* [panel][PANEL] */
     lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
     real *wrong;             /* [panel][PANEL]: NaN where one was seen beside Inf, else 0 */
@@ -82,6 +83,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
 #define TAKE(field, count)                                                                        \
     s->field = (void *)((uintptr_t)base + bytes);                                                 \
     bytes += (size_t)round_up((ptrdiff_t)sizeof *s->field * (count), 64);
+    TAKE(own, 1)
     TAKE(ready, 1)
     TAKE(row_max, row)
     TAKE(row_sum, row)

@@ -37,11 +37,8 @@ static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
     return lay_out(t, t->differentiating ? PANELS : panels_for(queries), NULL, &s);
 }
 
-static Scratch scratch_of(const Tile *t) {
-    Scratch s;
-    lay_out(t, t->differentiating ? PANELS : t->panels, t->scratch, &s);
-    return s;
-}
+/* The scratch of a tile that has begun. */
+static Scratch scratch_of(const Tile *t) { return *(const Scratch *)t->scratch; }
 
 #include "range.h"
 #include "strongest.h"
@@ -134,7 +131,9 @@ static void begin(Tile *t) {
         if (!(t->panel[i / PANEL].again >> i % PANEL & 1)) t->start[i] = t->stop[i] = 0;
     settle_units(t);
     clear_best(t);
-    Scratch s = scratch_of(t);
+    Scratch s;
+    lay_out(t, t->differentiating ? PANELS : t->panels, t->scratch, &s);
+    *s.own = s;
     for (int p = 0; p < t->panels; p++) {
         bound_panel(t, p);
         for (int n = 0; n < t->panel[p].vecs; n++) start_rows(t, &s, p * PANEL + n * LANES);

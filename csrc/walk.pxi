@@ -227,16 +227,18 @@ cdef const double *doubles(cnp.ndarray array):
 
 cdef int describe_key_range(Walk *walk, key_range) except -1:
     cdef KeyRange *keys = &walk.keys
-    offset, left, right, spans = key_range.offset, key_range.left, key_range.right, key_range.spans
-    by_entry = type(offset) is not int
-    keys.offset = 0 if by_entry else offset
+    _, _, offset, left, right, lengths, spans = <tuple>key_range  # which it is a subclass of
+    keys.offset, keys.offsets.data, keys.start.data, keys.stop.data = 0, NULL, NULL, NULL
     keys.left = UNBOUNDED if left is None else left
     keys.right = UNBOUNDED if right is None else right
-    start, stop = (None, None) if spans is None else spans
-    describe(walk, &keys.offsets, offset if by_entry else None, 0)
-    describe(walk, &keys.lengths, key_range.lengths, 0)
-    describe(walk, &keys.start, start, 2)
-    describe(walk, &keys.stop, stop, 2)
+    if type(offset) is int:
+        keys.offset = offset
+    else:
+        describe(walk, &keys.offsets, offset, 0)
+    describe(walk, &keys.lengths, lengths, 0)
+    if spans is not None:
+        describe(walk, &keys.start, spans[0], 2)
+        describe(walk, &keys.stop, spans[1], 2)
     return 0
 
 

@@ -123,7 +123,7 @@ def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
         )
     # Sinks come last: the product knows a score but for a term of the query.
     spans = _without_self(p) if exclude_self else (p.key_range.spans,)
-    sets = tuple(replace(p, key_range=replace(p.key_range, spans=x), sinks=None) for x in spans)
+    sets = tuple(replace(p, key_range=p.key_range._replace(spans=x), sinks=None) for x in spans)
     alpha = min(alpha, float(np.finfo(p.accumulator).max))
     nowhere = np.empty(0)
     return Call(p, sets, alpha, normalize, backend, nowhere, nowhere)

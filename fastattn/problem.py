@@ -140,7 +140,7 @@ class Problem:
         """A place for the result that overlaps no input, in the memory order of `q`; on a device
         its description, without an owner: the backend allocates it.
         """
-        shape = self.rows(self.value_dim)
+        shape = (*self.batch, self.heads, self.n_queries, self.value_dim)
         if self.q.flags.c_contiguous:
             return np.empty(shape, self.dtype)
         return empty_like(self.q, shape, self.dtype)

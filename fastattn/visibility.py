@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 __all__ = ["KeyRange", "key_range"]
 
 
-@dataclass(slots=True, eq=False)
-class KeyRange:
+_new = tuple.__new__
+
+
+class KeyRange(NamedTuple):
     """The keys that the structured masks of a call show.
 
     Causal masks, windows, lengths and spans each show a query an interval of keys, and so does any
@@ -62,9 +64,9 @@ class KeyRange:
         """The flattened batch entries in the order of how many keys their queries see at most, or
         None where that is the same for all: threads that share out a ragged batch finish together.
         """
-        if max(batch, default=1) < 2 or (
-            self.lengths is None and self.spans is None and isinstance(self.offset, int)
-        ):
+        if self.lengths is None and self.spans is None and type(self.offset) is int:
+            return None
+        if max(batch, default=1) < 2:
             return None
         bounds = self.bounds()
         if bounds is None or max(x.ndim for x in bounds) < 3:
@@ -87,4 +89,5 @@ def key_range(
             left = None
         if right is not None and offset + right >= n_keys - 1:
             right = None
-    return KeyRange(n_queries, n_keys, offset, left, right, lengths, spans)
+    # As KeyRange(...) does, in half its time.
+    return _new(KeyRange, (n_queries, n_keys, offset, left, right, lengths, spans))
