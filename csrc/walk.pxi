@@ -12,7 +12,7 @@ cdef Py_ssize_t UNBOUNDED = <Py_ssize_t>1 << 62
 
 
 cdef struct KeyRange:
-    # fastattn.visibility.KeyRange as it is read for each tile. Arrays that were not given are NULL.
+    # fastattn.core.visibility.KeyRange as it is read for each tile. Arrays that were not given are NULL.
     Py_ssize_t left, right, offset
     Operand offsets, lengths, start, stop  # offsets in place of the one offset
 

@@ -1,20 +1,19 @@
 """Exact softmax attention for NumPy at the speed limit of the machine."""
 
-from .api import scaled_dot
+from .attention import scaled_dot
 from .backward import scaled_dot_backward
-from .blockmask import block_mask
-from .cache import KVCache
-from .config import show_config
-from .explain import available_backends, explain
+from .block_mask import block_mask
+from .documents import document_spans
+from .explain import available_backends, explain, show_config
 from .flex import flex
 from .gaussian import gaussian
-from .maps import attention_map, key_importance, top_keys
+from .kv_cache import KVCache
 from .measures import additive, euclidean
 from .merge import merge
 from .multihead import MultiHeadAttention
-from .scores import cosine, dot, pool
-from .spans import document_spans
+from .similarity import cosine, dot, pool
 from .vjp import vjp
+from .weight_maps import attention_map, key_importance, top_keys
 
 __version__ = "0.1.0"
 

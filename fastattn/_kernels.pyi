@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .visibility import KeyRange
+from .core.visibility import KeyRange
 
 FEATURES: tuple[str, ...]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .backward_problem import pose_backward
+from .core.backward import pose_backward
+from .core.problem import Gradient, Problem, pose
 from .dispatch import select, unsupported_backward
-from .problem import Gradient, Problem, pose
 
 __all__ = ["scaled_dot_backward"]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from . import reference
 from .backends import cuda, cython, numba, numpy
-from .environment import getenv
-from .problem import Problem
+from .core.environment import getenv
+from .core.problem import Problem
 
 __all__ = [
     "BACKENDS",

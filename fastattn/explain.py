@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .core.problem import Problem, pose
 from .dispatch import (
     BACKENDS,
     NAMED_ONLY,
@@ -13,9 +14,8 @@ from .dispatch import (
     unsupported,
     unsupported_backward,
 )
-from .problem import Problem, pose
 
-__all__ = ["Explanation", "available_backends", "explain"]
+__all__ = ["Explanation", "available_backends", "explain", "show_config"]
 
 
 @dataclass(frozen=True)
@@ -112,3 +112,13 @@ def available_backends() -> tuple[str, ...]:
     """
     plain = pose([[0.0]], [[0.0]], [[0.0]])
     return tuple(b.name for b in BACKENDS if cannot_run(b, plain) is None)
+
+
+def show_config() -> None:
+    """Print the versions, the machine, the instruction sets, the threads and the backends, as
+    ``python -m fastattn info`` does.
+    """
+    from .bench.machine import info
+    from .bench.report import print_info
+
+    print_info(info())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .api import answer, scaled_dot
-from .problem import pose
+from .attention import answer, scaled_dot
+from .core.problem import pose
 
 __all__ = ["flex"]
 

@@ -9,9 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from .api import answer
-from .arguments import flag, plain
-from .backward_problem import Backward
+from .attention import answer
+from .core.arguments import flag, plain
+from .core.backward import Backward
+from .core.problem import Problem, pose
+from .core.seen import seen_keys
 from .gaussian_ways import (
     Attended,
     Call,
@@ -23,9 +25,7 @@ from .gaussian_ways import (
     product_gradients,
 )
 from .parts import Gradients, Part, blocks, entries, fill, runs, singles
-from .problem import Problem, pose
-from .scores import positive, refuse
-from .seen import seen_keys
+from .similarity import positive, refuse
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["gaussian"]

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .api import answer
-from .arguments import broadcast_shapes
-from .backward_problem import Backward
+from .attention import answer
+from .core.arguments import broadcast_shapes
+from .core.backward import Backward
+from .core.problem import SQUARED_DISTANCE, Problem, pose
 from .parts import Part, Union, entries, runs
-from .problem import SQUARED_DISTANCE, Problem, pose
 
 __all__ = [
     "Attended", "Call", "Lifted", "difference_gradients", "differences", "extents", "lifted",

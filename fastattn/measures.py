@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .api import answer
-from .arguments import plain, vector
+from .attention import answer
 from .backward import of_its_array
-from .dtypes import float_dtype, widest
-from .options import check_wrt
-from .problem import DISTANCE, Measure, Problem, gradient_of, pose
-from .projection import project, rows
-from .scores import positive, refuse
+from .core.arguments import plain, vector
+from .core.dtypes import float_dtype, widest
+from .core.linear import project, rows
+from .core.options import check_wrt
+from .core.problem import DISTANCE, Measure, Problem, gradient_of, pose
+from .similarity import positive, refuse
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["additive", "euclidean"]

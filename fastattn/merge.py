@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arguments import plain
-from .dtypes import float_dtype, widest
+from .core.arguments import plain
+from .core.dtypes import float_dtype, widest
 
 __all__ = ["merge"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from . import torch_state
-from .api import scaled_dot
-from .arguments import count, flag, plain
-from .dtypes import chosen_dtype, float_dtype, widest
-from .options import wrt_names
-from .projection import project, rows
+from .attention import scaled_dot
+from .core.arguments import count, flag, plain
+from .core.dtypes import chosen_dtype, float_dtype, widest
+from .core.linear import project, rows
+from .core.options import wrt_names
 from .vjp import differentiates, vjp
 
 __all__ = ["MultiHeadAttention"]

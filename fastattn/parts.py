@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backward import of_its_array, pull_back
-from .backward_problem import Backward
+from .core.backward import Backward
+from .core.problem import DOT, Gradient, Problem, pose
 from .merge import merge
-from .problem import DOT, Gradient, Problem, pose
 
 __all__ = [
     "Gradients", "Part", "Union", "blocks", "entries", "fill", "narrowed", "runs", "singles",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import count, flag, plain
+from .core.arguments import count, flag, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

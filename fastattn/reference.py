@@ -11,11 +11,11 @@ import math
 
 import numpy as np
 
-from .arguments import in_range
-from .backward_problem import Backward
-from .cells import cell_starts, nothing_seen
-from .dtypes import as_real
-from .problem import Problem
+from .core.arguments import in_range
+from .core.backward import Backward
+from .core.cells import cell_starts, nothing_seen
+from .core.dtypes import as_real
+from .core.problem import Problem
 
 name = "reference"
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import reference
-from .backward_problem import Backward
 from .bench.machine import kernels
+from .core.backward import Backward
+from .core.problem import Problem, pose
 from .dispatch import BACKENDS, unsupported, unsupported_backward
-from .problem import Problem, pose
 
 __all__ = ["Outcome", "selftest"]
 

@@ -13,6 +13,6 @@ Examples
 True
 """
 
-from ._numba.exponential import exp, tanh
+from .backends.numba.exponential import exp, tanh
 
 __all__ = ["exp", "tanh"]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .api import answer, scaled_dot
-from .arguments import flag
+from .attention import answer, scaled_dot
 from .backward import pull_back
+from .core.arguments import flag
+from .core.problem import Problem, pose
 from .dispatch import select, unsupported_backward
-from .problem import Problem, pose
 
 __all__ = ["differentiated", "differentiates", "vjp"]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastattn import reference
-from fastattn.problem import Problem, pose
+from fastattn.core.problem import Problem, pose
 
 
 class Shape(NamedTuple):

@@ -15,8 +15,8 @@ import simulator
 from hypothesis import HealthCheck, settings
 
 import fastattn
+from fastattn.core.problem import pose
 from fastattn.dispatch import BACKENDS, named, unsupported_backward
-from fastattn.problem import pose
 
 # The same examples in every run; `pytest --hypothesis-profile=long` draws many new ones.
 settings.register_profile(

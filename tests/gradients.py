@@ -4,7 +4,7 @@ import numpy as np
 from cases import assert_exact_enough, plain_measure, plain_numpy, pose, reference
 
 from fastattn.backward import of_its_array
-from fastattn.backward_problem import Backward
+from fastattn.core.backward import Backward
 
 ARRAY_OPTIONS = ("bias", "alibi", "sinks")
 

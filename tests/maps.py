@@ -8,8 +8,8 @@ from cases import assert_exact_enough, plain_numpy
 
 import fastattn
 from fastattn import reference
+from fastattn.core.problem import pose
 from fastattn.dispatch import named, unsupported_map
-from fastattn.problem import pose
 
 
 def posed(q, k, **options):

@@ -5,7 +5,7 @@ import pytest
 from cases import Shape, assert_solves, check
 from layouts import LAYOUTS
 
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 SHAPE = Shape(2, 4, 18, 30, 8, kv_heads=2)
 

@@ -11,7 +11,7 @@ from memory import STATUS
 
 import fastattn
 from fastattn import KVCache
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 STORED = (*DTYPES, "int8")
 WITHOUT_INT8 = ("cuda",)

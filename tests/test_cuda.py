@@ -21,7 +21,7 @@ import fastattn
 from conftest import Target, child_environment
 from fastattn import reference
 from fastattn.backends import cuda as backend
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 TARGET = Target("cuda")
@@ -519,7 +519,7 @@ def test_results_are_torchs():
 def compile_ptx(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
     """The PTX of a kernel, which needs no GPU."""
     cuda = importlib.import_module("numba.cuda")
-    kernel = importlib.import_module("fastattn.backends.cuda_kernel")
+    kernel = importlib.import_module("fastattn.backends.cuda.kernel")
     dispatcher = importlib.import_module("numba.cuda.dispatcher")
     # Device functions are compiled for the current device; there need not be one.
     device = SimpleNamespace(compute_capability=processor)

@@ -11,10 +11,10 @@ import fastattn
 
 README = Path(__file__).parent.parent / "README.md"
 PLAIN = (
-    "api", "backward", "cache", "explain", "gaussian", "maps", "measures", "merge", "multihead",
-    "scores", "spans", "vjp",
+    "attention", "backward", "documents", "explain", "gaussian", "kv_cache", "measures", "merge",
+    "multihead", "similarity", "vjp", "weight_maps",
 )  # fmt: skip
-NEED_NUMBA = ("blockmask", "flex", "vectormath")
+NEED_NUMBA = ("block_mask", "flex", "vectormath")
 
 
 @pytest.mark.parametrize("module", [*PLAIN, *NEED_NUMBA, "plot"])

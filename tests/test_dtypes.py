@@ -7,7 +7,7 @@ import pytest
 from cases import DTYPES, Shape, check, finfo, float_type, plain_numpy, rms, same_bits, ulp
 
 from fastattn import reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 SHAPE = Shape(2, 4, 9, 21, 8, kv_heads=2)
 INTEGERS = ("bool", "int8", "uint8", "int32", "uint64", "int64")

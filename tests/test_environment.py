@@ -10,7 +10,8 @@ from cases import Shape
 
 import fastattn
 from conftest import instruction_sets
-from fastattn import dispatch, extension, reference
+from fastattn import dispatch, reference
+from fastattn.core import extension
 
 ARRAYS = Shape(1, 2, 5, 7, 8).arrays()
 
@@ -31,7 +32,7 @@ def calls(monkeypatch):
 
 def able():
     """The backends that serve `ARRAYS`, in order."""
-    from fastattn.problem import pose
+    from fastattn.core.problem import pose
 
     return [b.name for b in dispatch.BACKENDS if b.unsupported(pose(*ARRAYS)) is None]
 

@@ -7,8 +7,8 @@ import pytest
 from cases import Shape
 
 import fastattn
+from fastattn.core.problem import pose
 from fastattn.dispatch import BACKENDS, ON_HOST, unsupported
-from fastattn.problem import pose
 
 ARRAYS = Shape(1, 4, 200, 300, 16).arrays()
 

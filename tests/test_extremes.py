@@ -10,8 +10,8 @@ from cases import Shape, check, same_bits
 
 import fastattn
 from fastattn import reference
+from fastattn.core.problem import pose
 from fastattn.dispatch import named, unsupported_map
-from fastattn.problem import pose
 
 SHAPES = {"few": Shape(1, 2, 3, 70, 16), "many": Shape(1, 2, 50, 70, 16, kv_heads=1)}
 LARGEST = np.finfo(np.longdouble).max  # that of float64 where long double is no wider

@@ -8,7 +8,7 @@ import pytest
 from cases import Shape, assert_solves, options, same_bits
 
 import fastattn
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="only Numba compiles a function of the user's"
@@ -124,7 +124,7 @@ class TestFunctions:
         check(mask_mod=njit(checkerboard))
 
     def test_kernels_are_kept(self):
-        from fastattn._numba import hooks, launch
+        from fastattn.backends.numba import hooks, launch
 
         check(score_mod=relative)
         one = launch.launcher(hooks.score_function(relative, 4), None)
@@ -187,7 +187,7 @@ class TestBlockMask:
     def test_function_is_not_called_where_all_agree(self):
         """Blocks of a function that has changed its mind tell whether they are asked."""
         made = fastattn.block_mask(lambda batch, head, i, j: j < 64, 100, 150)
-        liar = fastattn.blockmask.BlockMask(
+        liar = fastattn.block_mask.BlockMask(
             lambda batch, head, i, j: j >= 64, 100, 150, made.blocks
         )
         arrays = SHAPE.arrays()

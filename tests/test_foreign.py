@@ -8,9 +8,9 @@ import pytest
 from cases import DTYPES, Shape, float_type
 
 import fastattn
-from fastattn import foreign
-from fastattn.arguments import plain
-from fastattn.problem import pose
+from fastattn.core import foreign
+from fastattn.core.arguments import plain
+from fastattn.core.problem import pose
 
 SHAPE = Shape(2, 4, 5, 7, 8, kv_heads=2)
 GRID = np.random.default_rng(1).random((2, 4, 5, 7))

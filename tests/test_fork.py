@@ -207,7 +207,7 @@ COMPILING = """
 import os, signal, threading, time, warnings
 import numpy as np
 import fastattn
-from fastattn._numba import launch
+from fastattn.backends.numba import launch
 from numba.core.compiler_lock import global_compiler_lock
 
 warnings.simplefilter("ignore")

@@ -10,8 +10,8 @@ from test_accuracy import EVERY_OPTION, shapes, subsets
 from test_gradients import few
 
 from fastattn import reference
+from fastattn.core.problem import pose
 from fastattn.dispatch import NAMED_ONLY
-from fastattn.problem import pose
 
 torch = pytest.importorskip("torch", reason="torch is the other side of these tests")
 

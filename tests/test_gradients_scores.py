@@ -8,7 +8,7 @@ from test_similarity import SPREADS, spread
 
 import fastattn
 from fastattn import MultiHeadAttention
-from fastattn.problem import SQUARED_DISTANCE, pose
+from fastattn.core.problem import SQUARED_DISTANCE, pose
 
 SHAPE = Shape(2, 4, 6, 9, 5, kv_heads=2, value_dim=3)
 RNG = np.random.default_rng(2)

@@ -7,7 +7,7 @@ from gradients import check_gradients, exact_gradients, random_like
 from test_special import HIDING, KEY, POISON
 
 from fastattn import reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 SHAPE = Shape(2, 4, 70, 90, 16, kv_heads=2)
 WIDE = SHAPE._replace(head_dim=64, value_dim=64)  # enough for float32 in parts

@@ -1,9 +1,14 @@
 """Promise 6: importing starts no thread, changes no floating-point mode and is quick."""
 
+import ast
+import graphlib
 import platform
 import sys
+from pathlib import Path
 
 import pytest
+
+import fastattn
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -102,3 +107,50 @@ import fastattn
 print(dict(os.environ) == before)
 """
     assert run_python(program).strip() == "True"
+
+
+# From the lowest: `core` imports itself alone; the public functions import what they need.
+LAYERS = ("core", "reference", "backends", "dispatch")
+
+
+def _layer(module: str) -> int:
+    first = module.partition(".")[0]
+    return LAYERS.index(first) if first in LAYERS else len(LAYERS)
+
+
+def _imports() -> dict[str, set[str]]:
+    """What each module of fastattn imports of the others when it is imported."""
+    package = Path(fastattn.__file__).parent
+    paths = {
+        ".".join(p.relative_to(package).with_suffix("").parts): p for p in package.rglob("*.py")
+    }
+    found = {}
+    for name, path in paths.items():
+        found[name] = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [*name.split(".")[: -node.level], *([node.module] if node.module else [])]
+                for alias in node.names:
+                    options = (
+                        (*base, alias.name),
+                        (*base, alias.name, "__init__"),
+                        (*base, "__init__"),
+                        base,
+                    )
+                    found[name].add(next(m for x in options if (m := ".".join(x)) in paths))
+    return found
+
+
+def test_imports_run_downwards():
+    """And no backend imports another, but for what NumPy's does in place of compiled kernels."""
+    for name, others in _imports().items():
+        for other in others:
+            assert _layer(other) <= _layer(name), f"{name} imports {other}"
+            if name.startswith("backends.") and other.startswith("backends."):
+                assert other.split(".")[1] in (name.split(".")[1], "numpy"), (
+                    f"{name} imports {other}"
+                )
+
+
+def test_imports_have_no_circle():
+    graphlib.TopologicalSorter(_imports()).prepare()

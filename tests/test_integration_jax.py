@@ -393,7 +393,7 @@ def test_equal_calls_are_traced_once(monkeypatch):
 
     def pose(*args, **words):
         posed.append(words)
-        return fastattn.problem.pose(*args, **words)
+        return fastattn.core.problem.pose(*args, **words)
 
     monkeypatch.setattr(jax_operators, "pose", pose)
     operands = [x[:, :17] for x in arrays()]

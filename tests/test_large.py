@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import Shape, assert_solves
 
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves memory")
 

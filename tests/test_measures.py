@@ -10,8 +10,8 @@ from memory import STATUS
 
 import fastattn
 from fastattn import reference
+from fastattn.core.problem import DISTANCE, Measure, pose
 from fastattn.dispatch import named
-from fastattn.problem import DISTANCE, Measure, pose
 
 HIDDEN = 24
 SHAPE = Shape(2, 4, 50, 70, 16, kv_heads=2, value_dim=24)

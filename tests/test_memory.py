@@ -7,8 +7,8 @@ import pytest
 from cases import float_type
 from memory import EXTRA, STATUS
 
+from fastattn.core.problem import DISTANCE, DOT, pose
 from fastattn.dispatch import named, unsupported_map
-from fastattn.problem import DISTANCE, DOT, pose
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

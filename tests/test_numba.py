@@ -7,7 +7,7 @@ import pytest
 from cases import Shape, assert_solves, same_bits
 
 import fastattn
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 pytest.importorskip("numba", reason="tests of what Numba compiles")
 
@@ -16,7 +16,7 @@ import numpy as np
 import fastattn
 q = np.ones((1, 3, 5, 8), np.float32)
 fastattn.scaled_dot(q, q, q, backend="numba")
-from fastattn._numba import launch
+from fastattn.backends.numba import launch
 stats = launch.launcher(None, None).stats
 print(len(stats.cache_hits), len(stats.cache_misses))
 """
@@ -33,7 +33,7 @@ def test_nowhere_to_keep_kernels(run_python):
 from numba.core import caching
 (caching.CacheImpl if hasattr(caching, "CacheImpl") else caching._CacheImpl)._locator_classes = []
 import fastattn
-from fastattn._numba import launch
+from fastattn.backends.numba import launch
 print(launch.launcher(None, None)._cache.__class__.__name__)
 """
     assert run_python(program).strip() == "NullCache"

@@ -11,7 +11,7 @@ from test_similarity import OPTIONS, SHAPE, check, cosines, distances
 
 import fastattn
 from fastattn import parts, reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 FUNCTIONS = {
     "cosine": (fastattn.cosine, {"temperature": 0.1}, lambda q, k: cosines(q, k, 0.1)),

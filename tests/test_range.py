@@ -7,7 +7,7 @@ import pytest
 from cases import Shape, assert_solves, check
 
 from fastattn import reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)
 

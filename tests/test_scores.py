@@ -7,7 +7,7 @@ import pytest
 from cases import SCORE_OPTIONS, Shape, assert_exact_enough, brute_force, check, options
 
 from fastattn import reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 SHAPE = Shape(2, 4, 9, 13, 8, kv_heads=2)
 COMBINATIONS = [

@@ -9,7 +9,7 @@ from cases import DTYPES, Shape, assert_exact_enough, options, same_bits
 
 import fastattn
 from fastattn import reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 SHAPE = Shape(2, 4, 50, 70, 16, kv_heads=2, value_dim=24)
 DATA = np.array([[1, 2], [3, 4], [5, 6]])

@@ -5,7 +5,7 @@ import pytest
 from cases import Shape, check
 
 from fastattn import reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 # More than one tile both ways, with ragged ends; key 40 is seen by some queries and not by others.
 SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from cases import Shape, assert_solves, options, same_bits
 
-from fastattn import threads
-from fastattn.problem import pose
+from fastattn.core import threads
+from fastattn.core.problem import pose
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_bound_threads(run_python, setting):
 import os
 before = os.cpu_count() if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
 import fastattn
-from fastattn import threads
+from fastattn.core import threads
 assert threads.affinity() == before, (threads.affinity(), before)
 print("fine")
 """

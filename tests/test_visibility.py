@@ -7,7 +7,7 @@ import pytest
 from cases import INTERVAL_OPTIONS, Shape, brute_force, check, options
 
 from fastattn import reference
-from fastattn.problem import pose
+from fastattn.core.problem import pose
 
 NAMES = (*INTERVAL_OPTIONS, "mask", "-inf")
 COMBINATIONS = [names for n in range(len(NAMES) + 1) for names in itertools.combinations(NAMES, n)]

@@ -6,8 +6,8 @@ from cases import Shape, same_bits
 from gradients import random_like
 
 import fastattn
+from fastattn.core.problem import pose
 from fastattn.dispatch import BACKENDS, unsupported_backward
-from fastattn.problem import pose
 
 SHAPE = Shape(2, 4, 5, 7, 8, kv_heads=2, value_dim=6)
 Q, K, V = SHAPE.arrays()

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import reference
-from ..backward_problem import Backward
-from ..dtypes import float_type
-from ..problem import pose
+from ..core.backward import Backward
+from ..core.dtypes import float_type
+from ..core.problem import pose
 from .functions import FUNCTIONS, document_starts
 
 __all__ = ["CASES", "Case", "parse_shape"]

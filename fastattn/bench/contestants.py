@@ -16,8 +16,8 @@ import numpy as np
 import fastattn
 
 from ..backends import cuda
+from ..core.problem import pose
 from ..dispatch import BACKENDS, unsupported_backward
-from ..problem import pose
 from .base import Contestant, Prepared
 from .cases import Case
 from .machine import default_threads, threadpoolctl

@@ -15,10 +15,10 @@ import numpy as np
 
 import fastattn
 
-from .. import extension
+from ..core import extension
+from ..core.problem import pose
+from ..core.threads import affinity, thread_count
 from ..dispatch import BACKENDS, NAMED_ONLY, cannot_run
-from ..problem import pose
-from ..threads import affinity, thread_count
 
 __all__ = ["default_threads", "describe", "info", "instruction_set", "kernels", "threadpoolctl"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import float_type
+from ..core.dtypes import float_type
 from . import machine, memory, timing
 from .cases import Case
 from .contestants import Contestant

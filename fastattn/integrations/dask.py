@@ -10,9 +10,9 @@ import numpy as np
 
 import fastattn
 
+from ..core.options import span_sides
+from ..core.problem import Problem, pose
 from ..dispatch import select
-from ..options import span_sides
-from ..problem import Problem, pose
 
 __all__ = ["scaled_dot"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..arguments import flag, number, plain, renamed
-from ..options import span_sides, window_sides
+from ..core.arguments import flag, number, plain, renamed
+from ..core.options import span_sides, window_sides
 from .jax_operators import Call, attend
 
 __all__ = ["dot_product_attention", "scaled_dot"]

@@ -15,8 +15,8 @@ from jax.experimental.buffer_callback import buffer_callback
 
 import fastattn
 
+from ..core.problem import Problem, pose
 from ..dispatch import select, unsupported_backward
-from ..problem import Problem, pose
 
 __all__ = ["Call", "attend"]
 

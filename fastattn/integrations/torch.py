@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from ..arguments import renamed
+from ..core.arguments import renamed
 from .torch_operators import attend
 from .torch_tensors import check_tensors
 

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 import fastattn
 
-from ..options import span_sides, window_sides
+from ..core.options import span_sides, window_sides
 from .torch_tensors import (
     alike,
     array,
@@ -22,7 +22,7 @@ from .torch_tensors import (
     laid_out,
     tensor,
     transforms,
-)  # fmt: skip
+)
 
 __all__ = ["attend"]
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..arguments import plain
-from ..dtypes import FLOAT64, is_real
-from ..foreign import check_meaning, refusal
+from ..core.arguments import plain
+from ..core.dtypes import FLOAT64, is_real
+from ..core.foreign import check_meaning, refusal
 
 __all__ = [
     "alike", "array", "as_tensor", "autocast", "check_constant", "check_tensors", "empty_result",

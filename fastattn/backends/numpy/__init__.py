@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..problem import Problem
-from .numpy_backward import run_backward, unsupported_backward
-from .numpy_maps import run_map, run_top
-from .numpy_tiles import (
+from ...core.problem import Problem
+from .backward import run_backward, unsupported_backward
+from .tiles import (
     BLOCK_K,
     BLOCK_Q,
     Heads,
@@ -27,6 +26,7 @@ from .numpy_tiles import (
     scores,
     shift_of,
 )
+from .weight_maps import run_map, run_top
 
 __all__ = [
     "name",

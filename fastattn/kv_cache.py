@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .api import answer, scaled_dot
-from .arguments import count, integers, plain
-from .dtypes import FLOATS, float_type, is_float
-from .options import span_sides
-from .problem import pose
+from .attention import answer, scaled_dot
+from .core.arguments import count, integers, plain
+from .core.dtypes import FLOATS, float_type, is_float
+from .core.options import span_sides
+from .core.problem import pose
 
 __all__ = ["KVCache"]
 

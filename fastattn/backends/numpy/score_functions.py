@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..problem import Measure
+from ...core.problem import Measure
 
 __all__ = ["measure", "measure_gradients", "where_seen"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..extension import kernels
-from ..problem import DOT, Problem
-from ..threads import worth_threads
+from ...core.extension import kernels
+from ...core.problem import DOT, Problem
+from ...core.threads import worth_threads
 
 __all__ = ["attend", "kernels", "product", "threads"]
 

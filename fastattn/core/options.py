@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .arguments import FAR, broadcast, in_range, integer, integers, operand, plain
-from .blockmask import BlockMask
+from .block_mask import BlockMask
 from .dtypes import is_real
 
 __all__ = [

@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-from ..backward_problem import Backward
-from ..problem import DOT, Problem
-from ..results import empty_like
-from . import numpy_backward
-from .cython_kernels import kernels, product, threads
-from .row_sums import RowSums
+from ...core.backward import Backward
+from ...core.output import empty_like
+from ...core.problem import DOT, Problem
+from ...core.row_sums import RowSums
+from ..numpy import backward as numpy_backward
+from .kernel_args import kernels, product, threads
 
 __all__ = ["run_backward"]
 

@@ -13,18 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import (
-    broadcast_shapes,
-    count,
-    flag,
-    function,
-    in_range,
-    number,
-    operand,
-    vector,
-)
-from .blockmask import BlockMask
-from .device import DeviceArray
+from .arguments import broadcast_shapes, count, flag, function, in_range, number, operand, vector
+from .block_mask import BlockMask
+from .device_array import DeviceArray
 from .dtypes import FLOAT32, FLOAT64, float_dtype, wider, widest
 from .options import (
     bias_array,
@@ -37,7 +28,7 @@ from .options import (
     span_arrays,
     window_sides,
 )
-from .results import destination, empty_like, may_overlap
+from .output import destination, empty_like, may_overlap
 from .visibility import KeyRange, key_range
 
 __all__ = [

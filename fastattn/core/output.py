@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .arguments import operand
-from .device import DeviceArray
+from .device_array import DeviceArray
 
 __all__ = ["destination", "empty_like", "may_overlap"]
 

@@ -21,7 +21,7 @@ from math import inf
 import numpy as np
 from numba import from_dtype, njit
 
-from .. import blockmask
+from ...core import block_mask
 from .exponential import WEIGHT_UNIT
 from .memory import (
     ahead,
@@ -37,16 +37,7 @@ from .memory import (
 )
 from .numbers import REAL, widen
 from .register_tile import register_tile
-from .vectors import (
-    TILE_ROWS,
-    TILE_VECS,
-    VECTOR_BYTES,
-    choose,
-    compiled,
-    constant,
-    lanes,
-    splat,
-)
+from .vectors import TILE_ROWS, TILE_VECS, VECTOR_BYTES, choose, compiled, constant, lanes, splat
 
 # Queries in a tile, as bytes of one row: a whole number of panels for every instruction set. Twice
 # as many as fill the widest registers, because each tile reads all of K and V.
@@ -57,7 +48,7 @@ PANEL_BYTES = TILE_VECS * VECTOR_BYTES
 # would have 3 to 25 times NumPy's rounding error; blocks of 128 make too many partial sums.
 BLOCK_KEYS = 512
 # Keys whose weights stay in the first-level cache between the softmax and the second product.
-STRIP_KEYS = blockmask.BLOCK_KEYS
+STRIP_KEYS = block_mask.BLOCK_KEYS
 STRIPS = BLOCK_KEYS // STRIP_KEYS
 
 # Dimensions whose products are summed from 0, at least: of few queries, whom NumPy's matmul gives
@@ -65,8 +56,8 @@ STRIPS = BLOCK_KEYS // STRIP_KEYS
 FEW_RUN_DIMS, RUN_DIMS = 16, 64
 
 # What a panel sees of a strip, and anybody of a block of a block mask, whose keys are a strip.
-SEE_NONE, SEE_SOME, SEE_ALL = blockmask.NONE, blockmask.SOME, blockmask.ALL
-MASK_QUERIES = blockmask.BLOCK_QUERIES
+SEE_NONE, SEE_SOME, SEE_ALL = block_mask.NONE, block_mask.SOME, block_mask.ALL
+MASK_QUERIES = block_mask.BLOCK_QUERIES
 
 # Arrays, by the address of a table of where each head's rows begin and by strides in bytes; a table
 # of 0 stands for an array that was not given.

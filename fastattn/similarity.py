@@ -6,13 +6,13 @@ from functools import partial
 
 import numpy as np
 
-from .api import answer, scaled_dot
-from .arguments import number, plain
-from .backward_problem import Backward
-from .dtypes import float_dtype
-from .options import check_wrt
+from .attention import answer, scaled_dot
+from .core.arguments import number, plain
+from .core.backward import Backward
+from .core.dtypes import float_dtype
+from .core.options import check_wrt
+from .core.problem import Problem, pose
 from .parts import Gradients, Part, Union, blocks, entries, fill, runs
-from .problem import Problem, pose
 from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]

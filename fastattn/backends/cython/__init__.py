@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import extension
-from ..arguments import broadcast_shapes
-from ..cells import nothing_seen
-from ..problem import DOT, SQUARED_DISTANCE, Problem
-from .cython_backward import run_backward
-from .cython_kernels import attend, kernels, product, threads
+from ...core import extension
+from ...core.arguments import broadcast_shapes
+from ...core.cells import nothing_seen
+from ...core.problem import DOT, SQUARED_DISTANCE, Problem
+from .backward import run_backward
+from .kernel_args import attend, kernels, product, threads
 
 __all__ = [
     "broken", "name", "plan", "run", "run_backward", "run_map", "run_top", "unsupported",

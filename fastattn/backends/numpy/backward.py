@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backward_problem import Backward
-from ..problem import DOT, Problem
-from ..results import empty_like
-from .numpy_measures import measure_gradients, where_seen
-from .numpy_tiles import (
+from ...core.backward import Backward
+from ...core.output import empty_like
+from ...core.problem import DOT, Problem
+from ...core.row_sums import RowSums
+from .score_functions import measure_gradients, where_seen
+from .tiles import (
     Heads,
     capped_products,
     distances,
@@ -24,7 +25,6 @@ from .numpy_tiles import (
     scores,
     sums,
 )
-from .row_sums import RowSums
 
 __all__ = ["run_backward", "unsupported_backward"]
 

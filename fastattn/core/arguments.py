@@ -8,7 +8,7 @@ from types import FunctionType
 
 import numpy as np
 
-from .device import DeviceArray, on_device
+from .device_array import DeviceArray, on_device
 from .dtypes import is_real
 from .foreign import as_array
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..arguments import in_range
-from ..dtypes import as_real
-from ..problem import DOT, Problem
-from .numpy_measures import measure
+from ...core.arguments import in_range
+from ...core.dtypes import as_real
+from ...core.problem import DOT, Problem
+from .score_functions import measure
 
 __all__ = [
     "BLOCK_K",

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..cells import covered, nothing_seen
-from ..problem import Problem
-from .numpy_measures import where_seen
-from .numpy_tiles import (
-    Heads,
-    capped_products,
-    key_blocks,
-    queries_of,
-    query_blocks,
-    scores,
-    sums,
-)
+from ...core.cells import covered, nothing_seen
+from ...core.problem import Problem
+from .score_functions import where_seen
+from .tiles import Heads, capped_products, key_blocks, queries_of, query_blocks, scores, sums
 
 __all__ = ["run_map", "run_top"]
 

@@ -1,4 +1,6 @@
-"""The kernel of ``fastattn._numba``: vectors like those of the compiled kernels, made by Numba."""
+"""The compiled kernels' tile in Numba. `tile` is the kernel, `vectors` all that depends on the
+instruction set; importing one of these imports Numba, so only a call may.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from ..blockmask import NONE
-from ..parallel import share
-from ..problem import DOT, Problem
-from ..threads import openmp_setting, worth_threads
+from ...core.block_mask import NONE
+from ...core.problem import DOT, Problem
+from ...core.thread_pool import share
+from ...core.threads import openmp_setting, worth_threads
 
 name = "numba"
 
@@ -37,7 +39,7 @@ def _missing() -> str | None:
         return "NUMBA_DISABLE_JIT is set"
     try:
         import_module("numba")
-        import_module("fastattn._numba.launch")
+        import_module("fastattn.backends.numba.launch")
     except Exception as error:  # of several types, where it refuses the NumPy that it finds
         return f"numba cannot be imported ({' '.join(str(error).split())})"
     return None
@@ -55,7 +57,7 @@ def unsupported(problem: Problem) -> str | None:
     missing = _missing()
     if missing is not None:
         return missing
-    from .._numba.numbers import format_of
+    from .numbers import format_of
 
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
@@ -76,7 +78,7 @@ class _Call:
     """One call: the record that its tiles start from, and who carries them out."""
 
     def __init__(self, p: Problem, result, lse, weights):
-        from .._numba import hooks, launch, measures, numbers, tile
+        from . import hooks, launch, measures, numbers, tile
 
         self.hooks = (
             hooks.score_function(p.score_mod, p.accumulator.itemsize),
@@ -205,7 +207,7 @@ def threads(problem: Problem) -> int:
 
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
-    from .._numba import tile, vectors
+    from . import tile, vectors
 
     given = {name: getattr(problem, name) for name in ("score_mod", "mask_mod", "block_mask")}
     functions = {

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fastattn import parallel
+from fastattn.core import thread_pool
 
 
 class Launches:
@@ -41,7 +41,7 @@ class Launches:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_each_item_once(threads):
     launches = Launches()
-    parallel.share(23, 3, threads, launches.start)
+    thread_pool.share(23, 3, threads, launches.start)
     assert sorted(launches.done) == list(range(23))
     assert 1 <= len(launches.threads) <= threads
 
@@ -54,7 +54,7 @@ def test_what_a_launch_raises_ends_all(item):
 
     launches = Launches(fails)
     with pytest.raises(OverflowError, match="here"):
-        parallel.share(100, 1, 3, launches.start)
+        thread_pool.share(100, 1, 3, launches.start)
     launches.assert_over()
     assert len(launches.done) < 99
 
@@ -80,7 +80,7 @@ def test_signals_that_raise_leave_nothing_behind():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.03, 0.01)
         with pytest.raises(Interrupted):
-            parallel.share(1000, 1, 3, launches.start)
+            thread_pool.share(1000, 1, 3, launches.start)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -92,10 +92,10 @@ def test_no_thread_to_be_had(monkeypatch, error):
     def refuse(*args):
         raise error
 
-    monkeypatch.setattr(parallel, "start_new_thread", refuse)
-    monkeypatch.setattr(parallel, "_idle", type(parallel._idle)())
+    monkeypatch.setattr(thread_pool, "start_new_thread", refuse)
+    monkeypatch.setattr(thread_pool, "_idle", type(thread_pool._idle)())
     launches = Launches()
-    parallel.share(5, 1, 4, launches.start)
+    thread_pool.share(5, 1, 4, launches.start)
     assert sorted(launches.done) == list(range(5))
     assert launches.threads == {threading.get_ident()}
 
@@ -109,7 +109,7 @@ def test_no_memory_for_a_helper():
             raise MemoryError
         return launches.launch
 
-    parallel.share(5, 1, 3, start)
+    thread_pool.share(5, 1, 3, start)
     assert sorted(launches.done) == list(range(5))
 
 
@@ -117,11 +117,11 @@ def test_after_the_main_thread_has_ended(run_python):
     """In a thread that outlives it, and in what runs at exit."""
     program = """
 import atexit, threading, time
-from fastattn import parallel
+from fastattn.core import thread_pool
 
 def attend(word):
     done = []
-    parallel.share(9, 1, 3, lambda: lambda begin, end: (time.sleep(.001), done.append(begin)))
+    thread_pool.share(9, 1, 3, lambda: lambda begin, end: (time.sleep(.001), done.append(begin)))
     print(word, len(done), flush=True)
 
 def later():
@@ -140,13 +140,13 @@ threading.Thread(target=later).start()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python's own, on a fork with threads
 def test_fork_while_others_work():
     launches = Launches()
-    other = threading.Thread(target=parallel.share, args=(50, 1, 3, launches.start))
+    other = threading.Thread(target=thread_pool.share, args=(50, 1, 3, launches.start))
     other.start()
     time.sleep(0.03)
     child = os.fork()
     if child == 0:
         own = Launches()
-        parallel.share(9, 1, 3, own.start)
+        thread_pool.share(9, 1, 3, own.start)
         os._exit(len(own.done) != 9)
     assert os.waitpid(child, 0)[1] == 0
     other.join()

@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 from numba import njit
 
-from ..blockmask import ALL, BLOCK_KEYS, BLOCK_QUERIES, NONE, SOME
-from ..parallel import share
-from ..threads import openmp_setting, thread_count
+from ...core.block_mask import ALL, BLOCK_KEYS, BLOCK_QUERIES, NONE, SOME
+from ...core.thread_pool import share
+from ...core.threads import openmp_setting, thread_count
 from .hooks import mask_function
 
 # Pairs of a launch: some 10 ms.

@@ -7,7 +7,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..blockmask import BLOCK_KEYS, BLOCK_QUERIES
+from ...core.block_mask import BLOCK_KEYS, BLOCK_QUERIES
 from .vectors import TILE_VECS, VECTOR_BYTES, flags_of, vector_of
 
 

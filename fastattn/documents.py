@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arguments import FAR, integers
+from .core.arguments import FAR, integers
 
 __all__ = ["document_spans"]
 

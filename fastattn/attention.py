@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .device import DeviceArray
+from .core.device_array import DeviceArray
+from .core.problem import Problem, pose
 from .dispatch import select
-from .problem import Problem, pose
 
 __all__ = ["answer", "scaled_dot"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arguments import count, integers, plain
-from .cells import cell_starts
+from .core.arguments import count, integers, plain
+from .core.cells import cell_starts
+from .core.problem import Problem, pose
 from .dispatch import select, unsupported_map
-from .problem import Problem, pose
 
 __all__ = ["attention_map", "key_importance", "top_keys"]
 

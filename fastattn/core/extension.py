@@ -20,7 +20,7 @@ def _load() -> tuple[Any, str | None, bool]:
         spec = find_spec(NAME)
         if spec is None:
             others = [
-                x.name for x in Path(__file__).parent.glob("_kernels.*") if x.suffix != ".pyi"
+                x.name for x in Path(__file__).parents[1].glob("_kernels.*") if x.suffix != ".pyi"
             ]
             if not others:
                 return None, "the extension was not built", False

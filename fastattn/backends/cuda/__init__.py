@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..device import DeviceArray, packed
-from ..problem import DOT, Problem
+from ...core.device_array import DeviceArray, packed
+from ...core.problem import DOT, Problem
 
 name = "cuda"
 
@@ -106,7 +106,7 @@ def run(problem: Problem, result):
 
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
-    kernel = import_module(".cuda_kernel", __package__)
+    kernel = import_module(".kernel", __package__)
     p = problem
     spec = _spec(p)
     tile = kernel.tile_for(spec)
@@ -129,7 +129,7 @@ class _Operand(NamedTuple):
 
 
 def _run(p: Problem, result, cuda, stream):
-    kernel = import_module(".cuda_kernel", __package__)
+    kernel = import_module(".kernel", __package__)
     spec = _spec(p)
     tile = kernel.tile_for(spec)
     real = np.dtype(spec.real)
@@ -224,7 +224,7 @@ class _Result:
 
 def _spec(p: Problem):
     """What the kernel is compiled for."""
-    kernel = import_module(".cuda_kernel", __package__)
+    kernel = import_module(".kernel", __package__)
     operands = {"q": p.q, "k": p.k, "v": p.v, "b": p.bias, "o": p}
     halves = (c for c, x in operands.items() if x is not None and x.dtype.name == "bfloat16")
     wide = p.bias is not None and p.bias.dtype.kind == "f" and p.bias.dtype.itemsize > 4

@@ -1,0 +1,1 @@
+"""What every backend may import: the validated problem and what it is made of."""
