@@ -186,7 +186,7 @@ def positive(text: str) -> int:
     """A whole number of at least 1."""
     n = int(text)
     if n < 1:
-        raise argparse.ArgumentTypeError(f"{n} given, at least 1 wanted")
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {n}")
     return n
 
 

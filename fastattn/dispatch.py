@@ -127,8 +127,8 @@ def _warn_if_broken(backend, reason: str) -> None:
 def named(backend: str, origin: str = "backend"):
     """The backend module called `backend`."""
     if not isinstance(backend, str):
-        raise TypeError(f"{origin}: {type(backend).__name__} given, a name wanted")
+        raise TypeError(f"{origin}: expected a name, got {type(backend).__name__}")
     every = {b.name: b for b in BACKENDS + NAMED_ONLY}
     if backend not in every:
-        raise ValueError(f"{origin}: {backend!r} given, one of {', '.join(every)} wanted")
+        raise ValueError(f"{origin}: expected one of {', '.join(every)}, got {backend!r}")
     return every[backend]

@@ -115,11 +115,13 @@ def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
     backend = options.pop("backend", None)
     p = pose(q, k, v, **options, **more)
     if p.sinks is not None and not normalize:
-        raise ValueError("sinks: given with normalize=False, which divides by nothing")
+        raise ValueError(
+            "sinks: expected None with normalize=False, got an array; they only add to the divisor"
+        )
     if exclude_self and p.key_range.lengths is not None and options.get("q_offset") is None:
         raise ValueError(
-            "q_offset: None given with kv_lengths and exclude_self; pass 0 for a padded batch of "
-            "whole sequences, kv_lengths - n_queries for a cache"
+            "q_offset: expected a value with kv_lengths and exclude_self, got None; pass 0 for a "
+            "padded batch of whole sequences, kv_lengths - n_queries for a cache"
         )
     # Sinks come last: the product knows a score but for a term of the query.
     spans = _without_self(p) if exclude_self else (p.key_range.spans,)

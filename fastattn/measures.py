@@ -132,7 +132,7 @@ def _additive_arrays(q, k, v, w_q, w_k, w, b):
         if x.ndim < 2:
             raise ValueError(f"{name}: expected at least 2 axes, (..., length, dim), got {x.ndim}")
         if shape != (x.shape[-1], hidden):
-            raise ValueError(f"w_{name}: shape {shape} given, ({x.shape[-1]}, {hidden}) wanted")
+            raise ValueError(f"w_{name}: expected shape ({x.shape[-1]}, {hidden}), got {shape}")
     for name in parameters.keys() - {"w_q", "w_k"}:
         vector(name, parameters[name], hidden)
     return inputs, parameters

@@ -86,11 +86,11 @@ class MultiHeadAttention:
         self.value_dim = self.key_dim if value_dim is None else count("value_dim", value_dim)
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"num_heads: {num_heads} given, a divisor of embed_dim {embed_dim} wanted"
+                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"kv_heads: {kv_heads} given, a divisor of num_heads {num_heads} wanted"
+                f"kv_heads: expected a divisor of num_heads {num_heads}, got {kv_heads}"
             )
         self.bias = flag("bias", bias)
         self.head_dim = self.embed_dim // self.num_heads
@@ -173,7 +173,8 @@ class MultiHeadAttention:
                 f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}"
             )
         if module.bias_k is not None or module.add_zero_attn:
-            raise ValueError("module: add_bias_kv or add_zero_attn given, neither wanted")
+            extra = "add_zero_attn" if module.bias_k is None else "add_bias_kv"
+            raise ValueError(f"module: expected no add_bias_kv or add_zero_attn, got {extra}")
         layer = cls(
             module.embed_dim, module.num_heads, key_dim=module.kdim, value_dim=module.vdim,
             bias=module.in_proj_bias is not None,
@@ -195,16 +196,17 @@ class MultiHeadAttention:
         ValueError
             If one is missing, too many, or of another shape; then nothing is changed.
         """
-        given = torch_state.renamed({name: _array(name, value) for name, value in state.items()})
+        arrays = torch_state.renamed({name: _array(name, value) for name, value in state.items()})
         shapes = self._shapes()
-        if given.keys() != shapes.keys():
+        if arrays.keys() != shapes.keys():
             raise ValueError(
-                f"state: {sorted(given)} given (w_o is out_proj.weight), {sorted(shapes)} wanted"
+                f"state: expected {sorted(shapes)} (w_o is out_proj.weight), got {sorted(arrays)}"
             )
         for name, shape in shapes.items():
-            if given[name].shape != shape:
-                raise ValueError(f"state: {name} of {given[name].shape} given, {shape} wanted")
-        for name, x in given.items():
+            if arrays[name].shape != shape:
+                got = arrays[name].shape
+                raise ValueError(f"state: expected {name} of shape {shape}, got {got}")
+        for name, x in arrays.items():
             setattr(self, name, np.array(x, order="C"))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -223,7 +225,7 @@ class MultiHeadAttention:
     def _inputs(self, query, key, value, options):
         """``((query, key, value), parameters, dtype)``, checked."""
         if options.get("out") is not None:
-            raise TypeError(f"out: {type(options['out']).__name__} given, None wanted")
+            raise TypeError(f"out: expected None, got {type(options['out']).__name__}")
         key = query if key is None else key
         value = key if value is None else value
         inputs = {"query": query, "key": key, "value": value}
@@ -232,12 +234,12 @@ class MultiHeadAttention:
         for (name, x), width in zip(arrays.items(), widths, strict=True):
             float_dtype(name, x)
             if x.ndim < 2 or x.shape[-1] != width:
-                raise ValueError(f"{name}: shape {x.shape} given, (..., length, {width}) wanted")
+                raise ValueError(f"{name}: expected shape (..., length, {width}), got {x.shape}")
         parameters = {name: plain(name, x) for name, x in self.parameters.items()}
         for name, shape in self._shapes().items():
             x = parameters[name]
             if x.shape != shape:
-                raise ValueError(f"{name}: shape {x.shape} given, {shape} wanted")
+                raise ValueError(f"{name}: expected shape {shape}, got {x.shape}")
         dtype = widest({float_dtype(name, x) for name, x in (arrays | parameters).items()})
         return tuple(arrays.values()), parameters, dtype
 
@@ -265,7 +267,7 @@ def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options)
     def pullback(grad_out, grad_lse=None):
         grad_out = plain("grad_out", grad_out)
         if grad_out.shape != out.shape:
-            raise ValueError(f"grad_out: shape {grad_out.shape} given, {out.shape} wanted")
+            raise ValueError(f"grad_out: expected shape {out.shape}, got {grad_out.shape}")
         grads = {"o": grad_out.astype(dtype, copy=False)}
         heads = back(_split(project(grads["o"], w_o.T, None, dtype), layer.num_heads), grad_lse)
         grads |= zip("qkv", map(_merged, heads[:3]), strict=True)

@@ -67,8 +67,8 @@ def attention(weights, queries=None, keys=None, *, ax=None, colorbar=True, **opt
     """
     weights = _numbers("weights", weights, 2)
     rows, columns = (
-        _Axis(name, given, length)
-        for name, given, length in zip(
+        _Axis(name, value, length)
+        for name, value, length in zip(
             ("queries", "keys"), (queries, keys), weights.shape, strict=True
         )
     )
@@ -149,21 +149,21 @@ def importance(values, keys=None, *, ax=None, **options) -> Axes:
 class _Axis:
     """The positions along one side of a picture, 0 to ``length - 1``, and what they are called."""
 
-    def __init__(self, name, given, cells: int):
+    def __init__(self, name, value, cells: int):
         self.labels: list[str] | None = None
         self.length = cells
-        if given is None:
+        if value is None:
             return
-        if isinstance(given, (str, bytes)):
-            raise TypeError(f"{name}: one string given, a sequence of them or an int wanted")
-        if np.ndim(given) == 0:
-            self.length = count(name, given)
+        if isinstance(value, (str, bytes)):
+            raise TypeError(f"{name}: expected a sequence of strings or an int, got one string")
+        if np.ndim(value) == 0:
+            self.length = count(name, value)
             if self.length < cells:
-                raise ValueError(f"{name}: {given} given, at least one for each of {cells} wanted")
+                raise ValueError(f"{name}: expected at least {cells} positions, got {self.length}")
             return
-        self.labels = [str(label) for label in given]
+        self.labels = [str(label) for label in value]
         if len(self.labels) != cells:
-            raise ValueError(f"{name}: {len(self.labels)} labels given, {cells} wanted")
+            raise ValueError(f"{name}: expected {cells} labels, got {len(self.labels)}")
 
     def label(self, axis, title: str) -> None:
         """Name the positions of a matplotlib axis, at any time as many as it has room for."""
@@ -204,10 +204,10 @@ def _numbers(name: str, value, axes: int) -> np.ndarray:
     """`value` as float64 with that many axes and none of length 0, or an error that names it."""
     x = plain(name, value)
     if x.dtype.kind not in "biuf" and x.dtype.name != "bfloat16":
-        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+        raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
     if x.ndim != axes or x.size == 0:
-        wanted = "(rows, columns)" if axes == 2 else "(keys,)"
-        raise ValueError(f"{name}: shape {x.shape} given, {wanted} of one head wanted, not empty")
+        expected = "(rows, columns)" if axes == 2 else "(keys,)"
+        raise ValueError(f"{name}: expected shape {expected} of one head, not empty, got {x.shape}")
     return x.astype(np.float64)
 
 

@@ -248,14 +248,16 @@ def refuse(score: str, options: dict, *names: str) -> None:
     for name in names:
         value = options.pop(name, None)
         if value is not None:
-            raise TypeError(f"{name}: {type(value).__name__} given, but {score} has no {name}")
+            raise TypeError(
+                f"{name}: expected None, got {type(value).__name__}; {score} has no {name}"
+            )
 
 
 def positive(name: str, value) -> float:
     """A finite number > 0, or an error that names the argument."""
     x = number(name, value)
     if not 0 < x < np.inf:
-        raise ValueError(f"{name}: {x} given, a finite number > 0 wanted")
+        raise ValueError(f"{name}: expected a finite number > 0, got {x}")
     return x
 
 
@@ -289,20 +291,20 @@ def _pooling(x, w, b, kv_lengths, mask):
     if not 2 <= x.ndim < 64:  # NumPy's most, and heads come in
         raise ValueError(f"x: expected 2 to 63 axes, (..., length, dim), got {x.ndim}")
     if w.ndim not in (1, 2):
-        raise ValueError(f"w: {w.ndim} axes given, 1 or 2 wanted: (dim,) or (dim, poolings)")
+        raise ValueError(f"w: expected 1 or 2 axes, (dim,) or (dim, poolings), got {w.ndim}")
     if w.shape[0] != x.shape[-1]:
-        raise ValueError(f"w: dim {w.shape[0]} differs from x's {x.shape[-1]}")
+        raise ValueError(f"w: expected dim {x.shape[-1]} as in x, got {w.shape[0]}")
     b = plain("b", b)
     if b.shape not in ((), w.shape[1:]):
-        raise ValueError(f"b: shape {b.shape} given, () or {w.shape[1:]} wanted")
+        raise ValueError(f"b: expected shape () or {w.shape[1:]}, got {b.shape}")
     if b.dtype.kind not in "fiu" or not np.isfinite(b).all():
-        raise ValueError("b: finite numbers wanted")
+        raise ValueError(f"b: expected finite numbers, got {b}")
     options = {"scale": 1.0, "bias": b[..., None], "kv_lengths": kv_lengths}
     if mask is not None:
         mask = plain("mask", mask)
         if mask.ndim == 0 or mask.ndim >= x.ndim:
-            raise ValueError(f"mask: shape {mask.shape} given, one that broadcasts to "
-                             f"{x.shape[:-1]} wanted")  # fmt: skip
+            raise ValueError(f"mask: expected a shape that broadcasts to {x.shape[:-1]}, "
+                             f"got {mask.shape}")  # fmt: skip
         options["mask"] = mask[..., None, None, :]
     return x[..., None, :, :], w, options
 

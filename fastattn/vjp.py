@@ -103,7 +103,7 @@ def _rule(function) -> Callable:
     if rule is None:
         name = getattr(function, "__name__", repr(function))
         able = ", ".join(known.__name__ for known in _RULES)
-        raise TypeError(f"function: {name} given, one of {able} wanted")
+        raise TypeError(f"function: expected one of {able}, got {name}")
     return rule
 
 
@@ -117,7 +117,7 @@ def _scaled_dot(q, k, v, *, wrt, backend=None, return_lse=False, **options):
 def without_out(options: dict) -> None:
     """Take ``out`` out of `options`, which must be None there."""
     if options.pop("out", None) is not None:
-        raise ValueError("out: array given, None wanted: the gradients need the result as it was")
+        raise ValueError("out: expected None, got an array; gradients need the result as it was")
 
 
 def differentiated(

@@ -172,11 +172,11 @@ def _cells(shape, p: Problem) -> tuple[int, int]:
     """``(rows, columns)`` of a picture, or an error."""
     sides = integers("shape", shape)
     if sides.shape not in ((), (2,)):
-        raise ValueError(f"shape: {shape!r} given, one number or (rows, columns) wanted")
+        raise ValueError(f"shape: expected one number or (rows, columns), got {shape!r}")
     rows, columns = map(int, np.broadcast_to(sides, 2))
     for cells, n, what in ((rows, p.n_queries, "rows"), (columns, p.n_keys, "columns")):
         if not min(1, n) <= cells <= n:
-            raise ValueError(f"shape: {cells} {what} given, {min(1, n)}..{n} wanted")
+            raise ValueError(f"shape: expected {min(1, n)}..{n} {what}, got {cells}")
     return rows, columns
 
 

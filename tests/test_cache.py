@@ -294,11 +294,11 @@ ERRORS = {
     "v: expected one of float32, float64, float16, bfloat16, got complex64": lambda c, k, v: (
         c.append(k, v.astype("complex64"))
     ),
-    "k: masked array": lambda c, k, v: c.append(np.ma.array(k), v),
+    "k: expected a plain array": lambda c, k, v: c.append(np.ma.array(k), v),
     "counts: expected shape": lambda c, k, v: c.append(k, v, counts=3),
     "counts: expected 0..3, got 4": lambda c, k, v: c.append(k, v, counts=[1, 4]),
     "counts: expected 0..3, got -1": lambda c, k, v: c.append(k, v, counts=[-1, 3]),
-    "counts: float64": lambda c, k, v: c.append(k, v, counts=[1.0, 2.0]),
+    "counts: expected integers": lambda c, k, v: c.append(k, v, counts=[1.0, 2.0]),
     "k: expected at most max_tokens 10 in a sequence, got 3": lambda c, k, v: c.append(
         k, v, counts=[3, 0]
     ),
@@ -310,11 +310,11 @@ ERRORS = {
     ),
     "n: expected at least 0, got -1": lambda c, k, v: c.truncate(-1),
     "n: expected shape": lambda c, k, v: c.truncate([1, 2, 3]),
-    "n: float64": lambda c, k, v: c.truncate(1.5),
+    "n: expected integers": lambda c, k, v: c.truncate(1.5),
     "q: expected shape": lambda c, k, v: c.attend(k[0]),
     "q: expected shape (2, heads, n, head_dim), got (1": lambda c, k, v: c.attend(k[:1]),
     "k: expected head_dim 24 as in q, got 40": lambda c, k, v: c.attend(v),
-    "k: 2 heads given": lambda c, k, v: c.attend(np.zeros((BATCH, 3, 1, HEAD_DIM))),
+    "k: expected a number of heads": lambda c, k, v: c.attend(np.zeros((BATCH, 3, 1, HEAD_DIM))),
     "kv_lengths: attend() has no such option": lambda c, k, v: c.attend(k, kv_lengths=3),
     "q_offset: attend() has no such option": lambda c, k, v: c.attend(k, q_offset=3),
     "gradients: attend() has no such option": lambda c, k, v: c.attend(k, gradients=True),
@@ -325,7 +325,7 @@ ERRORS = {
         np.zeros((BATCH, HEADS, 9, HEAD_DIM)), counts=[3, 9]
     ),
     "causal: ": lambda c, k, v: c.attend(k, causal=1),
-    "mask: shape": lambda c, k, v: c.attend(k, mask=np.ones((3, 99), bool)),
+    "mask: expected a shape": lambda c, k, v: c.attend(k, mask=np.ones((3, 99), bool)),
 }
 
 

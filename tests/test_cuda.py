@@ -457,24 +457,24 @@ def test_mistakes_on_the_device():
         with pytest.raises(error, match=message):
             fastattn.scaled_dot(q, k, v, **opts)
 
-    fails(TypeError, r"^k: in the host's memory, one on the CUDA device like q wanted", k=arrays[1])
-    fails(TypeError, r"^v: on a CUDA device, one in the host's memory", q=arrays[0], k=arrays[1])
-    fails(TypeError, r"^mask: in the host's memory", mask=np.ones(11, bool))
-    fails(TypeError, r"^bias: in the host's memory", bias=np.ones(11))
-    fails(TypeError, r"^out: in the host's memory", out=np.ones((1, 2, 5, 8), "f"))
-    fails(TypeError, r"^bias: on a CUDA device", *arrays, bias=Described(np.ones(11)))
-    fails(TypeError, r"^alibi: on a CUDA device", alibi=Described(np.ones(2)))
+    fails(TypeError, r"^k: expected .* on the CUDA device like q, got .* host's", k=arrays[1])
+    fails(TypeError, r"^v: expected .* host's memory like q", q=arrays[0], k=arrays[1])
+    fails(TypeError, r"^mask: expected .* CUDA device", mask=np.ones(11, bool))
+    fails(TypeError, r"^bias: expected .* CUDA device", bias=np.ones(11))
+    fails(TypeError, r"^out: expected .* CUDA device", out=np.ones((1, 2, 5, 8), "f"))
+    fails(TypeError, r"^bias: expected .* host's memory", *arrays, bias=Described(np.ones(11)))
+    fails(TypeError, r"^alibi: expected .* host's memory", alibi=Described(np.ones(2)))
     fails(TypeError, r"^q: .*requires grad", q=WithGradient())
-    fails(TypeError, r"^q: masked array", q=Described(arrays[0], mask=k))
+    fails(TypeError, r"^q: expected a plain array", q=Described(arrays[0], mask=k))
     fails(TypeError, r"^q: <c8|complex64", q=Described(arrays[0].astype("c8")))
-    fails(TypeError, r"^q: >f4", q=Described(arrays[0].astype(">f4")))
-    fails(ValueError, r"^q: strides", q=Described(arrays[0], strides=(6, 6, 6, 6)))
+    fails(TypeError, r"^q: .* got >f4", q=Described(arrays[0].astype(">f4")))
+    fails(ValueError, r"^q: expected strides", q=Described(arrays[0], strides=(6, 6, 6, 6)))
     fails(ValueError, r"^k: expected head_dim 8 as in q, got 4", k=Described(arrays[1][..., :4]))
-    fails(ValueError, r"^mask: shape \(3,\)", mask=Described(np.ones(3, bool)))
+    fails(ValueError, r"^mask: .* got \(3,\)", mask=Described(np.ones(3, bool)))
     fails(TypeError, r"^mask: expected bool, got float64", mask=Described(np.ones(11)))
-    fails(ValueError, r"^out: read-only", out=Described(arrays[0], data=(1 << 20, True)))
-    fails(ValueError, r"^out: shape", out=Described(arrays[1], data=(1 << 20, False)))
-    fails(ValueError, r"^out: overlaps itself", out=Described(arrays[0], strides=(0, 0, 0, 4)))
+    fails(ValueError, r"^out: expected a writeable", out=Described(arrays[0], data=(1 << 20, True)))
+    fails(ValueError, r"^out: expected shape", out=Described(arrays[1], data=(1 << 20, False)))
+    fails(ValueError, r"^out: expected no overlap", out=Described(arrays[0], strides=(0, 0, 0, 4)))
     fails(ValueError, r"^backend: 'numpy' given.*on a CUDA device", backend="numpy")
     if backend.missing():
         fails(ValueError, rf"^q: on a CUDA device.*{backend.missing().split(' (')[0]}")
@@ -491,9 +491,9 @@ def test_operands_on_several_devices(monkeypatch):
             self.device = SimpleNamespace(id=device)
 
     q, k, v = SMALL.arrays()
-    with pytest.raises(ValueError, match=r"^v: on CUDA device 1, one on q's 0 wanted"):
+    with pytest.raises(ValueError, match=r"^v: expected .* CUDA device 0 like q, .* device 1"):
         fastattn.scaled_dot(Array(q, 0), Array(k, 0), Array(v, 1))
-    with pytest.raises(ValueError, match=r"^out: on CUDA device 1"):
+    with pytest.raises(ValueError, match=r"^out: expected .* got one on device 1$"):
         fastattn.scaled_dot(Array(q, 0), Array(k, 0), Array(v, 0), out=Array(q, 1))
 
 

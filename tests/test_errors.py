@@ -1,6 +1,6 @@
 """Errors and ranges: TypeError or ValueError before any work (contract, section 1).
 
-A message begins with the argument's name and a colon, then what it got and what it takes.
+A message begins with the argument's name and a colon, then what was expected and what it got.
 """
 
 import re

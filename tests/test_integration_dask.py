@@ -121,12 +121,12 @@ def test_no_block_is_larger_than_its_chunks(monkeypatch):
 
 @pytest.mark.parametrize("words, error, message", [
     ({"mask": da.zeros((50, 70))}, TypeError, "mask: expected bool, got float64"),
-    ({"bias": da.zeros((50, 71))}, ValueError, r"bias: shape \(50, 71\) given"),
-    ({"kv_lengths": [3, 71]}, ValueError, "kv_lengths: 71 given"),
-    ({"kv_lengths": da.ones(2, dtype=int), "causal": True}, ValueError, "q_offset: None given"),
-    ({"spans": (1, 2, 3)}, TypeError, "spans: tuple given"),
-    ({"backend": "nobody"}, ValueError, "backend: 'nobody' given"),
-    ({"threads": 0}, ValueError, "threads: 0 given"),
+    ({"bias": da.zeros((50, 71))}, ValueError, r"bias: expected .*, got \(50, 71\)"),
+    ({"kv_lengths": [3, 71]}, ValueError, "kv_lengths: expected .*, got 71"),
+    ({"kv_lengths": da.ones(2, dtype=int), "causal": True}, ValueError, "q_offset: expected a"),
+    ({"spans": (1, 2, 3)}, TypeError, "spans: expected .*, got tuple"),
+    ({"backend": "nobody"}, ValueError, "backend: expected .*, got 'nobody'"),
+    ({"threads": 0}, ValueError, "threads: expected at least 1, got 0"),
 ])  # fmt: skip
 def test_errors_come_before_any_work(words, error, message):
     operands = map(da.from_array, SHAPE.arrays())
@@ -137,7 +137,7 @@ def test_errors_come_before_any_work(words, error, message):
 def test_errors_that_only_the_computation_finds():
     q, k, v = map(da.from_array, SHAPE.arrays())
     found = scaled_dot(q, k, v, kv_lengths=da.from_array(np.array([3, 71])))
-    with pytest.raises(ValueError, match=r"^kv_lengths: 71 given, 0\.\.70 wanted"):
+    with pytest.raises(ValueError, match=r"^kv_lengths: expected 0\.\.70, got 71$"):
         found.compute()
     unknown = k[:, :, da.ones(70, dtype=bool)]
     with pytest.raises(ValueError, match=r"^k: chunks of unknown size"):

@@ -218,7 +218,7 @@ def test_many_threads():
 def test_second_derivatives_are_refused():
     q, k, v = arrays()
     first = jax.grad(lambda q: ours(q, k, v).sum())
-    with pytest.raises(NotImplementedError, match=r"^scaled_dot: a second derivative wanted"):
+    with pytest.raises(NotImplementedError, match=r"^scaled_dot: there is no second derivative"):
         jax.grad(lambda q: first(q).sum())(q)
 
 
@@ -271,26 +271,26 @@ def test_gradient_through_lse_alone():
 
 
 @pytest.mark.parametrize("call, error, message", [
-    (lambda q, k, v: ours(q, k, v, implementation="cudnn"), ValueError, "implementation: 'cudnn'"),
-    (lambda q, k, v: ours(q[0, 0], k, v), ValueError, "query: 2 axes given, 3 or 4 wanted"),
-    (lambda q, k, v: ours(q[:1], k, v), ValueError, "query: batch of 1 given"),
-    (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "value: int32 given, float16"),
+    (lambda q, k, v: ours(q, k, v, implementation="cudnn"), ValueError, "implementation: .* 'cudnn'"),
+    (lambda q, k, v: ours(q[0, 0], k, v), ValueError, "query: expected 3 or 4 axes"),
+    (lambda q, k, v: ours(q[:1], k, v), ValueError, "query: expected the same batch"),
+    (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "value: expected float16.*, got int32"),
     (lambda q, k, v: ours(q, k[..., :5], v), ValueError, "key: expected head_dim 16 as in q"),
     (lambda q, k, v: ours(q, k, v, mask=q[0, 0]), TypeError, "mask: expected bool, got float32"),
     (lambda q, k, v: [ours(q, k, v, is_causal=x) for x in (True, 1)], TypeError,
-     "is_causal: int given, bool wanted"),  # though 1 equals True, which is traced already
-    (lambda q, k, v: ours(q, k, v, scale=q[0, 0]), ValueError, r"scale: shape \(6, 16\) given"),
+     "is_causal: expected bool, got int"),  # though 1 equals True, which is traced already
+    (lambda q, k, v: ours(q, k, v, scale=q[0, 0]), ValueError, r"scale: .* got .* \(6, 16\)"),
     (lambda q, k, v: ours(q, k, v, query_seq_lengths=q[:, 0, 0, 0]), TypeError,
-     "query_seq_lengths: float32 given, integers wanted"),
+     "query_seq_lengths: expected integers, got float32"),
     (lambda q, k, v: ours(q, k, v, key_value_seq_lengths=[1]), ValueError,
-     r"key_value_seq_lengths: shape \(1,\) given"),
-    (lambda q, k, v: scaled_dot(k, k, v, backend="nobody"), ValueError, "backend: 'nobody' given"),
-    (lambda q, k, v: scaled_dot(k, k, v, threads=0), ValueError, "threads: 0 given"),
+     r"key_value_seq_lengths: expected shape .*, got \(1,\)"),
+    (lambda q, k, v: scaled_dot(k, k, v, backend="nobody"), ValueError, "backend: .* got 'nobody'"),
+    (lambda q, k, v: scaled_dot(k, k, v, threads=0), ValueError, "threads: .* got 0"),
     (lambda q, k, v: scaled_dot(k, k, v, precision="x"), ValueError, "precision: expected None"),
-    (lambda q, k, v: scaled_dot(k, k, v, window=(1, 2, 3)), ValueError, "window: 3 sides given"),
-    (lambda q, k, v: scaled_dot(k, k, v, sinks=jnp.ones(3)), ValueError, r"sinks: shape \(3,\)"),
+    (lambda q, k, v: scaled_dot(k, k, v, window=(1, 2, 3)), ValueError, "window: .* got 3 sides"),
+    (lambda q, k, v: scaled_dot(k, k, v, sinks=jnp.ones(3)), ValueError, r"sinks: .* got \(3,\)"),
     (lambda q, k, v: scaled_dot(k, k, v, causal=True, kv_lengths=jnp.ones(2, int)), ValueError,
-     "q_offset: None given with kv_lengths"),
+     "q_offset: expected a value with kv_lengths"),
 ])  # fmt: skip
 def test_errors_come_when_it_is_traced(call, error, message):
     with pytest.raises(error, match=r"^" + message):
@@ -340,13 +340,13 @@ def test_arrays_of_others():
             ours(q, k, value)
         with pytest.raises(TypeError, match=f"^k: expected .*{words}"):
             scaled_dot(q, value, v)
-    with pytest.raises(TypeError, match=r"^bias: masked array"):
+    with pytest.raises(TypeError, match=r"^bias: .* got a masked array"):
         scaled_dot(q, q, q, bias=np.ma.masked_array(np.ones(N_KEYS)))
 
 
 def test_lengths_out_of_range_are_found_when_it_runs():
     q, k, v = (x.swapaxes(1, 2) for x in arrays())
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kv_lengths: 50 given, 0\.\.30 wanted"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kv_lengths: expected 0\.\.30, got 50"):
         jax.block_until_ready(scaled_dot(q, k, v, kv_lengths=jnp.array([3, 50])))
 
 

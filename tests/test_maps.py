@@ -215,15 +215,15 @@ def test_same_bits(target, name, shape, dtype):
 
 Q, K, _ = SHAPE.arrays()
 ERRORS = [
-    ("attention_map", (71, 4), {}, ValueError, "shape", ["71 rows", "1..70"]),
-    ("attention_map", (4, 91), {}, ValueError, "shape", ["91 columns", "1..90"]),
-    ("attention_map", 71, {}, ValueError, "shape", ["71", "70"]),
-    ("attention_map", 0, {}, ValueError, "shape", ["0 rows"]),
-    ("attention_map", (4, -1), {}, ValueError, "shape", ["-1 columns"]),
+    ("attention_map", (71, 4), {}, ValueError, "shape", ["1..70 rows", "got 71"]),
+    ("attention_map", (4, 91), {}, ValueError, "shape", ["1..90 columns", "got 91"]),
+    ("attention_map", 71, {}, ValueError, "shape", ["got 71", "70"]),
+    ("attention_map", 0, {}, ValueError, "shape", ["rows", "got 0"]),
+    ("attention_map", (4, -1), {}, ValueError, "shape", ["columns", "got -1"]),
     ("attention_map", (4, 4, 4), {}, ValueError, "shape", ["(4, 4, 4)", "(rows, columns)"]),
     ("attention_map", 4.0, {}, TypeError, "shape", ["float64", "integers"]),
     ("attention_map", "big", {}, TypeError, "shape", ["integers"]),
-    ("top_keys", 0, {}, ValueError, "n", ["0 given", "at least 1"]),
+    ("top_keys", 0, {}, ValueError, "n", ["at least 1", "got 0"]),
     ("top_keys", 1.5, {}, TypeError, "n", ["float"]),
     ("top_keys", 3, {"out": 1}, TypeError, "out", ["top_keys", "softcap"]),
     ("top_keys", 3, {"return_weights": True}, TypeError, "return_weights", ["top_keys"]),

@@ -140,18 +140,18 @@ def test_bfloat16():
 
 @pytest.mark.parametrize("call, error, message", [
     (lambda: plot.attention(np.ones((2, 3, 3))), ValueError,
-     r"weights: shape \(2, 3, 3\) given, \(rows, columns\) of one head wanted"),
-    (lambda: plot.attention(np.ones((0, 3))), ValueError, r"weights: shape \(0, 3\) given"),
-    (lambda: plot.attention(np.ones((3, 3), complex)), TypeError, "weights: complex128 given"),
-    (lambda: plot.attention(WEIGHTS, WORDS[1:]), ValueError, "queries: 8 labels given, 9 wanted"),
-    (lambda: plot.attention(WEIGHTS, None, WORDS * 2), ValueError, "keys: 18 labels given"),
-    (lambda: plot.attention(WEIGHTS, 8), ValueError, "queries: 8 given, at least one for each"),
-    (lambda: plot.attention(WEIGHTS, 9.0), TypeError, "queries: float given, an integer wanted"),
-    (lambda: plot.attention(WEIGHTS, "thequickb"), TypeError, "queries: one string given"),
-    (lambda: plot.attention(WEIGHTS, colorbar=1), TypeError, "colorbar: int given, bool wanted"),
-    (lambda: plot.importance(WEIGHTS), ValueError, r"values: shape \(9, 9\) given, \(keys,\)"),
-    (lambda: plot.importance([]), ValueError, r"values: shape \(0,\) given"),
-    (lambda: plot.importance(WEIGHTS[0], WORDS[1:]), ValueError, "keys: 8 labels given, 9 wanted"),
+     r"weights: expected shape \(rows, columns\) of one head, .*, got \(2, 3, 3\)"),
+    (lambda: plot.attention(np.ones((0, 3))), ValueError, r"weights: expected .*, got \(0, 3\)"),
+    (lambda: plot.attention(np.ones((3, 3), complex)), TypeError, "weights: .* got complex128"),
+    (lambda: plot.attention(WEIGHTS, WORDS[1:]), ValueError, "queries: expected 9 labels, got 8"),
+    (lambda: plot.attention(WEIGHTS, None, WORDS * 2), ValueError, "keys: .* got 18"),
+    (lambda: plot.attention(WEIGHTS, 8), ValueError, "queries: expected at least 9 .*, got 8"),
+    (lambda: plot.attention(WEIGHTS, 9.0), TypeError, "queries: expected an integer, got float"),
+    (lambda: plot.attention(WEIGHTS, "thequickb"), TypeError, "queries: .* got one string"),
+    (lambda: plot.attention(WEIGHTS, colorbar=1), TypeError, "colorbar: expected bool, got int"),
+    (lambda: plot.importance(WEIGHTS), ValueError, r"values: expected .*\(keys,\).*, got \(9, 9\)"),
+    (lambda: plot.importance([]), ValueError, r"values: expected .*, got \(0,\)"),
+    (lambda: plot.importance(WEIGHTS[0], WORDS[1:]), ValueError, "keys: expected 9 labels, got 8"),
 ])  # fmt: skip
 def test_errors(call, error, message, pyplot):
     with pytest.raises(error, match="^" + message):

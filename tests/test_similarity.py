@@ -372,21 +372,21 @@ Q, K, V = Shape(2, 4, 5, 7, 8, kv_heads=2).arrays()
 
 
 @pytest.mark.parametrize("name, opts, error, message", [
-    ("dot", {"scale": 2.0}, TypeError, "scale: float given, but dot has no scale"),
-    ("cosine", {"scale": 2.0}, TypeError, "scale: float given, but cosine has no scale"),
-    ("cosine", {"temperature": 0}, ValueError, "temperature: 0.0 given, a finite number > 0"),
-    ("cosine", {"temperature": "1"}, TypeError, "temperature: <U1 given, a real number"),
+    ("dot", {"scale": 2.0}, TypeError, "scale: expected None, got float; dot has no scale"),
+    ("cosine", {"scale": 2.0}, TypeError, "scale: expected None, got float; cosine has no"),
+    ("cosine", {"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got"),
+    ("cosine", {"temperature": "1"}, TypeError, "temperature: expected a real number, got <U1"),
     ("cosine", {"mask": 1.0}, TypeError, "mask: "),
-    ("gaussian", {"scale": 2.0}, TypeError, "scale: float given, but gaussian has no scale"),
-    ("gaussian", {"softcap": 2.0}, TypeError, "softcap: float given, but gaussian has no softcap"),
-    ("gaussian", {"alpha": -1}, ValueError, "alpha: -1.0 given, a finite number > 0"),
-    ("gaussian", {"alpha": np.inf}, ValueError, "alpha: inf given"),
-    ("gaussian", {"normalize": 1}, TypeError, "normalize: int given, bool wanted"),
-    ("gaussian", {"exclude_self": None}, TypeError, "exclude_self: NoneType given, bool wanted"),
-    ("gaussian", {"normalize": False, "sinks": np.ones(4)}, ValueError, "sinks: given with norm"),
-    ("gaussian", {"exclude_self": True, "kv_lengths": 5}, ValueError, "q_offset: None given with"),
-    ("gaussian", {"out": np.ones((2, 4, 5, 9))}, ValueError, "out: shape"),
-    ("gaussian", {"backend": "nobody"}, ValueError, "backend: 'nobody' given"),
+    ("gaussian", {"scale": 2.0}, TypeError, "scale: expected None, got float; gaussian has"),
+    ("gaussian", {"softcap": 2.0}, TypeError, "softcap: expected None, got float; gaussian has"),
+    ("gaussian", {"alpha": -1}, ValueError, "alpha: expected a finite number > 0, got -1.0"),
+    ("gaussian", {"alpha": np.inf}, ValueError, "alpha: expected a finite number > 0, got inf"),
+    ("gaussian", {"normalize": 1}, TypeError, "normalize: expected bool, got int"),
+    ("gaussian", {"exclude_self": None}, TypeError, "exclude_self: expected bool, got NoneType"),
+    ("gaussian", {"normalize": False, "sinks": np.ones(4)}, ValueError, "sinks: expected None"),
+    ("gaussian", {"exclude_self": True, "kv_lengths": 5}, ValueError, "q_offset: expected a value"),
+    ("gaussian", {"out": np.ones((2, 4, 5, 9))}, ValueError, "out: expected shape"),
+    ("gaussian", {"backend": "nobody"}, ValueError, "backend: expected .*, got 'nobody'"),
 ])  # fmt: skip
 def test_errors(name, opts, error, message):
     with pytest.raises(error, match="^" + message):
@@ -399,19 +399,19 @@ def test_shapes_are_those_of_scaled_dot(name):
         getattr(fastattn, name)(Q, K[..., :6], V)
     with pytest.raises(ValueError, match=r"^q: expected at least 2 axes"):
         getattr(fastattn, name)(1.0, K, V)
-    with pytest.raises(TypeError, match=r"^k: complex64 given"):
+    with pytest.raises(TypeError, match=r"^k: expected .*, got complex64"):
         getattr(fastattn, name)(Q, K.astype(complex).astype("c8"), V)
 
 
 @pytest.mark.parametrize("x, w, opts, message", [
     (np.ones(3), np.ones(3), {}, "x: expected 2 to 63 axes, "),
     (np.ones((*[1] * 62, 5, 3)), np.ones(3), {}, "x: expected 2 to 63 axes, "),
-    (np.ones((5, 3)), np.ones(4), {}, "w: dim 4 differs from x's 3"),
-    (np.ones((5, 3)), np.ones((3, 2, 1)), {}, "w: 3 axes given"),
-    (np.ones((5, 3)), np.ones(3), {"b": np.ones(2)}, r"b: shape \(2,\) given"),
-    (np.ones((5, 3)), np.ones(3), {"b": np.nan}, "b: finite numbers wanted"),
-    (np.ones((5, 3)), np.ones(3), {"mask": np.ones((2, 5), bool)}, "mask: shape"),
-    (np.ones((5, 3)), np.ones(3), {"kv_lengths": 6}, "kv_lengths: 6 given"),
+    (np.ones((5, 3)), np.ones(4), {}, "w: expected dim 3 as in x, got 4"),
+    (np.ones((5, 3)), np.ones((3, 2, 1)), {}, "w: expected 1 or 2 axes, .*, got 3"),
+    (np.ones((5, 3)), np.ones(3), {"b": np.ones(2)}, r"b: expected shape .*, got \(2,\)"),
+    (np.ones((5, 3)), np.ones(3), {"b": np.nan}, "b: expected finite numbers, got nan"),
+    (np.ones((5, 3)), np.ones(3), {"mask": np.ones((2, 5), bool)}, "mask: expected a shape"),
+    (np.ones((5, 3)), np.ones(3), {"kv_lengths": 6}, "kv_lengths: expected .*, got 6"),
 ])  # fmt: skip
 def test_errors_of_pool(x, w, opts, message):
     with pytest.raises(ValueError, match="^" + message):

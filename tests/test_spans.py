@@ -32,7 +32,7 @@ def test_dtype_and_emptiness():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.5],), TypeError, "lengths_q: float64 given"),
+        (([1.5],), TypeError, "lengths_q: expected integers, got float64"),
         (([-1],), ValueError, "lengths_q: expected lengths of at least 0, got -1"),
         (([[1]],), ValueError, "lengths_q: expected 1 axis, got 2"),
         (([2**62, 2**62],), ValueError, "lengths_q: expected lengths of less than"),

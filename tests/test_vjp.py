@@ -45,7 +45,7 @@ def test_gradients_come_in_the_order_of_wrt(target):
 
 @pytest.mark.parametrize("function", [np.sum, len, "scaled_dot", [], None])
 def test_unknown_function(function):
-    with pytest.raises(TypeError, match=r"^function: .* given, one of .*scaled_dot.* wanted"):
+    with pytest.raises(TypeError, match=r"^function: expected one of .*scaled_dot.*, got "):
         fastattn.vjp(function, Q, K, V)
 
 
@@ -80,7 +80,7 @@ def test_rules_are_registered_for_functions_and_classes(monkeypatch):
     assert fastattn.vjp(triple, 5.0)[1](1.0) == (3.0,)
     out, pullback = fastattn.vjp(Twice(7.0), 5.0, wrt=("factor",))
     assert (out, pullback(1.0)) == (70.0, (14.0, 10.0))
-    with pytest.raises(TypeError, match=r"one of scaled_dot, .*triple, Twice wanted"):
+    with pytest.raises(TypeError, match=r"one of scaled_dot, .*triple, Twice, got "):
         fastattn.vjp(len, 5.0)
 
 
@@ -94,24 +94,24 @@ def backward(**changes):
 
 @pytest.mark.parametrize("changes, error, message", [
     ({"grad_out": OUT[:, :1]}, ValueError,
-     r"grad_out: shape \(2, 1, 5, 6\) given, \(2, 4, 5, 6\) wanted"),
-    ({"grad_out": OUT[..., None]}, ValueError, "grad_out: shape"),
-    ({"grad_out": 1.0}, ValueError, r"grad_out: shape \(\) given"),
-    ({"grad_out": OUT.astype(complex)}, TypeError, "grad_out: complex128 given, float16"),
-    ({"grad_out": np.ma.masked_array(OUT)}, TypeError, "grad_out: masked array given"),
-    ({"out": OUT[..., :5]}, ValueError, r"out: shape \(2, 4, 5, 5\) given, \(2, 4, 5, 6\) wanted"),
-    ({"lse": OUT}, ValueError, r"lse: shape \(2, 4, 5, 6\) given, \(2, 4, 5\) wanted"),
-    ({"lse": LSE.astype(str)}, TypeError, "lse: <U32 given"),
-    ({"grad_lse": LSE[0]}, ValueError, r"grad_lse: shape \(4, 5\) given, \(2, 4, 5\) wanted"),
+     r"grad_out: expected shape \(2, 4, 5, 6\), got \(2, 1, 5, 6\)"),
+    ({"grad_out": OUT[..., None]}, ValueError, "grad_out: expected shape"),
+    ({"grad_out": 1.0}, ValueError, r"grad_out: expected shape .*, got \(\)"),
+    ({"grad_out": OUT.astype(complex)}, TypeError, "grad_out: expected .*, got complex128"),
+    ({"grad_out": np.ma.masked_array(OUT)}, TypeError, "grad_out: expected .*, got a masked"),
+    ({"out": OUT[..., :5]}, ValueError, r"out: expected shape \(2, 4, 5, 6\), got \(2, 4, 5, 5\)"),
+    ({"lse": OUT}, ValueError, r"lse: expected shape \(2, 4, 5\), got \(2, 4, 5, 6\)"),
+    ({"lse": LSE.astype(str)}, TypeError, "lse: expected .*, got <U32"),
+    ({"grad_lse": LSE[0]}, ValueError, r"grad_lse: expected shape \(2, 4, 5\), got \(4, 5\)"),
     ({"k": K[..., :3]}, ValueError, "k: expected head_dim 8 as in q, got 3"),
     ({"wrt": ("scale",)}, ValueError, "wrt: expected some of 'bias',.* got 'scale'"),
-    ({"wrt": ("bias",)}, ValueError, "wrt: 'bias' given, but no bias="),
+    ({"wrt": ("bias",)}, ValueError, "wrt: expected .*, got 'bias' without bias="),
     ({"wrt": "bias", "bias": np.zeros(7)}, TypeError, "wrt: expected a tuple of names, got str"),
     ({"wrt": 1}, TypeError, "wrt: expected a tuple of names, got int"),
     ({"wrt": None}, TypeError, "wrt: expected a tuple of names, got NoneType"),
     ({"wrt": (["bias"],)}, TypeError, r"wrt: expected a tuple of names, got \['bias'\]"),
-    ({"threads": 0}, ValueError, "threads: 0 given"),
-    ({"backend": "nobody"}, ValueError, "backend: 'nobody' given, one of"),
+    ({"threads": 0}, ValueError, "threads: expected at least 1, got 0"),
+    ({"backend": "nobody"}, ValueError, "backend: expected one of .*, got 'nobody'"),
 ], ids=lambda x: None if not isinstance(x, dict) else "-".join(x))  # fmt: skip
 def test_errors(changes, error, message):
     with pytest.raises(error, match="^" + message):
@@ -119,9 +119,9 @@ def test_errors(changes, error, message):
 
 
 @pytest.mark.parametrize("options, error, message", [
-    ({"wrt": ("sinks",)}, ValueError, "wrt: 'sinks' given, but no sinks="),
-    ({"out": np.empty_like(OUT)}, ValueError, "out: array given, None wanted"),
-    ({"bias": np.zeros(3)}, ValueError, "bias: shape"),
+    ({"wrt": ("sinks",)}, ValueError, "wrt: expected .*, got 'sinks' without sinks="),
+    ({"out": np.empty_like(OUT)}, ValueError, "out: expected None, got an array"),
+    ({"bias": np.zeros(3)}, ValueError, "bias: expected a shape"),
 ])  # fmt: skip
 def test_errors_come_before_any_work(monkeypatch, options, error, message):
     for b in BACKENDS:

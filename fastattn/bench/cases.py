@@ -161,15 +161,17 @@ def parse_shape(text: str, **options) -> Case:
     """The case of ``B,H,S,D``, where S may be ``QUERIESxKEYS`` and H may be ``HEADS/KV_HEADS``."""
     found = SHAPE.fullmatch(text.replace(" ", ""))
     if found is None:
-        raise ValueError("B,H,S,D wanted, such as 1,8,4096,64 or 1,32/8,100x4096,128")
+        raise ValueError("expected B,H,S,D, such as 1,8,4096,64 or 1,32/8,100x4096,128")
     batch, heads, kv_heads, n_queries, n_keys, head_dim = (int(x or 0) for x in found.groups())
     if kv_heads:
         options["kv_heads"] = kv_heads
     case = Case(batch, heads, n_queries, n_keys or n_queries, head_dim, **options)
     if min(case[:5]) < 1:
-        raise ValueError("sizes of at least 1 wanted")
+        raise ValueError(f"expected sizes of at least 1, got {min(case[:5])}")
     if case.kv_heads is not None and case.heads % case.kv_heads:
-        raise ValueError(f"{case.kv_heads} key heads given, a divisor of {case.heads} wanted")
+        raise ValueError(
+            f"expected a number of key heads that divides {case.heads}, got {case.kv_heads}"
+        )
     return case
 
 

@@ -26,11 +26,11 @@ def plain(name, value) -> np.ndarray:
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: masked array given, a plain array wanted; pass mask= instead")
+        raise TypeError(f"{name}: expected a plain array, got a masked array; pass mask= instead")
     if isinstance(value, np.ndarray):
         return np.asarray(value)
     if on_device(value):
-        raise TypeError(f"{name}: on a CUDA device, one in the host's memory wanted")
+        raise TypeError(f"{name}: expected an array in the host's memory, got one on a CUDA device")
     return as_array(name, value)
 
 
@@ -38,13 +38,20 @@ def operand(name, value, q=None):
     """`value` as an array, which must lie where `q` does."""
     if type(value) is not np.ndarray and on_device(value):
         if q is not None and not isinstance(q, DeviceArray):
-            raise TypeError(f"{name}: on a CUDA device, one in the host's memory like q wanted")
+            raise TypeError(
+                f"{name}: expected an array in the host's memory like q, got one on a CUDA device"
+            )
         x = DeviceArray(name, value)
         if q is not None and None not in (x.device, q.device) and x.device != q.device:
-            raise ValueError(f"{name}: on CUDA device {x.device}, one on q's {q.device} wanted")
+            raise ValueError(
+                f"{name}: expected an array on CUDA device {q.device} like q, "
+                f"got one on device {x.device}"
+            )
         return x
     if isinstance(q, DeviceArray):
-        raise TypeError(f"{name}: in the host's memory, one on the CUDA device like q wanted")
+        raise TypeError(
+            f"{name}: expected an array on the CUDA device like q, got one in the host's memory"
+        )
     return plain(name, value)
 
 
@@ -52,7 +59,7 @@ def flag(name: str, value) -> bool:
     """True or False, or an error that names the argument."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    raise TypeError(f"{name}: {type(value).__name__} given, bool wanted")
+    raise TypeError(f"{name}: expected bool, got {type(value).__name__}")
 
 
 def number(name: str, value) -> float:
@@ -62,7 +69,7 @@ def number(name: str, value) -> float:
     x = plain(name, value)
     if x.ndim or not is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
-        raise TypeError(f"{name}: {what} given, a real number wanted")
+        raise TypeError(f"{name}: expected a real number, got {what}")
     return float(in_range(x, np.float64))
 
 
@@ -82,21 +89,21 @@ def integer(name: str, value) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: {type(value).__name__} given, an integer wanted") from None
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
 
 
 def count(name: str, value) -> int:
     """A whole number of at least 1, or an error that names the argument."""
     n = integer(name, value)
     if n < 1:
-        raise ValueError(f"{name}: {n} given, at least 1 wanted")
+        raise ValueError(f"{name}: expected at least 1, got {n}")
     return n
 
 
 def function(name: str, value) -> None:
     """A Python function, or a compiled one that was made of it; else an error that names it."""
     if not isinstance(getattr(value, "py_func", value), FunctionType):
-        raise TypeError(f"{name}: {type(value).__name__} given, a function wanted")
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
 
 
 def integers(name: str, value) -> np.ndarray:
@@ -105,7 +112,7 @@ def integers(name: str, value) -> np.ndarray:
     if x.dtype.kind == "O" and all(isinstance(item, int) for item in x.flat):
         pass  # Python integers too large for int64
     elif x.dtype.kind not in "iu" and x.size:
-        raise TypeError(f"{name}: {x.dtype} given, integers wanted")
+        raise TypeError(f"{name}: expected integers, got {x.dtype}")
     if x.dtype.kind == "u":
         return np.minimum(x, np.asarray(FAR, np.uint64)).astype(np.int64)
     return np.asarray(np.clip(x, -FAR, FAR)).astype(np.int64)
@@ -115,9 +122,9 @@ def vector(name: str, value, dim: int) -> np.ndarray:
     """`dim` real numbers as float64, or an error that names the argument."""
     x = plain(name, value)
     if not is_real(x.dtype):
-        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+        raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
     if x.shape != (dim,):
-        raise ValueError(f"{name}: shape {x.shape} given, ({dim},) wanted")
+        raise ValueError(f"{name}: expected shape ({dim},), got {x.shape}")
     return np.ascontiguousarray(in_range(x, np.float64), np.float64)
 
 
@@ -138,7 +145,7 @@ def broadcast(name: str, x, shape, axes: str):
         return x.broadcast_to(shape) if isinstance(x, DeviceArray) else np.broadcast_to(x, shape)
     except ValueError:
         raise ValueError(
-            f"{name}: shape {x.shape} given, one that broadcasts to {axes} = {shape} wanted"
+            f"{name}: expected a shape that broadcasts to {axes} = {shape}, got {x.shape}"
         ) from None
 
 

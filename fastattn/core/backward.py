@@ -79,9 +79,9 @@ def pose_backward(problem: Problem, grad_out, out, lse, grad_lse=None) -> Backwa
 def _array(name, value, p: Problem, shape, dtype) -> np.ndarray:
     x = plain(name, value)
     float_dtype(name, x)
-    wanted = shape[1:] if p.one_head else shape
-    if x.shape != wanted:
-        raise ValueError(f"{name}: shape {x.shape} given, {wanted} wanted")
+    expected = shape[1:] if p.one_head else shape
+    if x.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
     if x.dtype is not dtype or not x.flags.aligned:
         with np.errstate(all="ignore"):
             x = np.require(x, dtype, "A")

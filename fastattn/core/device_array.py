@@ -49,7 +49,7 @@ class DeviceArray:
             raise TypeError(f"{name}: expected numbers as they lie, got a lazily negated tensor; "
                             "pass .resolve_neg()")  # fmt: skip
         if interface.get("mask") is not None:
-            raise TypeError(f"{name}: masked array given, a plain array wanted")
+            raise TypeError(f"{name}: expected a plain array, got a masked array")
         self.owner = owner
         self.address, self.readonly = interface["data"]
         self.shape = tuple(interface["shape"])
@@ -57,7 +57,8 @@ class DeviceArray:
         self.strides = tuple(interface.get("strides") or packed(self.shape, self.dtype.itemsize))
         if any(stride % self.dtype.itemsize for stride in self.strides):
             raise ValueError(
-                f"{name}: strides {self.strides} given, multiples of the item's wanted"
+                f"{name}: expected strides that are multiples of {self.dtype.itemsize}, the "
+                f"item's size, got {self.strides}"
             )
 
     @property
@@ -167,10 +168,11 @@ def _dtype(name: str, typestr: str) -> np.dtype:
         try:
             return float_type("bfloat16")
         except ImportError:
-            raise TypeError(f"{name}: bfloat16 given, which needs the package ml_dtypes") from None
+            raise TypeError(f"{name}: expected an installed dtype, got bfloat16, which needs the "
+                            "package ml_dtypes") from None  # fmt: skip
     dtype = np.dtype(typestr)
     if not dtype.isnative:
-        raise TypeError(f"{name}: {typestr} given, native byte order wanted")
+        raise TypeError(f"{name}: expected native byte order, got {typestr}")
     return dtype
 
 

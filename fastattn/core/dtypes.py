@@ -52,7 +52,7 @@ def float_dtype(name: str, x: np.ndarray) -> np.dtype:
     """The dtype that `x` is computed in, or an error that names the argument."""
     dtype = _computed_in(x.dtype)
     if dtype is None:
-        raise TypeError(f"{name}: {x.dtype} given, {_FLOATS} wanted")
+        raise TypeError(f"{name}: expected {_FLOATS}, got {x.dtype}")
     return dtype
 
 

@@ -22,9 +22,9 @@ _INT64 = np.dtype(np.int64)
 def bias_array(value, shape, q):
     x = operand("bias", value, q)
     if x.dtype.kind == "b":
-        raise TypeError("bias: bool given, numbers wanted; pass which keys are seen as mask=")
+        raise TypeError("bias: expected real numbers, got bool; pass which keys are seen as mask=")
     if not is_real(x.dtype):
-        raise TypeError(f"bias: {x.dtype} given, real numbers wanted")
+        raise TypeError(f"bias: expected real numbers, got {x.dtype}")
     return broadcast("bias", x, shape, "(..., heads, queries, keys)")
 
 
@@ -42,9 +42,9 @@ def per_head(name, value, heads, real) -> np.ndarray:
     """A number for each query head as float64, within the range of sums of dtype `real`."""
     x = plain(name, value)
     if not is_real(x.dtype):
-        raise TypeError(f"{name}: {x.dtype} given, real numbers wanted")
+        raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
     if x.shape != (heads,):
-        raise ValueError(f"{name}: shape {x.shape} given, one per query head, ({heads},), wanted")
+        raise ValueError(f"{name}: expected shape ({heads},), one per query head, got {x.shape}")
     return in_range(x, real).astype(np.float64)
 
 
@@ -53,13 +53,13 @@ def window_sides(value) -> tuple[int | None, int | None]:
     if isinstance(value, (tuple, list)):
         sides = tuple(value)
         if len(sides) != 2:
-            raise ValueError(f"window: {len(sides)} sides given, (left, right) wanted")
+            raise ValueError(f"window: expected (left, right), got {len(sides)} sides")
     else:
         sides = (value, value)
     left, right = (None if side is None else integer("window", side) for side in sides)
     for side in (left, right):
         if side is not None and side < 0:
-            raise ValueError(f"window: {side} given, sides of at least 0 wanted")
+            raise ValueError(f"window: expected sides of at least 0, got {side}")
     return (
         None if left is None else min(left, FAR),
         None if right is None else min(right, FAR),
@@ -70,7 +70,7 @@ def key_lengths(value, batch, n_keys) -> np.ndarray:
     x = integers("kv_lengths", value)
     if x.size and (x.min() < 0 or x.max() > n_keys):
         wrong = next(n for n in plain("kv_lengths", value).flat if not 0 <= n <= n_keys)
-        raise ValueError(f"kv_lengths: {wrong} given, 0..{n_keys} wanted")
+        raise ValueError(f"kv_lengths: expected 0..{n_keys}, got {wrong}")
     return broadcast("kv_lengths", x, batch, "the leading axes")
 
 
@@ -86,7 +86,7 @@ def span_sides(value) -> tuple:
     try:
         start, stop = value
     except (TypeError, ValueError):
-        raise TypeError(f"spans: {type(value).__name__} given, (start, stop) wanted") from None
+        raise TypeError(f"spans: expected (start, stop), got {type(value).__name__}") from None
     return start, stop
 
 
@@ -105,15 +105,16 @@ def _span(value, rows, n_keys) -> np.ndarray:
 def check_block_mask(value, mask_mod, grid) -> None:
     if not isinstance(value, BlockMask):
         raise TypeError(
-            f"block_mask: {type(value).__name__} given, the result of fastattn.block_mask wanted"
+            f"block_mask: expected the result of fastattn.block_mask, got {type(value).__name__}"
         )
     if mask_mod is not None and mask_mod is not value.mask_mod:
-        raise ValueError("block_mask: made from another mask_mod than the one given")
+        raise ValueError("block_mask: expected one made from this mask_mod, got one of another")
     made_for = (*value.blocks.shape[:2], value.n_queries, value.n_keys)
     fits = all(made in (1, n) for made, n in zip(made_for[:2], grid, strict=False))
     if not fits or made_for[2:] != grid[2:]:
         raise ValueError(
-            f"block_mask: made for (batch, heads, n_queries, n_keys) {made_for}, {grid} wanted"
+            f"block_mask: expected one made for (batch, heads, n_queries, n_keys) {grid}, "
+            f"got one for {made_for}"
         )
 
 
@@ -123,7 +124,9 @@ def check_wrt(wrt, given: dict) -> None:
         if name not in given:
             raise ValueError(f"wrt: expected some of {', '.join(map(repr, given))}, got {name!r}")
         if given[name] is None:
-            raise ValueError(f"wrt: {name!r} given, but no {name}=")
+            raise ValueError(
+                f"wrt: expected names of arrays that are passed, got {name!r} without {name}="
+            )
 
 
 def wrt_names(wrt) -> Sequence[str]:

@@ -26,16 +26,16 @@ def destination(out, shape, dtype, one_head, inputs):
     q = inputs[0]
     x = operand("out", out, q) if isinstance(q, DeviceArray) else out
     if not isinstance(x, (np.ndarray, DeviceArray)) or isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"out: {type(out).__name__} given, a plain NumPy array wanted")
-    wanted = shape[1:] if one_head else shape
-    if x.shape != wanted:
-        raise ValueError(f"out: shape {x.shape} given, {wanted} wanted")
+        raise TypeError(f"out: expected a plain NumPy array, got {type(out).__name__}")
+    expected = shape[1:] if one_head else shape
+    if x.shape != expected:
+        raise ValueError(f"out: expected shape {expected}, got {x.shape}")
     if x.dtype.newbyteorder("=") != dtype:
-        raise ValueError(f"out: {x.dtype} given, {dtype} wanted")
+        raise ValueError(f"out: expected {dtype}, got {x.dtype}")
     if not x.flags.writeable:
-        raise ValueError("out: read-only array given, a writeable one wanted")
+        raise ValueError("out: expected a writeable array, got a read-only one")
     if _overlaps_itself(x):
-        raise ValueError("out: overlaps itself in memory, every element of its own wanted")
+        raise ValueError("out: expected no overlap of elements, got an array that overlaps itself")
     writable = x.dtype.isnative and x.flags.aligned and type(x) in (np.ndarray, DeviceArray)
     if writable and not any(may_overlap(x, y) for y in inputs if y is not None):
         return x[None] if one_head else x

@@ -205,20 +205,22 @@ def pose(
     if k_dim != head_dim:
         raise ValueError(f"k: expected head_dim {head_dim} as in q, got {k_dim}")
     if head_dim < 1:
-        raise ValueError("q: head_dim 0 given, at least 1 wanted")
+        raise ValueError("q: expected head_dim of at least 1, got 0")
     if v_keys != n_keys:
-        raise ValueError(f"v: {v_keys} keys differ from k's {n_keys}")
+        raise ValueError(f"v: expected {n_keys} keys as in k, got {v_keys}")
     if k_shape[:-3] != batch or v_shape[:-3] != batch:
         batch = _broadcast_batch(batch, k_shape[:-3], v_shape[:-3])
     if v_heads != kv_heads:
         if kv_heads != 1 and v_heads != 1:
-            raise ValueError(f"v: {v_heads} heads given, k's {kv_heads} or 1 wanted")
+            raise ValueError(f"v: expected {kv_heads} heads as in k, or 1, got {v_heads}")
         kv_heads = v_heads if kv_heads == 1 else kv_heads
     if heads != kv_heads:
         if heads == 1:
             heads = kv_heads
         elif kv_heads == 0 or heads % kv_heads:
-            raise ValueError(f"k: {kv_heads} heads given, a divisor of q's {heads} wanted")
+            raise ValueError(
+                f"k: expected a number of heads that divides q's {heads}, got {kv_heads}"
+            )
 
     rows = (*batch, heads, n_queries)
     real = FLOAT64 if dtype is FLOAT64 else FLOAT32
@@ -252,8 +254,8 @@ def pose(
         positional = causal or alibi is not None or window != (None, None)
         if q_offset is None and positional:
             raise ValueError(
-                "q_offset: None given with kv_lengths and causal, window or alibi; pass 0 for a "
-                "padded batch of whole sequences, kv_lengths - n_queries for a cache"
+                "q_offset: expected a value with kv_lengths and causal, window or alibi, got None; "
+                "pass 0 for a padded batch of whole sequences, kv_lengths - n_queries for a cache"
             )
     q_offset = n_keys - n_queries if q_offset is None else query_offset(q_offset, batch)
     if spans is not None:
@@ -312,7 +314,7 @@ def _broadcast_batch(q_batch, k_batch, v_batch):
             batch = broadcast_shapes(batch, other)
         except ValueError:
             raise ValueError(
-                f"{name}: leading axes {other} do not broadcast with {batch}"
+                f"{name}: expected leading axes that broadcast with {batch}, got {other}"
             ) from None
     return batch
 

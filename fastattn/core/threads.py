@@ -34,7 +34,7 @@ def thread_count(requested: int | None, openmp: int) -> int:
             n = int(setting)
         except ValueError:
             raise ValueError(
-                f"FASTATTN_NUM_THREADS: {setting!r} given, a whole number wanted"
+                f"FASTATTN_NUM_THREADS: expected an integer, got {setting!r}"
             ) from None
         return min(count("FASTATTN_NUM_THREADS", n), MOST_THREADS)
     return max(1, min(openmp, affinity(), _cgroup_quota()))

@@ -180,7 +180,7 @@ def _part(rows, columns, *blocks, names, options, n_keys) -> np.ndarray:
         lengths = words["kv_lengths"]
         wrong = lengths[(lengths < 0) | (lengths > n_keys)]
         if wrong.size:
-            raise ValueError(f"kv_lengths: {wrong[0]} given, 0..{n_keys} wanted")
+            raise ValueError(f"kv_lengths: expected 0..{n_keys}, got {wrong[0]}")
         words["kv_lengths"] = np.clip(lengths, first, first + here) - first
     if "start" in words:
         sides = words.pop("start"), words.pop("stop")

@@ -70,11 +70,14 @@ def dot_product_attention(
     True
     """
     if implementation is not None:
-        raise ValueError(f"implementation: {implementation!r} given, None wanted: fastattn's own")
+        raise ValueError(f"implementation: expected None, fastattn's own, got {implementation!r}")
     operands = {"query": query, "key": key, "value": value}
     q, k, v = (_with_batch(name, _array(name, x)) for name, x in operands.items())
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"query: batch of {q.shape[0]} given, key's and value's wanted")
+        raise ValueError(
+            "query: expected the same batch as key and value, "
+            f"{k.shape[0]} and {v.shape[0]}, got {q.shape[0]}"
+        )
     arrays = {"bias": bias, "mask": mask}
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         lengths = {"query_seq_lengths": query_seq_lengths,
@@ -171,7 +174,7 @@ def _attend(
     for name, x in {"q": q, "k": k, "v": v}.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
-                f"{name}: {x.dtype} given, float16, bfloat16, float32 or float64 wanted"
+                f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}"
             )
     for name, x in {**options, "return_lse": return_lse}.items():
         if name != "scale":
@@ -215,7 +218,7 @@ def _check_static(name: str, x) -> None:
 
 def _scaled(q, scale):
     if scale.ndim:
-        raise ValueError(f"scale: shape {scale.shape} given, one number wanted")
+        raise ValueError(f"scale: expected a real number, got array of shape {scale.shape}")
     return q * scale.astype(q.dtype)
 
 
@@ -225,7 +228,7 @@ def _expanded(x, axes: int):
 
 def _with_batch(name: str, x):
     if x.ndim not in (3, 4):
-        raise ValueError(f"{name}: {x.ndim} axes given, 3 or 4 wanted: (batch, length, heads, dim)")
+        raise ValueError(f"{name}: expected 3 or 4 axes, (batch, length, heads, dim), got {x.ndim}")
     return _expanded(x, 4)
 
 
@@ -234,9 +237,9 @@ def _lengths(name: str, value, batch: int):
         return None
     x = _array(name, value)
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name}: {x.dtype} given, integers wanted")
+        raise TypeError(f"{name}: expected integers, got {x.dtype}")
     if x.shape != (batch,):
-        raise ValueError(f"{name}: shape {x.shape} given, one per sequence, ({batch},), wanted")
+        raise ValueError(f"{name}: expected shape ({batch},), one per sequence, got {x.shape}")
     return x[:, None]
 
 

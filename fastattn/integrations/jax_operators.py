@@ -113,7 +113,7 @@ def _gradients(call: Call, wrt: tuple[str, ...], *arrays):
 
 @_gradients.defjvp
 def _second(call, wrt, primals, tangents):
-    raise NotImplementedError("scaled_dot: a second derivative wanted, there is only the first")
+    raise NotImplementedError("scaled_dot: there is no second derivative, only the first")
 
 
 # ------------------------------------------------------------- on arrays that are XLA's own memory

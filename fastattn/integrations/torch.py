@@ -79,17 +79,19 @@ def scaled_dot_product_attention(
         options.update(causal=True, q_offset=0)
     try:
         if dropout_p != 0:
-            raise ValueError(f"dropout_p: {dropout_p} given, 0 wanted; there is no dropout")
+            raise ValueError(f"dropout_p: expected 0, got {dropout_p}; there is no dropout")
         if attn_mask is not None:
             if is_causal:
-                raise ValueError("attn_mask: given with is_causal=True, one of the two wanted")
+                raise ValueError(
+                    f"attn_mask: expected None with is_causal=True, got {type(attn_mask).__name__}"
+                )
             options |= _mask(attn_mask, query, key)
         if not enable_gqa and query.dim() > 2 and key.dim() > 2 and query.size(-3) != key.size(-3):
             heads, kv_heads = query.size(-3), key.size(-3)
             if heads != 1 and kv_heads != 1:
                 raise ValueError(
-                    f"key: {kv_heads} heads given for query's {heads}; pass enable_gqa=True to "
-                    "share"
+                    f"key: expected {heads} heads as in query, got {kv_heads}; pass "
+                    "enable_gqa=True to share"
                 )
         return attend(query, key, value, **options)[0]
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:

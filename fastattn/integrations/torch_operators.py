@@ -286,11 +286,11 @@ class _ScaledDotBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError("scaled_dot: a second derivative wanted, there is only the first")
+        raise NotImplementedError("scaled_dot: there is no second derivative, only the first")
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise NotImplementedError("scaled_dot: a second derivative wanted, there is only the first")
+        raise NotImplementedError("scaled_dot: there is no second derivative, only the first")
 
 
 def _differentiable_backward(*tensors, **options):
