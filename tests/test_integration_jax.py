@@ -271,7 +271,7 @@ def test_gradient_through_lse_alone():
 
 
 @pytest.mark.parametrize("call, error, message", [
-    (lambda q, k, v: ours(q, k, v, implementation="cudnn"), ValueError, "implementation: .*'cudnn'"),
+    (lambda q, k, v: ours(q, k, v, implementation="cudnn"), ValueError, "implementation: .*cudnn"),
     (lambda q, k, v: ours(q[0, 0], k, v), ValueError, "query: expected 3 or 4 axes"),
     (lambda q, k, v: ours(q[:1], k, v), ValueError, "query: expected the same batch"),
     (lambda q, k, v: ours(q, k, v.astype(int)), TypeError, "value: expected float16.*, got int32"),
