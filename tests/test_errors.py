@@ -110,7 +110,7 @@ def test_table(target, changed, error, name, words):
     with pytest.raises(error) as caught:
         target.attend(**arguments)
     message = str(caught.value)
-    assert message.startswith(f"{name}: ")
+    assert re.match(rf"{name}: expected .*\bgot ", message)
     for word in words:
         assert word in message
 
