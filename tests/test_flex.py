@@ -8,6 +8,7 @@ import pytest
 from cases import Shape, assert_solves, options, same_bits
 
 import fastattn
+from fastattn.core.block_mask import BlockMask
 from fastattn.core.problem import pose
 
 needs_numba = pytest.mark.skipif(
@@ -187,7 +188,7 @@ class TestBlockMask:
     def test_function_is_not_called_where_all_agree(self):
         """Blocks of a function that has changed its mind tell whether they are asked."""
         made = fastattn.block_mask(lambda batch, head, i, j: j < 64, 100, 150)
-        liar = fastattn.block_mask.BlockMask(
+        liar = BlockMask(
             lambda batch, head, i, j: j >= 64, 100, 150, made.blocks
         )
         arrays = SHAPE.arrays()

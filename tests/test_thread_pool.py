@@ -138,6 +138,8 @@ threading.Thread(target=later).start()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python's own, on a fork with threads
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, where a test imported it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_fork_while_others_work():
     launches = Launches()
     other = threading.Thread(target=thread_pool.share, args=(50, 1, 3, launches.start))
