@@ -188,9 +188,7 @@ class TestBlockMask:
     def test_function_is_not_called_where_all_agree(self):
         """Blocks of a function that has changed its mind tell whether they are asked."""
         made = fastattn.block_mask(lambda batch, head, i, j: j < 64, 100, 150)
-        liar = BlockMask(
-            lambda batch, head, i, j: j >= 64, 100, 150, made.blocks
-        )
+        liar = BlockMask(lambda batch, head, i, j: j >= 64, 100, 150, made.blocks)
         arrays = SHAPE.arrays()
         wanted = fastattn.scaled_dot(*arrays, kv_lengths=64, backend="numba")
         np.testing.assert_array_equal(fastattn.flex(*arrays, block_mask=liar), wanted)
