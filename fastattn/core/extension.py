@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ NAME = "fastattn._kernels"
 def _load() -> tuple[Any, str | None, bool]:
     """``(extension, None, False)``, or None, the reason, and whether it is there all the same."""
     try:
-        spec = find_spec(NAME)
+        # In this package's own folder: an editable install finds one for any copy of the package.
+        folder = Path(__file__).parents[1]
+        spec = PathFinder.find_spec(NAME, [str(folder)])
         if spec is None:
-            others = [
-                x.name for x in Path(__file__).parents[1].glob("_kernels.*") if x.suffix != ".pyi"
-            ]
+            others = [x.name for x in folder.glob("_kernels.*") if x.suffix != ".pyi"]
             if not others:
                 return None, "the extension was not built", False
             raise ImportError(f"built for another Python: {', '.join(sorted(others))}")
