@@ -359,7 +359,7 @@ INLINE void transpose(vec rows[LANES]) {
 
 /* WEIGHT_UNIT * 2**t for t <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. Of a
  * t = x * LOG2_E the relative error is at most 1.6 epsilon * (1 + |x|), in float64 0.9:
- * tests/exp_tanh_check.c. */
+ * tests/backends/exp_tanh_check.c. */
 INLINE vec weight_of(vec t) {
     vec f = fraction(t);
     const real UNIT = (real)WEIGHT_UNIT;
@@ -429,7 +429,7 @@ INLINE vec power_less_one(vec f) {
 
 /* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
  * so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth, in
- * float64 3.9: tests/exp_tanh_check.c. */
+ * float64 3.9: tests/backends/exp_tanh_check.c. */
 INLINE vec tanh_vec(vec x) {
     const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
     vec a = magnitude(x);
@@ -466,7 +466,7 @@ INLINE vec root_of(vec x) {
 
 /* exp(2 x) = high + low for |x| <= EXP2X_MOST, `high` being that rounded and `low` the rest, so that
  * exp(2 x) - 1 is within 2.3 epsilon of itself, and the difference of two that are near 1 as exact:
- * tests/exp_tanh_check.c. */
+ * tests/backends/exp_tanh_check.c. */
 #ifdef REAL_IS_DOUBLE
 #define EXP2X_MOST 300
 #define HALF_LN2_HIGH 0x1.62e42fefa2p-2 /* short, so that products with small integers are exact */

@@ -1,0 +1,140 @@
+"""Numbers at the ends of their range; no call warns (contract, section 1, "Result")."""
+
+import warnings
+
+import numpy as np
+import pytest
+from helpers.oracles import assert_solves, check
+from helpers.problems import Shape
+
+from fastattn import reference
+from fastattn.core.problem import pose
+
+SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)
+
+
+@pytest.mark.parametrize("bias_dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+class TestLeastNumber:
+    """Only -inf excludes: ``np.finfo(dtype).min`` is a number."""
+
+    def test_row_of_nothing_else(self, target, dtype, bias_dtype):
+        """Is the softmax of equal scores, not NaN and not 0."""
+        q, k, v = SHAPE.arrays(dtype)
+        q *= 0
+        bias = np.zeros((70, 90), bias_dtype)
+        bias[5:50] = np.finfo(bias_dtype).min
+        out, weights = check(target, q, k, v, return_lse=False, return_weights=True, bias=bias)
+        np.testing.assert_allclose(weights.astype(np.float64), 1 / 90, rtol=4 * np.finfo(dtype).eps)
+        mean = v.astype(np.float64).mean(axis=-2, keepdims=True).repeat(2, axis=1)
+        np.testing.assert_allclose(
+            out.astype(np.float64),
+            np.broadcast_to(mean, out.shape),
+            atol=4 * np.finfo(dtype).eps * np.abs(mean).max(),
+        )
+
+    def test_among_others(self, target, dtype, bias_dtype):
+        """Has no weight beside scores of ordinary size."""
+        q, k, v = SHAPE.arrays(dtype)
+        bias = np.zeros((70, 90), bias_dtype)
+        bias[:, 33:] = np.finfo(bias_dtype).min
+        results = check(target, q, k, v, bias=bias)
+        assert_solves(results, pose(q, k, v, return_lse=True, kv_lengths=33))
+
+    def test_in_causal_rows(self, target, dtype, bias_dtype):
+        """As the attention masks of model libraries are made: triangular, plus whole rows."""
+        bias = np.triu(np.full((90, 90), np.finfo(bias_dtype).min), 1)
+        bias[:7] = np.finfo(bias_dtype).min
+        shape = SHAPE._replace(n_queries=90)
+        out = check(target, *shape.arrays(dtype), return_lse=False, bias=bias)
+        assert np.isfinite(out.astype(np.float64)).all()
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "float64"])
+def test_greatest_number_as_bias(target, bias_dtype):
+    """One finite bias above all takes all the weight."""
+    q, k, v = SHAPE.arrays()
+    bias = np.zeros((70, 90), bias_dtype)
+    bias[:, 33] = np.finfo(bias_dtype).max / 2
+    out = target.attend(q, k, v, bias=bias)
+    np.testing.assert_array_equal(out, np.broadcast_to(v[:, :, 33:34].repeat(2, axis=1), out.shape))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n_queries, batch", [(1500, 2), (5, 200)])
+def test_scores_of_ten_thousand(target, n_queries, batch, dtype):
+    """Of both signs, in one row; near ties are rare, so it takes many rows to judge the error."""
+    q, k, v = Shape(batch, 4, n_queries, 90, 16, kv_heads=2).arrays(dtype)
+    p = pose(q, k, v)
+    scale = p.scale * 1e4 / np.abs(reference.scores(p)).max()
+    out, _ = check(target, q, k, v, scale=scale)
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 2.9e38, -2.9e38, 1e-38], ids=str)
+@pytest.mark.parametrize("n_queries", [1, 50])
+def test_equal_scores_of_any_size(target, size, n_queries):
+    """The softmax of equal scores is the mean; in base 2, 2.9e38 would overflow float32."""
+    _, _, v = Shape(1, 2, 1, 600, 1, value_dim=8).arrays()
+    root = abs(size) ** 0.5
+    q = np.full((1, 2, n_queries, 1), root, np.float32)
+    k = np.full((1, 2, 600, 1), np.copysign(root, size), np.float32)
+    check(target, q, k, v, scale=1)
+
+
+@pytest.mark.parametrize("n_queries", [1, 50])
+def test_scores_from_end_to_end(target, n_queries):
+    """From -2.9e38 to 2.9e38 in one row: their difference is no float32."""
+    _, _, v = Shape(1, 2, 1, 600, 1, value_dim=8).arrays()
+    root = np.float32(2.9e38**0.5)
+    q = np.full((1, 2, n_queries, 1), root)
+    k = np.linspace(-root, root, 600, dtype=np.float32)[:, None]
+    for keys in (k, k[::-1], -np.abs(k)):
+        check(target, q, keys, v, scale=1)
+
+
+def test_scale_that_brings_the_score_into_range(target):
+    """The sum over head_dim alone would overflow."""
+    q, k, v = (x * np.float32(f) for x, f in zip(SHAPE.arrays(), (1e19, 1e19, 1), strict=True))
+    out, lse = check(target, q, k, v, scale=1e-38 / SHAPE.head_dim**0.5)
+    assert np.isfinite(out).all() and np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("slope", [1e4, 1e30])
+def test_steep_alibi(target, slope):
+    """All the weight is on the query's own place."""
+    shape = Shape(1, 1, 40, 40, 8)
+    q, k, v = shape.arrays()
+    np.testing.assert_array_equal(target.attend(q, k, v, alibi=[slope]), v)
+
+
+# ------------------------------------------------------------------------------ no call warns
+
+WARNING = {
+    "nothing seen": {"kv_lengths": 0},
+    "sinks of -inf": {"kv_lengths": 0, "sinks": np.full(4, -np.inf)},
+    "bias of -inf": {"bias": np.full((70, 90), -np.inf)},
+    "bias out of range": {"bias": np.full((70, 90), 1e300)},
+    "softcap": {"softcap": 1e-30},
+    "alibi": {"alibi": np.full(4, 1e300)},
+    "sinks out of range": {"sinks": np.full(4, 1e300)},
+    "scale": {"scale": 1e300},
+    "weights": {"return_weights": True},
+    "nothing else": {},
+}
+
+
+@pytest.mark.parametrize("extreme", [1.0, 3e38, 1e-40, np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("options", WARNING.values(), ids=WARNING)
+def test_no_call_warns(target, options, extreme):
+    """Nor raises, whatever `numpy.seterr` says: it is no argument of the function."""
+    q, k, v = SHAPE.arrays()
+    with np.errstate(over="ignore"):
+        q, k, v = q * np.float32(extreme), k * np.float32(extreme), v * np.float32(extreme)
+    with warnings.catch_warnings(), np.errstate(all="raise"):
+        warnings.simplefilter("error")
+        target.attend(q, k, v, return_lse=True, **options)
+    with warnings.catch_warnings(), np.errstate(all="warn"):
+        warnings.simplefilter("error")
+        target.attend(q, k, v, return_lse=True, **options)
+        assert np.geterr()["over"] == "warn"

@@ -1,0 +1,1 @@
+"""Problems, oracles and programs that the tests share."""

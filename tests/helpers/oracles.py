@@ -1,0 +1,207 @@
+"""What results are measured against, and how near they must come.
+
+`fastattn.reference` is the oracle; `brute_force` is a second reading of the contract, in plain
+Python, that the reference itself is held to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import numpy as np
+
+from fastattn import reference
+from fastattn.core.problem import Problem, pose
+
+
+def brute_force(
+    q, k, v, *, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+):  # fmt: skip
+    """``(out, lse, weights)`` key by key, straight from the contract; finite inputs only."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v = (x[None] if x.ndim == 2 else x for x in (q, k, v))
+    batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    kv_heads = max(k.shape[-3], v.shape[-3])
+    heads = kv_heads if q.shape[-3] == 1 else q.shape[-3]
+    n_queries, head_dim = q.shape[-2:]
+    n_keys, value_dim = v.shape[-2:]
+    rows = (*batch, heads, n_queries)
+
+    def at(x, shape, index):
+        return np.broadcast_to(x, shape)[index]
+
+    left, right = window if isinstance(window, tuple) else (window, window)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    out, lse, weights = np.zeros((*rows, value_dim)), np.zeros(rows), np.zeros((*rows, n_keys))
+    for *b, h, i in np.ndindex(rows):
+        b, kv_index = tuple(b), (*b, h // (heads // kv_heads))
+        offset = n_keys - n_queries if q_offset is None else int(at(q_offset, batch, b))
+        row, s = (*b, h, i), {}
+        for j in range(n_keys):
+            index, place = (*row, j), i + offset
+            if mask is not None and not at(mask, (*rows, n_keys), index):
+                continue
+            if causal and not j <= place:
+                continue
+            if left is not None and not place - left <= j:
+                continue
+            if right is not None and not j <= place + right:
+                continue
+            if kv_lengths is not None and not j < at(kv_lengths, batch, b):
+                continue
+            if spans is not None and not at(spans[0], rows, row) <= j < at(spans[1], rows, row):
+                continue
+            if bias is not None and at(bias, (*rows, n_keys), index) == -np.inf:
+                continue
+            q_i = at(q, (*batch, heads, n_queries, head_dim), row)
+            k_j = at(k, (*batch, kv_heads, n_keys, head_dim), (*kv_index, j))
+            s[j] = scale * math.fsum(float(x) * float(y) for x, y in zip(q_i, k_j, strict=True))
+            if softcap is not None:
+                s[j] = softcap * math.tanh(s[j] / softcap)
+            if bias is not None:
+                s[j] += float(at(bias, (*rows, n_keys), index))
+            if alibi is not None:
+                s[j] -= alibi[h] * abs(place - j)
+        terms = [*s.values()] + ([] if sinks is None else [float(sinks[h])])
+        if not terms:
+            lse[row] = -np.inf
+            continue
+        top = max(terms)
+        lse[row] = top + math.log(math.fsum(math.exp(t - top) for t in terms))
+        for j in s:
+            weights[*row, j] = math.exp(s[j] - lse[row])
+            v_j = at(v, (*batch, kv_heads, n_keys, value_dim), (*kv_index, j))
+            out[row] += weights[*row, j] * v_j
+    return out, lse, weights
+
+
+def plain_numpy(p: Problem, dtype):
+    """``(out, lse, weights)`` as a NumPy user would write it, every step in `dtype`.
+
+    Non-finite inputs count as 0: an error is taken only where the exact result is finite.
+    """
+    real = np.dtype(dtype)
+    largest = finfo(real).max
+
+    def cast(x):
+        x = np.asarray(x, np.float64 if x.dtype.itemsize < 8 else None)
+        return np.clip(np.where(np.isfinite(x), x, 0), -largest, largest).astype(real)
+
+    def masked(s):
+        return np.where(seen, s, np.asarray(-np.inf, real))
+
+    with np.errstate(all="ignore"):
+        seen = reference.visible(p)
+        q = np.broadcast_to(cast(p.q), p.rows(p.head_dim))
+        k, v = (reference.per_query_head(cast(x), p) for x in (p.k, p.v))
+        s = plain_measure(p, q, k).astype(real) * real.type(p.scale)
+        if p.softcap is not None:
+            s = real.type(p.softcap) * np.tanh(s / real.type(p.softcap))
+        if p.bias is not None:
+            s = s + cast(p.bias)
+        if p.alibi is not None:
+            i, j = reference.positions(p)
+            s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j).astype(real)
+        s = masked(s)
+        top = s.max(axis=-1, keepdims=True, initial=-np.inf)
+        if p.sinks is not None:
+            sinks = p.sinks.astype(real)[:, None, None]
+            top = np.maximum(top, sinks)
+        shift = np.where(np.isfinite(top), top, np.zeros((), real))
+        weights = np.exp(s - shift)
+        total = weights.sum(axis=-1, keepdims=True)
+        if p.sinks is not None:
+            total = total + np.exp(sinks - shift)
+        weights = weights / np.where(total == 0, np.ones((), real), total)
+        out = (weights @ v).astype(real)
+        return out, (shift + np.log(total))[..., 0], weights
+
+
+def plain_measure(p: Problem, q, k):
+    """How queries and keys compare, in the dtype of `q`, with an axis for the dimensions."""
+    if p.measure.name == "dot":
+        return q @ k.swapaxes(-1, -2)
+    q, k = q[..., :, None, :], k[..., None, :, :]
+    if p.measure.name == "distance":
+        return np.sqrt(((q - k) ** 2).sum(axis=-1))
+    if p.measure.name == "squared distance":
+        return ((q - k) ** 2).sum(axis=-1)
+    return (np.tanh(q + k) * p.measure.weights.astype(q.dtype)).sum(axis=-1)
+
+
+# ----------------------------------------------------------------------------------- judgement
+
+
+def finfo(dtype):
+    """`numpy.finfo`, for bfloat16 too."""
+    if np.dtype(dtype).name == "bfloat16":
+        return importlib.import_module("ml_dtypes").finfo(dtype)
+    return np.finfo(dtype)
+
+
+def ulp(value, dtype) -> float:
+    """The distance from `value` to the next number of `dtype`, or from the last but one."""
+    real = np.dtype(dtype).type
+    last_but_one = np.nextafter(real(finfo(dtype).max), real(0))
+    return float(np.spacing(np.minimum(real(abs(float(value))), last_but_one)))
+
+
+def rms(error) -> float:
+    return float(np.sqrt(np.mean(np.square(error)))) if error.size else 0.0
+
+
+def assert_exact_enough(got, exact, plain, dtype, what="out"):
+    """Promise 1 for one array: NaN and Inf where the definition has them, and elsewhere a root
+    mean square error of at most twice that of plain NumPy plus 2 ulp of the largest result.
+    """
+    assert got.shape == exact.shape, f"{what}: shape {got.shape}, {exact.shape} wanted"
+    assert got.dtype == dtype, f"{what}: {got.dtype}, {dtype} wanted"
+    real = exact.dtype.type
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(
+        got.astype(real)[~finite], exact[~finite], err_msg=f"{what}: non-finite results"
+    )
+    if not finite.any():
+        return
+    error = got.astype(real)[finite] - exact[finite]
+    plain_error = plain.astype(real)[finite] - exact[finite]
+    plain_error = plain_error[np.isfinite(plain_error)]
+    allowed = 2 * rms(plain_error) + 2 * ulp(np.abs(exact[finite]).max(), dtype)
+    assert rms(error) <= allowed, (  # a NaN fails too
+        f"{what}: rms error {rms(error):.3g}, at most {allowed:.3g} wanted; largest "
+        f"{np.abs(error).max():.3g} of {error.size}"
+    )
+
+
+def assert_solves(results, p: Problem):
+    """The results of `fastattn.scaled_dot`, in its order of return, solve `p` (promise 1)."""
+    results = results if isinstance(results, tuple) else (results,)
+    exact = reference.attend(p, np.longdouble if p.accumulator == np.float64 else np.float64)
+    plain, plain_sums = (plain_numpy(p, dtype) for dtype in (p.dtype, p.accumulator))
+    wanted = [("out", exact[0], plain[0], p.dtype)]
+    if p.return_lse:  # kept in the accumulator's dtype, so measured in that
+        wanted.append(("lse", exact[1], plain_sums[1], p.accumulator))
+    if p.return_weights:
+        wanted.append(("weights", exact[2], plain[2], p.dtype))
+    assert len(results) == len(wanted)
+    for got, (what, truth, yardstick, dtype) in zip(results, wanted, strict=True):
+        if p.one_head:
+            truth, yardstick = truth[0], yardstick[0]
+        assert_exact_enough(got, truth, yardstick, dtype, what)
+
+
+def check(target, q, k, v, *, return_lse=True, **opts):
+    """Attend on `target`, hold the results to the contract and return them."""
+    results = target.attend(q, k, v, return_lse=return_lse, **opts)
+    for name in ("out", "threads"):
+        opts.pop(name, None)
+    assert_solves(results, pose(q, k, v, return_lse=return_lse, **opts))
+    return results
+
+
+def same_bits(a, b) -> bool:
+    """Equal bit for bit, NaN and the sign of zero included."""
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
