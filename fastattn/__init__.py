@@ -1,14 +1,15 @@
 """Exact softmax attention for NumPy at the speed limit of the machine."""
 
+from .additive import additive
 from .attention import scaled_dot
 from .backward import scaled_dot_backward
 from .block_mask import block_mask
 from .documents import document_spans
+from .euclidean import euclidean
 from .explain import available_backends, explain, show_config
 from .flex import flex
 from .gaussian import gaussian
 from .kv_cache import KVCache
-from .measures import additive, euclidean
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .similarity import cosine, dot, pool

@@ -8,7 +8,7 @@ from helpers.oracles import assert_solves, same_bits
 from helpers.problems import Shape
 
 import fastattn
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 pytest.importorskip("numba", reason="tests of what Numba compiles")
 
@@ -174,7 +174,7 @@ def test_large_scores(n_queries, head_dim):
     shape = Shape(40 * 256 // head_dim, 1, n_queries, 200, head_dim, value_dim=16)
     q, k, v = shape.arrays()
     results = fastattn.scaled_dot(4 * q, 4 * k, v, return_lse=True, backend="numba")
-    assert_solves(results, pose(4 * q, 4 * k, v, return_lse=True))
+    assert_solves(results, make_problem(4 * q, 4 * k, v, return_lse=True))
 
 
 def test_sum_that_overflows_on_its_way():

@@ -8,7 +8,7 @@ from helpers.oracles import check, finfo, plain_numpy, rms, same_bits, ulp
 from helpers.problems import DTYPES, Shape, float_type
 
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 SHAPE = Shape(2, 4, 9, 21, 8, kv_heads=2)
 INTEGERS = ("bool", "int8", "uint8", "int32", "uint64", "int64")
@@ -88,7 +88,7 @@ def test_sums_of_half_precision_are_kept_in_float32(target, name, n_queries):
     q, k, v = Shape(1, 2, n_queries, 5000, 16).arrays(name)
     v = (v + np.ones((), v.dtype)).astype(v.dtype)
     out = target.attend(q, k, v)
-    p = pose(q, k, v)
+    p = make_problem(q, k, v)
     exact = reference.attend(p)[0]
     error = rms(out.astype(float) - exact)
     # Rounding is off by 1/sqrt(12) ulp in the mean; each rounded weight moves v / 5000 by less.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 import fastattn
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 from fastattn.dispatch import BACKENDS, named, unsupported_backward
 
 # Backends that promise the same bits for any threads and slices (promise 4).
@@ -28,11 +28,13 @@ class Target(NamedTuple):
 
     def unsupported(self, q, k, v, **options) -> str | None:
         """Why the backend cannot serve this call, in its own words."""
-        return named(self.backend).unsupported(pose(q, k, v, **options))
+        return named(self.backend).unsupported(make_problem(q, k, v, **options))
 
     def unsupported_backward(self, q, k, v, **options) -> str | None:
         """Why the backend cannot compute the gradients of this call, in its own words."""
-        return unsupported_backward(named(self.backend), pose(q, k, v, gradients=True, **options))
+        return unsupported_backward(
+            named(self.backend), make_problem(q, k, v, gradients=True, **options)
+        )
 
     def attend(self, q, k, v, **options):
         """`fastattn.scaled_dot` on this backend; skips the test where that cannot serve."""
