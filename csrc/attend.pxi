@@ -2,15 +2,15 @@
 
 ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
-cdef bint each_pass(
+cdef bint each_block(
     Step step, Py_ssize_t keys, Tile *tile, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """Take every pass of keys that the tile sees. False if a signal came in between."""
+    """Take every block of keys that the tile sees. False if a signal came in between."""
     cdef Py_ssize_t key = tile.first // keys * keys
     while key < tile.last:
         if stopped[0] or (listen and interrupted(last_look)):
             return False
-        step(tile, max(key, tile.first // STRIP_KEYS * STRIP_KEYS), min(key + keys, tile.last))
+        step(tile, max(key, tile.first // SUB_BLOCK_K * SUB_BLOCK_K), min(key + keys, tile.last))
         key += keys
     return True
 
@@ -20,7 +20,7 @@ cdef bint attend_tile(
 ) noexcept nogil:
     """Attend from the queries of one tile, an Item of a Walk."""
     cdef const Walk *walk = <const Walk *>call
-    cdef Py_ssize_t keys = walk.kernels.pass_keys, i
+    cdef Py_ssize_t keys = walk.kernels.block_k, i
     cdef Place at = place_of(walk, item)
     cdef char *lse = entry(walk, &walk.lse, at.batch)
     cdef double *partial
@@ -37,11 +37,11 @@ cdef bint attend_tile(
     tile.margin = 0
     while True:
         walk.kernels.begin(tile)
-        if not each_pass(walk.kernels.attend, keys, tile, listen, last_look, stopped):
+        if not each_block(walk.kernels.attend, keys, tile, listen, last_look, stopped):
             return False
         done = walk.kernels.finish(tile)
         if more is not NULL:
-            if not each_pass(more, keys, tile, listen, last_look, stopped):
+            if not each_block(more, keys, tile, listen, last_look, stopped):
                 return False
             if walk.survey.n_best:
                 walk.kernels.rank(tile)
@@ -112,7 +112,7 @@ def attend(
         product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         measure is None,
     )
-    walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
+    walk.tiles = (walk.group * walk.n_queries + walk.kernels.block_q - 1) // walk.kernels.block_q
     describe_survey(&walk, sums, indices)
     if (
         walk.group * walk.n_queries <= SPLIT and walk.n_keys >= 2 * PART_KEYS
@@ -147,7 +147,7 @@ def attend(
             )
             walk.partial_bytes = (walk.partial_bytes + 63) // 64 * 64
         tile_bytes = walk.kernels.scratch_bytes(
-            tiles, min(walk.kernels.queries, walk.group * walk.n_queries)
+            tiles, min(walk.kernels.block_q, walk.group * walk.n_queries)
         )
         scratch_bytes = tile_bytes + survey_bytes(&walk)
         total_bytes = threads * scratch_bytes + 64

@@ -1,6 +1,6 @@
 /* How products in parts attend to a block of keys. The maximum that weights are relative to is raised
- * only where scores are far above it. So the scores of one strip are all that is kept, and stay in
- * the first-level cache, and the values of strips are summed by one product, as late as can be.
+ * only where scores are far above it. So the scores of one sub-block are all that is kept, and stay in
+ * the first-level cache, and the values of sub-blocks are summed by one product, as late as can be.
  */
 #ifndef FASTATTN_ATTEND_PARTS_H
 #define FASTATTN_ATTEND_PARTS_H
@@ -11,7 +11,7 @@
 #define MOST_RISE 8
 
 typedef struct {
-    ivec lanes[TILE_VECS]; /* where scores are far above the maximum */
+    ivec lanes[MR_VECS]; /* where scores are far above the maximum */
     bool any;
 } Rise;
 
@@ -26,7 +26,7 @@ static Rise rise_of(const Tile *t, int vecs, const vec *top, const real *row_max
 }
 
 /* Raise the maximum of some lanes; the others do not notice. */
-static void raise_lanes(const Tile *t, int vecs, const Rise *rise, const vec *top, PanelBlock *b,
+static void raise_lanes(const Tile *t, int vecs, const Rise *rise, const vec *top, BlockState *b,
                         real *row_max, real *sums) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < vecs; n++) {
@@ -39,54 +39,54 @@ static void raise_lanes(const Tile *t, int vecs, const Rise *rise, const vec *to
         b->sum[n] *= factor;
         b->rescale[n] *= factor;
         for (ptrdiff_t d = 0; sums && d < t->value_dim; d++) {
-            real *sum = sums + d * PANEL + n * LANES;
+            real *sum = sums + d * MR + n * LANES;
             store(sum, load(sum) * factor);
         }
     }
 }
 
-/* One panel's attention to one block. */
+/* One micropanel's attention to one block. */
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
-    PanelBlock b;
-    int vecs = t->panel[p].vecs, first = 0; /* of the strips whose values are still to be summed */
-    real *row_max = s->row_max + p * PANEL, *out = s->out + p * PANEL * s->out_rows;
-    real *block_out = t->panel[p].started ? s->block_out : out;
+    BlockState b;
+    int vecs = t->micropanel[p].vecs, first = 0; /* of the sub-blocks whose values are still to be summed */
+    real *row_max = s->row_max + p * MR, *out = s->out + p * MR * s->out_rows;
+    real *block_out = t->micropanel[p].started ? s->block_out : out;
     bool begun = false;
-    int strips = open_block(t, s, p, begin, end, &b);
+    int sub_blocks = open_block(t, s, p, begin, end, &b);
     for (int n = 0; n < vecs; n++) {
         vec top = load(row_max + n * LANES);
         b.top[n] = choose(top == splat(-INFINITY), splat(0), top);
         b.rescale[n] = splat(1);
     }
-    for (int i = 0; i < strips; i++) {
-        Strip *strip = &b.strips[i];
-        vec top[TILE_VECS];
+    for (int i = 0; i < sub_blocks; i++) {
+        SubBlock *sub = &b.sub_blocks[i];
+        vec top[MR_VECS];
         for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
-        if (!score(t, s, p, strip, top)) continue;
+        if (!score(t, s, p, sub, top)) continue;
         b.live = true;
-        if (t->n_best > 0) collect_strip(t, p, strip);
+        if (t->n_best > 0) collect_sub_block_max(t, p, sub);
         Rise rise = rise_of(t, vecs, top, row_max);
         if (rise.any) {
-            sum_strips(t, s, p, &b, first, i, block_out, &begun);
+            sum_sub_blocks(t, s, p, &b, first, i, block_out, &begun);
             raise_lanes(t, vecs, &rise, top, &b, row_max, begun ? block_out : NULL);
             first = i;
         }
-        for (int n = 0; n < vecs; n++) note_nan(s, p, n, strip, 1, rise.lanes[n], b.sum[n]);
+        for (int n = 0; n < vecs; n++) note_nan(s, p, n, sub, 1, rise.lanes[n], b.sum[n]);
         if (t->value_dim == 0) {
-            sum_weights(t, p, &b, strip);
+            sum_weights(t, p, &b, sub);
             continue;
         }
-        weigh(vecs, t->exponent, strip, b.top, b.sum, weights_of(s, strip), WEIGHT_PART);
-        need(t, s, strip->key, &s->ready->values, ready_values);
-        if (bits_of(s->odd_values, strip)) {
-            sum_strips(t, s, p, &b, first, i + 1, block_out, &begun);
-            add_odd_values(t, s, p, &b, strip, block_out);
+        weigh(vecs, t->exponent, sub, b.top, b.sum, weights_of(s, sub), WEIGHT_PART);
+        need(t, s, sub->key, &s->ready->values, ready_values);
+        if (bits_of(s->odd_values, sub)) {
+            sum_sub_blocks(t, s, p, &b, first, i + 1, block_out, &begun);
+            add_odd_values(t, s, p, &b, sub, block_out);
             first = i + 1;
         }
     }
     if (!b.live) return;
-    sum_strips(t, s, p, &b, first, strips, block_out, &begun);
-    join_block(&b, vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
-    t->panel[p].started = 1;
+    sum_sub_blocks(t, s, p, &b, first, sub_blocks, block_out, &begun);
+    join_block(&b, vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
+    t->micropanel[p].started = 1;
 }
 #endif

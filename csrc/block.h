@@ -4,56 +4,56 @@
 
 #include "elements.h"
 
-/* A strip's keys as bits, in words as wide as a lane, so that lanes can test their own. */
-#define STRIPS (PASS_KEYS / STRIP_KEYS)
-#define WORDS (STRIP_KEYS / LANE_BITS)
+/* A sub-block's keys as bits, in words as wide as a lane, so that lanes can test their own. */
+#define SUB_BLOCKS (BLOCK_K / SUB_BLOCK_K)
+#define MASK_WORDS (SUB_BLOCK_K / LANE_BITS)
 
 static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
-/* Which strips of the pass under way have been made ready for the products, by bits: those that
- * somebody sees. The pass ends at `end`. */
+/* Which sub-blocks of the block of keys under way have been made ready for the products, by bits: those that
+ * somebody sees. The block ends at `end`. */
 typedef struct {
     uint64_t keys, values;
     ptrdiff_t end;
 } Ready;
 
-/* Head dims whose products are summed from zero before they join the running sum, as keys of a pass do. */
-#define PASS_DIMS 256
+/* Head dims whose products are summed from zero before they join the running sum, as keys of a block do. */
+#define BLOCK_D 256
 
-/* What belongs to queries is [panel][row][PANEL], so that a panel is contiguous, or that of the panel
- * under way. Rows of scores and of sums are padded to a multiple of ROW_GRAIN. */
-#define ROW_GRAIN 16
+/* What belongs to queries is [micropanel][row][MR], so that a micropanel is contiguous, or that of the micropanel
+ * under way. Rows of scores and of sums are padded to a multiple of ROW_PAD. */
+#define ROW_PAD 16
 typedef struct Scratch {
     struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
-    real *row_max, *row_sum; /* [panel][PANEL] */
-    lane_int *saw;           /* [panel][PANEL]: has the query seen a key? -1 or 0 */
-    real *wrong;             /* [panel][PANEL]: NaN where one was seen beside Inf, else 0 */
-    uint64_t *lost;          /* [panel][value_dim]: bits of the queries whose sum overflowed */
-    lane_int *seen;          /* [strip of the block][WORDS][PANEL]: see Seen */
-    real *out;               /* [panel][value_dim][PANEL], the running sum */
-    real *block_out;         /* [value_dim][PANEL], the sum of one block */
-    real *scores;            /* [SCORE_KEYS of the block][PANEL], then the weights */
-    real *bias;              /* [STRIP_KEYS][PANEL] */
-    real *more;              /* [STRIP_KEYS][PANEL]: what some head dims add to the scores */
-    real *q;                 /* [panel][head_dim][PANEL], times q_scale */
-    real *keys, *values;     /* [keys of the pass][dim]: widened ones */
+    real *row_max, *row_sum; /* [micropanel][MR] */
+    lane_int *saw;           /* [micropanel][MR]: has the query seen a key? -1 or 0 */
+    real *wrong;             /* [micropanel][MR]: NaN where one was seen beside Inf, else 0 */
+    uint64_t *lost;          /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
+    lane_int *seen;          /* [sub-block of the block][MASK_WORDS][MR]: see Seen */
+    real *out;               /* [micropanel][value_dim][MR], the running sum */
+    real *block_out;         /* [value_dim][MR], the sum of one block */
+    real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
+    real *bias;              /* [SUB_BLOCK_K][MR] */
+    real *more;              /* [SUB_BLOCK_K][MR]: what some head dims add to the scores */
+    real *q;                 /* [micropanel][head_dim][MR], times q_scale */
+    real *keys, *values;     /* [keys of the block][dim]: widened ones */
 #ifdef PARTS
     uint32_t *q_parts;      /* see parts.h */
     uint16_t *key_parts;
     uint16_t *value_parts;
     uint32_t *value_pairs;
     uint32_t *weight_parts;
-    uint64_t *odd_keys, *odd_values; /* [strip of the pass]: bits of those that parts cannot express */
+    uint64_t *odd_keys, *odd_values; /* [sub-block of the block]: bits of those that parts cannot express */
 #else
     real *few_rows, *few_sums; /* see few.h */
     real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *measured; /* measures.h */
     lane_int *odd_queries, *odd_keys;
 #endif
     Ready *ready;
-    ptrdiff_t out_rows, key_rows; /* of one panel, of the keys' parts */
+    ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' parts */
 } Scratch;
 
 /* With queries in the lanes a key costs as much for one as for LANES of them: about ten times what
@@ -75,11 +75,11 @@ typedef struct {
 } View;
 
 /* Lay the scratch out from `base` on; returns its bytes. */
-static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
+static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch *s) {
     size_t bytes = 0;
-    ptrdiff_t row = panels * PANEL, pass_keys = round_up(t->pass_keys, 2 * ROW_GRAIN);
-    s->out_rows = round_up(t->value_dim, ROW_GRAIN);
-    s->key_rows = pass_keys;
+    ptrdiff_t row = micropanels * MR, block_k = round_up(t->block_k, 2 * ROW_PAD);
+    s->out_rows = round_up(t->value_dim, ROW_PAD);
+    s->key_rows = block_k;
 #define TAKE(field, count)                                                                        \
     s->field = (void *)((uintptr_t)base + bytes);                                                 \
     bytes += (size_t)round_up((ptrdiff_t)sizeof *s->field * (count), 64);
@@ -89,72 +89,72 @@ static size_t lay_out(const Tile *t, ptrdiff_t panels, char *base, Scratch *s) {
     TAKE(row_sum, row)
     TAKE(saw, row)
     TAKE(wrong, row)
-    TAKE(lost, panels * t->value_dim)
+    TAKE(lost, micropanels * t->value_dim)
     TAKE(out, row * s->out_rows)
-    TAKE(block_out, PANEL * s->out_rows)
-    TAKE(bias, t->has_bias ? STRIP_KEYS * PANEL : 0)
-    TAKE(more, t->head_dim > PASS_DIMS ? STRIP_KEYS * PANEL : 0)
-    TAKE(seen, STRIPS * WORDS * PANEL)
+    TAKE(block_out, MR * s->out_rows)
+    TAKE(bias, t->has_bias ? SUB_BLOCK_K * MR : 0)
+    TAKE(more, t->head_dim > BLOCK_D ? SUB_BLOCK_K * MR : 0)
+    TAKE(seen, SUB_BLOCKS * MASK_WORDS * MR)
 #ifdef PARTS
-    TAKE(q, PANEL * t->head_dim)
+    TAKE(q, MR * t->head_dim)
     TAKE(keys, t->head_dim)
     TAKE(values, t->value_dim)
     TAKE(q_parts, PARTS * row * round_up(t->head_dim, CHUNK) / 2)
-    TAKE(key_parts, PARTS * pass_keys * round_up(t->head_dim, CHUNK))
-    TAKE(value_parts, PARTS * pass_keys * s->out_rows)
+    TAKE(key_parts, PARTS * block_k * round_up(t->head_dim, CHUNK))
+    TAKE(value_parts, PARTS * block_k * s->out_rows)
     TAKE(value_pairs, PARTS * CHUNK / 2 * s->out_rows)
-    TAKE(weight_parts, PARTS * PANEL * PASS_KEYS / 2)
-    TAKE(odd_keys, PASS_KEYS / STRIP_KEYS)
-    TAKE(odd_values, PASS_KEYS / STRIP_KEYS)
+    TAKE(weight_parts, PARTS * MR * BLOCK_K / 2)
+    TAKE(odd_keys, BLOCK_K / SUB_BLOCK_K)
+    TAKE(odd_values, BLOCK_K / SUB_BLOCK_K)
 #else
     TAKE(q, row * round_up(t->head_dim, LANES))
-    TAKE(keys, direct_keys(t) ? 0 : pass_keys * t->head_dim)
-    TAKE(values, direct_values(t) ? 0 : pass_keys * t->value_dim)
+    TAKE(keys, direct_keys(t) ? 0 : block_k * t->head_dim)
+    TAKE(values, direct_values(t) ? 0 : block_k * t->value_dim)
     TAKE(few_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
     TAKE(few_sums, FEW_QUERIES * round_up(t->value_dim, LANES))
     if (t->measure != DOT) {
-        TAKE(key_columns, PANEL * t->head_dim)
-        TAKE(measured, STRIP_KEYS * PANEL)
+        TAKE(key_columns, MR * t->head_dim)
+        TAKE(measured, SUB_BLOCK_K * MR)
     }
     if (t->measure == ADDITIVE) {
         TAKE(weights, t->head_dim)
         TAKE(q_high, row * t->head_dim)
         TAKE(q_low, row * t->head_dim)
-        TAKE(key_high, pass_keys * t->head_dim)
-        TAKE(key_low, pass_keys * t->head_dim)
+        TAKE(key_high, block_k * t->head_dim)
+        TAKE(key_low, block_k * t->head_dim)
         TAKE(odd_queries, row)
-        TAKE(odd_keys, pass_keys)
+        TAKE(odd_keys, block_k)
     }
 #endif
-    TAKE(scores, PANEL * (pass_keys < SCORE_KEYS ? pass_keys : SCORE_KEYS))
+    TAKE(scores, MR * (block_k < SCORE_KEYS ? block_k : SCORE_KEYS))
 #undef TAKE
     return bytes;
 }
 
-/* What the queries of a panel see of a strip: nothing, every key, or those whose bits are set in
- * the panel's words, [WORDS][PANEL]. */
+/* What the queries of a micropanel see of a sub-block: nothing, every key, or those whose bits are set in
+ * the micropanel's mask words, [MASK_WORDS][MR]. */
 typedef enum { SEE_NONE, SEE_SOME, SEE_ALL } Seen;
 
-/* A strip of keys for one panel: those of the STRIP_KEYS that the panel sees some of. */
+/* A sub-block of keys for one micropanel: those of the SUB_BLOCK_K that the micropanel sees some of. */
 typedef struct {
     ptrdiff_t key;
     int keys;
     real *scores;
-    lane_int *words;
+    lane_int *mask_words;
     Seen seen;
-} Strip;
+} SubBlock;
 
-/* What one panel knows of the block under way. */
+/* What one micropanel knows of the block under way. */
 typedef struct {
-    Strip strips[STRIPS];
+    SubBlock sub_blocks[SUB_BLOCKS];
     bool live; /* does it see anything? */
-    vec top[TILE_VECS], sum[TILE_VECS], rescale[TILE_VECS];
-} PanelBlock;
+    vec top[MR_VECS], sum[MR_VECS], rescale[MR_VECS];
+} BlockState;
 
 /* Does each query see key j? In the sign bits, as `choose` takes them. */
-INLINE ivec sees(const Strip *strip, int n, int j) {
-    if (strip->seen == SEE_ALL) return splat_int(-1);
-    ivec word = *(const ivec *)(strip->words + j / LANE_BITS * PANEL + n * LANES);
+INLINE ivec sees(const SubBlock *sub, int n, int j) {
+    if (sub->seen == SEE_ALL) return splat_int(-1);
+    ivec word = *(const ivec *)(sub->mask_words + j / LANE_BITS * MR + n * LANES);
     return shift_up(word, LANE_BITS - 1 - j % LANE_BITS);
 }
 #endif

@@ -190,11 +190,11 @@ INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t di
             for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
             transpose(x);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * factor);
+            for (int i = 0; i < LANES; i++) store(columns + (d + i) * MR, x[i] * factor);
         }
     for (; d < dims; d++)
         for (int i = 0; i < LANES; i++)
-            columns[d * PANEL + i] = (real)read_number(rows[i] + d * dim, format) * factor[0];
+            columns[d * MR + i] = (real)read_number(rows[i] + d * dim, format) * factor[0];
 }
 
 /* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */

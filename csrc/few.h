@@ -59,7 +59,7 @@ static void ready_few_queries(const Tile *t, const Scratch *s) {
 /* How many queries and keys, or queries and vectors of dims, share what is loaded: as many as the
  * registers hold sums of. */
 #define FEW_TOGETHER 4
-#define FEW_KEYS (LANES < 4 ? LANES : TILE_ROWS * TILE_VECS < 24 ? 2 : 4)
+#define FEW_KEYS (LANES < 4 ? LANES : NR * MR_VECS < 24 ? 2 : 4)
 
 /* Rows are fetched while others are multiplied: of four queries that share a key, and two threads, a
  * third of the time. */
@@ -107,19 +107,19 @@ INLINE void multiply_group(const int queries, const real *q, FewRows k, int keys
     }
     for (int i = 0; i < queries; i++) {
         vec sums = sum_lanes(x[i]);
-        for (int j = 0; j < keys; j++) scores[j * PANEL + i] = scales ? sums[j] * scales[j] : sums[j];
+        for (int j = 0; j < keys; j++) scores[j * MR + i] = scales ? sums[j] * scales[j] : sums[j];
     }
 }
 
-INLINE void multiply_few(const Tile *t, const Scratch *s, const Strip *strip, NumberFormat format) {
-    ptrdiff_t padded = round_up(t->head_dim, LANES), key = strip->key;
-    for (int first = 0; first < strip->keys; first += LANES) {
-        int keys = fewer(strip->keys - first, LANES), i = 0;
-        real *scores = strip->scores + first * PANEL;
+INLINE void multiply_few(const Tile *t, const Scratch *s, const SubBlock *sub, NumberFormat format) {
+    ptrdiff_t padded = round_up(t->head_dim, LANES), key = sub->key;
+    for (int first = 0; first < sub->keys; first += LANES) {
+        int keys = fewer(sub->keys - first, LANES), i = 0;
+        real *scores = sub->scores + first * MR;
         const float *scales = t->k_scales ? t->k_scales + key + first : NULL;
         FewRows k = few_rows(t->k + (key + first) * t->k_key, t->k_key, t->k_dim, t->k_format, keys,
                              t->head_dim, s->few_rows);
-        for (int j = 0; j < keys; j++) store(scores + j * PANEL, splat(0));
+        for (int j = 0; j < keys; j++) store(scores + j * MR, splat(0));
 #define GROUP(queries)                                                                            \
     for (; i + queries <= t->n_queries; i += queries)                                             \
         multiply_group(queries, s->q + i * padded, k, keys, t->head_dim, scales, scores + i, format);
@@ -137,7 +137,7 @@ INLINE void add_rows(const int queries, const int vecs, FewRows v, int rows, con
     for (int i = 0; i < queries; i++)
 #pragma GCC unroll 8
         for (int n = 0; n < vecs; n++) sum[i][n] = load(sums + i * padded + n * LANES);
-    for (int j = 0; j < rows; j++, v.data += v.row, weights += PANEL) {
+    for (int j = 0; j < rows; j++, v.data += v.row, weights += MR) {
         vec value[8];
         real scale = scales ? (real)scales[j] : 1;
 #pragma GCC unroll 8
@@ -161,7 +161,7 @@ INLINE void add_rows(const int queries, const int vecs, FewRows v, int rows, con
 /* The same of all dims, as many vectors at a time as there are registers for their sums. */
 INLINE void add_group(const int queries, FewRows v, int rows, const real *weights,
                       const float *scales, ptrdiff_t dims, real *sums, NumberFormat format) {
-    const int vecs = TILE_ROWS * TILE_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
+    const int vecs = NR * MR_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
     ptrdiff_t padded = round_up(dims, LANES), d = 0;
 #define VECS(n)                                                                                   \
     for (; n <= vecs && d + n * LANES <= dims; d += n * LANES)                                    \
@@ -174,20 +174,20 @@ INLINE void add_group(const int queries, FewRows v, int rows, const real *weight
                  dims - d, padded, sums + d, format);
 }
 
-/* few_sums[query][dims] += the weighted sum of a strip's values. Where some query must not meet a NaN
+/* few_sums[query][dims] += the weighted sum of a sub-block's values. Where some query must not meet a NaN
  * or an Inf that it does not see, each takes its own keys only. */
-INLINE void add_few_values(const Tile *t, const Scratch *s, const Strip *strip, NumberFormat format) {
-    ptrdiff_t padded = round_up(t->value_dim, LANES), key = strip->key;
-    for (int first = 0; first < strip->keys; first += LANES) {
-        int keys = fewer(strip->keys - first, LANES), i = 0;
+INLINE void add_few_values(const Tile *t, const Scratch *s, const SubBlock *sub, NumberFormat format) {
+    ptrdiff_t padded = round_up(t->value_dim, LANES), key = sub->key;
+    for (int first = 0; first < sub->keys; first += LANES) {
+        int keys = fewer(sub->keys - first, LANES), i = 0;
         const float *scales = t->v_scales ? t->v_scales + key + first : NULL;
-        const real *weights = strip->scores + first * PANEL;
+        const real *weights = sub->scores + first * MR;
         FewRows v = few_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, t->v_format, keys,
                              t->value_dim, s->few_rows);
-        for (; i < t->n_queries && strip->seen == SEE_SOME; i++)
+        for (; i < t->n_queries && sub->seen == SEE_SOME; i++)
             for (int j = 0; j < keys; j++)
-                if (sees(strip, 0, first + j)[i] < 0)
-                    add_group(1, (FewRows){v.data + j * v.row, 0}, 1, weights + j * PANEL + i,
+                if (sees(sub, 0, first + j)[i] < 0)
+                    add_group(1, (FewRows){v.data + j * v.row, 0}, 1, weights + j * MR + i,
                               scales ? scales + j : NULL, t->value_dim, s->few_sums + i * padded, format);
 #define GROUP(queries)                                                                            \
     for (; i + queries <= t->n_queries; i += queries)                                             \
@@ -201,8 +201,8 @@ INLINE void add_few_values(const Tile *t, const Scratch *s, const Strip *strip, 
 static void transpose_few(const Tile *t, const Scratch *s, real *out) {
     ptrdiff_t padded = round_up(t->value_dim, LANES);
     for (ptrdiff_t d = 0; d < t->value_dim; d++) {
-        store(out + d * PANEL, splat(0));
-        for (ptrdiff_t i = 0; i < t->n_queries; i++) out[d * PANEL + i] = s->few_sums[i * padded + d];
+        store(out + d * MR, splat(0));
+        for (ptrdiff_t i = 0; i < t->n_queries; i++) out[d * MR + i] = s->few_sums[i * padded + d];
     }
 }
 #endif

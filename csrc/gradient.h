@@ -17,11 +17,11 @@
 static void open_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     GradientScratch g;
     lay_out_gradient(t, &g);
-    size_t bytes = sizeof(real) * (size_t)((end - begin) * PANEL); /* of one panel of dims */
-    for (ptrdiff_t m = 0; m < dim_panels(t->head_dim); m++)
-        memset(g.grad_k + (m * PASS_KEYS + begin % PASS_KEYS) * PANEL, 0, bytes);
-    for (ptrdiff_t m = 0; m < dim_panels(t->value_dim); m++)
-        memset(g.grad_v + (m * PASS_KEYS + begin % PASS_KEYS) * PANEL, 0, bytes);
+    size_t bytes = sizeof(real) * (size_t)((end - begin) * MR); /* of one micropanel of dims */
+    for (ptrdiff_t m = 0; m < dim_micropanels(t->head_dim); m++)
+        memset(g.grad_k + (m * BLOCK_K + begin % BLOCK_K) * MR, 0, bytes);
+    for (ptrdiff_t m = 0; m < dim_micropanels(t->value_dim); m++)
+        memset(g.grad_v + (m * BLOCK_K + begin % BLOCK_K) * MR, 0, bytes);
     *g.forward.ready = (Ready){.end = end};
 }
 
@@ -38,7 +38,7 @@ static void prepare(Tile *t) {
         load_columns(t->result, t->result_dim, t->grad_out_format, t->value_dim, t->n_queries, 1, first,
                      result);
         for (ptrdiff_t d = 0; d < t->value_dim; d++)
-            sum = load(result + d * PANEL) * load(grad_out + d * PANEL) + sum;
+            sum = load(result + d * MR) * load(grad_out + d * MR) + sum;
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) t->mean[first + i] = sum[i];
     }
 }
@@ -60,34 +60,34 @@ static void normalize(Tile *t) {
 /* Read what the tile's queries bring along. */
 static void open_queries(Tile *t, const GradientScratch *g) {
     double unit = score_unit(t);
-    for (ptrdiff_t i = 0; i < t->panels * PANEL; i++) {
+    for (ptrdiff_t i = 0; i < t->micropanels * MR; i++) {
         bool real_query = i < t->n_queries;
         double lse = !real_query ? INFINITY : t->lse[i] == -INFINITY ? 0 : t->lse[i];
         g->lse[i] = (real)(lse / unit);
         g->lse_rest[i] = isfinite(lse) ? (real)((fma(-g->lse[i], unit, lse) + t->lse_rest[i]) / unit) : 0;
         g->delta[i] = real_query ? (real)t->delta[i] : 0;
     }
-    for (int p = 0; p < t->panels; p++) open_panel(t, g, p);
+    for (int p = 0; p < t->micropanels; p++) open_micropanel(t, g, p);
 }
 
 /* Weights, in place of the scores, and grad_scores of the product with v, which is to be multiplied by `unit`.
  * Returns whether these are all finite. */
-static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p, const Strip *strip,
+static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub,
                                  real unit) {
     vec exponent = splat((real)t->exponent), wrong = splat(0);
-    for (int n = 0; n < t->panel[p].vecs; n++) {
-        ptrdiff_t lane = p * PANEL + n * LANES;
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t lane = p * MR + n * LANES;
         vec lse = load(g->lse + lane), rest = load(g->lse_rest + lane), delta = load(g->delta + lane);
-        for (int j = 0; j < strip->keys; j++) {
-            ptrdiff_t at = j * PANEL + n * LANES;
-            vec weight = weight_from(load(strip->scores + at) - lse, rest, exponent);
+        for (int j = 0; j < sub->keys; j++) {
+            ptrdiff_t at = j * MR + n * LANES;
+            vec weight = weight_from(load(sub->scores + at) - lse, rest, exponent);
             vec grad = weight * (load(g->grad_scores + at) * unit - delta);
-            if (strip->seen == SEE_SOME) {
-                ivec seen = sees(strip, n, j);
+            if (sub->seen == SEE_SOME) {
+                ivec seen = sees(sub, n, j);
                 weight = choose(seen, weight, splat(0));
                 grad = choose(seen, grad, splat(0));
             }
-            store(strip->scores + at, weight);
+            store(sub->scores + at, weight);
             store(g->grad_scores + at, grad);
             wrong += grad * 0;
         }
@@ -95,51 +95,51 @@ static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p,
     return !any_lane(wrong != splat(0));
 }
 
-/* Add a strip's gradients to those of the bias. */
-static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+/* Add a sub-block's gradients to those of the bias. */
+static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
     const real unit = (real)(1 / WEIGHT_UNIT);
-    int rows = fewer(t->n_queries - p * PANEL, PANEL);
+    int rows = fewer(t->n_queries - p * MR, MR);
     for (int i = 0; i < rows; i += LANES) {
-        char *const *to = t->grad_bias + p * PANEL + i;
+        char *const *to = t->grad_bias + p * MR + i;
         const real *from = g->grad_scores + i;
         int some = fewer(rows - i, LANES), j = 0;
-        for (; j + LANES <= strip->keys && !t->rows_share_bias; j += LANES) {
+        for (; j + LANES <= sub->keys && !t->rows_share_bias; j += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
-            for (int l = 0; l < LANES; l++) x[l] = load(from + (j + l) * PANEL);
+            for (int l = 0; l < LANES; l++) x[l] = load(from + (j + l) * MR);
             transpose(x);
             for (int l = 0; l < some; l++) { /* heads of a group may have one row */
-                real *row = (real *)to[l] + strip->key + j;
+                real *row = (real *)to[l] + sub->key + j;
                 store_unaligned(row, load_unaligned(row) + x[l] * unit);
             }
         }
         for (int l = 0; l < some; l++)
-            for (int key = j; key < strip->keys; key++) {
-                real x = from[key * PANEL + l] * unit;
+            for (int key = j; key < sub->keys; key++) {
+                real x = from[key * MR + l] * unit;
                 if (t->rows_share_bias)
-                    ((double *)to[l])[strip->key + key] += x;
+                    ((double *)to[l])[sub->key + key] += x;
                 else
-                    ((real *)to[l])[strip->key + key] += x;
+                    ((real *)to[l])[sub->key + key] += x;
             }
     }
 }
 
-/* Add a strip to what its rows are to be summed up to. Distances are counted from the near end of the strip,
+/* Add a sub-block to what its rows are to be summed up to. Distances are counted from the near end of the sub-block,
  * so that they are small, and what is `far` of them is added in double. */
-static void add_to_row_sums(Tile *t, const GradientScratch *g, int p, const Strip *strip) {
-    for (int n = 0; n < t->panel[p].vecs; n++) {
-        ptrdiff_t first = p * PANEL + n * LANES;
+static void add_to_row_sums(Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t first = p * MR + n * LANES;
         vec weights = splat(0), grads = splat(0), weighted = splat(0), slope = splat(0);
         vec near = splat(0), step = splat(0);
         double far[LANES] = {0};
         for (int i = 0; i < LANES && first + i < t->n_queries && t->has_alibi; i++) {
-            ptrdiff_t away = t->position[first + i] - strip->key;
-            near[i] = (real)(away > STRIP_KEYS ? STRIP_KEYS : away < -STRIP_KEYS ? -STRIP_KEYS : away);
+            ptrdiff_t away = t->position[first + i] - sub->key;
+            near[i] = (real)(away > SUB_BLOCK_K ? SUB_BLOCK_K : away < -SUB_BLOCK_K ? -SUB_BLOCK_K : away);
             far[i] = fabs((double)away) - fabs(near[i]);
         }
-        for (int j = 0; j < strip->keys; j++) {
-            vec weight = load(strip->scores + j * PANEL + n * LANES);
-            vec grad = load(g->grad_scores + j * PANEL + n * LANES);
+        for (int j = 0; j < sub->keys; j++) {
+            vec weight = load(sub->scores + j * MR + n * LANES);
+            vec grad = load(g->grad_scores + j * MR + n * LANES);
             vec distance = magnitude(near - step);
             weights += weight;
             grads += grad;
@@ -158,42 +158,42 @@ static void add_to_row_sums(Tile *t, const GradientScratch *g, int p, const Stri
 }
 
 /* From the gradients of scores to those of the scores before the softcap. */
-static void uncap(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < t->panel[p].vecs; n++) {
-            real *grad = g->grad_scores + j * PANEL + n * LANES;
-            vec x = load(grad) * load(g->slope + j * PANEL + n * LANES);
-            store(grad, strip->seen == SEE_SOME ? choose(sees(strip, n, j), x, splat(0)) : x);
+static void uncap(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            real *grad = g->grad_scores + j * MR + n * LANES;
+            vec x = load(grad) * load(g->slope + j * MR + n * LANES);
+            store(grad, sub->seen == SEE_SOME ? choose(sees(sub, n, j), x, splat(0)) : x);
         }
 }
 
-/* One panel and one strip. */
-static void differentiate_strip(Tile *t, const GradientScratch *g, int p, Strip *strip, Begun *begun) {
+/* One micropanel and one sub-block. */
+static void differentiate_sub_block(Tile *t, const GradientScratch *g, int p, SubBlock *sub, Begun *begun) {
     const Scratch *s = &g->forward;
-    vec top[TILE_VECS];
-    multiply_keys(t, s, p, strip, NULL);
-    for (int j = 0; j < strip->keys && t->softcap > 0; j++)
-        for (int n = 0; n < t->panel[p].vecs; n++) {
-            vec raw = load(strip->scores + j * PANEL + n * LANES);
+    vec top[MR_VECS];
+    multiply_keys(t, s, p, sub, NULL);
+    for (int j = 0; j < sub->keys && t->softcap > 0; j++)
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            vec raw = load(sub->scores + j * MR + n * LANES);
             vec x = tanh_vec(raw * (real)(t->score_scale / t->softcap));
-            store(g->slope + j * PANEL + n * LANES, 1 - x * x);
+            store(g->slope + j * MR + n * LANES, 1 - x * x);
         }
-    finish_scores(t, s, p, strip, top);
+    finish_scores(t, s, p, sub, top);
     real unit;
-    bool fit = multiply_values(t, g, p, strip, &unit);
-    fit &= differentiate_scores(t, g, p, strip, unit);
-    if (t->wants_bias) add_to_bias(t, g, p, strip);
-    if (t->wants_sums) add_to_row_sums(t, g, p, strip);
-    if (t->softcap > 0) uncap(t, g, p, strip);
-    sum_strip(t, g, p, strip, fit, begun);
+    bool fit = multiply_values(t, g, p, sub, &unit);
+    fit &= differentiate_scores(t, g, p, sub, unit);
+    if (t->wants_bias) add_to_bias(t, g, p, sub);
+    if (t->wants_sums) add_to_row_sums(t, g, p, sub);
+    if (t->softcap > 0) uncap(t, g, p, sub);
+    sum_sub_block(t, g, p, sub, fit, begun);
 }
 
-/* Add what one tile gave a strip of keys: each tile is summed from zero, as blocks are. */
-static void join_strip(ptrdiff_t dims, ptrdiff_t key, int keys, const real *strip, real *block) {
-    for (ptrdiff_t m = 0; m < dim_panels(dims); m++)
+/* Add what one tile gave a sub-block of keys: each tile is summed from zero, as blocks are. */
+static void join_sub_block(ptrdiff_t dims, ptrdiff_t key, int keys, const real *sub, real *block) {
+    for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
         for (int j = 0; j < keys; j++) {
-            const real *from = strip + (m * STRIP_KEYS + j) * PANEL;
-            real *to = block + (m * PASS_KEYS + key % PASS_KEYS + j) * PANEL;
+            const real *from = sub + (m * SUB_BLOCK_K + j) * MR;
+            real *to = block + (m * BLOCK_K + key % BLOCK_K + j) * MR;
             for (ptrdiff_t d = 0; d < dim_vecs(dims) * LANES; d += LANES)
                 store(to + d, load(to + d) + load(from + d));
         }
@@ -208,29 +208,29 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     OPEN_TILES();
     open_queries(t, &g);
     if (t->wants_sums) memset(t->row_sums, 0, sizeof *t->row_sums * (size_t)t->n_queries);
-    for (ptrdiff_t key = begin; key < end; key += STRIP_KEYS) {
-        /* Whole strips, so that a row of dK or dV has one place. */
-        int keys = fewer(end - key, STRIP_KEYS);
+    for (ptrdiff_t key = begin; key < end; key += SUB_BLOCK_K) {
+        /* Whole sub-blocks, so that a row of dK or dV has one place. */
+        int keys = fewer(end - key, SUB_BLOCK_K);
         begun.keys = false;
-        for (int p = 0; p < t->panels; p++) {
-            Strip strip = {key, keys, g.forward.scores, g.forward.seen, SEE_NONE};
-            if (key >= t->panel[p].last || key + keys <= t->panel[p].first) continue;
-            strip.seen = look(t, p, &strip);
-            if (strip.seen == SEE_NONE) continue;
+        for (int p = 0; p < t->micropanels; p++) {
+            SubBlock sub = {key, keys, g.forward.scores, g.forward.seen, SEE_NONE};
+            if (key >= t->micropanel[p].last || key + keys <= t->micropanel[p].first) continue;
+            sub.seen = look(t, p, &sub);
+            if (sub.seen == SEE_NONE) continue;
             need(t, &g.forward, key, &g.forward.ready->keys, ready_keys);
             need(t, &g.forward, key, &g.forward.ready->values, ready_for_gradients);
-            differentiate_strip(t, &g, p, &strip, &begun);
+            differentiate_sub_block(t, &g, p, &sub, &begun);
         }
         sum_waiting(t, &g, keys, &begun);
         if (!begun.keys) continue;
         any = true;
-        join_strip(t->head_dim, key, keys, g.strip_k, g.grad_k);
-        join_strip(t->value_dim, key, keys, g.strip_v, g.grad_v);
+        join_sub_block(t->head_dim, key, keys, g.sub_grad_k, g.grad_k);
+        join_sub_block(t->value_dim, key, keys, g.sub_grad_v, g.grad_v);
     }
     CLOSE_TILES();
-    for (int p = 0; p < t->panels; p++)
+    for (int p = 0; p < t->micropanels; p++)
         if (!begun.q[p])
-            memset(g.grad_q + p * PANEL * g.q_rows_of_panel, 0, sizeof(real) * PANEL * (size_t)t->head_dim);
+            memset(g.grad_q + p * MR * g.q_rows_padded, 0, sizeof(real) * MR * (size_t)t->head_dim);
     return any;
 }
 
@@ -240,13 +240,13 @@ static void add_grad_q(Tile *t) {
     lay_out_gradient(t, &g);
     real scale = (real)(t->scale / WEIGHT_UNIT);
     for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
-        const real *from = g.grad_q + first / PANEL * PANEL * g.q_rows_of_panel + first % PANEL;
+        const real *from = g.grad_q + first / MR * MR * g.q_rows_padded + first % MR;
         int rows = fewer(t->n_queries - first, LANES);
         ptrdiff_t d = 0;
         for (; d + LANES <= t->head_dim; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) x[i] = load(from + (d + i) * PANEL);
+            for (int i = 0; i < LANES; i++) x[i] = load(from + (d + i) * MR);
             transpose(x);
             for (int i = 0; i < rows; i++) {
                 real *to = (real *)t->out[first + i] + d; /* here their gradients */
@@ -254,7 +254,7 @@ static void add_grad_q(Tile *t) {
             }
         }
         for (; d < t->head_dim; d++)
-            for (int i = 0; i < rows; i++) ((real *)t->out[first + i])[d] += from[d * PANEL + i] * scale;
+            for (int i = 0; i < rows; i++) ((real *)t->out[first + i])[d] += from[d * MR + i] * scale;
     }
 }
 
@@ -262,9 +262,9 @@ static void store_keys(const real *block, ptrdiff_t dims, ptrdiff_t keys, ptrdif
                        double scale, bool adds, char *to, ptrdiff_t key, NumberFormat format) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
     real factor = (real)scale;
-    for (ptrdiff_t m = 0; m < dim_panels(dims); m++)
+    for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
         for (ptrdiff_t j = 0; j < keys; j++) {
-            const real *from = block + (m * PASS_KEYS + first % PASS_KEYS + j) * PANEL;
+            const real *from = block + (m * BLOCK_K + first % BLOCK_K + j) * MR;
             char *row = to + (first + j) * key + m * width * format.bytes;
             ptrdiff_t d = 0, n = dims - m * width < width ? dims - m * width : width;
             for (; d + LANES <= n; d += LANES) {

@@ -3,7 +3,7 @@
  * All five are of rows and lanes: S^T and dP^T = V dO^T have keys as rows and queries in the lanes,
  * dQ^T = K^T dS^T has head dims as rows, and dV = P^T dO and dK = dS^T Q have keys as rows and dims in
  * the lanes, and sum up queries. Of one part the weights and the gradients of the scores are rounded to
- * bfloat16. A panel that sees numbers that parts cannot express in a strip is multiplied with it as real numbers;
+ * bfloat16. A micropanel that sees numbers that parts cannot express in a sub-block is multiplied with it as real numbers;
  * those that it does not see are 0, so that they touch no bit.
  */
 #ifndef FASTATTN_GRADIENT_PARTS_H
@@ -12,7 +12,7 @@
 #include "gradient_sums.h"
 #include "parts.h"
 
-_Static_assert(PANEL == CHUNK, "a panel's queries are one step of a sum over queries");
+_Static_assert(MR == CHUNK, "a panel's queries are one step of a sum over queries");
 
 /* Numbers that are not less than 2**MOST_POWER count as odd, too: a product of smaller ones overflows in
  * no unit. */
@@ -60,67 +60,67 @@ INLINE void pair_up(__m512i upper, __m512i lower, pair *to) {
     _mm512_store_si512(to + LANES, _mm512_permutex2var_epi64(low, second, high));
 }
 
-/* pairs[part][dim panel][panel][pair of queries][PANEL dims] of a panel of rows[part][dim panel][query][CHUNK]. */
-static void pair_queries(ptrdiff_t dim_panels, const bfloat *rows, pair *pairs) {
-    for (ptrdiff_t i = 0; i < PARTS * dim_panels; i++)
+/* pairs[part][dim micropanel][micropanel][pair of queries][MR dims] of a micropanel of rows[part][dim micropanel][query][CHUNK]. */
+static void pair_queries(ptrdiff_t dim_micropanels, const bfloat *rows, pair *pairs) {
+    for (ptrdiff_t i = 0; i < PARTS * dim_micropanels; i++)
         for (int j = 0; j < PAIRS; j++, rows += 2 * CHUNK)
             pair_up(_mm512_load_si512(rows), _mm512_load_si512(rows + CHUNK),
-                    pairs + (i * PANELS * PAIRS + j) * PANEL);
+                    pairs + (i * MICROPANELS * PAIRS + j) * MR);
 }
 
-/* Split a panel's rows of queries, 0 behind the last one. Returns the bits of the odd ones. */
+/* Split a micropanel's rows of queries, 0 behind the last one. Returns the bits of the odd ones. */
 static uint64_t split_queries(const char *const *at, int queries, ptrdiff_t dim, ptrdiff_t dims,
                           NumberFormat format, bfloat *rows) {
     ptrdiff_t chunks = round_up(dims, CHUNK) / CHUNK;
     uint64_t odd;
-    if (queries < PANEL) memset(rows, 0, sizeof(bfloat) * (size_t)(PARTS * chunks * PANEL * CHUNK));
-    WITH_FORMAT(format, split_rows, at, queries, dim, dims, 1, rows, PANEL * CHUNK,
-                chunks * PANEL * CHUNK, &odd);
+    if (queries < MR) memset(rows, 0, sizeof(bfloat) * (size_t)(PARTS * chunks * MR * CHUNK));
+    WITH_FORMAT(format, split_rows, at, queries, dim, dims, 1, rows, MR * CHUNK,
+                chunks * MR * CHUNK, &odd);
     return odd;
 }
 
-/* Read what a panel's queries bring along. */
-static void open_panel(const Tile *t, const GradientScratch *g, int p) {
-    ptrdiff_t first = p * PANEL, v = round_up(t->value_dim, CHUNK) / CHUNK;
+/* Read what a micropanel's queries bring along. */
+static void open_micropanel(const Tile *t, const GradientScratch *g, int p) {
+    ptrdiff_t first = p * MR, v = round_up(t->value_dim, CHUNK) / CHUNK;
     ptrdiff_t k = round_up(t->head_dim, CHUNK) / CHUNK;
-    int queries = fewer(t->n_queries - first, PANEL);
+    int queries = fewer(t->n_queries - first, MR);
     uint64_t odd = split_queries(t->grad_out + first, queries, t->grad_out_dim, t->value_dim,
                                  t->grad_out_format, g->rows);
-    pair_queries(v, g->rows, g->grad_out_pairs + p * PAIRS * PANEL);
-    /* grad_out_lanes[part][panel][pair of dims][PANEL] */
+    pair_queries(v, g->rows, g->grad_out_pairs + p * PAIRS * MR);
+    /* grad_out_lanes[part][micropanel][pair of dims][MR] */
     for (int i = 0; i < PARTS; i++)
         for (ptrdiff_t c = 0; c < v; c++)
-            for (int n = 0; n < TILE_VECS; n++)
-                transpose_pairs((const pair *)g->rows + ((i * v + c) * PANEL + n * LANES) * PAIRS, PAIRS,
-                                g->grad_out_lanes + ((i * PANELS + p) * v + c) * PAIRS * PANEL + n * LANES,
-                                PANEL);
+            for (int n = 0; n < MR_VECS; n++)
+                transpose_pairs((const pair *)g->rows + ((i * v + c) * MR + n * LANES) * PAIRS, PAIRS,
+                                g->grad_out_lanes + ((i * MICROPANELS + p) * v + c) * PAIRS * MR + n * LANES,
+                                MR);
     odd |= split_queries(t->q + first, queries, t->q_dim, t->head_dim, t->q_format, g->rows);
-    pair_queries(k, g->rows, g->q_pairs + p * PAIRS * PANEL);
+    pair_queries(k, g->rows, g->q_pairs + p * PAIRS * MR);
     g->odd_queries[p] = odd;
 }
 
-/* Bits of a strip's keys that parts cannot express. Of one part those say so themselves. */
+/* Bits of a sub-block's keys that parts cannot express. Of one part those say so themselves. */
 static uint64_t odd_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    uint64_t odd = s->odd_keys[begin % PASS_KEYS / STRIP_KEYS];
+    uint64_t odd = s->odd_keys[begin % BLOCK_K / SUB_BLOCK_K];
     for (ptrdiff_t d = 0; PARTS == 1 && d < t->head_dim; d += CHUNK)
         for (ptrdiff_t key = begin; key < end; key++) {
-            const bfloat *from = s->key_parts + d * s->key_rows + key % PASS_KEYS * CHUNK;
+            const bfloat *from = s->key_parts + d * s->key_rows + key % BLOCK_K * CHUNK;
             odd |= (uint64_t)(bfloats_from(MOST_POWER, _mm512_load_si512(from)) != 0) << (key - begin);
         }
     return odd;
 }
 
-/* key_columns[part][chunk of keys][head dim][CHUNK] from the parts of a strip's keys. */
+/* key_columns[part][chunk of keys][head dim][CHUNK] from the parts of a sub-block's keys. */
 static void turn_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end, uint64_t odd) {
     const Scratch *s = &g->forward;
-    ptrdiff_t dims = round_up(t->head_dim, CHUNK), rows = g->q_rows_of_panel;
+    ptrdiff_t dims = round_up(t->head_dim, CHUNK), rows = g->q_rows_padded;
     uint64_t use = first_bits(end - begin) & ~odd;
-    pair pairs[PAIRS][PANEL] __attribute__((aligned(64)));
+    pair pairs[PAIRS][MR] __attribute__((aligned(64)));
     for (int i = 0; i < PARTS; i++)
         for (ptrdiff_t key = begin; key < end; key += CHUNK)
             for (ptrdiff_t d = 0; d < dims; d += CHUNK) {
-                const bfloat *from = s->key_parts + (i * dims + d) * s->key_rows + key % PASS_KEYS * CHUNK;
-                bfloat *to = g->key_columns + (i * s->key_rows + key % PASS_KEYS) * rows + d * CHUNK;
+                const bfloat *from = s->key_parts + (i * dims + d) * s->key_rows + key % BLOCK_K * CHUNK;
+                bfloat *to = g->key_columns + (i * s->key_rows + key % BLOCK_K) * rows + d * CHUNK;
                 for (int j = 0; j < CHUNK; j += 2) {
                     __m512i x[2];
                     for (int n = 0; n < 2; n++)
@@ -129,136 +129,136 @@ static void turn_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, 
                     pair_up(x[0], x[1], pairs[j / 2]);
                 }
                 for (int n = 0; n < CHUNK && d + n < rows; n += LANES)
-                    transpose_pairs(&pairs[0][n], PANEL, (pair *)to + n * PAIRS, PAIRS);
+                    transpose_pairs(&pairs[0][n], MR, (pair *)to + n * PAIRS, PAIRS);
             }
 }
 
-/* value_rows[part][chunk of value dims][key][CHUNK] of a strip, in units like those of weights: the products
+/* value_rows[part][chunk of value dims][key][CHUNK] of a sub-block, in units like those of weights: the products
  * of parts that would be subnormal are 0. Returns the bits of the odd ones. */
 static uint64_t split_values(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t chunk = g->forward.key_rows * CHUNK;
-    const char *at[STRIP_KEYS];
+    const char *at[SUB_BLOCK_K];
     uint64_t odd;
     for (ptrdiff_t key = begin; key < end; key++) at[key - begin] = t->v + key * t->v_key;
     WITH_FORMAT(t->v_format, split_rows, at, (int)(end - begin), t->v_dim, t->value_dim, WEIGHT_UNIT,
-                g->value_rows + begin % PASS_KEYS * CHUNK, chunk,
+                g->value_rows + begin % BLOCK_K * CHUNK, chunk,
                 chunk * round_up(t->value_dim, CHUNK) / CHUNK, &odd);
     return odd;
 }
 
-/* Make ready what the gradients need of a strip besides its keys' parts. */
+/* Make ready what the gradients need of a sub-block besides its keys' parts. */
 static void ready_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    ptrdiff_t strip = begin % PASS_KEYS / STRIP_KEYS;
+    ptrdiff_t sub = begin % BLOCK_K / SUB_BLOCK_K;
     GradientScratch g;
     lay_out_gradient(t, &g);
     uint64_t odd = odd_keys(t, s, begin, end);
     turn_keys(t, &g, begin, end, odd);
-    g.odd_keys[strip] = odd | split_values(t, &g, begin, end);
+    g.odd_keys[sub] = odd | split_values(t, &g, begin, end);
 }
 
 /* Does some query see a number that parts cannot express, its own included? */
-static bool sees_odd(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
-    uint64_t keys = g->odd_keys[strip->key % PASS_KEYS / STRIP_KEYS], queries = g->odd_queries[p];
-    if (strip->seen == SEE_ALL || !(keys | queries)) return keys | queries;
-    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++) {
-        uint64_t seen = first_bits(strip->keys), words = 0;
-        for (int w = 0; w < WORDS; w++)
-            words |= (uint64_t)(lane_uint)strip->words[w * PANEL + i] << w * LANE_BITS;
-        if (words & seen & (queries >> i & 1 ? seen : keys)) return true;
+static bool sees_odd(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+    uint64_t keys = g->odd_keys[sub->key % BLOCK_K / SUB_BLOCK_K], queries = g->odd_queries[p];
+    if (sub->seen == SEE_ALL || !(keys | queries)) return keys | queries;
+    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++) {
+        uint64_t seen = first_bits(sub->keys), mask_words = 0;
+        for (int w = 0; w < MASK_WORDS; w++)
+            mask_words |= (uint64_t)(lane_uint)sub->mask_words[w * MR + i] << w * LANE_BITS;
+        if (mask_words & seen & (queries >> i & 1 ? seen : keys)) return true;
     }
     return false;
 }
 
-/* Read a panel and a strip as real numbers. */
-static void ready_reals(const Tile *t, const GradientScratch *g, int p, const Strip *strip) {
+/* Read a micropanel and a sub-block as real numbers. */
+static void ready_reals(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
     ready_real_queries(t, g, p);
-    widen(t->k + strip->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, strip->keys,
+    widen(t->k + sub->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, sub->keys,
           t->head_dim, g->real_keys);
-    widen(t->v + strip->key * t->v_key, t->v_key, t->v_dim, t->v_format, NULL, strip->keys,
+    widen(t->v + sub->key * t->v_key, t->v_key, t->v_dim, t->v_format, NULL, sub->keys,
           t->value_dim, g->real_values);
 }
 
 /* grad_scores = V dO^T, to be multiplied by `unit`. Returns whether parts could express it. */
-static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const Strip *strip, real *unit) {
+static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, real *unit) {
     ptrdiff_t chunks = round_up(t->value_dim, CHUNK) / CHUNK, rows = g->forward.key_rows;
-    if (sees_odd(t, g, p, strip)) {
+    if (sees_odd(t, g, p, sub)) {
         *unit = 1;
-        ready_reals(t, g, p, strip);
-        multiply_real_values(t, g, p, strip, (View){g->real_values, t->value_dim, 1});
+        ready_reals(t, g, p, sub);
+        multiply_real_values(t, g, p, sub, (View){g->real_values, t->value_dim, 1});
         return false;
     }
-    Rows v = {g->value_rows + strip->key % PASS_KEYS * CHUNK, rows * chunks * CHUNK, rows * CHUNK};
-    Lanes o = {g->grad_out_lanes + p * chunks * PAIRS * PANEL, PANELS * chunks * PAIRS * PANEL,
-               PAIRS * PANEL};
-    multiply(VALUE_ORDER, t->panel[p].vecs, strip->keys, v, o, (int)chunks, g->grad_scores, false);
+    Rows v = {g->value_rows + sub->key % BLOCK_K * CHUNK, rows * chunks * CHUNK, rows * CHUNK};
+    Lanes o = {g->grad_out_lanes + p * chunks * PAIRS * MR, MICROPANELS * chunks * PAIRS * MR,
+               PAIRS * MR};
+    multiply(VALUE_ORDER, t->micropanel[p].vecs, sub->keys, v, o, (int)chunks, g->grad_scores, false);
     *unit = (real)(1 / WEIGHT_UNIT);
     return true;
 }
 
-/* rows[part][panel that waits][key][CHUNK] of a panel's numbers, 0 behind the last key. */
-static void split_strip(int vecs, const Strip *strip, const real *from, bfloat *to) {
-    for (int j = 0; j < round_up(strip->keys, CHUNK); j++, from += PANEL, to += CHUNK) {
+/* rows[part][micropanel that waits][key][CHUNK] of a micropanel's numbers, 0 behind the last key. */
+static void split_sub_block(int vecs, const SubBlock *sub, const real *from, bfloat *to) {
+    for (int j = 0; j < round_up(sub->keys, CHUNK); j++, from += MR, to += CHUNK) {
         __m512i parts[PARTS];
-        vec a = j < strip->keys ? load(from) : splat(0);
-        vec b = j < strip->keys && vecs > 1 ? load(from + LANES) : splat(0);
+        vec a = j < sub->keys ? load(from) : splat(0);
+        vec b = j < sub->keys && vecs > 1 ? load(from + LANES) : splat(0);
         split_sequence(a, b, parts);
 #pragma GCC unroll 3
         for (int i = 0; i < PARTS; i++)
-            _mm512_store_si512(to + i * WAITING_PANELS * STRIP_KEYS * CHUNK, parts[i]);
+            _mm512_store_si512(to + i * PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK, parts[i]);
     }
 }
 
-/* c[key][dims] (+)= the sum over the queries of so many panels from p on. */
-static void sum_panels(ptrdiff_t dims, int keys, int p, int panels, const bfloat *rows, const pair *pairs,
+/* c[key][dims] (+)= the sum over the queries of so many micropanels from p on. */
+static void sum_micropanels(ptrdiff_t dims, int keys, int p, int micropanels, const bfloat *rows, const pair *pairs,
                        real *c, bool accumulate) {
-    Rows a = {rows + p % WAITING_PANELS * STRIP_KEYS * CHUNK, WAITING_PANELS * STRIP_KEYS * CHUNK,
-              STRIP_KEYS * CHUNK};
-    for (ptrdiff_t m = 0; m < dim_panels(dims); m++) {
-        Lanes b = {pairs + (m * PANELS + p) * PAIRS * PANEL, dim_panels(dims) * PANELS * PAIRS * PANEL,
-                   PAIRS * PANEL};
-        multiply(VALUE_ORDER, (int)dim_vecs(dims), keys, a, b, panels, c + m * STRIP_KEYS * PANEL, accumulate);
+    Rows a = {rows + p % PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK, PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK,
+              SUB_BLOCK_K * CHUNK};
+    for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++) {
+        Lanes b = {pairs + (m * MICROPANELS + p) * PAIRS * MR, dim_micropanels(dims) * MICROPANELS * PAIRS * MR,
+                   PAIRS * MR};
+        multiply(VALUE_ORDER, (int)dim_vecs(dims), keys, a, b, micropanels, c + m * SUB_BLOCK_K * MR, accumulate);
     }
 }
 
-/* Add the shares that wait to the gradients of a strip's keys; panels without a gap between them make one
+/* Add the shares that wait to the gradients of a sub-block's keys; micropanels without a gap between them make one
  * product. */
 static void sum_waiting(const Tile *t, const GradientScratch *g, int keys, Begun *begun) {
     for (int p = 0; begun->waiting >> p; p++) {
-        int panels = 0;
-        for (; begun->waiting >> (p + panels) & 1; panels++) continue;
-        if (panels == 0) continue;
-        sum_panels(t->value_dim, keys, p, panels, g->weight_rows, g->grad_out_pairs, g->strip_v, begun->keys);
-        sum_panels(t->head_dim, keys, p, panels, g->grad_rows, g->q_pairs, g->strip_k, begun->keys);
+        int micropanels = 0;
+        for (; begun->waiting >> (p + micropanels) & 1; micropanels++) continue;
+        if (micropanels == 0) continue;
+        sum_micropanels(t->value_dim, keys, p, micropanels, g->weight_rows, g->grad_out_pairs, g->sub_grad_v, begun->keys);
+        sum_micropanels(t->head_dim, keys, p, micropanels, g->grad_rows, g->q_pairs, g->sub_grad_k, begun->keys);
         begun->keys = true;
-        p += panels;
+        p += micropanels;
     }
     begun->waiting = 0;
 }
 
 /* Add to the gradients of the queries, and keep what those of the keys are to be made of; `fit` says
  * whether parts can express it all. */
-static void sum_strip(const Tile *t, const GradientScratch *g, int p, const Strip *strip, bool fit,
+static void sum_sub_block(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, bool fit,
                       Begun *begun) {
-    ptrdiff_t dims = g->q_rows_of_panel, own = p % WAITING_PANELS * STRIP_KEYS * CHUNK;
+    ptrdiff_t dims = g->q_rows_padded, own = p % PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK;
     if (!fit) {
-        ready_reals(t, g, p, strip);
-        sum_real_strip(t, g, p, strip, (View){g->real_keys, t->head_dim, 1}, begun);
+        ready_reals(t, g, p, sub);
+        sum_real_sub_block(t, g, p, sub, (View){g->real_keys, t->head_dim, 1}, begun);
         return;
     }
-    if (!(begun->waiting >> p / WAITING_PANELS * WAITING_PANELS)) sum_waiting(t, g, strip->keys, begun);
-    split_strip(t->panel[p].vecs, strip, strip->scores, g->weight_rows + own);
-    split_strip(t->panel[p].vecs, strip, g->grad_scores, g->grad_rows + own);
-    /* grad_lanes[part][pair of keys][PANEL] */
+    if (!(begun->waiting >> p / PENDING_MICROPANELS * PENDING_MICROPANELS)) sum_waiting(t, g, sub->keys, begun);
+    split_sub_block(t->micropanel[p].vecs, sub, sub->scores, g->weight_rows + own);
+    split_sub_block(t->micropanel[p].vecs, sub, g->grad_scores, g->grad_rows + own);
+    /* grad_lanes[part][pair of keys][MR] */
     for (int i = 0; i < PARTS; i++) {
-        const bfloat *from = g->grad_rows + i * WAITING_PANELS * STRIP_KEYS * CHUNK + own;
-        for (int j = 0; j < round_up(strip->keys, CHUNK); j += 2)
+        const bfloat *from = g->grad_rows + i * PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK + own;
+        for (int j = 0; j < round_up(sub->keys, CHUNK); j += 2)
             pair_up(_mm512_load_si512(from + j * CHUNK), _mm512_load_si512(from + (j + 1) * CHUNK),
-                    g->grad_lanes + (i * STRIP_KEYS + j) / 2 * PANEL);
+                    g->grad_lanes + (i * SUB_BLOCK_K + j) / 2 * MR);
     }
-    Rows k = {g->key_columns + strip->key % PASS_KEYS * dims, g->forward.key_rows * dims, CHUNK * dims};
-    Lanes s = {g->grad_lanes, STRIP_KEYS / 2 * PANEL, PAIRS * PANEL};
-    multiply(VALUE_ORDER, t->panel[p].vecs, dims, k, s, (int)(round_up(strip->keys, CHUNK) / CHUNK),
-             g->grad_q + p * PANEL * dims, begun->q[p]);
+    Rows k = {g->key_columns + sub->key % BLOCK_K * dims, g->forward.key_rows * dims, CHUNK * dims};
+    Lanes s = {g->grad_lanes, SUB_BLOCK_K / 2 * MR, PAIRS * MR};
+    multiply(VALUE_ORDER, t->micropanel[p].vecs, dims, k, s, (int)(round_up(sub->keys, CHUNK) / CHUNK),
+             g->grad_q + p * MR * dims, begun->q[p]);
     begun->q[p] = true;
     begun->waiting |= (uint32_t)1 << p;
 }

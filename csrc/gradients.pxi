@@ -112,7 +112,7 @@ cdef bint prepare_tile(
         return True
     tile.value_dim = 0
     walk.kernels.begin(tile)
-    if not each_pass(walk.kernels.attend, walk.kernels.pass_keys, tile, listen, last_look, stopped):
+    if not each_block(walk.kernels.attend, walk.kernels.block_k, tile, listen, last_look, stopped):
         return False
     walk.kernels.gradient.normalize(tile)
     tile.value_dim = value_dim
@@ -141,8 +141,8 @@ cdef bint differentiate_tile(
 ) noexcept nogil:
     """One tile of queries and one block of keys. False if the walk was stopped."""
     cdef const Walk *walk = &pull.walk
-    cdef Py_ssize_t begin = block * walk.kernels.pass_keys, i, n, head, query
-    cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
+    cdef Py_ssize_t begin = block * walk.kernels.block_k, i, n, head, query
+    cdef Py_ssize_t end = min(begin + walk.kernels.block_k, walk.n_keys)
     cdef char *grad_out = entry(walk, &pull.grad_out, at.batch)
     cdef char *grad_lse = entry(walk, &pull.grad_lse, at.batch)
     cdef char *rows = entry(walk, &pull.rows, at.batch)
@@ -150,7 +150,7 @@ cdef bint differentiate_tile(
     cdef char *grad_bias = entry(walk, &pull.grad_bias, at.batch)
     cdef char *row_sums = entry(walk, &pull.row_sums, at.batch)
     cdef Py_ssize_t key_head = at.batch * walk.kv_heads + at.kv_head
-    cdef int64_t *turn = turn_of(&pull.q_turns, key_head, at.first // walk.kernels.queries)
+    cdef int64_t *turn = turn_of(&pull.q_turns, key_head, at.first // walk.kernels.block_q)
     cdef int64_t own = block * pull.q_turns.sharers + pull.q_turns.before[key_head]
     cdef bint shared = pull.q_turns.sharers > 1, some = False
     set_tile(walk, tile, at)
@@ -190,8 +190,8 @@ cdef bint differentiate_block(
     """One block of keys of one key head. False if a signal came in between."""
     cdef const Walk *walk = &pull.walk
     cdef Py_ssize_t n
-    cdef Py_ssize_t begin = block * walk.kernels.pass_keys
-    cdef Py_ssize_t end = min(begin + walk.kernels.pass_keys, walk.n_keys)
+    cdef Py_ssize_t begin = block * walk.kernels.block_k
+    cdef Py_ssize_t end = min(begin + walk.kernels.block_k, walk.n_keys)
     cdef Py_ssize_t batch = head // walk.kv_heads, kv_head = head % walk.kv_heads
     cdef int64_t *k_turn = turn_of(&pull.k_turns, head, block)
     cdef int64_t *v_turn = turn_of(&pull.v_turns, head, block)
@@ -292,8 +292,8 @@ def differentiate(
     walk.kernels = gradient_kernels_for(
         product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
     )
-    walk.tiles = (walk.group * walk.n_queries + walk.kernels.queries - 1) // walk.kernels.queries
-    pull.blocks = (walk.n_keys + walk.kernels.pass_keys - 1) // walk.kernels.pass_keys
+    walk.tiles = (walk.group * walk.n_queries + walk.kernels.block_q - 1) // walk.kernels.block_q
+    pull.blocks = (walk.n_keys + walk.kernels.block_k - 1) // walk.kernels.block_k
     if walk.key_heads * pull.blocks == 0:
         grad_k.fill(0)
         grad_v.fill(0)

@@ -26,7 +26,7 @@ cdef extern from "Python.h":
 
 cdef extern from "tile.h" nogil:
     enum:
-        STRIP_KEYS
+        SUB_BLOCK_K
         MAX_QUERIES
     const double WEIGHT_UNIT
 
@@ -53,7 +53,7 @@ cdef extern from "tile.h" nogil:
         const float *v_scales
         NumberFormat q_format, k_format, v_format, out_format, grad_out_format
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
-        Py_ssize_t n_queries, head_dim, value_dim, pass_keys
+        Py_ssize_t n_queries, head_dim, value_dim, block_k
         double scale, margin
         Measure measure
         const double *measure_weights
@@ -108,7 +108,7 @@ cdef extern from "tile.h" nogil:
         void (*close)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
     ctypedef struct TileKernels:
-        int queries, panel, pass_keys
+        int block_q, mr, block_k
         size_t (*scratch_bytes)(const Tile *, Py_ssize_t) noexcept nogil
         void (*begin)(Tile *) noexcept nogil
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil

@@ -5,15 +5,15 @@
 #define FASTATTN_MAPS_H
 
 /* The sums of each column's weights, in place. Returns the number of columns. */
-static int sum_columns(const Tile *t, int vecs, const Strip *strip, ptrdiff_t first) {
-    if (t->columns == t->n_keys) return strip->keys;
+static int sum_columns(const Tile *t, int vecs, const SubBlock *sub, ptrdiff_t first) {
+    if (t->columns == t->n_keys) return sub->keys;
     int columns = 0;
-    for (int j = 0, end; j < strip->keys; j = end, columns++) {
-        end = fewer((first + columns + 1) * t->n_keys / t->columns - strip->key, strip->keys);
+    for (int j = 0, end; j < sub->keys; j = end, columns++) {
+        end = fewer((first + columns + 1) * t->n_keys / t->columns - sub->key, sub->keys);
         for (int n = 0; n < vecs; n++) {
-            vec sum = load(strip->scores + j * PANEL + n * LANES);
-            for (int i = j + 1; i < end; i++) sum += load(strip->scores + i * PANEL + n * LANES);
-            store(strip->scores + columns * PANEL + n * LANES, sum);
+            vec sum = load(sub->scores + j * MR + n * LANES);
+            for (int i = j + 1; i < end; i++) sum += load(sub->scores + i * MR + n * LANES);
+            store(sub->scores + columns * MR + n * LANES, sum);
         }
     }
     return columns;
@@ -21,10 +21,10 @@ static int sum_columns(const Tile *t, int vecs, const Strip *strip, ptrdiff_t fi
 
 /* Add columns of sums to the cells. Vectors whose lanes go to the same slots are added first, then
  * neighbours in a vector, as rows of the transpose. */
-static void add_to_cells(const Tile *t, int p, const Strip *strip, ptrdiff_t first, int columns) {
-    int vecs = t->panel[p].vecs;
+static void add_to_cells(const Tile *t, int p, const SubBlock *sub, ptrdiff_t first, int columns) {
+    int vecs = t->micropanel[p].vecs;
     for (int n = 0, next; n < vecs; n = next) {
-        const int *slot = t->slot + p * PANEL + n * LANES;
+        const int *slot = t->slot + p * MR + n * LANES;
         for (next = n + 1; next < vecs; next++)
             if (memcmp(slot, slot + (next - n) * LANES, sizeof *slot * LANES) != 0) break;
         for (int column = 0; column < columns; column += LANES) {
@@ -32,7 +32,7 @@ static void add_to_cells(const Tile *t, int p, const Strip *strip, ptrdiff_t fir
             for (int i = 0; i < LANES; i++) {
                 x[i] = splat(0);
                 for (int m = n; m < next && column + i < columns; m++)
-                    x[i] += load(strip->scores + (column + i) * PANEL + m * LANES);
+                    x[i] += load(sub->scores + (column + i) * MR + m * LANES);
             }
             transpose(x);
             for (int i = 0, after; i < LANES && slot[i] >= 0; i = after) {
@@ -46,11 +46,11 @@ static void add_to_cells(const Tile *t, int p, const Strip *strip, ptrdiff_t fir
     }
 }
 
-static void pool_strip(const Tile *t, const Scratch *s, int p, const Strip *strip) {
-    ptrdiff_t first = cell_of(strip->key, t->n_keys, t->columns);
-    settle_weights(t, s, p, strip);
-    add_to_cells(t, p, strip, first, sum_columns(t, t->panel[p].vecs, strip, first));
+static void pool_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    ptrdiff_t first = cell_of(sub->key, t->n_keys, t->columns);
+    settle_weights(t, s, p, sub);
+    add_to_cells(t, p, sub, first, sum_columns(t, t->micropanel[p].vecs, sub, first));
 }
 
-static void pool(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, pool_strip); }
+static void pool(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, pool_sub_block); }
 #endif

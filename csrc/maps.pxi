@@ -11,7 +11,7 @@ cdef int describe_survey(Walk *walk, cnp.ndarray sums, cnp.ndarray indices) exce
     if sums is not None and walk.n_queries > 0:
         survey.sums = <double *>cnp.PyArray_DATA(sums)
         survey.rows, survey.columns = sums.shape[sums.ndim - 2], sums.shape[sums.ndim - 1]
-        queries = min(walk.n_queries, (walk.kernels.queries - 1) // walk.group + 2)
+        queries = min(walk.n_queries, (walk.kernels.block_q - 1) // walk.group + 2)
         survey.slots = min(survey.rows, (queries - 1) * survey.rows // walk.n_queries + 2)
         survey.slots *= walk.group
     describe(walk, &survey.indices, indices, 3)
@@ -23,7 +23,7 @@ cdef int describe_survey(Walk *walk, cnp.ndarray sums, cnp.ndarray indices) exce
 cdef Py_ssize_t survey_bytes(const Walk *walk) noexcept nogil:
     """How much scratch the survey takes in each thread."""
     cdef const Survey *survey = &walk.survey
-    cdef Py_ssize_t queries = min(walk.kernels.queries, walk.group * walk.n_queries), bytes = 0
+    cdef Py_ssize_t queries = min(walk.kernels.block_q, walk.group * walk.n_queries), bytes = 0
     if survey.sums is not NULL:
         bytes = survey.slots * (survey.columns + WIDEST_LANES) * <Py_ssize_t>sizeof(double)
     if survey.n_best:
@@ -94,7 +94,7 @@ cdef bint add_in_turn(
     False if a signal came in between.
     """
     cdef int64_t *turn = walk.survey.turn + at.batch * walk.kv_heads + at.kv_head
-    cdef int64_t own = walk.tiles - 1 - at.first // walk.kernels.queries
+    cdef int64_t own = walk.tiles - 1 - at.first // walk.kernels.block_q
     while read_count(turn) < own:
         if stopped[0] or (listen and interrupted(last_look)):
             return False

@@ -44,7 +44,7 @@ INLINE void measure_tile(const Terms terms, const int rows, const int vecs, cons
                          ptrdiff_t first_row, real *c) {
     for (ptrdiff_t begin = 0; begin < x->dims; begin += CHUNK_DIMS) {
         ptrdiff_t end = begin + fewer(x->dims - begin, CHUNK_DIMS);
-        vec sum[TILE_ROWS][TILE_VECS];
+        vec sum[NR][MR_VECS];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -52,12 +52,12 @@ INLINE void measure_tile(const Terms terms, const int rows, const int vecs, cons
         for (ptrdiff_t d = begin; d < end; d++) {
             ptrdiff_t at = first_row * x->row + d * x->dim;
             const real *a = x->a + at, *a_low = terms == RATIOS ? x->a_low + at : NULL;
-            vec b[TILE_VECS], b_low[TILE_VECS], weight = splat(0);
+            vec b[MR_VECS], b_low[MR_VECS], weight = splat(0);
             if (terms == TANHS || terms == RATIOS) weight = splat(x->weights[d]);
 #pragma GCC unroll 4
             for (int n = 0; n < vecs; n++) {
-                b[n] = load(x->b + d * PANEL + n * LANES);
-                b_low[n] = terms == RATIOS ? load(x->b_low + d * PANEL + n * LANES) : splat(0);
+                b[n] = load(x->b + d * MR + n * LANES);
+                b_low[n] = terms == RATIOS ? load(x->b_low + d * MR + n * LANES) : splat(0);
                 if (terms == FAR_SQUARES) b[n] *= (real)SHRINK;
             }
 #pragma GCC unroll 8
@@ -83,7 +83,7 @@ INLINE void measure_tile(const Terms terms, const int rows, const int vecs, cons
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int n = 0; n < vecs; n++) {
-                real *to = c + (first_row + r) * PANEL + n * LANES;
+                real *to = c + (first_row + r) * MR + n * LANES;
                 store(to, begin > 0 ? load(to) + sum[r][n] : sum[r][n]);
             }
     }
@@ -96,16 +96,16 @@ INLINE void measure_rows(const Terms terms, const int most, const int vecs, cons
     for (; row < rows; row++) measure_tile(terms, 1, vecs, x, row, c);
 }
 
-/* Any number of rows, for the first `vecs` vectors of a panel. */
+/* Any number of rows, for the first `vecs` vectors of a micropanel. */
 static void measure(Terms terms, int vecs, const Compared *x, ptrdiff_t rows, real *c) {
 #define VECS(n)                                                                                   \
-    if (vecs == n && terms == SQUARES) measure_rows(SQUARES, TILE_ROWS, n, x, rows, c);           \
+    if (vecs == n && terms == SQUARES) measure_rows(SQUARES, NR, n, x, rows, c);           \
     if (vecs == n && terms == FAR_SQUARES) measure_rows(FAR_SQUARES, 1, n, x, rows, c);           \
     if (vecs == n && terms == NEAR_SQUARES) measure_rows(NEAR_SQUARES, 1, n, x, rows, c);         \
     if (vecs == n && terms == TANHS) measure_rows(TANHS, 1, n, x, rows, c);                       \
-    if (vecs == n && terms == RATIOS) measure_rows(RATIOS, TILE_ROWS / 2, n, x, rows, c);
+    if (vecs == n && terms == RATIOS) measure_rows(RATIOS, NR / 2, n, x, rows, c);
     VECS(1) VECS(2)
-#if TILE_VECS == 3
+#if MR_VECS == 3
     VECS(3)
 #endif
 #undef VECS
@@ -127,20 +127,20 @@ static void ready_additive_queries(Tile *t, const Scratch *s, int p) {
         s->weights[d] = (real)(t->measure_weights[d] * t->measure_scale);
     if (few(t)) return;
     const vec most = splat(EXP2X_MOST);
-    const real *q = s->q + p * PANEL * t->head_dim;
-    exponentials(q, PANEL * t->head_dim, 1, s->q_high + p * PANEL * t->head_dim,
-                 s->q_low + p * PANEL * t->head_dim);
-    t->panel[p].outside = 0;
-    for (int n = 0; n < t->panel[p].vecs; n++) {
+    const real *q = s->q + p * MR * t->head_dim;
+    exponentials(q, MR * t->head_dim, 1, s->q_high + p * MR * t->head_dim,
+                 s->q_low + p * MR * t->head_dim);
+    t->micropanel[p].outside = 0;
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ivec odd = splat_int(0);
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
-            odd |= ~(magnitude(load(q + d * PANEL + n * LANES)) <= most);
-        *(ivec *)(s->odd_queries + p * PANEL + n * LANES) = odd;
-        for (int i = 0; i < LANES; i++) t->panel[p].outside |= (uint64_t)(odd[i] != 0) << (n * LANES + i);
+            odd |= ~(magnitude(load(q + d * MR + n * LANES)) <= most);
+        *(ivec *)(s->odd_queries + p * MR + n * LANES) = odd;
+        for (int i = 0; i < LANES; i++) t->micropanel[p].outside |= (uint64_t)(odd[i] != 0) << (n * LANES + i);
     }
 }
 
-/* Exponentials of some keys of the pass that have been widened, and which of them are too large. */
+/* Exponentials of some keys of the block that have been widened, and which of them are too large. */
 static void ready_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first, ptrdiff_t keys) {
     ptrdiff_t dims = t->head_dim;
     const real *k = s->keys + first * dims;
@@ -152,14 +152,14 @@ static void ready_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first
     }
 }
 
-/* to[key][query] for a strip and few queries: measured[query][key], PANEL keys at a time. */
-static void measure_few(const Tile *t, const Scratch *s, const Strip *strip, Terms terms, real *to) {
+/* to[key][query] for a sub-block and few queries: measured[query][key], MR keys at a time. */
+static void measure_few(const Tile *t, const Scratch *s, const SubBlock *sub, Terms terms, real *to) {
     ptrdiff_t padded = round_up(t->head_dim, LANES);
-    real measured[FEW_QUERIES * PANEL] __attribute__((aligned(64)));
-    for (int first = 0; first < strip->keys; first += PANEL) {
-        int keys = fewer(strip->keys - first, PANEL), vecs = (keys + LANES - 1) / LANES;
-        const char *rows[PANEL];
-        for (int j = 0; j < keys; j++) rows[j] = t->k + (strip->key + first + j) * t->k_key;
+    real measured[FEW_QUERIES * MR] __attribute__((aligned(64)));
+    for (int first = 0; first < sub->keys; first += MR) {
+        int keys = fewer(sub->keys - first, MR), vecs = (keys + LANES - 1) / LANES;
+        const char *rows[MR];
+        for (int j = 0; j < keys; j++) rows[j] = t->k + (sub->key + first + j) * t->k_key;
         for (int n = 0; n < vecs; n++)
             load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
                          s->key_columns + n * LANES);
@@ -167,35 +167,35 @@ static void measure_few(const Tile *t, const Scratch *s, const Strip *strip, Ter
                       .weights = s->weights, .dims = t->head_dim};
         measure(terms, vecs, &x, t->n_queries, measured);
         for (int j = 0; j < keys; j++) {
-            store(to + (first + j) * PANEL, splat(1)); /* as good as any for a lane without a query */
+            store(to + (first + j) * MR, splat(1)); /* as good as any for a lane without a query */
             for (ptrdiff_t i = 0; i < t->n_queries; i++)
-                to[(first + j) * PANEL + i] = measured[i * PANEL + j];
+                to[(first + j) * MR + i] = measured[i * MR + j];
         }
     }
 }
 
-/* to[key][query] for a strip; `k` begins with its first key. */
-static void measure_strip(const Tile *t, const Scratch *s, int p, const Strip *strip, Terms terms,
+/* to[key][query] for a sub-block; `k` begins with its first key. */
+static void measure_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub, Terms terms,
                           View k, real *to) {
     if (few(t)) {
-        measure_few(t, s, strip, terms, to);
+        measure_few(t, s, sub, terms, to);
         return;
     }
-    ptrdiff_t columns = p * PANEL * t->head_dim, rows = strip->key % PASS_KEYS * t->head_dim;
+    ptrdiff_t columns = p * MR * t->head_dim, rows = sub->key % BLOCK_K * t->head_dim;
     Compared x = {.a = k.data, .row = k.row, .dim = k.dim, .b = s->q + columns, .weights = s->weights,
                   .dims = t->head_dim};
     if (terms == RATIOS) {
         x.a = s->key_high + rows, x.a_low = s->key_low + rows;
         x.b = s->q_high + columns, x.b_low = s->q_low + columns;
     }
-    measure(terms, t->panel[p].vecs, &x, strip->keys, to);
+    measure(terms, t->micropanel[p].vecs, &x, sub->keys, to);
 }
 
 /* Squared distances to scores, times `factor`; their smallest and their largest. */
-static void take_roots(int vecs, const Strip *strip, real factor, vec *least, vec *most) {
-    for (int j = 0; j < strip->keys; j++)
+static void take_roots(int vecs, const SubBlock *sub, real factor, vec *least, vec *most) {
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
+            real *s = sub->scores + j * MR + n * LANES;
             vec square = load(s);
             *least = smaller(square, *least);
             *most = larger(square, *most);
@@ -204,36 +204,36 @@ static void take_roots(int vecs, const Strip *strip, real factor, vec *least, ve
 }
 
 /* Distances whose squares are out of range; `terms` says on which side. */
-static void measure_again(const Tile *t, const Scratch *s, int p, const Strip *strip, View k,
+static void measure_again(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
                           Terms terms) {
     bool far = terms == FAR_SQUARES;
     vec factor = splat((real)(t->measure_scale / (far ? SHRINK : GROW)));
-    measure_strip(t, s, p, strip, terms, k, s->measured);
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < t->panel[p].vecs; n++) {
-            real *score = strip->scores + j * PANEL + n * LANES;
-            vec square = load(s->measured + j * PANEL + n * LANES), x = load(score);
+    measure_sub_block(t, s, p, sub, terms, k, s->measured);
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            real *score = sub->scores + j * MR + n * LANES;
+            vec square = load(s->measured + j * MR + n * LANES), x = load(score);
             ivec other = far ? magnitude(x) == splat(INFINITY) : square < splat(NEAR * GROW * GROW);
             store(score, choose(other, root_of(square) * factor, x));
         }
 }
 
-static void measure_distances(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
+static void measure_distances(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
     vec least = splat(INFINITY), most = splat(0);
-    measure_strip(t, s, p, strip, SQUARES, k, strip->scores);
-    take_roots(t->panel[p].vecs, strip, (real)t->measure_scale, &least, &most);
-    if (any_lane(most == splat(INFINITY))) measure_again(t, s, p, strip, k, FAR_SQUARES);
-    if (any_lane(least < splat(NEAR))) measure_again(t, s, p, strip, k, NEAR_SQUARES);
+    measure_sub_block(t, s, p, sub, SQUARES, k, sub->scores);
+    take_roots(t->micropanel[p].vecs, sub, (real)t->measure_scale, &least, &most);
+    if (any_lane(most == splat(INFINITY))) measure_again(t, s, p, sub, k, FAR_SQUARES);
+    if (any_lane(least < splat(NEAR))) measure_again(t, s, p, sub, k, NEAR_SQUARES);
 }
 
 /* Squared distances to scores, times `factor`, which is less than 0: what leaves the range is its end.
  * Is any distance infinite? */
-static bool scale_squares(int vecs, const Strip *strip, real factor) {
+static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
     const vec least = splat(-REAL_MAX);
     vec most = splat(0);
-    for (int j = 0; j < strip->keys; j++)
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
+            real *s = sub->scores + j * MR + n * LANES;
             vec square = load(s);
             most = larger(square, most);
             store(s, larger(least, square * factor)); /* a NaN stays one */
@@ -243,41 +243,41 @@ static bool scale_squares(int vecs, const Strip *strip, real factor) {
     return some;
 }
 
-static void measure_squares(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
-    measure_strip(t, s, p, strip, SQUARES, k, strip->scores);
-    if (!scale_squares(t->panel[p].vecs, strip, (real)t->measure_scale)) return;
+static void measure_squares(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
+    measure_sub_block(t, s, p, sub, SQUARES, k, sub->scores);
+    if (!scale_squares(t->micropanel[p].vecs, sub, (real)t->measure_scale)) return;
     /* Of what the inputs make infinite the score is -Inf. */
-    measure_strip(t, s, p, strip, FAR_SQUARES, k, s->measured);
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < t->panel[p].vecs; n++) {
-            real *score = strip->scores + j * PANEL + n * LANES;
-            vec far = load(s->measured + j * PANEL + n * LANES);
+    measure_sub_block(t, s, p, sub, FAR_SQUARES, k, s->measured);
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            real *score = sub->scores + j * MR + n * LANES;
+            vec far = load(s->measured + j * MR + n * LANES);
             store(score, choose(far == splat(INFINITY), splat(-INFINITY), load(score)));
         }
 }
 
-static void measure_additive(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
-    measure_strip(t, s, p, strip, few(t) ? TANHS : RATIOS, k, strip->scores);
+static void measure_additive(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
+    measure_sub_block(t, s, p, sub, few(t) ? TANHS : RATIOS, k, sub->scores);
     if (few(t)) return;
-    const lane_int *odd_keys = s->odd_keys + strip->key % PASS_KEYS;
-    bool odd = t->panel[p].outside != 0;
-    for (int j = 0; j < strip->keys; j++) odd |= odd_keys[j] != 0;
+    const lane_int *odd_keys = s->odd_keys + sub->key % BLOCK_K;
+    bool odd = t->micropanel[p].outside != 0;
+    for (int j = 0; j < sub->keys; j++) odd |= odd_keys[j] != 0;
     if (!odd) return;
-    measure_strip(t, s, p, strip, TANHS, k, s->measured);
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < t->panel[p].vecs; n++) {
-            real *score = strip->scores + j * PANEL + n * LANES;
-            ivec outside = *(const ivec *)(s->odd_queries + p * PANEL + n * LANES);
+    measure_sub_block(t, s, p, sub, TANHS, k, s->measured);
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            real *score = sub->scores + j * MR + n * LANES;
+            ivec outside = *(const ivec *)(s->odd_queries + p * MR + n * LANES);
             if (odd_keys[j]) outside = splat_int(-1);
-            store(score, choose(outside, load(s->measured + j * PANEL + n * LANES), load(score)));
+            store(score, choose(outside, load(s->measured + j * MR + n * LANES), load(score)));
         }
 }
 
-/* The scores of a strip before softcap. */
-static void measure_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, View k) {
-    if (t->measure == DISTANCE) measure_distances(t, s, p, strip, k);
-    else if (t->measure == SQUARED_DISTANCE) measure_squares(t, s, p, strip, k);
-    else measure_additive(t, s, p, strip, k);
+/* The scores of a sub-block before softcap. */
+static void measure_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
+    if (t->measure == DISTANCE) measure_distances(t, s, p, sub, k);
+    else if (t->measure == SQUARED_DISTANCE) measure_squares(t, s, p, sub, k);
+    else measure_additive(t, s, p, sub, k);
 }
 #endif
 #endif

@@ -7,7 +7,7 @@
  * to bfloat16.
  *
  * The hardware multiplies pairs, so head dims and keys go two by two: an operand with queries in its
- * lanes is [part][pair][PANEL] pairs, the other one [part][chunk][row][CHUNK] numbers. Numbers that
+ * lanes is [part][pair][MR] pairs, the other one [part][chunk][row][CHUNK] numbers. Numbers that
  * parts cannot express are left out and brought in afterwards, lane by lane: where they stand does
  * not touch anyone else's bits.
  */
@@ -19,12 +19,12 @@
 #include "product.h"
 
 /* Keys and values are packed anew for each tile: many queries make that cheap. */
-#define TILE_QUERIES MAX_QUERIES
-#define PANELS (TILE_QUERIES / PANEL)
-#define GRAIN CHUNK
+#define BLOCK_Q MAX_QUERIES
+#define MICROPANELS (BLOCK_Q / MR)
+#define ROW_MULTIPLE CHUNK
 #define EXACT_QUERIES (PARTS < 3)
 #define PAIRS (CHUNK / 2)
-#define WEIGHT_PART (PASS_KEYS / 2 * PANEL)
+#define WEIGHT_PART (BLOCK_K / 2 * MR)
 
 /* Products take the parts i and j with i + j <= order. For scores that is all of a float16, so that they
  * are exact; of a float32 what is left out is smaller than its rounding. */
@@ -105,26 +105,26 @@ INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims
 }
 
 static void ready_queries(Tile *t, const Scratch *s, int p) {
-    ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, part = t->panels * pairs * PANEL;
-    t->panel[p].outside = 0;
-    for (int n = 0; n < t->panel[p].vecs; n++) {
-        pair *to = s->q_parts + p * pairs * PANEL + n * LANES;
-        load_queries(t, p * PANEL + n * LANES, s->q + n * LANES);
+    ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, part = t->micropanels * pairs * MR;
+    t->micropanel[p].outside = 0;
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        pair *to = s->q_parts + p * pairs * MR + n * LANES;
+        load_queries(t, p * MR + n * LANES, s->q + n * LANES);
         __mmask16 out = 0;
-        for (ptrdiff_t d = 0; d < 2 * pairs; d += 2, to += PANEL) {
-            vec even = d < t->head_dim ? load(s->q + d * PANEL + n * LANES) : splat(0);
-            vec odd = d + 1 < t->head_dim ? load(s->q + (d + 1) * PANEL + n * LANES) : splat(0);
+        for (ptrdiff_t d = 0; d < 2 * pairs; d += 2, to += MR) {
+            vec even = d < t->head_dim ? load(s->q + d * MR + n * LANES) : splat(0);
+            vec odd = d + 1 < t->head_dim ? load(s->q + (d + 1) * MR + n * LANES) : splat(0);
             __m512i parts[PARTS];
             split_pairs(even, odd, parts);
 #pragma GCC unroll 3
             for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
             out |= outside(even) | outside(odd);
         }
-        t->panel[p].outside |= (uint64_t)out << n * LANES;
+        t->micropanel[p].outside |= (uint64_t)out << n * LANES;
     }
 }
 
-/* key_parts[part][chunk of dims][key][CHUNK] of a strip. */
+/* key_parts[part][chunk of dims][key][CHUNK] of a sub-block. */
 INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end,
                        NumberFormat format) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = s->key_rows * dims;
@@ -132,7 +132,7 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     for (ptrdiff_t key = begin; key < end; key++) {
         const char *row = t->k + key * t->k_key;
         float scale = t->k_scales ? t->k_scales[key] : 1;
-        bfloat *to = s->key_parts + key % PASS_KEYS * CHUNK;
+        bfloat *to = s->key_parts + key % BLOCK_K * CHUNK;
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
             __m512i parts[PARTS];
@@ -148,18 +148,18 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
             for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
         }
         /* One part follows the rules of float32. */
-        if (PARTS > 1 && out) odd |= (uint64_t)1 << key % STRIP_KEYS;
+        if (PARTS > 1 && out) odd |= (uint64_t)1 << key % SUB_BLOCK_K;
     }
-    s->odd_keys[begin % PASS_KEYS / STRIP_KEYS] = odd;
+    s->odd_keys[begin % BLOCK_K / SUB_BLOCK_K] = odd;
 }
 
 static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
-/* The bits of a strip's keys among those of the whole strip. */
-static uint64_t bits_of(const uint64_t *bits, const Strip *strip) {
-    return bits[strip->key % PASS_KEYS / STRIP_KEYS] >> strip->key % STRIP_KEYS;
+/* The bits of a sub-block's keys among those of the whole sub-block. */
+static uint64_t bits_of(const uint64_t *bits, const SubBlock *sub) {
+    return bits[sub->key % BLOCK_K / SUB_BLOCK_K] >> sub->key % SUB_BLOCK_K;
 }
 
 /* Two rows of 16 bfloat16. */
@@ -225,20 +225,20 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
     }
 }
 
-/* value_parts[part][chunk of keys][value dim][CHUNK] of a strip. A number that parts cannot express is 0. */
+/* value_parts[part][chunk of keys][value dim][CHUNK] of a sub-block. A number that parts cannot express is 0. */
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t part = s->out_rows * s->key_rows, dims = s->out_rows;
-    uint64_t *strip_odd = s->odd_values + begin % PASS_KEYS / STRIP_KEYS;
-    *strip_odd = 0;
+    uint64_t *sub_odd = s->odd_values + begin % BLOCK_K / SUB_BLOCK_K;
+    *sub_odd = 0;
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
         uint32_t odd;
         WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &odd);
-        *strip_odd |= (uint64_t)odd << key % STRIP_KEYS;
+        *sub_odd |= (uint64_t)odd << key % SUB_BLOCK_K;
         for (int i = 0; i < PARTS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
                 transpose_pairs(s->value_pairs + i * PAIRS * dims + d, dims,
-                                (pair *)(s->value_parts + i * part + key % PASS_KEYS * dims + d * CHUNK),
+                                (pair *)(s->value_parts + i * part + key % BLOCK_K * dims + d * CHUNK),
                                 PAIRS);
     }
 }
@@ -249,7 +249,7 @@ typedef struct {
     ptrdiff_t part, chunk;
 } Rows;
 typedef struct {
-    const pair *data; /* [pair][PANEL] */
+    const pair *data; /* [pair][MR] */
     ptrdiff_t part, chunk;
 } Lanes;
 
@@ -266,20 +266,20 @@ static const struct {
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of parts i and j with
  * i + j <= order, smaller ones first. */
-INLINE void multiply_rows(const int order, const int grains, const int vecs, Rows a, Lanes b,
+INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
-    real *below = c + ROW_GRAIN * PANEL;
-    const int stride = PANEL * 4;
+    real *below = c + ROW_PAD * MR;
+    const int stride = MR * 4;
     if (accumulate) {
         _tile_loadd(0, c, stride);
         if (vecs > 1) _tile_loadd(1, c + LANES, stride);
-        if (grains > 1) _tile_loadd(2, below, stride);
-        if (grains > 1 && vecs > 1) _tile_loadd(3, below + LANES, stride);
+        if (row_groups > 1) _tile_loadd(2, below, stride);
+        if (row_groups > 1 && vecs > 1) _tile_loadd(3, below + LANES, stride);
     } else {
         _tile_zero(0);
         if (vecs > 1) _tile_zero(1);
-        if (grains > 1) _tile_zero(2);
-        if (grains > 1 && vecs > 1) _tile_zero(3);
+        if (row_groups > 1) _tile_zero(2);
+        if (row_groups > 1 && vecs > 1) _tile_zero(3);
     }
     for (int chunk = 0; chunk < chunks; chunk++, a.data += a.chunk, b.data += b.chunk)
 #pragma GCC unroll 3
@@ -291,17 +291,17 @@ INLINE void multiply_rows(const int order, const int grains, const int vecs, Row
             for (int i = order - j < PARTS ? order - j : PARTS - 1; i >= 0; i--) {
                 const bfloat *rows = a.data + i * a.part;
                 _tile_loadd(4, rows, CHUNK * 2);
-                if (grains > 1) _tile_loadd(5, rows + ROW_GRAIN * CHUNK, CHUNK * 2);
+                if (row_groups > 1) _tile_loadd(5, rows + ROW_PAD * CHUNK, CHUNK * 2);
                 _tile_dpbf16ps(0, 4, 6);
                 if (vecs > 1) _tile_dpbf16ps(1, 4, 7);
-                if (grains > 1) _tile_dpbf16ps(2, 5, 6);
-                if (grains > 1 && vecs > 1) _tile_dpbf16ps(3, 5, 7);
+                if (row_groups > 1) _tile_dpbf16ps(2, 5, 6);
+                if (row_groups > 1 && vecs > 1) _tile_dpbf16ps(3, 5, 7);
             }
         }
     _tile_stored(0, c, stride);
     if (vecs > 1) _tile_stored(1, c + LANES, stride);
-    if (grains > 1) _tile_stored(2, below, stride);
-    if (grains > 1 && vecs > 1) _tile_stored(3, below + LANES, stride);
+    if (row_groups > 1) _tile_stored(2, below, stride);
+    if (row_groups > 1 && vecs > 1) _tile_stored(3, below + LANES, stride);
 }
 
 static double peak(ptrdiff_t rounds) {
@@ -323,27 +323,27 @@ static double peak(ptrdiff_t rounds) {
 #define CLOSE_TILES()
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
-INLINE void multiply_rows(const int order, const int grains, const int vecs, Rows a, Lanes b,
+INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
     (void)order;
     _Static_assert(PARTS == 1, "without tiles, parts are slower than float32");
-    for (int first = 0; first < grains * ROW_GRAIN; first += TILE_ROWS) {
-        vec sum[TILE_ROWS][TILE_VECS];
+    for (int first = 0; first < row_groups * ROW_PAD; first += NR) {
+        vec sum[NR][MR_VECS];
 #pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++)
+        for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
             for (int n = 0; n < vecs; n++)
-                sum[r][n] = accumulate ? load(c + (first + r) * PANEL + n * LANES) : splat(0);
+                sum[r][n] = accumulate ? load(c + (first + r) * MR + n * LANES) : splat(0);
         for (int chunk = 0; chunk < chunks; chunk++) {
             const int *rows = (const int *)(a.data + chunk * a.chunk + first * CHUNK);
             const pair *lanes = b.data + chunk * b.chunk;
             for (int t = 0; t < PAIRS; t++) {
-                __m512bh operand[TILE_VECS];
+                __m512bh operand[MR_VECS];
 #pragma GCC unroll 3
                 for (int n = 0; n < vecs; n++)
-                    operand[n] = (__m512bh)_mm512_load_si512(lanes + t * PANEL + n * LANES);
+                    operand[n] = (__m512bh)_mm512_load_si512(lanes + t * MR + n * LANES);
 #pragma GCC unroll 8
-                for (int r = 0; r < TILE_ROWS; r++) {
+                for (int r = 0; r < NR; r++) {
                     __m512bh factor = (__m512bh)_mm512_set1_epi32(rows[r * PAIRS + t]);
 #pragma GCC unroll 3
                     for (int n = 0; n < vecs; n++)
@@ -352,25 +352,25 @@ INLINE void multiply_rows(const int order, const int grains, const int vecs, Row
             }
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++)
+        for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
-            for (int n = 0; n < vecs; n++) store(c + (first + r) * PANEL + n * LANES, sum[r][n]);
+            for (int n = 0; n < vecs; n++) store(c + (first + r) * MR + n * LANES, sum[r][n]);
     }
 }
 
 static double peak(ptrdiff_t rounds) {
     __m512bh factor = (__m512bh)_mm512_setzero_si512();
-    vec sum[TILE_ROWS][TILE_VECS] = {{{0}}};
+    vec sum[NR][MR_VECS] = {{{0}}};
     HIDE_VALUE(factor);
     for (ptrdiff_t i = 0; i < rounds; i++)
 #pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++)
+        for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
-            for (int n = 0; n < TILE_VECS; n++) {
+            for (int n = 0; n < MR_VECS; n++) {
                 sum[r][n] = _mm512_dpbf16_ps(sum[r][n], factor, factor);
                 HIDE_VALUE(sum[r][n]);
             }
-    return 4.0 * (double)rounds * TILE_ROWS * TILE_VECS * LANES;
+    return 4.0 * (double)rounds * NR * MR_VECS * LANES;
 }
 #endif
 
@@ -378,51 +378,51 @@ static double peak(ptrdiff_t rounds) {
 INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks, real *c,
                      bool accumulate) {
     __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read memory */
-    for (int grains; rows > 0; rows -= grains * ROW_GRAIN) {
-        grains = rows > ROW_GRAIN ? 2 : 1;
+    for (int row_groups; rows > 0; rows -= row_groups * ROW_PAD) {
+        row_groups = rows > ROW_PAD ? 2 : 1;
 #define SIZE(g, v)                                                                                \
-    if (grains == g && vecs == v) multiply_rows(order, g, v, a, b, chunks, c, accumulate);
+    if (row_groups == g && vecs == v) multiply_rows(order, g, v, a, b, chunks, c, accumulate);
         SIZE(2, 2) SIZE(2, 1) SIZE(1, 2) SIZE(1, 1)
-#if TILE_VECS == 3
+#if MR_VECS == 3
         SIZE(2, 3) SIZE(1, 3)
 #endif
 #undef SIZE
-        a.data += grains * ROW_GRAIN * CHUNK;
-        c += grains * ROW_GRAIN * PANEL;
+        a.data += row_groups * ROW_PAD * CHUNK;
+        c += row_groups * ROW_PAD * MR;
     }
 }
 
 /* The scores of keys or queries that parts cannot express, by the product of real numbers. */
-static void patch_scores(const Tile *t, const Scratch *s, int p, const Strip *strip, uint64_t odd) {
-    int vecs = t->panel[p].vecs;
-    real row[PANEL] __attribute__((aligned(64)));
-    for (int n = 0; n < vecs; n++) load_queries(t, p * PANEL + n * LANES, s->q + n * LANES);
-    for (int j = 0; j < strip->keys; j++) {
-        uint64_t lanes = odd >> j & 1 ? ~(uint64_t)0 : t->panel[p].outside;
+static void patch_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, uint64_t odd) {
+    int vecs = t->micropanel[p].vecs;
+    real row[MR] __attribute__((aligned(64)));
+    for (int n = 0; n < vecs; n++) load_queries(t, p * MR + n * LANES, s->q + n * LANES);
+    for (int j = 0; j < sub->keys; j++) {
+        uint64_t lanes = odd >> j & 1 ? ~(uint64_t)0 : t->micropanel[p].outside;
         if (!lanes) continue;
-        widen(t->k + (strip->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
-              t->k_scales ? t->k_scales + strip->key + j : NULL, 1, t->head_dim, s->keys);
+        widen(t->k + (sub->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
+              t->k_scales ? t->k_scales + sub->key + j : NULL, 1, t->head_dim, s->keys);
         product(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
         for (int i = 0; i < vecs * LANES; i++)
-            if (lanes >> i & 1) strip->scores[j * PANEL + i] = row[i];
+            if (lanes >> i & 1) sub->scores[j * MR + i] = row[i];
     }
 }
 
-static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
+static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, vec *top) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
-    Rows k = {s->key_parts + strip->key % PASS_KEYS * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
-    Lanes q = {s->q_parts + p * dims / 2 * PANEL, t->panels * dims / 2 * PANEL, PAIRS * PANEL};
-    for (ptrdiff_t d = 0; d < dims; d += PASS_DIMS) {
-        int chunks = fewer(dims - d, PASS_DIMS) / CHUNK;
-        real *to = d ? s->more : strip->scores;
-        multiply(KEY_ORDER, t->panel[p].vecs, strip->keys, k, q, chunks, to, false);
-        if (d) add_to_scores(t->panel[p].vecs, strip, to);
+    Rows k = {s->key_parts + sub->key % BLOCK_K * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
+    Lanes q = {s->q_parts + p * dims / 2 * MR, t->micropanels * dims / 2 * MR, PAIRS * MR};
+    for (ptrdiff_t d = 0; d < dims; d += BLOCK_D) {
+        int chunks = fewer(dims - d, BLOCK_D) / CHUNK;
+        real *to = d ? s->more : sub->scores;
+        multiply(KEY_ORDER, t->micropanel[p].vecs, sub->keys, k, q, chunks, to, false);
+        if (d) add_to_scores(t->micropanel[p].vecs, sub, to);
         k.data += chunks * k.chunk;
         q.data += chunks * q.chunk;
     }
-    uint64_t odd = bits_of(s->odd_keys, strip);
-    if (odd | t->panel[p].outside) patch_scores(t, s, p, strip, odd);
-    take_max(t->panel[p].vecs, strip, top);
+    uint64_t odd = bits_of(s->odd_keys, sub);
+    if (odd | t->micropanel[p].outside) patch_scores(t, s, p, sub, odd);
+    take_max(t->micropanel[p].vecs, sub, top);
 }
 
 INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec exponent, const vec *top,
@@ -431,7 +431,7 @@ INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec
     for (int n = 0; n < vecs; n++) {
         __m512i parts[PARTS];
         vec even = weight_from(load(scores + n * LANES), top[n], exponent), odd = splat(0);
-        if (both) odd = weight_from(load(scores + PANEL + n * LANES), top[n], exponent);
+        if (both) odd = weight_from(load(scores + MR + n * LANES), top[n], exponent);
         sum[n] += even;
         sum[n] += odd;
         split_pairs(even, odd, parts);
@@ -440,80 +440,80 @@ INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec
     }
 }
 
-INLINE void weigh_vecs(const int vecs, const Strip *strip, vec exponent, const vec *top, vec *sum,
+INLINE void weigh_vecs(const int vecs, const SubBlock *sub, vec exponent, const vec *top, vec *sum,
                        pair *to, ptrdiff_t part) {
-    vec shift[TILE_VECS], total[TILE_VECS];
+    vec shift[MR_VECS], total[MR_VECS];
     int j = 0;
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
-    for (; j + 2 <= strip->keys; j += 2, to += PANEL)
-        weigh_pairs(vecs, true, strip->scores + j * PANEL, exponent, shift, total, to, part);
-    if (j < strip->keys) {
-        weigh_pairs(vecs, false, strip->scores + j * PANEL, exponent, shift, total, to, part);
-        j += 2, to += PANEL;
+    for (; j + 2 <= sub->keys; j += 2, to += MR)
+        weigh_pairs(vecs, true, sub->scores + j * MR, exponent, shift, total, to, part);
+    if (j < sub->keys) {
+        weigh_pairs(vecs, false, sub->scores + j * MR, exponent, shift, total, to, part);
+        j += 2, to += MR;
     }
-    for (; j < round_up(strip->keys, CHUNK); j += 2, to += PANEL)
-        for (int i = 0; i < PARTS; i++) memset(to + i * part, 0, PANEL * sizeof *to);
+    for (; j < round_up(sub->keys, CHUNK); j += 2, to += MR)
+        for (int i = 0; i < PARTS; i++) memset(to + i * part, 0, MR * sizeof *to);
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) sum[n] = total[n];
 }
 
 /* Scores to parts of weights; their sum is added to `sum`. */
-static void weigh(int vecs, double exponent, const Strip *strip, const vec *top, vec *sum, pair *to,
+static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum, pair *to,
                   ptrdiff_t part) {
     vec factor = splat((real)exponent);
     switch (vecs) {
-    case 1: weigh_vecs(1, strip, factor, top, sum, to, part); break;
-    case 2: weigh_vecs(2, strip, factor, top, sum, to, part); break;
-#if TILE_VECS == 3
-    case 3: weigh_vecs(3, strip, factor, top, sum, to, part); break;
+    case 1: weigh_vecs(1, sub, factor, top, sum, to, part); break;
+    case 2: weigh_vecs(2, sub, factor, top, sum, to, part); break;
+#if MR_VECS == 3
+    case 3: weigh_vecs(3, sub, factor, top, sum, to, part); break;
 #endif
     }
 }
 
 /* Add the numbers that parts cannot express, for the queries that see them. */
-static void add_odd_values(const Tile *t, const Scratch *s, int p, const PanelBlock *b,
-                           const Strip *strip, real *out) {
-    uint64_t odd = bits_of(s->odd_values, strip);
+static void add_odd_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
+                           const SubBlock *sub, real *out) {
+    uint64_t odd = bits_of(s->odd_values, sub);
     vec exponent = splat((real)t->exponent);
-    for (int j = 0; j < strip->keys; j++) {
+    for (int j = 0; j < sub->keys; j++) {
         if (!(odd >> j & 1)) continue;
-        widen(t->v + (strip->key + j) * t->v_key, t->v_key, t->v_dim, t->v_format,
-              t->v_scales ? t->v_scales + strip->key + j : NULL, 1, t->value_dim, s->values);
-        for (int n = 0; n < t->panel[p].vecs; n++) {
-            vec score = load(strip->scores + j * PANEL + n * LANES);
+        widen(t->v + (sub->key + j) * t->v_key, t->v_key, t->v_dim, t->v_format,
+              t->v_scales ? t->v_scales + sub->key + j : NULL, 1, t->value_dim, s->values);
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            vec score = load(sub->scores + j * MR + n * LANES);
             vec weight = weight_from(score, b->top[n], exponent);
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
-                real *o = out + d * PANEL + n * LANES;
+                real *o = out + d * MR + n * LANES;
                 if (!(outside(splat(s->values[d])) & 1)) continue;
-                store(o, choose(sees(strip, n, j), weight * s->values[d] + load(o), load(o)));
+                store(o, choose(sees(sub, n, j), weight * s->values[d] + load(o), load(o)));
             }
         }
     }
 }
 
-static pair *weights_of(const Scratch *s, const Strip *strip) {
-    return s->weight_parts + strip->key % PASS_KEYS / 2 * PANEL;
+static pair *weights_of(const Scratch *s, const SubBlock *sub) {
+    return s->weight_parts + sub->key % BLOCK_K / 2 * MR;
 }
 
-/* Sum the values of the strips [i, end) of a block, as their weights say. */
-static void sum_strips(const Tile *t, const Scratch *s, int p, const PanelBlock *b, int i, int end,
+/* Sum the values of the sub-blocks [i, end) of a block, as their weights say. */
+static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockState *b, int i, int end,
                        real *out, bool *begun) {
     while (i < end && t->value_dim > 0) {
-        const Strip *first = &b->strips[i];
+        const SubBlock *first = &b->sub_blocks[i];
         int chunks = 0;
         /* Strips without a gap between them make one product. */
-        for (; i < end && b->strips[i].seen != SEE_NONE &&
-               b->strips[i].key == first->key + chunks * CHUNK; i++)
-            chunks += (int)round_up(b->strips[i].keys, CHUNK) / CHUNK;
+        for (; i < end && b->sub_blocks[i].seen != SEE_NONE &&
+               b->sub_blocks[i].key == first->key + chunks * CHUNK; i++)
+            chunks += (int)round_up(b->sub_blocks[i].keys, CHUNK) / CHUNK;
         if (chunks == 0) {
             i++;
             continue;
         }
-        Rows v = {s->value_parts + first->key % PASS_KEYS * s->out_rows, s->key_rows * s->out_rows,
+        Rows v = {s->value_parts + first->key % BLOCK_K * s->out_rows, s->key_rows * s->out_rows,
                   CHUNK * s->out_rows};
-        Lanes w = {weights_of(s, first), WEIGHT_PART, PAIRS * PANEL};
-        multiply(VALUE_ORDER, t->panel[p].vecs, s->out_rows, v, w, chunks, out, *begun);
+        Lanes w = {weights_of(s, first), WEIGHT_PART, PAIRS * MR};
+        multiply(VALUE_ORDER, t->micropanel[p].vecs, s->out_rows, v, w, chunks, out, *begun);
         *begun = true;
     }
 }

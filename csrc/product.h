@@ -16,15 +16,15 @@
 INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff_t a_row,
                           ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,
                           bool accumulate, vec *top, const real *ahead, ptrdiff_t ahead_step) {
-    vec sum[TILE_ROWS][TILE_VECS];
+    vec sum[NR][MR_VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int n = 0; n < vecs; n++)
-            sum[r][n] = accumulate ? load(c + r * PANEL + n * LANES) : splat(0);
+            sum[r][n] = accumulate ? load(c + r * MR + n * LANES) : splat(0);
     for (ptrdiff_t t = 0; t < steps; t++) {
         __builtin_prefetch(ahead, 0, 2);
-        vec operand[TILE_VECS];
+        vec operand[MR_VECS];
 #pragma GCC unroll 4
         for (int n = 0; n < vecs; n++) operand[n] = load(b + n * LANES);
 #pragma GCC unroll 8
@@ -34,13 +34,13 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
             for (int n = 0; n < vecs; n++) sum[r][n] = factor * operand[n] + sum[r][n];
         }
         a += a_step;
-        b += PANEL;
+        b += MR;
         ahead += ahead_step;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int n = 0; n < vecs; n++) store(c + r * PANEL + n * LANES, sum[r][n]);
+        for (int n = 0; n < vecs; n++) store(c + r * MR + n * LANES, sum[r][n]);
     if (top)
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
@@ -53,19 +53,19 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
         bool accumulate, vec *top
 
 INLINE void product_of_vecs(const int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
-    for (; rows >= TILE_ROWS; rows -= TILE_ROWS) {
+    for (; rows >= NR; rows -= NR) {
         if (a_step == 1) {
-            /* Rows of K, one behind the other: the same rows of the next strip. */
+            /* Rows of K, one behind the other: the same rows of the next sub-block. */
             bool packed = a_row == steps;
-            register_tile(TILE_ROWS, vecs, a, a_row, 1, steps, b, c, accumulate, top,
-                          packed ? a + STRIP_KEYS * a_row : a, packed ? TILE_ROWS : 0);
+            register_tile(NR, vecs, a, a_row, 1, steps, b, c, accumulate, top,
+                          packed ? a + SUB_BLOCK_K * a_row : a, packed ? NR : 0);
         } else if (a_row == 1)
-            register_tile(TILE_ROWS, vecs, a, 1, a_step, steps, b, c, accumulate, top,
-                          a + STRIP_KEYS * a_step, a_step);
+            register_tile(NR, vecs, a, 1, a_step, steps, b, c, accumulate, top,
+                          a + SUB_BLOCK_K * a_step, a_step);
         else
-            register_tile(TILE_ROWS, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);
-        a += TILE_ROWS * a_row;
-        c += TILE_ROWS * PANEL;
+            register_tile(NR, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);
+        a += NR * a_row;
+        c += NR * MR;
     }
     switch (rows) {
 #define ROWS(n)                                                                                   \
@@ -73,19 +73,19 @@ INLINE void product_of_vecs(const int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
         register_tile(n, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);             \
         break;
         ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5)
-#if TILE_ROWS == 8
+#if NR == 8
         ROWS(6) ROWS(7)
 #endif
 #undef ROWS
     }
 }
 
-/* The product above for any number of rows of the first `vecs` vectors of a panel. */
+/* The product above for any number of rows of the first `vecs` vectors of a micropanel. */
 static void product(int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
     switch (vecs) {
     case 1: product_of_vecs(1, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
     case 2: product_of_vecs(2, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
-#if TILE_VECS == 3
+#if MR_VECS == 3
     case 3: product_of_vecs(3, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
 #endif
     }
@@ -117,13 +117,13 @@ static bool all_finite(View v, int keys, ptrdiff_t dims) {
 
 /* The second product where some query must not meet a NaN or an Inf in some v that it does not
  * see: 0 * NaN is a NaN, so unseen keys are left out lane by lane. */
-static void careful_product(const Strip *strip, int vecs, View v, ptrdiff_t dims, real *out) {
-    for (int j = 0; j < strip->keys; j++)
+static void careful_product(const SubBlock *sub, int vecs, View v, ptrdiff_t dims, real *out) {
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            ivec seen = sees(strip, n, j);
-            vec p = load(strip->scores + j * PANEL + n * LANES);
+            ivec seen = sees(sub, n, j);
+            vec p = load(sub->scores + j * MR + n * LANES);
             for (ptrdiff_t d = 0; d < dims; d++) {
-                real *o = out + d * PANEL + n * LANES;
+                real *o = out + d * MR + n * LANES;
                 vec sum = load(o);
                 store(o, choose(seen, splat(v.data[j * v.row + d * v.dim]) * p + sum, sum));
             }
@@ -137,27 +137,27 @@ static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
 }
 static View keys_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     if (direct_keys(t)) return view(t->k + key * t->k_key, t->k_key, t->k_dim);
-    return (View){s->keys + key % PASS_KEYS * t->head_dim, t->head_dim, 1};
+    return (View){s->keys + key % BLOCK_K * t->head_dim, t->head_dim, 1};
 }
 static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     if (direct_values(t)) return view(t->v + key * t->v_key, t->v_key, t->v_dim);
-    return (View){s->values + key % PASS_KEYS * t->value_dim, t->value_dim, 1};
+    return (View){s->values + key % BLOCK_K * t->value_dim, t->value_dim, 1};
 }
 
-/* float: 96 queries in a tile, double: 48, a whole number of panels for every instruction set.
+/* float: 96 queries in a tile, double: 48, a whole number of micropanels for every instruction set.
  * Twice as many as fill the widest registers, because each tile reads all of K and V: 48 floats
  * lost 5 % to the third-level cache at 4096 keys. */
-#define TILE_QUERIES ((int)(384 / sizeof(real)))
-#define PANELS (TILE_QUERIES / PANEL)
-#define GRAIN 1 /* keys that a product takes at once */
+#define BLOCK_Q ((int)(384 / sizeof(real)))
+#define MICROPANELS (BLOCK_Q / MR)
+#define ROW_MULTIPLE 1 /* keys that a product takes at once */
 #define OPEN_TILES()
 #define CLOSE_TILES()
 #define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
 
 static void ready_queries(Tile *t, const Scratch *s, int p) {
     if (few(t)) ready_few_queries(t, s);
-    for (int n = 0; n < t->panel[p].vecs && !few(t); n++)
-        load_queries(t, p * PANEL + n * LANES, s->q + p * PANEL * t->head_dim + n * LANES);
+    for (int n = 0; n < t->micropanel[p].vecs && !few(t); n++)
+        load_queries(t, p * MR + n * LANES, s->q + p * MR * t->head_dim + n * LANES);
     if (t->measure == ADDITIVE) ready_additive_queries(t, s, p);
 }
 
@@ -165,52 +165,52 @@ static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     if (direct_keys(t) || few_products(t)) return;
     widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->k_format,
           t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
-          s->keys + begin % PASS_KEYS * t->head_dim);
-    if (t->measure == ADDITIVE) ready_additive_keys(t, s, begin % PASS_KEYS, end - begin);
+          s->keys + begin % BLOCK_K * t->head_dim);
+    if (t->measure == ADDITIVE) ready_additive_keys(t, s, begin % BLOCK_K, end - begin);
 }
 
-static void multiply_keys(const Tile *t, const Scratch *s, int p, const Strip *strip, vec *top) {
+static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, vec *top) {
     if (t->measure != DOT) {
-        measure_keys(t, s, p, strip, keys_from(t, s, strip->key));
-        take_max(t->panel[p].vecs, strip, top);
+        measure_keys(t, s, p, sub, keys_from(t, s, sub->key));
+        take_max(t->micropanel[p].vecs, sub, top);
         return;
     }
     if (few(t)) {
-        WITH_FORMAT(few_format(t->k_dim, t->k_format), multiply_few, t, s, strip);
-        take_max(1, strip, top);
+        WITH_FORMAT(few_format(t->k_dim, t->k_format), multiply_few, t, s, sub);
+        take_max(1, sub, top);
         return;
     }
-    View k = keys_from(t, s, strip->key);
-    const real *q = s->q + p * PANEL * t->head_dim;
-    int vecs = t->panel[p].vecs;
-    bool all = t->head_dim <= PASS_DIMS;
-    product(vecs, strip->keys, k.data, k.row, k.dim, all ? t->head_dim : PASS_DIMS, q, strip->scores,
+    View k = keys_from(t, s, sub->key);
+    const real *q = s->q + p * MR * t->head_dim;
+    int vecs = t->micropanel[p].vecs;
+    bool all = t->head_dim <= BLOCK_D;
+    product(vecs, sub->keys, k.data, k.row, k.dim, all ? t->head_dim : BLOCK_D, q, sub->scores,
             false, all ? top : NULL);
     if (all) return;
-    for (ptrdiff_t d = PASS_DIMS; d < t->head_dim; d += PASS_DIMS) {
-        product(vecs, strip->keys, k.data + d * k.dim, k.row, k.dim, fewer(t->head_dim - d, PASS_DIMS),
-                q + d * PANEL, s->more, false, NULL);
-        add_to_scores(vecs, strip, s->more);
+    for (ptrdiff_t d = BLOCK_D; d < t->head_dim; d += BLOCK_D) {
+        product(vecs, sub->keys, k.data + d * k.dim, k.row, k.dim, fewer(t->head_dim - d, BLOCK_D),
+                q + d * MR, s->more, false, NULL);
+        add_to_scores(vecs, sub, s->more);
     }
-    take_max(vecs, strip, top);
+    take_max(vecs, sub, top);
 }
 
 static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (!direct_values(t) && !few_products(t))
         widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->v_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
-              s->values + begin % PASS_KEYS * t->value_dim);
+              s->values + begin % BLOCK_K * t->value_dim);
 }
 
 INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores, vec exponent,
                        const vec *top, vec *sum) {
-    vec shift[TILE_VECS], total[TILE_VECS];
+    vec shift[MR_VECS], total[MR_VECS];
 #pragma GCC unroll 4
     for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
     for (int j = 0; j < keys; j++) {
 #pragma GCC unroll 4
         for (int n = 0; n < vecs; n++) {
-            real *s = scores + j * PANEL + n * LANES;
+            real *s = scores + j * MR + n * LANES;
             vec p = scaled ? weight_from(load(s), shift[n], exponent) : weight_of(load(s) - shift[n]);
             store(s, p);
             total[n] += p;
@@ -221,49 +221,49 @@ INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores
 }
 
 /* Scores to weights, in place; their sum is added to `sum`. */
-static void weigh(int vecs, double exponent, const Strip *strip, const vec *top, vec *sum) {
+static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum) {
     vec factor = splat((real)exponent);
 #define VECS(n)                                                                                   \
     if (vecs == n && exponent == 1)                                                               \
-        weigh_vecs(n, false, strip->keys, strip->scores, factor, top, sum);                       \
+        weigh_vecs(n, false, sub->keys, sub->scores, factor, top, sum);                       \
     else if (vecs == n)                                                                           \
-        weigh_vecs(n, true, strip->keys, strip->scores, factor, top, sum);
+        weigh_vecs(n, true, sub->keys, sub->scores, factor, top, sum);
     VECS(1) VECS(2)
-#if TILE_VECS == 3
+#if MR_VECS == 3
     VECS(3)
 #endif
 #undef VECS
 }
 
-static void sum_few_values(const Tile *t, const Scratch *s, PanelBlock *b, int strips, real *out) {
+static void sum_few_values(const Tile *t, const Scratch *s, BlockState *b, int sub_blocks, real *out) {
     memset(s->few_sums, 0, sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
-    for (int i = 0; i < strips; i++) {
-        const Strip *strip = &b->strips[i];
-        if (strip->seen == SEE_NONE) continue;
-        weigh(1, t->exponent, strip, b->top, b->sum);
-        WITH_FORMAT(few_format(t->v_dim, t->v_format), add_few_values, t, s, strip);
+    for (int i = 0; i < sub_blocks; i++) {
+        const SubBlock *sub = &b->sub_blocks[i];
+        if (sub->seen == SEE_NONE) continue;
+        weigh(1, t->exponent, sub, b->top, b->sum);
+        WITH_FORMAT(few_format(t->v_dim, t->v_format), add_few_values, t, s, sub);
     }
     transpose_few(t, s, out);
 }
 
-/* The panel's weights of a block, and the weighted sum of its values. */
-static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, int strips, real *out) {
+/* The micropanel's weights of a block, and the weighted sum of its values. */
+static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks, real *out) {
     if (few(t)) {
-        sum_few_values(t, s, b, strips, out);
+        sum_few_values(t, s, b, sub_blocks, out);
         return;
     }
     bool begun = false;
-    int vecs = t->panel[p].vecs;
-    for (int i = 0; i < strips; i++) {
-        const Strip *strip = &b->strips[i];
-        if (strip->seen == SEE_NONE) continue;
-        View v = values_from(t, s, strip->key);
-        weigh(vecs, t->exponent, strip, b->top, b->sum);
-        if (strip->seen == SEE_SOME && !all_finite(v, strip->keys, t->value_dim)) {
-            if (!begun) memset(out, 0, sizeof(real) * PANEL * (size_t)t->value_dim);
-            careful_product(strip, vecs, v, t->value_dim, out);
+    int vecs = t->micropanel[p].vecs;
+    for (int i = 0; i < sub_blocks; i++) {
+        const SubBlock *sub = &b->sub_blocks[i];
+        if (sub->seen == SEE_NONE) continue;
+        View v = values_from(t, s, sub->key);
+        weigh(vecs, t->exponent, sub, b->top, b->sum);
+        if (sub->seen == SEE_SOME && !all_finite(v, sub->keys, t->value_dim)) {
+            if (!begun) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
+            careful_product(sub, vecs, v, t->value_dim, out);
         } else {
-            product(vecs, t->value_dim, v.data, v.dim, v.row, strip->keys, strip->scores, out,
+            product(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->scores, out,
                     begun, NULL);
         }
         begun = true;
@@ -272,11 +272,11 @@ static void sum_values(const Tile *t, const Scratch *s, int p, PanelBlock *b, in
 
 /* Flops of `rounds` rounds of independent multiply-adds: what the machine can do at most. */
 static double peak(ptrdiff_t rounds) {
-    vec sum[TILE_ROWS][TILE_VECS], factor = splat((real)0.5), term = splat((real)1);
+    vec sum[NR][MR_VECS], factor = splat((real)0.5), term = splat((real)1);
 #pragma GCC unroll 8
-    for (int r = 0; r < TILE_ROWS; r++)
+    for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
-        for (int n = 0; n < TILE_VECS; n++) {
+        for (int n = 0; n < MR_VECS; n++) {
             sum[r][n] = splat(1);
             HIDE_VALUE(sum[r][n]); /* or equal ones would be computed once */
         }
@@ -284,14 +284,14 @@ static double peak(ptrdiff_t rounds) {
     HIDE_VALUE(term);
     for (ptrdiff_t i = 0; i < rounds; i++)
 #pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; r++)
+        for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
-            for (int n = 0; n < TILE_VECS; n++) sum[r][n] = sum[r][n] * factor + term;
+            for (int n = 0; n < MR_VECS; n++) sum[r][n] = sum[r][n] * factor + term;
     vec all = splat(0);
-    for (int r = 0; r < TILE_ROWS; r++)
-        for (int n = 0; n < TILE_VECS; n++) all += sum[r][n];
+    for (int r = 0; r < NR; r++)
+        for (int n = 0; n < MR_VECS; n++) all += sum[r][n];
     HIDE_VALUE(all);
-    return 2.0 * (double)rounds * TILE_ROWS * TILE_VECS * LANES;
+    return 2.0 * (double)rounds * NR * MR_VECS * LANES;
 }
 #endif
 #endif

@@ -9,15 +9,15 @@
 
 /* Does the run under way deliver the query's lse and weights? */
 static bool delivers(const Tile *t, ptrdiff_t i) {
-    return (t->panel[i / PANEL].late >> i % PANEL & 1) == (t->margin > 0);
+    return (t->micropanel[i / MR].late >> i % MR & 1) == (t->margin > 0);
 }
 
 /* The same of the lanes of a vector. */
 static ivec delivered(const Tile *t, int p, int n) {
     ivec own;
-    if (!t->panel[p].late) return splat_int(t->margin > 0 ? 0 : -1);
+    if (!t->micropanel[p].late) return splat_int(t->margin > 0 ? 0 : -1);
     for (int i = 0; i < LANES; i++)
-        own[i] = -(lane_int)((t->panel[p].late >> (n * LANES + i) & 1) == (t->margin > 0));
+        own[i] = -(lane_int)((t->micropanel[p].late >> (n * LANES + i) & 1) == (t->margin > 0));
     return own;
 }
 
@@ -79,37 +79,37 @@ static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
 }
 
 /* Make the scores again that may have left the range; `top` is their maximum then. */
-static void draw_in_scores(const Tile *t, int p, const Strip *strip, vec *top) {
+static void draw_in_scores(const Tile *t, int p, const SubBlock *sub, vec *top) {
     const vec most = splat(REAL_MAX / 8);
-    int vecs = t->panel[p].vecs;
-    for (int j = 0; j < strip->keys; j++)
+    int vecs = t->micropanel[p].vecs;
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
-            ivec out = ~(magnitude(load(s)) <= most) & sees(strip, n, j);
+            real *s = sub->scores + j * MR + n * LANES;
+            ivec out = ~(magnitude(load(s)) <= most) & sees(sub, n, j);
             if (!any_lane(out)) continue;
             for (int l = 0; l < LANES; l++) {
-                ptrdiff_t i = p * PANEL + n * LANES + l;
+                ptrdiff_t i = p * MR + n * LANES + l;
                 /* A lane without a query repeats the last one, but need not be right. */
-                if (out[l] < 0 && i < t->n_queries) s[l] = exact_score(t, i, strip->key + j);
+                if (out[l] < 0 && i < t->n_queries) s[l] = exact_score(t, i, sub->key + j);
             }
         }
     for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
-    for (int j = 0; j < strip->keys; j++)
-        for (int n = 0; n < vecs; n++) top[n] = larger(load(strip->scores + j * PANEL + n * LANES), top[n]);
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < vecs; n++) top[n] = larger(load(sub->scores + j * MR + n * LANES), top[n]);
 }
 
 /* Inf hides a NaN in the maximum, and weighs Inf - Inf in the sum. Note where both are among the scores
- * of some strips, or Inf is where `fresh` and the sums so far are NaN. */
-static void note_nan(const Scratch *s, int p, int n, const Strip *strips, int count, ivec fresh,
+ * of some sub-blocks, or Inf is where `fresh` and the sums so far are NaN. */
+static void note_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks, int count, ivec fresh,
                      vec sum) {
-    ptrdiff_t lane = p * PANEL + n * LANES;
+    ptrdiff_t lane = p * MR + n * LANES;
     ivec infinite = load(s->row_max + lane) == splat(INFINITY);
     if (!any_lane(infinite)) return;
     sum += load(s->row_sum + lane);
     ivec nan = fresh & (sum != sum);
     for (int i = 0; i < count; i++)
-        for (int j = 0; j < strips[i].keys && strips[i].seen != SEE_NONE; j++) {
-            vec x = load(strips[i].scores + j * PANEL + n * LANES);
+        for (int j = 0; j < sub_blocks[i].keys && sub_blocks[i].seen != SEE_NONE; j++) {
+            vec x = load(sub_blocks[i].scores + j * MR + n * LANES);
             nan |= x != x;
         }
     store(s->wrong + lane, choose(nan & infinite, splat(NAN), load(s->wrong + lane)));
@@ -135,14 +135,14 @@ INLINE bool not_finite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberForm
 
 /* Take away the bits of the queries that see a NaN in a key. */
 INLINE void explain_by_keys(const Tile *t, int p, uint64_t *late, NumberFormat format) {
-    for (ptrdiff_t key = t->panel[p].first; key < t->panel[p].last && *late; key++) {
+    for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *late; key++) {
         const char *k = t->k + key * t->k_key;
         if (!not_finite(k, t->k_dim, t->head_dim, format)) continue;
         bool nan = false;
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
             nan |= isnan(read_number(k + d * t->k_dim, format));
         for (uint64_t bits = nan ? *late : 0; bits; bits &= bits - 1)
-            if (is_visible(t, p * PANEL + __builtin_ctzll(bits), key)) *late &= ~(bits & -bits);
+            if (is_visible(t, p * MR + __builtin_ctzll(bits), key)) *late &= ~(bits & -bits);
     }
 }
 
@@ -158,11 +158,11 @@ static bool explained(const Tile *t, ptrdiff_t i) {
     return false;
 }
 
-/* The bits of a panel's queries whose scores have left the range. */
+/* The bits of a micropanel's queries whose scores have left the range. */
 static uint64_t late_queries(const Tile *t, const Scratch *s, int p) {
     uint64_t late = 0;
-    for (int l = 0; l < PANEL && p * PANEL + l < t->n_queries; l++) {
-        ptrdiff_t i = p * PANEL + l;
+    for (int l = 0; l < MR && p * MR + l < t->n_queries; l++) {
+        ptrdiff_t i = p * MR + l;
         bool sunk = t->has_sinks && t->sink[i] == INFINITY;
         bool fine = isfinite(s->row_sum[i]) && (isfinite(s->row_max[i]) || sunk);
         if (s->saw[i] && !fine && !explained(t, i)) late |= (uint64_t)1 << l;
@@ -174,16 +174,16 @@ static uint64_t late_queries(const Tile *t, const Scratch *s, int p) {
 /* Take away the bits of sums that are what the values make them. */
 INLINE void explain_by_values(const Tile *t, const Scratch *s, int p, uint64_t *lost,
                               NumberFormat format) {
-    const real *out = s->out + p * PANEL * s->out_rows;
-    for (ptrdiff_t key = t->panel[p].first; key < t->panel[p].last; key++) {
+    const real *out = s->out + p * MR * s->out_rows;
+    for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last; key++) {
         const char *v = t->v + key * t->v_key;
         if (!not_finite(v, t->v_dim, t->value_dim, format)) continue;
         for (ptrdiff_t d = 0; d < t->value_dim; d++) {
             double x = read_number(v + d * t->v_dim, format);
             for (uint64_t bits = isfinite(x) ? 0 : lost[d]; bits; bits &= bits - 1) {
                 int i = __builtin_ctzll(bits);
-                bool same = isnan(x) || out[d * PANEL + i] == x;
-                if (same && is_visible(t, p * PANEL + i, key)) lost[d] &= ~(bits & -bits);
+                bool same = isnan(x) || out[d * MR + i] == x;
+                if (same && is_visible(t, p * MR + i, key)) lost[d] &= ~(bits & -bits);
             }
         }
     }
@@ -196,46 +196,46 @@ static bool all_sums_finite(const Tile *t, const real *out) {
     ptrdiff_t d = 0;
     for (; d + 4 <= t->value_dim; d += 4)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) not_finite[i] += load(out + (d + i) * PANEL) * 0;
-    for (; d < t->value_dim; d++) not_finite[0] += load(out + d * PANEL) * 0;
+        for (int i = 0; i < 4; i++) not_finite[i] += load(out + (d + i) * MR) * 0;
+    for (; d < t->value_dim; d++) not_finite[0] += load(out + d * MR) * 0;
     vec any = (not_finite[0] + not_finite[1]) + (not_finite[2] + not_finite[3]);
     return !any_lane(any != splat(0));
 }
 
-/* Note what of a panel is lost; is anything? */
-static bool find_lost_of_panel(Tile *t, const Scratch *s, int p) {
+/* Note what of a micropanel is lost; is anything? */
+static bool find_lost_of_micropanel(Tile *t, const Scratch *s, int p) {
     uint64_t *lost = s->lost + p * t->value_dim, good = 0;
-    const real *out = s->out + p * PANEL * s->out_rows;
+    const real *out = s->out + p * MR * s->out_rows;
     bool fine = true;
-    for (int n = 0; n < t->panel[p].vecs; n++) {
-        ptrdiff_t at = p * PANEL + n * LANES;
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t at = p * MR + n * LANES;
         vec odd = load(s->row_sum + at) * 0 +
                   choose(*(const ivec *)(s->saw + at), load(s->row_max + at) * 0, splat(0));
         fine &= !any_lane(odd != splat(0)) && all_sums_finite(t, out + n * LANES);
     }
     if (fine) return false;
-    t->panel[p].again = t->panel[p].late = late_queries(t, s, p);
-    for (int l = 0; l < PANEL && p * PANEL + l < t->n_queries; l++) {
-        ptrdiff_t i = p * PANEL + l;
+    t->micropanel[p].again = t->micropanel[p].late = late_queries(t, s, p);
+    for (int l = 0; l < MR && p * MR + l < t->n_queries; l++) {
+        ptrdiff_t i = p * MR + l;
         good |= (uint64_t)(s->saw[i] && isfinite(s->row_sum[i])) << l;
     }
     uint64_t any = 0;
     for (ptrdiff_t d = 0; d < t->value_dim; d++) {
         lost[d] = 0;
-        for (int l = 0; l < PANEL; l++) lost[d] |= (uint64_t)!isfinite(out[d * PANEL + l]) << l;
+        for (int l = 0; l < MR; l++) lost[d] |= (uint64_t)!isfinite(out[d * MR + l]) << l;
         any |= lost[d] &= good;
     }
     if (any) WITH_FORMAT(t->v_format, explain_by_values, t, s, p, lost);
-    for (ptrdiff_t d = 0; d < t->value_dim; d++) t->panel[p].again |= lost[d] |= t->panel[p].late;
-    return t->panel[p].again != 0;
+    for (ptrdiff_t d = 0; d < t->value_dim; d++) t->micropanel[p].again |= lost[d] |= t->micropanel[p].late;
+    return t->micropanel[p].again != 0;
 }
 
 /* Note what has overflowed though nothing explains it; is there anything? */
 static bool find_lost(Tile *t, const Scratch *s) {
     bool some = false;
-    for (int p = 0; p < t->panels; p++) {
-        t->panel[p].again = t->panel[p].late = 0;
-        if (t->panel[p].started) some |= find_lost_of_panel(t, s, p);
+    for (int p = 0; p < t->micropanels; p++) {
+        t->micropanel[p].again = t->micropanel[p].late = 0;
+        if (t->micropanel[p].started) some |= find_lost_of_micropanel(t, s, p);
     }
     return some;
 }

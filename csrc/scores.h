@@ -24,94 +24,94 @@ static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
     return bits;
 }
 
-static void set_words(lane_int *words, int i, uint64_t bits) {
-    for (int w = 0; w < WORDS; w++) words[w * PANEL + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
+static void set_mask_words(lane_int *mask_words, int i, uint64_t bits) {
+    for (int w = 0; w < MASK_WORDS; w++) mask_words[w * MR + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
 }
 
 static const char *bias_row(const Tile *t, int p, int i, ptrdiff_t key) {
-    ptrdiff_t row = p * PANEL + i < t->n_queries ? p * PANEL + i : t->n_queries - 1;
+    ptrdiff_t row = p * MR + i < t->n_queries ? p * MR + i : t->n_queries - 1;
     return t->bias[row] + key * t->bias_key;
 }
 
-/* Is every bias of the panel and strip -inf? */
-static bool hidden_by_bias(const Tile *t, int p, const Strip *strip) {
+/* Is every bias of the micropanel and sub-block -inf? */
+static bool hidden_by_bias(const Tile *t, int p, const SubBlock *sub) {
     bool plain = is_real(t->bias_format) && t->bias_key == sizeof(real);
-    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++) {
-        const char *row = bias_row(t, p, i, strip->key);
+    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++) {
+        const char *row = bias_row(t, p, i, sub->key);
         int j = 0;
-        for (; plain && j + LANES <= strip->keys; j += LANES) {
+        for (; plain && j + LANES <= sub->keys; j += LANES) {
             if (any_lane(load_unaligned((const real *)row + j) != splat(-INFINITY))) return false;
         }
-        for (; j < strip->keys; j++)
+        for (; j < sub->keys; j++)
             if (read_number(row + j * t->bias_key, t->bias_format) != -INFINITY) return false;
     }
     return true;
 }
 
-/* Read who sees what of a strip, biases of -inf aside unless all are. */
-static Seen look(const Tile *t, int p, const Strip *strip) {
-    ptrdiff_t first = p * PANEL, key = strip->key;
-    bool inner = t->panel[p].inner_first <= key && key + strip->keys <= t->panel[p].inner_last;
-    if (t->has_bias && hidden_by_bias(t, p, strip)) return SEE_NONE;
+/* Read who sees what of a sub-block, biases of -inf aside unless all are. */
+static Seen look(const Tile *t, int p, const SubBlock *sub) {
+    ptrdiff_t first = p * MR, key = sub->key;
+    bool inner = t->micropanel[p].inner_first <= key && key + sub->keys <= t->micropanel[p].inner_last;
+    if (t->has_bias && hidden_by_bias(t, p, sub)) return SEE_NONE;
     if (inner && !t->has_mask) return SEE_ALL;
-    uint64_t every = first_bits(strip->keys), any = 0, all = every, bits = 0, masked = every;
-    for (int i = 0; i < PANEL; i++) {
+    uint64_t every = first_bits(sub->keys), any = 0, all = every, bits = 0, masked = every;
+    for (int i = 0; i < MR; i++) {
         ptrdiff_t row = first + i;
         if (row < t->n_queries) { /* a lane without a query sees what the last one does */
             if (t->has_mask) {
                 if (i == 0 || t->mask[row] != t->mask[row - 1])
-                    masked = mask_bits(t->mask[row] + key * t->mask_key, t->mask_key, strip->keys);
-                __builtin_prefetch(t->mask[row] + (key + 2 * STRIP_KEYS) * t->mask_key, 0, 2);
+                    masked = mask_bits(t->mask[row] + key * t->mask_key, t->mask_key, sub->keys);
+                __builtin_prefetch(t->mask[row] + (key + 2 * SUB_BLOCK_K) * t->mask_key, 0, 2);
             }
             bits = masked & every;
             if (!inner) bits &= first_bits(t->stop[row] - key) & ~first_bits(t->start[row] - key);
             any |= bits;
             all &= bits;
         }
-        set_words(strip->words, i, bits);
+        set_mask_words(sub->mask_words, i, bits);
     }
     return any == 0 ? SEE_NONE : all == every ? SEE_ALL : SEE_SOME;
 }
 
-/* Are all biases of the panel and strip of type `real`, in sequence and far from overflow? */
-static bool plain_bias(const Tile *t, int p, const Strip *strip) {
+/* Are all biases of the micropanel and sub-block of type `real`, in sequence and far from overflow? */
+static bool plain_bias(const Tile *t, int p, const SubBlock *sub) {
     if (!is_real(t->bias_format) || t->bias_key != sizeof(real)) return false;
     vec most = splat(0);
-    for (int i = 0; i < t->panel[p].vecs * LANES; i++) {
-        const real *row = (const real *)bias_row(t, p, i, strip->key);
+    for (int i = 0; i < t->micropanel[p].vecs * LANES; i++) {
+        const real *row = (const real *)bias_row(t, p, i, sub->key);
         int j = 0;
-        for (int ahead = 0; ahead <= STRIP_KEYS; ahead += 64 / sizeof(real))
-            __builtin_prefetch(row + STRIP_KEYS + ahead, 0, 2);
-        for (; j + LANES <= strip->keys; j += LANES)
+        for (int ahead = 0; ahead <= SUB_BLOCK_K; ahead += 64 / sizeof(real))
+            __builtin_prefetch(row + SUB_BLOCK_K + ahead, 0, 2);
+        for (; j + LANES <= sub->keys; j += LANES)
             most = larger(magnitude(load_unaligned(row + j)), most);
-        for (; j < strip->keys; j++) most = larger(magnitude(splat(row[j])), most);
+        for (; j < sub->keys; j++) most = larger(magnitude(splat(row[j])), most);
     }
     return !any_lane(~(most <= splat(REAL_MAX / 4)));
 }
 
-/* Add the biases of a strip, and take the maximum. */
-static void add_plain_bias(const Tile *t, int p, const Strip *strip, vec *top) {
-    for (int n = 0; n < t->panel[p].vecs; n++) {
+/* Add the biases of a sub-block, and take the maximum. */
+static void add_plain_bias(const Tile *t, int p, const SubBlock *sub, vec *top) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
         const real *rows[LANES];
         vec most = splat(-INFINITY);
         int j = 0;
         for (int i = 0; i < LANES; i++)
-            rows[i] = (const real *)bias_row(t, p, n * LANES + i, strip->key);
-        for (; j + LANES <= strip->keys; j += LANES) {
+            rows[i] = (const real *)bias_row(t, p, n * LANES + i, sub->key);
+        for (; j + LANES <= sub->keys; j += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) x[i] = load_unaligned(rows[i] + j);
             transpose(x);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) {
-                real *s = strip->scores + (j + i) * PANEL + n * LANES;
+                real *s = sub->scores + (j + i) * MR + n * LANES;
                 vec sum = load(s) + x[i];
                 store(s, sum);
                 most = larger(sum, most);
             }
         }
-        for (; j < strip->keys; j++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
+        for (; j < sub->keys; j++) {
+            real *s = sub->scores + j * MR + n * LANES;
             for (int i = 0; i < LANES; i++) s[i] += rows[i][j];
             most = larger(load(s), most);
         }
@@ -119,30 +119,30 @@ static void add_plain_bias(const Tile *t, int p, const Strip *strip, vec *top) {
     }
 }
 
-/* Add biases of any format. -inf takes a key out of the words; a sum of finite numbers that
+/* Add biases of any format. -inf takes a key out of the mask words; a sum of finite numbers that
  * overflows is the largest number still. Returns what is seen then. */
-static Seen add_any_bias(const Tile *t, int p, const Strip *strip, real *bias) {
+static Seen add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) {
     const vec most = splat(REAL_MAX);
-    int vecs = t->panel[p].vecs;
-    Seen seen = strip->seen;
+    int vecs = t->micropanel[p].vecs;
+    Seen seen = sub->seen;
     bool excluding = false;
     for (int i = 0; i < vecs * LANES; i++) {
-        const char *row = bias_row(t, p, i, strip->key);
-        if (seen == SEE_ALL) set_words(strip->words, i, first_bits(strip->keys));
-        for (int j = 0; j < strip->keys; j++) {
+        const char *row = bias_row(t, p, i, sub->key);
+        if (seen == SEE_ALL) set_mask_words(sub->mask_words, i, first_bits(sub->keys));
+        for (int j = 0; j < sub->keys; j++) {
             real b = as_real(read_number(row + j * t->bias_key, t->bias_format));
-            bias[j * PANEL + i] = b;
+            bias[j * MR + i] = b;
             if (b == -INFINITY) {
                 excluding = true;
-                strip->words[j / LANE_BITS * PANEL + i] &=
+                sub->mask_words[j / LANE_BITS * MR + i] &=
                     ~(lane_int)((lane_uint)1 << j % LANE_BITS);
             }
         }
     }
-    for (int j = 0; j < strip->keys; j++)
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
-            vec score = load(s), b = load(bias + j * PANEL + n * LANES), sum = score + b;
+            real *s = sub->scores + j * MR + n * LANES;
+            vec score = load(s), b = load(bias + j * MR + n * LANES), sum = score + b;
             ivec finite = (magnitude(score) <= most) & (magnitude(b) <= most);
             vec bound = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
             store(s, choose(finite, bound, sum));
@@ -150,30 +150,30 @@ static Seen add_any_bias(const Tile *t, int p, const Strip *strip, real *bias) {
     return excluding ? SEE_SOME : seen;
 }
 
-static void add_to_scores(int vecs, const Strip *strip, const real *more) {
-    for (int j = 0; j < strip->keys; j++)
+static void add_to_scores(int vecs, const SubBlock *sub, const real *more) {
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
-            store(s, load(s) + load(more + j * PANEL + n * LANES));
+            real *s = sub->scores + j * MR + n * LANES;
+            store(s, load(s) + load(more + j * MR + n * LANES));
         }
 }
 
-static void multiply_scores(real factor, int vecs, const Strip *strip) {
-    for (int j = 0; j < strip->keys; j++)
+static void multiply_scores(real factor, int vecs, const SubBlock *sub) {
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
+            real *s = sub->scores + j * MR + n * LANES;
             store(s, load(s) * factor);
         }
 }
 
 /* s = size * tanh(s * inverse); but s where that is within rounding, if the quotients of a huge size
  * are subnormal. */
-INLINE void cap(const bool huge, real size, real inverse, int vecs, const Strip *strip, vec *top) {
+INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlock *sub, vec *top) {
     const vec same = splat(size * EPSILON_ROOT);
     for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
-    for (int j = 0; j < strip->keys; j++)
+    for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
+            real *s = sub->scores + j * MR + n * LANES;
             vec x = size * tanh_vec(load(s) * inverse);
             if (huge) x = choose(magnitude(load(s)) < same, load(s), x);
             store(s, x);
@@ -190,15 +190,15 @@ static vec distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
     return load_unaligned(x);
 }
 
-static void subtract_alibi(const Tile *t, int p, const Strip *strip, vec *top) {
-    for (int n = 0; n < t->panel[p].vecs; n++) {
-        ptrdiff_t first = p * PANEL + n * LANES;
+static void subtract_alibi(const Tile *t, int p, const SubBlock *sub, vec *top) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t first = p * MR + n * LANES;
         real slopes[LANES] = {0};
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) slopes[i] = (real)t->slope[first + i];
-        vec slope = load_unaligned(slopes), distance = distances(t, first, strip->key);
+        vec slope = load_unaligned(slopes), distance = distances(t, first, sub->key);
         vec most = splat(-INFINITY), step = splat(0);
-        for (int j = 0; j < strip->keys; j++) {
-            real *s = strip->scores + j * PANEL + n * LANES;
+        for (int j = 0; j < sub->keys; j++) {
+            real *s = sub->scores + j * MR + n * LANES;
             vec x = load(s) - slope * magnitude(distance - step);
             store(s, x);
             most = larger(x, most);
@@ -208,30 +208,30 @@ static void subtract_alibi(const Tile *t, int p, const Strip *strip, vec *top) {
     }
 }
 
-static void take_max(int vecs, const Strip *strip, vec *top) {
+static void take_max(int vecs, const SubBlock *sub, vec *top) {
     for (int n = 0; n < vecs && top; n++) {
-        const real *s = strip->scores + n * LANES;
+        const real *s = sub->scores + n * LANES;
         vec even = splat(-INFINITY), odd = even; /* two chains hide each other's latency */
         int j = 0;
-        for (; j + 2 <= strip->keys; j += 2) {
-            even = larger(load(s + j * PANEL), even);
-            odd = larger(load(s + (j + 1) * PANEL), odd);
+        for (; j + 2 <= sub->keys; j += 2) {
+            even = larger(load(s + j * MR), even);
+            odd = larger(load(s + (j + 1) * MR), odd);
         }
-        if (j < strip->keys) even = larger(load(s + j * PANEL), even);
+        if (j < sub->keys) even = larger(load(s + j * MR), even);
         top[n] = larger(even, odd);
     }
 }
 
 /* Put -inf where a query does not see a key, and take the maximum of what is left. */
-static void hide_unseen(int vecs, const Strip *strip, vec *top) {
+static void hide_unseen(int vecs, const SubBlock *sub, vec *top) {
     for (int n = 0; n < vecs; n++) {
         vec most = splat(-INFINITY);
-        for (int w = 0; w * LANE_BITS < strip->keys; w++) {
-            int count = fewer(strip->keys - w * LANE_BITS, LANE_BITS);
-            ivec word = *(const ivec *)(strip->words + w * PANEL + n * LANES);
+        for (int w = 0; w * LANE_BITS < sub->keys; w++) {
+            int count = fewer(sub->keys - w * LANE_BITS, LANE_BITS);
+            ivec word = *(const ivec *)(sub->mask_words + w * MR + n * LANES);
             word = shift_up(word, LANE_BITS - count);
             for (int j = w * LANE_BITS + count - 1; j >= w * LANE_BITS; j--) {
-                real *s = strip->scores + j * PANEL + n * LANES;
+                real *s = sub->scores + j * MR + n * LANES;
                 vec x = choose(word, load(s), splat(-INFINITY));
                 store(s, x);
                 most = larger(x, most);
@@ -244,30 +244,30 @@ static void hide_unseen(int vecs, const Strip *strip, vec *top) {
 
 /* What comes after the product: softcap, bias, alibi, and who sees what. `top` is the maximum of
  * the scores before and after. */
-static void finish_scores(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top) {
-    int vecs = t->panel[p].vecs;
+static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
+    int vecs = t->micropanel[p].vecs;
     if (t->softcap > 0) {
         double size = t->softcap * (t->exponent == 1 ? LOG2_E : 1);
         real inverse = (real)(t->score_scale / t->softcap);
         if (t->softcap > HUGE_CAP) {
-            multiply_scores((real)t->score_scale, vecs, strip);
-            cap(true, (real)size, (real)(1 / t->softcap), vecs, strip, top);
+            multiply_scores((real)t->score_scale, vecs, sub);
+            cap(true, (real)size, (real)(1 / t->softcap), vecs, sub, top);
         } else
-            cap(false, (real)size, inverse, vecs, strip, top);
+            cap(false, (real)size, inverse, vecs, sub, top);
     } else if (t->score_scale != 1) {
-        multiply_scores((real)t->score_scale, vecs, strip);
-        take_max(vecs, strip, top);
+        multiply_scores((real)t->score_scale, vecs, sub);
+        take_max(vecs, sub, top);
     }
     if (t->has_bias) {
-        if (plain_bias(t, p, strip)) {
-            add_plain_bias(t, p, strip, top);
+        if (plain_bias(t, p, sub)) {
+            add_plain_bias(t, p, sub, top);
         } else {
-            strip->seen = add_any_bias(t, p, strip, s->bias);
-            take_max(vecs, strip, top);
+            sub->seen = add_any_bias(t, p, sub, s->bias);
+            take_max(vecs, sub, top);
         }
     }
-    if (t->has_alibi) subtract_alibi(t, p, strip, top);
-    if (strip->seen == SEE_SOME) hide_unseen(vecs, strip, top);
+    if (t->has_alibi) subtract_alibi(t, p, sub, top);
+    if (sub->seen == SEE_SOME) hide_unseen(vecs, sub, top);
 }
 
 /* Weights of scores relative to `top`. Subtracting before scaling costs an instruction more than a

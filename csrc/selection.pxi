@@ -65,9 +65,9 @@ cdef bint worth_three_parts(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept 
 def tile_size(
     str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):
-    """How many of the queries of one key head a tile and a panel take, and how many keys a pass."""
+    """How many of the queries of one key head a tile and a micropanel take, and how many keys a block."""
     cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, dot)
-    return min(queries, kernels.queries), min(queries, kernels.panel), kernels.pass_keys
+    return min(queries, kernels.block_q), min(queries, kernels.mr), kernels.block_k
 
 
 def multiplied_as(

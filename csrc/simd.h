@@ -24,28 +24,28 @@
 #define HAS_TILES
 #endif
 
-/* TILE_ROWS x TILE_VECS accumulators, TILE_VECS operands and one broadcast value fill the register
+/* NR x MR_VECS accumulators, MR_VECS operands and one broadcast value fill the register
  * file of 32 or 16 vectors; two of AMX's tiles go side by side. */
 #if defined(HAS_TILES)
 #define VEC_BYTES 64
-#define TILE_ROWS 8
-#define TILE_VECS 2
+#define NR 8
+#define MR_VECS 2
 #elif defined(__AVX512F__)
 #define VEC_BYTES 64
-#define TILE_ROWS 8
-#define TILE_VECS 3
+#define NR 8
+#define MR_VECS 3
 #elif defined(__AVX2__)
 #define VEC_BYTES 32
-#define TILE_ROWS 6
-#define TILE_VECS 2
+#define NR 6
+#define MR_VECS 2
 #elif defined(__aarch64__)
 #define VEC_BYTES 16
-#define TILE_ROWS 8
-#define TILE_VECS 3
+#define NR 8
+#define MR_VECS 3
 #else
 #define VEC_BYTES 16
-#define TILE_ROWS 6
-#define TILE_VECS 2
+#define NR 6
+#define MR_VECS 2
 #endif
 
 /* LANES is written out because the preprocessor chooses by it. */
@@ -78,7 +78,7 @@ typedef uint32_t lane_uint;
 #define EXPONENT_BIAS 127
 #define REAL_MAX FLT_MAX
 #endif
-#define PANEL (TILE_VECS * LANES) /* the queries that one register tile holds */
+#define MR (MR_VECS * LANES) /* the queries that one register tile holds */
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(1)));

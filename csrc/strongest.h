@@ -33,32 +33,32 @@ static void offer(Candidate *heap, ptrdiff_t n, double score, ptrdiff_t key) {
     sink(heap, n);
 }
 
-/* First, the strips whose largest scores are the largest: no other has one of the strongest keys. */
-static void collect_strip(const Tile *t, int p, const Strip *strip) {
-    vec top[TILE_VECS];
-    take_max(t->panel[p].vecs, strip, top);
-    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++)
-        offer(t->best + (p * PANEL + i) * t->n_best, t->n_best, top[i / LANES][i % LANES], strip->key);
+/* First, the sub-blocks whose largest scores are the largest: no other has one of the strongest keys. */
+static void collect_sub_block_max(const Tile *t, int p, const SubBlock *sub) {
+    vec top[MR_VECS];
+    take_max(t->micropanel[p].vecs, sub, top);
+    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++)
+        offer(t->best + (p * MR + i) * t->n_best, t->n_best, top[i / LANES][i % LANES], sub->key);
 }
 
-/* As many keys as strips have been collected are no weaker than the weakest of these. */
+/* As many keys as sub-blocks have been collected are no weaker than the weakest of these. */
 static void settle_least(Tile *t) {
     for (ptrdiff_t i = 0; i < t->n_queries && t->n_best > 0; i++)
         t->least[i] = t->best[i * t->n_best].score;
     clear_best(t);
 }
 
-/* Then keys. Without the strips a row whose scores rise from key to key would collect them all. */
-static void collect_keys(const Tile *t, const Scratch *s, int p, const Strip *strip) {
-    vec top[TILE_VECS];
-    take_max(t->panel[p].vecs, strip, top);
-    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++) {
-        Candidate *heap = t->best + (p * PANEL + i) * t->n_best;
-        double least = t->least[p * PANEL + i], most = top[i / LANES][i % LANES];
+/* Then keys. Without the sub-blocks a row whose scores rise from key to key would collect them all. */
+static void collect_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    vec top[MR_VECS];
+    take_max(t->micropanel[p].vecs, sub, top);
+    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++) {
+        Candidate *heap = t->best + (p * MR + i) * t->n_best;
+        double least = t->least[p * MR + i], most = top[i / LANES][i % LANES];
         if (!(most >= least && most > heap->score)) continue;
-        for (int j = 0; j < strip->keys; j++) {
-            double score = strip->scores[j * PANEL + i];
-            if (score >= least) offer(heap, t->n_best, score, strip->key + j);
+        for (int j = 0; j < sub->keys; j++) {
+            double score = sub->scores[j * MR + i];
+            if (score >= least) offer(heap, t->n_best, score, sub->key + j);
         }
     }
     (void)s;

@@ -1,23 +1,23 @@
 /* The kernels of a tile, one body for every instruction set and dtype.
  *
  * Compiled once for each pair, with that instruction set's flags, -DTABLE=<the table's name> and
- * -DREAL_IS_DOUBLE for float64, or -DPARTS=<n> where the products are those of parts.h. A panel is
- * what one register tile holds: PANEL queries in TILE_VECS vectors. Within a block of keys,
+ * -DREAL_IS_DOUBLE for float64, or -DPARTS=<n> where the products are those of parts.h. A micropanel is
+ * what one register tile holds: MR queries in MR_VECS vectors. Within a block of keys,
  * S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow each other as in
  * FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of the whole block
  * and O^T is rescaled once per block; in parts otherwise: attend_parts.h.
  */
 #include "simd.h"
 
-/* Keys that all panels pass over in turn while they are in the cache, and whose values are summed from
+/* Keys that all micropanels read in turn while they are in the cache, and whose values are summed from
  * zero before they join the running sum. One run over all keys would have 3 to 25 times NumPy's rounding
  * error; blocks of 128 make too many partial sums. */
-#define PASS_KEYS 512
+#define BLOCK_K 512
 #ifdef PARTS
 #define CHUNK 32 /* head dims or keys that one step of a product in parts sums up */
-#define SCORE_KEYS STRIP_KEYS /* whose scores are kept: see attend_parts.h */
+#define SCORE_KEYS SUB_BLOCK_K /* whose scores are kept: see attend_parts.h */
 #else
-#define SCORE_KEYS PASS_KEYS
+#define SCORE_KEYS BLOCK_K
 #endif
 #if !defined(PARTS) || defined(HAS_TILES)
 #define HAS_GRADIENT /* parts without tiles leave gradients to float32 */
@@ -30,11 +30,11 @@
 #include "parts.h"
 #endif
 
-static int panels_for(ptrdiff_t queries) { return (int)((queries + PANEL - 1) / PANEL); }
+static int micropanels_for(ptrdiff_t queries) { return (int)((queries + MR - 1) / MR); }
 
 static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
     Scratch s;
-    return lay_out(t, t->differentiating ? PANELS : panels_for(queries), NULL, &s);
+    return lay_out(t, t->differentiating ? MICROPANELS : micropanels_for(queries), NULL, &s);
 }
 
 /* The scratch of a tile that has begun. */
@@ -68,22 +68,22 @@ static void settle_units(Tile *t) {
     }
 }
 
-/* The panel's share of the interval bookkeeping that the Tile explains. */
-static void bound_panel(Tile *t, int p) {
+/* The micropanel's share of the interval bookkeeping that the Tile explains. */
+static void bound_micropanel(Tile *t, int p) {
     ptrdiff_t first = PTRDIFF_MAX, last = 0, inner_first = 0, inner_last = PTRDIFF_MAX;
-    for (ptrdiff_t i = p * PANEL; i < t->n_queries && i < (p + 1) * PANEL; i++) {
+    for (ptrdiff_t i = p * MR; i < t->n_queries && i < (p + 1) * MR; i++) {
         ptrdiff_t start = t->start[i], stop = t->stop[i];
         if (start < stop && start < first) first = start;
         if (start < stop && stop > last) last = stop;
         if (start > inner_first) inner_first = start;
         if (stop < inner_last) inner_last = stop;
     }
-    t->panel[p].first = first;
-    t->panel[p].last = last;
-    t->panel[p].inner_first = inner_first;
-    t->panel[p].inner_last = inner_last;
-    t->panel[p].vecs = fewer((t->n_queries - p * PANEL + LANES - 1) / LANES, TILE_VECS);
-    t->panel[p].started = 0;
+    t->micropanel[p].first = first;
+    t->micropanel[p].last = last;
+    t->micropanel[p].inner_first = inner_first;
+    t->micropanel[p].inner_last = inner_last;
+    t->micropanel[p].vecs = fewer((t->n_queries - p * MR + LANES - 1) / LANES, MR_VECS);
+    t->micropanel[p].started = 0;
     if (first < t->first) t->first = first;
     if (last > t->last) t->last = last;
 }
@@ -98,13 +98,13 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
             vec x[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
-                x[i] = choose(saw, load(columns + (d + i) * PANEL) * share, splat(0));
+                x[i] = choose(saw, load(columns + (d + i) * MR) * share, splat(0));
             transpose(x);
             for (int i = 0; i < rows; i++)
                 store_numbers(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
         }
     for (; d < t->value_dim; d++) {
-        vec x = choose(saw, load(columns + d * PANEL) * share, splat(0));
+        vec x = choose(saw, load(columns + d * MR) * share, splat(0));
         for (int i = 0; i < rows; i++)
             write_number(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
     }
@@ -124,103 +124,103 @@ static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
 }
 
 static void begin(Tile *t) {
-    t->panels = panels_for(t->n_queries);
+    t->micropanels = micropanels_for(t->n_queries);
     t->first = PTRDIFF_MAX;
     t->last = 0;
     for (ptrdiff_t i = 0; i < t->n_queries && t->margin > 0; i++)
-        if (!(t->panel[i / PANEL].again >> i % PANEL & 1)) t->start[i] = t->stop[i] = 0;
+        if (!(t->micropanel[i / MR].again >> i % MR & 1)) t->start[i] = t->stop[i] = 0;
     settle_units(t);
     clear_best(t);
     Scratch s;
-    lay_out(t, t->differentiating ? PANELS : t->panels, t->scratch, &s);
+    lay_out(t, t->differentiating ? MICROPANELS : t->micropanels, t->scratch, &s);
     *s.own = s;
-    for (int p = 0; p < t->panels; p++) {
-        bound_panel(t, p);
-        for (int n = 0; n < t->panel[p].vecs; n++) start_rows(t, &s, p * PANEL + n * LANES);
+    for (int p = 0; p < t->micropanels; p++) {
+        bound_micropanel(t, p);
+        for (int n = 0; n < t->micropanel[p].vecs; n++) start_rows(t, &s, p * MR + n * LANES);
         ready_queries(t, &s, p);
     }
 }
 
-/* Make the strip of a key ready by `ready_keys` or `ready_values`, unless its bit says that it is. */
+/* Make the sub-block of a key ready by `ready_keys` or `ready_values`, unless its bit says that it is. */
 static void need(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *done,
                  void (*ready)(const Tile *, const Scratch *, ptrdiff_t, ptrdiff_t)) {
-    ptrdiff_t begin = key / STRIP_KEYS * STRIP_KEYS, end = begin + STRIP_KEYS;
-    uint64_t bit = (uint64_t)1 << begin % PASS_KEYS / STRIP_KEYS;
+    ptrdiff_t begin = key / SUB_BLOCK_K * SUB_BLOCK_K, end = begin + SUB_BLOCK_K;
+    uint64_t bit = (uint64_t)1 << begin % BLOCK_K / SUB_BLOCK_K;
     if (!(*done & bit)) ready(t, s, begin, end < s->ready->end ? end : s->ready->end);
     *done |= bit;
 }
 
-/* One panel's scores for a strip, -inf where unseen; `top` takes part in their maximum. Returns whether
+/* One micropanel's scores for a sub-block, -inf where unseen; `top` takes part in their maximum. Returns whether
  * anything is seen. */
-static bool score(const Tile *t, const Scratch *s, int p, Strip *strip, vec *top) {
-    int vecs = t->panel[p].vecs;
-    strip->seen = strip->keys > 0 ? look(t, p, strip) : SEE_NONE;
-    if (strip->seen == SEE_NONE) return false;
+static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
+    int vecs = t->micropanel[p].vecs;
+    sub->seen = sub->keys > 0 ? look(t, p, sub) : SEE_NONE;
+    if (sub->seen == SEE_NONE) return false;
 
-    vec strip_top[TILE_VECS];
-    for (int n = 0; n < vecs; n++) strip_top[n] = splat(-INFINITY);
-    need(t, s, strip->key, &s->ready->keys, ready_keys);
-    multiply_keys(t, s, p, strip, strip_top);
-    finish_scores(t, s, p, strip, strip_top);
-    if (t->careful) draw_in_scores(t, p, strip, strip_top);
+    vec sub_top[MR_VECS];
+    for (int n = 0; n < vecs; n++) sub_top[n] = splat(-INFINITY);
+    need(t, s, sub->key, &s->ready->keys, ready_keys);
+    multiply_keys(t, s, p, sub, sub_top);
+    finish_scores(t, s, p, sub, sub_top);
+    if (t->careful) draw_in_scores(t, p, sub, sub_top);
     for (int n = 0; n < vecs; n++) {
-        ivec *saw = (ivec *)(s->saw + p * PANEL + n * LANES);
-        for (int w = 0; w < WORDS && strip->seen == SEE_SOME; w++)
-            *saw |= *(const ivec *)(strip->words + w * PANEL + n * LANES) != 0;
-        if (strip->seen == SEE_ALL) *saw = splat_int(-1);
-        top[n] = larger(strip_top[n], top[n]);
+        ivec *saw = (ivec *)(s->saw + p * MR + n * LANES);
+        for (int w = 0; w < MASK_WORDS && sub->seen == SEE_SOME; w++)
+            *saw |= *(const ivec *)(sub->mask_words + w * MR + n * LANES) != 0;
+        if (sub->seen == SEE_ALL) *saw = splat_int(-1);
+        top[n] = larger(sub_top[n], top[n]);
     }
     return true;
 }
 
-/* The panel's strips of the keys [begin, end): of each what the panel may see, in whole grains. Returns
+/* The micropanel's sub-blocks of the keys [begin, end): of each what the micropanel may see, in whole ROW_MULTIPLEs. Returns
  * their number. */
 static int open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
-                       PanelBlock *b) {
+                       BlockState *b) {
     b->live = false;
-    for (int n = 0; n < TILE_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
-    for (int i = 0; begin + i * STRIP_KEYS < end; i++) {
-        ptrdiff_t from = begin + i * STRIP_KEYS, to = from + STRIP_KEYS < end ? from + STRIP_KEYS : end;
-        if (from < t->panel[p].first) from = t->panel[p].first / GRAIN * GRAIN;
-        if (to > t->panel[p].last) to = round_up(t->panel[p].last, GRAIN);
+    for (int n = 0; n < MR_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
+    for (int i = 0; begin + i * SUB_BLOCK_K < end; i++) {
+        ptrdiff_t from = begin + i * SUB_BLOCK_K, to = from + SUB_BLOCK_K < end ? from + SUB_BLOCK_K : end;
+        if (from < t->micropanel[p].first) from = t->micropanel[p].first / ROW_MULTIPLE * ROW_MULTIPLE;
+        if (to > t->micropanel[p].last) to = round_up(t->micropanel[p].last, ROW_MULTIPLE);
         if (to > end) to = end;
-        b->strips[i] = (Strip){
+        b->sub_blocks[i] = (SubBlock){
             .key = from,
             .keys = to > from ? (int)(to - from) : 0,
-            .scores = s->scores + (from - begin) % SCORE_KEYS * PANEL,
-            .words = s->seen + i * WORDS * PANEL,
+            .scores = s->scores + (from - begin) % SCORE_KEYS * MR,
+            .mask_words = s->seen + i * MASK_WORDS * MR,
             .seen = SEE_NONE,
         };
     }
-    return (int)((end - begin + STRIP_KEYS - 1) / STRIP_KEYS);
+    return (int)((end - begin + SUB_BLOCK_K - 1) / SUB_BLOCK_K);
 }
 
-static void join_block(const PanelBlock *b, int vecs, ptrdiff_t value_dim, real *row_sum,
+static void join_block(const BlockState *b, int vecs, ptrdiff_t value_dim, real *row_sum,
                        const real *block_out, real *out) {
     for (int n = 0; n < vecs; n++) {
         real *sum = row_sum + n * LANES;
         store(sum, load(sum) * b->rescale[n] + b->sum[n]);
         if (block_out == out) continue; /* the first block */
         for (ptrdiff_t d = 0; d < value_dim; d++) {
-            real *total = out + d * PANEL + n * LANES;
-            store(total, load(total) * b->rescale[n] + load(block_out + d * PANEL + n * LANES));
+            real *total = out + d * MR + n * LANES;
+            store(total, load(total) * b->rescale[n] + load(block_out + d * MR + n * LANES));
         }
     }
 }
 
 /* Where there are no values to weigh. */
-static void sum_weights(const Tile *t, int p, PanelBlock *b, const Strip *strip) {
+static void sum_weights(const Tile *t, int p, BlockState *b, const SubBlock *sub) {
     vec exponent = splat((real)t->exponent);
-    for (int n = 0; n < t->panel[p].vecs; n++) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
         vec top = b->top[n], even = b->sum[n], odd = splat(0);
         int j = 0;
-        for (; j + 2 <= strip->keys; j += 2) {
-            const real *scores = strip->scores + j * PANEL + n * LANES;
+        for (; j + 2 <= sub->keys; j += 2) {
+            const real *scores = sub->scores + j * MR + n * LANES;
             even += weight_from(load(scores), top, exponent);
-            odd += weight_from(load(scores + PANEL), top, exponent);
+            odd += weight_from(load(scores + MR), top, exponent);
         }
-        if (j < strip->keys)
-            even += weight_from(load(strip->scores + j * PANEL + n * LANES), top, exponent);
+        if (j < sub->keys)
+            even += weight_from(load(sub->scores + j * MR + n * LANES), top, exponent);
         b->sum[n] = even + odd;
     }
 }
@@ -228,7 +228,7 @@ static void sum_weights(const Tile *t, int p, PanelBlock *b, const Strip *strip)
 #ifdef PARTS
 #include "attend_parts.h"
 #else
-static void raise_max(const Tile *t, int vecs, PanelBlock *b, real *row_max) {
+static void raise_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < vecs; n++) {
         vec before = load(row_max + n * LANES);
@@ -242,28 +242,28 @@ static void raise_max(const Tile *t, int vecs, PanelBlock *b, real *row_max) {
     }
 }
 
-/* One panel's attention to one block. */
+/* One micropanel's attention to one block. */
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
-    PanelBlock b;
-    int strips = open_block(t, s, p, begin, end, &b);
-    for (int i = 0; i < strips; i++) b.live |= score(t, s, p, &b.strips[i], b.top);
+    BlockState b;
+    int sub_blocks = open_block(t, s, p, begin, end, &b);
+    for (int i = 0; i < sub_blocks; i++) b.live |= score(t, s, p, &b.sub_blocks[i], b.top);
     if (!b.live) return;
-    real *out = s->out + p * PANEL * s->out_rows;
-    real *block_out = t->panel[p].started ? s->block_out : out;
-    raise_max(t, t->panel[p].vecs, &b, s->row_max + p * PANEL);
-    for (int n = 0; n < t->panel[p].vecs; n++)
-        note_nan(s, p, n, b.strips, strips, b.rescale[n] != 1, splat(0));
-    for (int i = 0; i < strips; i++) {
-        if (b.strips[i].seen == SEE_NONE) continue;
-        if (t->n_best > 0) collect_strip(t, p, &b.strips[i]);
+    real *out = s->out + p * MR * s->out_rows;
+    real *block_out = t->micropanel[p].started ? s->block_out : out;
+    raise_max(t, t->micropanel[p].vecs, &b, s->row_max + p * MR);
+    for (int n = 0; n < t->micropanel[p].vecs; n++)
+        note_nan(s, p, n, b.sub_blocks, sub_blocks, b.rescale[n] != 1, splat(0));
+    for (int i = 0; i < sub_blocks; i++) {
+        if (b.sub_blocks[i].seen == SEE_NONE) continue;
+        if (t->n_best > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
         if (t->value_dim > 0)
-            need(t, s, b.strips[i].key, &s->ready->values, ready_values);
+            need(t, s, b.sub_blocks[i].key, &s->ready->values, ready_values);
         else
-            sum_weights(t, p, &b, &b.strips[i]);
+            sum_weights(t, p, &b, &b.sub_blocks[i]);
     }
-    if (t->value_dim > 0) sum_values(t, s, p, &b, strips, block_out);
-    join_block(&b, t->panel[p].vecs, t->value_dim, s->row_sum + p * PANEL, block_out, out);
-    t->panel[p].started = 1;
+    if (t->value_dim > 0) sum_values(t, s, p, &b, sub_blocks, block_out);
+    join_block(&b, t->micropanel[p].vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
+    t->micropanel[p].started = 1;
 }
 #endif
 
@@ -271,29 +271,29 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
     *s.ready = (Ready){.end = end};
-    for (int p = 0; p < t->panels; p++) attend_block(t, &s, p, begin, end);
+    for (int p = 0; p < t->micropanels; p++) attend_block(t, &s, p, begin, end);
     CLOSE_TILES();
 }
 
 /* Results of the rows and columns that a second run is for. */
 static void store_lost(const Tile *t, const Scratch *s, int p) {
-    for (ptrdiff_t d = 0; d < t->value_dim && t->panel[p].again; d++)
+    for (ptrdiff_t d = 0; d < t->value_dim && t->micropanel[p].again; d++)
         for (uint64_t bits = s->lost[p * t->value_dim + d]; bits; bits &= bits - 1) {
-            int i = __builtin_ctzll(bits), at = p * PANEL + i;
-            real sum = s->out[(p * s->out_rows + d) * PANEL + i], x = sum / s->row_sum[at];
+            int i = __builtin_ctzll(bits), at = p * MR + i;
+            real sum = s->out[(p * s->out_rows + d) * MR + i], x = sum / s->row_sum[at];
             if (isfinite(sum) && isinf(x)) x = copysign(REAL_MAX, x); /* a mean, rounded up */
             write_number(t->out[at] + d * t->out_dim, t->out_format, s->row_sum[at] == 0 ? NAN : x);
         }
 }
 
-static void store_panel(const Tile *t, const Scratch *s, int p) {
-    for (int n = 0; n < t->panel[p].vecs; n++) {
-        ptrdiff_t at = p * PANEL + n * LANES;
+static void store_micropanel(const Tile *t, const Scratch *s, int p) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t at = p * MR + n * LANES;
         ivec saw = *(const ivec *)(s->saw + at);
         /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
         vec sum = load(s->row_sum + at);
         vec share = choose(sum == splat(0), splat(NAN), splat(1) / sum);
-        store_rows(t, at, s->out + p * PANEL * s->out_rows + n * LANES, share, saw);
+        store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, share, saw);
     }
 }
 
@@ -301,9 +301,9 @@ static int finish(Tile *t) {
     Scratch s = scratch_of(t);
     bool again = t->margin == 0 && find_lost(t, &s);
     settle_least(t);
-    for (int p = 0; p < t->panels; p++)
+    for (int p = 0; p < t->micropanels; p++)
         if (t->margin > 0) store_lost(t, &s, p);
-        else store_panel(t, &s, p);
+        else store_micropanel(t, &s, p);
     double unit = t->exponent == LOG2_E ? 1 : t->exponent * LN2;
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         s.row_max[i] += s.wrong[i];
@@ -315,46 +315,46 @@ static int finish(Tile *t) {
 }
 
 /* Scores to the weights of the result, in place. */
-static void settle_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
+static void settle_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
     vec exponent = splat((real)t->exponent);
-    for (int n = 0; n < t->panel[p].vecs; n++) {
-        ptrdiff_t lane = p * PANEL + n * LANES;
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t lane = p * MR + n * LANES;
         Softmax row = softmax_of(load(s->row_max + lane), load(s->row_sum + lane));
         ivec own = delivered(t, p, n);
-        for (int j = 0; j < strip->keys; j++) {
-            real *score = strip->scores + j * PANEL + n * LANES;
+        for (int j = 0; j < sub->keys; j++) {
+            real *score = sub->scores + j * MR + n * LANES;
             vec weight = weight_from(load(score), row.top, exponent) * row.share;
-            store(score, choose(sees(strip, n, j) & own, weight, splat(0)));
+            store(score, choose(sees(sub, n, j) & own, weight, splat(0)));
         }
     }
 }
 
-static void store_weights(const Tile *t, const Scratch *s, int p, const Strip *strip) {
-    settle_weights(t, s, p, strip);
-    for (int i = 0; i < PANEL && p * PANEL + i < t->n_queries; i++)
-        for (int j = 0, keys = delivers(t, p * PANEL + i) ? strip->keys : 0; j < keys; j++)
-            write_number(t->weights[p * PANEL + i] + (strip->key + j) * t->weights_key, t->out_format,
-                         strip->scores[j * PANEL + i]);
+static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    settle_weights(t, s, p, sub);
+    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++)
+        for (int j = 0, keys = delivers(t, p * MR + i) ? sub->keys : 0; j < keys; j++)
+            write_number(t->weights[p * MR + i] + (sub->key + j) * t->weights_key, t->out_format,
+                         sub->scores[j * MR + i]);
 }
 
 /* Make the scores of the keys [begin, end) once more, now that the sums are known. */
-static void each_strip(Tile *t, ptrdiff_t begin, ptrdiff_t end,
-                       void (*use)(const Tile *, const Scratch *, int, const Strip *)) {
+static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
+                       void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
     Scratch s = scratch_of(t);
     OPEN_TILES();
     *s.ready = (Ready){.end = end};
-    for (int p = 0; p < t->panels; p++) {
-        PanelBlock b;
-        int strips = open_block(t, &s, p, begin, end, &b);
-        for (int i = 0; i < strips; i++)
-            if (score(t, &s, p, &b.strips[i], b.top)) use(t, &s, p, &b.strips[i]);
+    for (int p = 0; p < t->micropanels; p++) {
+        BlockState b;
+        int sub_blocks = open_block(t, &s, p, begin, end, &b);
+        for (int i = 0; i < sub_blocks; i++)
+            if (score(t, &s, p, &b.sub_blocks[i], b.top)) use(t, &s, p, &b.sub_blocks[i]);
     }
     CLOSE_TILES();
 }
 
-static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, store_weights); }
+static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, store_weights); }
 
-static void collect(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_strip(t, begin, end, collect_keys); }
+static void collect(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, collect_keys); }
 
 #include "maps.h"
 
@@ -394,6 +394,6 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, prepare
 #define GRADIENT NULL
 #endif
 
-const TileKernels TABLE = {TILE_QUERIES, PANEL,   PASS_KEYS, scratch_bytes, begin, attend,       finish,
+const TileKernels TABLE = {BLOCK_Q, MR,   BLOCK_K, scratch_bytes, begin, attend,       finish,
                            weights,      pool,    collect,   rank,          join,  sizeof(real), GRADIENT,
                            peak};

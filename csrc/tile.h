@@ -10,11 +10,11 @@
 #include <stdint.h>
 
 #define MAX_QUERIES 384 /* in a tile of any kernel */
-#define MAX_PANELS 12   /* of 32 queries (AMX), or of 8 of 96 (SSE2) */
+#define MAX_MICROPANELS 12   /* of 32 queries (AMX), or of 8 of 96 (SSE2) */
 
 /* Keys whose weights stay in the first-level cache between the softmax and the second product.
- * Blocks and strips begin at multiples of their sizes, whatever a query sees. */
-#define STRIP_KEYS 64
+ * Blocks and sub-blocks begin at multiples of their sizes, whatever a query sees. */
+#define SUB_BLOCK_K 64
 
 /* The weight of a row's largest score. A power of 2, so that nothing is rounded, and large, because
  * sums of small weights would be subnormal and take a hundred times as long. */
@@ -44,7 +44,7 @@ typedef struct {
     NumberFormat q_format, k_format, v_format, out_format; /* out_format also of weights */
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
-    ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
+    ptrdiff_t block_k; /* the most keys of one block: no more than there are */
     double scale;
     Measure measure;
     const double *measure_weights; /* of ADDITIVE, one per dimension */
@@ -105,8 +105,8 @@ typedef struct {
     double least[MAX_QUERIES]; /* no score below it is among theirs */
     int64_t *keys[MAX_QUERIES];
 
-    /* Set by begin. Some query of the tile, or of one panel of it, sees first <= j < last; every
-     * query of the panel sees inner_first <= j < inner_last. */
+    /* Set by begin. Some query of the tile, or of one micropanel of it, sees first <= j < last; every
+     * query of the micropanel sees inner_first <= j < inner_last. */
     ptrdiff_t first, last;
     struct {
         ptrdiff_t first, last, inner_first, inner_last;
@@ -116,8 +116,8 @@ typedef struct {
         /* Set by finish: bits of the queries that a second run is for, and among these of those whose
          * scores it makes again, not only sums of values. */
         uint64_t again, late;
-    } panel[MAX_PANELS];
-    int panels;
+    } micropanel[MAX_MICROPANELS];
+    int micropanels;
     /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
      * another measure finds, measure_scale included; weights are 2**(exponent * (score - maximum)). */
     double q_scale, measure_scale, score_scale, exponent;
@@ -143,10 +143,10 @@ typedef struct {
 
 /* One instruction set's kernels for one dtype. */
 typedef struct {
-    int queries, panel, pass_keys; /* the most that a tile, a panel and one call of attend take */
+    int block_q, mr, block_k; /* the most that a tile, a micropanel and one call of attend take */
     size_t (*scratch_bytes)(const Tile *, ptrdiff_t queries);
     void (*begin)(Tile *);
-    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
+    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one block, in order */
     int (*finish)(Tile *); /* 0: something overflowed; begin again with a margin after all below */
     void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
     void (*pool)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */

@@ -100,7 +100,7 @@ cdef Place place_of(const Walk *walk, Py_ssize_t item) noexcept nogil:
     item //= walk.parts
     # The last queries first: under a causal mask they have the most to do, and a run that ends in
     # small pieces leaves no thread waiting for another.
-    at.first = (walk.tiles - 1 - item % walk.tiles) * walk.kernels.queries
+    at.first = (walk.tiles - 1 - item % walk.tiles) * walk.kernels.block_q
     item //= walk.tiles
     at.kv_head = item % walk.kv_heads
     at.batch = item // walk.kv_heads
@@ -128,7 +128,7 @@ cdef void set_tile(const Walk *walk, Tile *tile, Place at) noexcept nogil:
     cdef char *partial = NULL
     if keys.offsets.data is not NULL:
         offset = (<int64_t *>entry(walk, &keys.offsets, at.batch))[0]
-    tile.n_queries = min(walk.kernels.queries, walk.group * walk.n_queries - at.first)
+    tile.n_queries = min(walk.kernels.block_q, walk.group * walk.n_queries - at.first)
     tile.k = entry(walk, &walk.k, at.batch) + at.kv_head * walk.k.head
     tile.v = entry(walk, &walk.v, at.batch) + at.kv_head * walk.v.head
     if walk.k_scales.data is not NULL:
@@ -290,7 +290,7 @@ cdef int describe_tile(
     tile.v_dim, tile.v_key = walk.v.dim, walk.v.row
     tile.head_dim = q.shape[q.ndim - 1]
     tile.value_dim = v.shape[v.ndim - 1]
-    tile.pass_keys = min(walk.kernels.pass_keys, walk.n_keys)
+    tile.block_k = min(walk.kernels.block_k, walk.n_keys)
     tile.scale = scale
     tile.softcap = softcap
     tile.measure = DOT

@@ -111,8 +111,8 @@ static double error_of(const Tile *t, int i) {
     return t->lse[i] == log(total) ? worst : worse(worst, fabs(t->lse[i] - log(total)));
 }
 
-static void each_pass(Tile *t, void (*step)(Tile *, ptrdiff_t, ptrdiff_t)) {
-    const ptrdiff_t keys = kernels.pass_keys, first = t->first / STRIP_KEYS * STRIP_KEYS;
+static void each_block(Tile *t, void (*step)(Tile *, ptrdiff_t, ptrdiff_t)) {
+    const ptrdiff_t keys = kernels.block_k, first = t->first / SUB_BLOCK_K * SUB_BLOCK_K;
     for (ptrdiff_t key = t->first / keys * keys; key < t->last; key += keys)
         step(t, key > first ? key : first, key + keys < t->last ? key + keys : t->last);
 }
@@ -122,9 +122,9 @@ static double run(Tile *t) {
     double worst = 0;
     t->scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
     kernels.begin(t);
-    each_pass(t, kernels.attend);
+    each_block(t, kernels.attend);
     if (!kernels.finish(t)) worst = INFINITY;
-    each_pass(t, kernels.weights);
+    each_block(t, kernels.weights);
     for (int i = 0; i < t->n_queries; i++) worst = worse(worst, error_of(t, i));
     free(t->scratch);
     return worst;
@@ -143,7 +143,7 @@ static double prepare(Tile *t) {
     kernels.gradient->prepare(t);
     t->value_dim = 0;
     kernels.begin(t);
-    each_pass(t, kernels.attend);
+    each_block(t, kernels.attend);
     kernels.gradient->normalize(t);
     t->value_dim = VALUE_DIM;
     for (int i = 0; i < t->n_queries; i++) {
@@ -190,8 +190,8 @@ static double run_gradients(Tile *t) {
     t->grad_k = (char *)found_k, t->grad_v = (char *)found_v;
     t->scratch = aligned_alloc(64, (kernels.gradient->scratch_bytes(t) + 63) / 64 * 64);
     worst = worse(worst, prepare(t));
-    for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.pass_keys) {
-        ptrdiff_t end = begin + kernels.pass_keys < N_KEYS ? begin + kernels.pass_keys : N_KEYS;
+    for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.block_k) {
+        ptrdiff_t end = begin + kernels.block_k < N_KEYS ? begin + kernels.block_k : N_KEYS;
         kernels.gradient->open(t, begin, end);
         kernels.begin(t);
         if (kernels.gradient->differentiate(t, begin, end)) kernels.gradient->add(t);
@@ -218,7 +218,7 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
     t.k = (char *)k, t.v = (char *)v;
     t.q_format = t.k_format = t.v_format = t.out_format = t.grad_out_format = t.grad_k_format =
         t.grad_v_format = (NumberFormat){'f', sizeof(real), 0};
-    t.pass_keys = kernels.pass_keys < N_KEYS ? kernels.pass_keys : N_KEYS;
+    t.block_k = kernels.block_k < N_KEYS ? kernels.block_k : N_KEYS;
     t.n_queries = n_queries;
     t.q_dim = t.k_dim = t.v_dim = t.out_dim = t.weights_key = sizeof(real);
     t.head_dim = HEAD_DIM, t.k_key = HEAD_DIM * sizeof(real);
@@ -262,7 +262,7 @@ int main(void) {
 #ifdef PARTS
     if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return puts("tiles are not to be had here"), 0;
 #endif
-    for (int n = 1; n <= kernels.queries; n += 1 + n / 64)
+    for (int n = 1; n <= kernels.block_q; n += 1 + n / 64)
         for (int causal = 0; causal < 2; causal++) {
             int options = (5 * n + 16 * causal) % ALL_OPTIONS;
             worst = worse(worst, check(DOT, n, causal, options, FORMATS[n % N_FORMATS]));
@@ -272,6 +272,6 @@ int main(void) {
 #endif
         }
     printf("%d-byte reals, %d queries a tile: largest error %.2e\n", (int)sizeof(real),
-           kernels.queries, worst);
+           kernels.block_q, worst);
     return worst <= TOLERANCE ? 0 : 1;
 }
