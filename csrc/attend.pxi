@@ -92,8 +92,8 @@ def attend(
 
     To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each cell of
     queries x keys are added. Or `indices`, int64 (batch, heads, queries, n) without gaps along the
-    last axis, and `weights` of the same shape are those of each query's n strongest keys, and out of
-    sight -1 and 0. For either `out` has a value_dim of 0 and the dtype of sums.
+    last axis, and `weights` of the same shape are those of each query's n strongest keys, and for hidden
+    keys -1 and 0. For either `out` has a value_dim of 0 and the dtype of sums.
     """
     cdef Walk walk
     cdef Tile *tiles

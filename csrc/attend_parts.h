@@ -50,7 +50,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     BlockState b;
     int vecs = t->micropanel[p].vecs, first = 0; /* of the sub-blocks whose values are still to be summed */
     real *row_max = s->row_max + p * MR, *out = s->out + p * MR * s->out_rows;
-    real *block_out = t->micropanel[p].started ? s->block_out : out;
+    real *block_out = t->micropanel[p].has_output ? s->block_out : out;
     bool begun = false;
     int sub_blocks = open_block(t, s, p, begin, end, &b);
     for (int n = 0; n < vecs; n++) {
@@ -63,7 +63,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         vec top[MR_VECS];
         for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
         if (!score(t, s, p, sub, top)) continue;
-        b.live = true;
+        b.any_visible = true;
         if (t->n_best > 0) collect_sub_block_max(t, p, sub);
         Rise rise = rise_of(t, vecs, top, row_max);
         if (rise.any) {
@@ -84,9 +84,9 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
             first = i + 1;
         }
     }
-    if (!b.live) return;
+    if (!b.any_visible) return;
     sum_sub_blocks(t, s, p, &b, first, sub_blocks, block_out, &begun);
     join_block(&b, vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
-    t->micropanel[p].started = 1;
+    t->micropanel[p].has_output = 1;
 }
 #endif

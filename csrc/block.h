@@ -14,7 +14,7 @@ static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
 static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
 /* Which sub-blocks of the block of keys under way have been made ready for the products, by bits: those that
- * somebody sees. The block ends at `end`. */
+ * some query sees. The block ends at `end`. */
 typedef struct {
     uint64_t keys, values;
     ptrdiff_t end;
@@ -29,10 +29,10 @@ typedef struct {
 typedef struct Scratch {
     struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
     real *row_max, *row_sum; /* [micropanel][MR] */
-    lane_int *saw;           /* [micropanel][MR]: has the query seen a key? -1 or 0 */
-    real *wrong;             /* [micropanel][MR]: NaN where one was seen beside Inf, else 0 */
+    lane_int *any_visible;           /* [micropanel][MR]: has the query a visible key? -1 or 0 */
+    real *wrong;             /* [micropanel][MR]: NaN where one was found beside Inf, else 0 */
     uint64_t *lost;          /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
-    lane_int *seen;          /* [sub-block of the block][MASK_WORDS][MR]: see Seen */
+    lane_int *visible;          /* [sub-block of the block][MASK_WORDS][MR]: see Visibility */
     real *out;               /* [micropanel][value_dim][MR], the running sum */
     real *block_out;         /* [value_dim][MR], the sum of one block */
     real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
@@ -87,14 +87,14 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(ready, 1)
     TAKE(row_max, row)
     TAKE(row_sum, row)
-    TAKE(saw, row)
+    TAKE(any_visible, row)
     TAKE(wrong, row)
     TAKE(lost, micropanels * t->value_dim)
     TAKE(out, row * s->out_rows)
     TAKE(block_out, MR * s->out_rows)
     TAKE(bias, t->has_bias ? SUB_BLOCK_K * MR : 0)
     TAKE(more, t->head_dim > BLOCK_D ? SUB_BLOCK_K * MR : 0)
-    TAKE(seen, SUB_BLOCKS * MASK_WORDS * MR)
+    TAKE(visible, SUB_BLOCKS * MASK_WORDS * MR)
 #ifdef PARTS
     TAKE(q, MR * t->head_dim)
     TAKE(keys, t->head_dim)
@@ -133,7 +133,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
 
 /* What the queries of a micropanel see of a sub-block: nothing, every key, or those whose bits are set in
  * the micropanel's mask words, [MASK_WORDS][MR]. */
-typedef enum { SEE_NONE, SEE_SOME, SEE_ALL } Seen;
+typedef enum { EMPTY, PARTIAL, FULL } Visibility;
 
 /* A sub-block of keys for one micropanel: those of the SUB_BLOCK_K that the micropanel sees some of. */
 typedef struct {
@@ -141,19 +141,19 @@ typedef struct {
     int keys;
     real *scores;
     lane_int *mask_words;
-    Seen seen;
+    Visibility visibility;
 } SubBlock;
 
 /* What one micropanel knows of the block under way. */
 typedef struct {
     SubBlock sub_blocks[SUB_BLOCKS];
-    bool live; /* does it see anything? */
+    bool any_visible; /* is any key visible? */
     vec top[MR_VECS], sum[MR_VECS], rescale[MR_VECS];
 } BlockState;
 
 /* Does each query see key j? In the sign bits, as `choose` takes them. */
-INLINE ivec sees(const SubBlock *sub, int n, int j) {
-    if (sub->seen == SEE_ALL) return splat_int(-1);
+INLINE ivec visible_lanes(const SubBlock *sub, int n, int j) {
+    if (sub->visibility == FULL) return splat_int(-1);
     ivec word = *(const ivec *)(sub->mask_words + j / LANE_BITS * MR + n * LANES);
     return shift_up(word, LANE_BITS - 1 - j % LANE_BITS);
 }

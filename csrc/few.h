@@ -184,9 +184,9 @@ INLINE void add_few_values(const Tile *t, const Scratch *s, const SubBlock *sub,
         const real *weights = sub->scores + first * MR;
         FewRows v = few_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, t->v_format, keys,
                              t->value_dim, s->few_rows);
-        for (; i < t->n_queries && sub->seen == SEE_SOME; i++)
+        for (; i < t->n_queries && sub->visibility == PARTIAL; i++)
             for (int j = 0; j < keys; j++)
-                if (sees(sub, 0, first + j)[i] < 0)
+                if (visible_lanes(sub, 0, first + j)[i] < 0)
                     add_group(1, (FewRows){v.data + j * v.row, 0}, 1, weights + j * MR + i,
                               scales ? scales + j : NULL, t->value_dim, s->few_sums + i * padded, format);
 #define GROUP(queries)                                                                            \

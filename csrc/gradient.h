@@ -82,10 +82,10 @@ static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p,
             ptrdiff_t at = j * MR + n * LANES;
             vec weight = weight_from(load(sub->scores + at) - lse, rest, exponent);
             vec grad = weight * (load(g->grad_scores + at) * unit - delta);
-            if (sub->seen == SEE_SOME) {
-                ivec seen = sees(sub, n, j);
-                weight = choose(seen, weight, splat(0));
-                grad = choose(seen, grad, splat(0));
+            if (sub->visibility == PARTIAL) {
+                ivec visible = visible_lanes(sub, n, j);
+                weight = choose(visible, weight, splat(0));
+                grad = choose(visible, grad, splat(0));
             }
             store(sub->scores + at, weight);
             store(g->grad_scores + at, grad);
@@ -163,7 +163,7 @@ static void uncap(const Tile *t, const GradientScratch *g, int p, const SubBlock
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             real *grad = g->grad_scores + j * MR + n * LANES;
             vec x = load(grad) * load(g->slope + j * MR + n * LANES);
-            store(grad, sub->seen == SEE_SOME ? choose(sees(sub, n, j), x, splat(0)) : x);
+            store(grad, sub->visibility == PARTIAL ? choose(visible_lanes(sub, n, j), x, splat(0)) : x);
         }
 }
 
@@ -213,10 +213,10 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         int keys = fewer(end - key, SUB_BLOCK_K);
         begun.keys = false;
         for (int p = 0; p < t->micropanels; p++) {
-            SubBlock sub = {key, keys, g.forward.scores, g.forward.seen, SEE_NONE};
+            SubBlock sub = {key, keys, g.forward.scores, g.forward.visible, EMPTY};
             if (key >= t->micropanel[p].last || key + keys <= t->micropanel[p].first) continue;
-            sub.seen = look(t, p, &sub);
-            if (sub.seen == SEE_NONE) continue;
+            sub.visibility = classify(t, p, &sub);
+            if (sub.visibility == EMPTY) continue;
             need(t, &g.forward, key, &g.forward.ready->keys, ready_keys);
             need(t, &g.forward, key, &g.forward.ready->values, ready_for_gradients);
             differentiate_sub_block(t, &g, p, &sub, &begun);

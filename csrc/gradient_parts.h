@@ -157,14 +157,14 @@ static void ready_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin
 }
 
 /* Does some query see a number that parts cannot express, its own included? */
-static bool sees_odd(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+static bool sees_special(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
     uint64_t keys = g->odd_keys[sub->key % BLOCK_K / SUB_BLOCK_K], queries = g->odd_queries[p];
-    if (sub->seen == SEE_ALL || !(keys | queries)) return keys | queries;
+    if (sub->visibility == FULL || !(keys | queries)) return keys | queries;
     for (int i = 0; i < MR && p * MR + i < t->n_queries; i++) {
-        uint64_t seen = first_bits(sub->keys), mask_words = 0;
+        uint64_t visible = first_bits(sub->keys), mask_words = 0;
         for (int w = 0; w < MASK_WORDS; w++)
             mask_words |= (uint64_t)(lane_uint)sub->mask_words[w * MR + i] << w * LANE_BITS;
-        if (mask_words & seen & (queries >> i & 1 ? seen : keys)) return true;
+        if (mask_words & visible & (queries >> i & 1 ? visible : keys)) return true;
     }
     return false;
 }
@@ -181,7 +181,7 @@ static void ready_reals(const Tile *t, const GradientScratch *g, int p, const Su
 /* grad_scores = V dO^T, to be multiplied by `unit`. Returns whether parts could express it. */
 static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, real *unit) {
     ptrdiff_t chunks = round_up(t->value_dim, CHUNK) / CHUNK, rows = g->forward.key_rows;
-    if (sees_odd(t, g, p, sub)) {
+    if (sees_special(t, g, p, sub)) {
         *unit = 1;
         ready_reals(t, g, p, sub);
         multiply_real_values(t, g, p, sub, (View){g->real_values, t->value_dim, 1});

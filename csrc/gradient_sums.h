@@ -160,7 +160,7 @@ static void sum_queries_carefully(ptrdiff_t dims, const SubBlock *sub, int queri
             real *to = c + (m * SUB_BLOCK_K + j) * MR;
             for (ptrdiff_t d = 0; d < MR && !accumulate; d++) to[d] = 0;
             for (int i = 0; i < queries; i++)
-                for (ptrdiff_t d = 0; d < MR && sees(sub, i / LANES, j)[i % LANES] < 0; d++)
+                for (ptrdiff_t d = 0; d < MR && visible_lanes(sub, i / LANES, j)[i % LANES] < 0; d++)
                     to[d] += a[j * MR + i] * rows[(m * REAL_MICROPANELS * MR + i) * MR + d];
         }
 }
@@ -172,7 +172,7 @@ static void sum_real_sub_block(const Tile *t, const GradientScratch *g, int p, c
     ptrdiff_t slot = p % REAL_MICROPANELS * MR;
     const real *q_rows = g->q_rows + slot * MR, *grad_out_rows = g->grad_out_rows + slot * MR;
     real *grad_q = g->grad_q + p * MR * g->q_rows_padded;
-    if (sub->seen == SEE_SOME &&
+    if (sub->visibility == PARTIAL &&
         !(g->finite[p % REAL_MICROPANELS] && all_finite(k, sub->keys, t->head_dim))) {
         SubBlock grads = *sub;
         grads.scores = g->grad_scores;

@@ -486,7 +486,7 @@ static void add_odd_values(const Tile *t, const Scratch *s, int p, const BlockSt
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
                 real *o = out + d * MR + n * LANES;
                 if (!(outside(splat(s->values[d])) & 1)) continue;
-                store(o, choose(sees(sub, n, j), weight * s->values[d] + load(o), load(o)));
+                store(o, choose(visible_lanes(sub, n, j), weight * s->values[d] + load(o), load(o)));
             }
         }
     }
@@ -503,7 +503,7 @@ static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockSt
         const SubBlock *first = &b->sub_blocks[i];
         int chunks = 0;
         /* Strips without a gap between them make one product. */
-        for (; i < end && b->sub_blocks[i].seen != SEE_NONE &&
+        for (; i < end && b->sub_blocks[i].visibility != EMPTY &&
                b->sub_blocks[i].key == first->key + chunks * CHUNK; i++)
             chunks += (int)round_up(b->sub_blocks[i].keys, CHUNK) / CHUNK;
         if (chunks == 0) {

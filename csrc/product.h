@@ -116,16 +116,16 @@ static bool all_finite(View v, int keys, ptrdiff_t dims) {
 }
 
 /* The second product where some query must not meet a NaN or an Inf in some v that it does not
- * see: 0 * NaN is a NaN, so unseen keys are left out lane by lane. */
+ * see: 0 * NaN is a NaN, so hidden keys are left out lane by lane. */
 static void careful_product(const SubBlock *sub, int vecs, View v, ptrdiff_t dims, real *out) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
-            ivec seen = sees(sub, n, j);
+            ivec visible = visible_lanes(sub, n, j);
             vec p = load(sub->scores + j * MR + n * LANES);
             for (ptrdiff_t d = 0; d < dims; d++) {
                 real *o = out + d * MR + n * LANES;
                 vec sum = load(o);
-                store(o, choose(seen, splat(v.data[j * v.row + d * v.dim]) * p + sum, sum));
+                store(o, choose(visible, splat(v.data[j * v.row + d * v.dim]) * p + sum, sum));
             }
         }
 }
@@ -239,7 +239,7 @@ static void sum_few_values(const Tile *t, const Scratch *s, BlockState *b, int s
     memset(s->few_sums, 0, sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
-        if (sub->seen == SEE_NONE) continue;
+        if (sub->visibility == EMPTY) continue;
         weigh(1, t->exponent, sub, b->top, b->sum);
         WITH_FORMAT(few_format(t->v_dim, t->v_format), add_few_values, t, s, sub);
     }
@@ -256,10 +256,10 @@ static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, in
     int vecs = t->micropanel[p].vecs;
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
-        if (sub->seen == SEE_NONE) continue;
+        if (sub->visibility == EMPTY) continue;
         View v = values_from(t, s, sub->key);
         weigh(vecs, t->exponent, sub, b->top, b->sum);
-        if (sub->seen == SEE_SOME && !all_finite(v, sub->keys, t->value_dim)) {
+        if (sub->visibility == PARTIAL && !all_finite(v, sub->keys, t->value_dim)) {
             if (!begun) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
             careful_product(sub, vecs, v, t->value_dim, out);
         } else {

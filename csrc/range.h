@@ -85,7 +85,7 @@ static void draw_in_scores(const Tile *t, int p, const SubBlock *sub, vec *top) 
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = sub->scores + j * MR + n * LANES;
-            ivec out = ~(magnitude(load(s)) <= most) & sees(sub, n, j);
+            ivec out = ~(magnitude(load(s)) <= most) & visible_lanes(sub, n, j);
             if (!any_lane(out)) continue;
             for (int l = 0; l < LANES; l++) {
                 ptrdiff_t i = p * MR + n * LANES + l;
@@ -108,7 +108,7 @@ static void note_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks,
     sum += load(s->row_sum + lane);
     ivec nan = fresh & (sum != sum);
     for (int i = 0; i < count; i++)
-        for (int j = 0; j < sub_blocks[i].keys && sub_blocks[i].seen != SEE_NONE; j++) {
+        for (int j = 0; j < sub_blocks[i].keys && sub_blocks[i].visibility != EMPTY; j++) {
             vec x = load(sub_blocks[i].scores + j * MR + n * LANES);
             nan |= x != x;
         }
@@ -165,7 +165,7 @@ static uint64_t late_queries(const Tile *t, const Scratch *s, int p) {
         ptrdiff_t i = p * MR + l;
         bool sunk = t->has_sinks && t->sink[i] == INFINITY;
         bool fine = isfinite(s->row_sum[i]) && (isfinite(s->row_max[i]) || sunk);
-        if (s->saw[i] && !fine && !explained(t, i)) late |= (uint64_t)1 << l;
+        if (s->any_visible[i] && !fine && !explained(t, i)) late |= (uint64_t)1 << l;
     }
     if (late) WITH_FORMAT(t->k_format, explain_by_keys, t, p, &late);
     return late;
@@ -210,14 +210,14 @@ static bool find_lost_of_micropanel(Tile *t, const Scratch *s, int p) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES;
         vec odd = load(s->row_sum + at) * 0 +
-                  choose(*(const ivec *)(s->saw + at), load(s->row_max + at) * 0, splat(0));
+                  choose(*(const ivec *)(s->any_visible + at), load(s->row_max + at) * 0, splat(0));
         fine &= !any_lane(odd != splat(0)) && all_sums_finite(t, out + n * LANES);
     }
     if (fine) return false;
     t->micropanel[p].again = t->micropanel[p].late = late_queries(t, s, p);
     for (int l = 0; l < MR && p * MR + l < t->n_queries; l++) {
         ptrdiff_t i = p * MR + l;
-        good |= (uint64_t)(s->saw[i] && isfinite(s->row_sum[i])) << l;
+        good |= (uint64_t)(s->any_visible[i] && isfinite(s->row_sum[i])) << l;
     }
     uint64_t any = 0;
     for (ptrdiff_t d = 0; d < t->value_dim; d++) {
@@ -235,7 +235,7 @@ static bool find_lost(Tile *t, const Scratch *s) {
     bool some = false;
     for (int p = 0; p < t->micropanels; p++) {
         t->micropanel[p].again = t->micropanel[p].late = 0;
-        if (t->micropanel[p].started) some |= find_lost_of_micropanel(t, s, p);
+        if (t->micropanel[p].has_output) some |= find_lost_of_micropanel(t, s, p);
     }
     return some;
 }

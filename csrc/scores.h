@@ -1,4 +1,4 @@
-/* Between the products: who sees what, softcap, bias and alibi, and scores to weights. */
+/* Between the products: visibility, softcap, bias and alibi, and scores to weights. */
 #ifndef FASTATTN_SCORES_H
 #define FASTATTN_SCORES_H
 
@@ -48,12 +48,12 @@ static bool hidden_by_bias(const Tile *t, int p, const SubBlock *sub) {
     return true;
 }
 
-/* Read who sees what of a sub-block, biases of -inf aside unless all are. */
-static Seen look(const Tile *t, int p, const SubBlock *sub) {
+/* Read visibility of a sub-block, biases of -inf aside unless all are. */
+static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
     ptrdiff_t first = p * MR, key = sub->key;
     bool inner = t->micropanel[p].inner_first <= key && key + sub->keys <= t->micropanel[p].inner_last;
-    if (t->has_bias && hidden_by_bias(t, p, sub)) return SEE_NONE;
-    if (inner && !t->has_mask) return SEE_ALL;
+    if (t->has_bias && hidden_by_bias(t, p, sub)) return EMPTY;
+    if (inner && !t->has_mask) return FULL;
     uint64_t every = first_bits(sub->keys), any = 0, all = every, bits = 0, masked = every;
     for (int i = 0; i < MR; i++) {
         ptrdiff_t row = first + i;
@@ -70,7 +70,7 @@ static Seen look(const Tile *t, int p, const SubBlock *sub) {
         }
         set_mask_words(sub->mask_words, i, bits);
     }
-    return any == 0 ? SEE_NONE : all == every ? SEE_ALL : SEE_SOME;
+    return any == 0 ? EMPTY : all == every ? FULL : PARTIAL;
 }
 
 /* Are all biases of the micropanel and sub-block of type `real`, in sequence and far from overflow? */
@@ -120,15 +120,15 @@ static void add_plain_bias(const Tile *t, int p, const SubBlock *sub, vec *top) 
 }
 
 /* Add biases of any format. -inf takes a key out of the mask words; a sum of finite numbers that
- * overflows is the largest number still. Returns what is seen then. */
-static Seen add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) {
+ * overflows is the largest number still. Returns the visibility after that. */
+static Visibility add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) {
     const vec most = splat(REAL_MAX);
     int vecs = t->micropanel[p].vecs;
-    Seen seen = sub->seen;
+    Visibility visibility = sub->visibility;
     bool excluding = false;
     for (int i = 0; i < vecs * LANES; i++) {
         const char *row = bias_row(t, p, i, sub->key);
-        if (seen == SEE_ALL) set_mask_words(sub->mask_words, i, first_bits(sub->keys));
+        if (visibility == FULL) set_mask_words(sub->mask_words, i, first_bits(sub->keys));
         for (int j = 0; j < sub->keys; j++) {
             real b = as_real(read_number(row + j * t->bias_key, t->bias_format));
             bias[j * MR + i] = b;
@@ -147,7 +147,7 @@ static Seen add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) 
             vec bound = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
             store(s, choose(finite, bound, sum));
         }
-    return excluding ? SEE_SOME : seen;
+    return excluding ? PARTIAL : visibility;
 }
 
 static void add_to_scores(int vecs, const SubBlock *sub, const real *more) {
@@ -223,7 +223,7 @@ static void take_max(int vecs, const SubBlock *sub, vec *top) {
 }
 
 /* Put -inf where a query does not see a key, and take the maximum of what is left. */
-static void hide_unseen(int vecs, const SubBlock *sub, vec *top) {
+static void apply_mask(int vecs, const SubBlock *sub, vec *top) {
     for (int n = 0; n < vecs; n++) {
         vec most = splat(-INFINITY);
         for (int w = 0; w * LANE_BITS < sub->keys; w++) {
@@ -242,7 +242,7 @@ static void hide_unseen(int vecs, const SubBlock *sub, vec *top) {
     }
 }
 
-/* What comes after the product: softcap, bias, alibi, and who sees what. `top` is the maximum of
+/* What comes after the product: softcap, bias, alibi, and visibility. `top` is the maximum of
  * the scores before and after. */
 static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
@@ -262,12 +262,12 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub,
         if (plain_bias(t, p, sub)) {
             add_plain_bias(t, p, sub, top);
         } else {
-            sub->seen = add_any_bias(t, p, sub, s->bias);
+            sub->visibility = add_any_bias(t, p, sub, s->bias);
             take_max(vecs, sub, top);
         }
     }
     if (t->has_alibi) subtract_alibi(t, p, sub, top);
-    if (sub->seen == SEE_SOME) hide_unseen(vecs, sub, top);
+    if (sub->visibility == PARTIAL) apply_mask(vecs, sub, top);
 }
 
 /* Weights of scores relative to `top`. Subtracting before scaling costs an instruction more than a

@@ -18,7 +18,7 @@ cdef enum:
 
 # With no more queries than these a key head is one item of work, which may leave threads idle, so
 # its keys are split between them, in parts that depend on their number alone. No more than so many,
-# because each takes room for what it finds, and time though nobody sees it.
+# because each takes room for what it finds, and time even where every key of it is hidden.
 cdef enum:
     SPLIT = 32
     PART_KEYS = 2048

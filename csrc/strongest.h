@@ -68,7 +68,7 @@ static void collect_keys(const Tile *t, const Scratch *s, int p, const SubBlock 
 static void write_ranks(const Tile *t, const Scratch *s, ptrdiff_t i) {
     const Candidate *best = t->best + i * t->n_best;
     real top = s->row_max[i], sum = s->row_sum[i];
-    bool wrong = top != INFINITY && (sum != sum || (sum == 0 && s->saw[i]));
+    bool wrong = top != INFINITY && (sum != sum || (sum == 0 && s->any_visible[i]));
     Softmax row = softmax_of(splat(top), splat(sum));
     for (ptrdiff_t first = 0; first < t->n_best; first += LANES) {
         int n = fewer(t->n_best - first, LANES);

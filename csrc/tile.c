@@ -83,14 +83,14 @@ static void bound_micropanel(Tile *t, int p) {
     t->micropanel[p].inner_first = inner_first;
     t->micropanel[p].inner_last = inner_last;
     t->micropanel[p].vecs = fewer((t->n_queries - p * MR + LANES - 1) / LANES, MR_VECS);
-    t->micropanel[p].started = 0;
+    t->micropanel[p].has_output = 0;
     if (first < t->first) t->first = first;
     if (last > t->last) t->last = last;
 }
 
 /* The inverse of load_queries: (row `lane` of the LANES from `first` on)[d] = columns[d][lane] *
- * share[lane], but 0 where the query saw nothing, whatever is in its column. */
-static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec share, ivec saw) {
+ * share[lane], but 0 where the query has no visible key, whatever is in its column. */
+static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec share, ivec any_visible) {
     int rows = fewer(t->n_queries - first, LANES);
     ptrdiff_t d = 0;
     if (t->out_dim == t->out_format.bytes)
@@ -98,13 +98,13 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
             vec x[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
-                x[i] = choose(saw, load(columns + (d + i) * MR) * share, splat(0));
+                x[i] = choose(any_visible, load(columns + (d + i) * MR) * share, splat(0));
             transpose(x);
             for (int i = 0; i < rows; i++)
                 store_numbers(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
         }
     for (; d < t->value_dim; d++) {
-        vec x = choose(saw, load(columns + d * MR) * share, splat(0));
+        vec x = choose(any_visible, load(columns + d * MR) * share, splat(0));
         for (int i = 0; i < rows; i++)
             write_number(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
     }
@@ -118,7 +118,7 @@ static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
         s->row_sum[i] = sink == -INFINITY  ? 0
                         : sink == INFINITY ? 1
                                            : (real)(WEIGHT_UNIT * exp(sink - (sink + t->margin)));
-        s->saw[i] = 0;
+        s->any_visible[i] = 0;
         s->wrong[i] = 0;
     }
 }
@@ -150,12 +150,12 @@ static void need(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *done,
     *done |= bit;
 }
 
-/* One micropanel's scores for a sub-block, -inf where unseen; `top` takes part in their maximum. Returns whether
- * anything is seen. */
+/* One micropanel's scores for a sub-block, -inf where hidden; `top` takes part in their maximum. Returns whether
+ * any key is visible. */
 static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
-    sub->seen = sub->keys > 0 ? look(t, p, sub) : SEE_NONE;
-    if (sub->seen == SEE_NONE) return false;
+    sub->visibility = sub->keys > 0 ? classify(t, p, sub) : EMPTY;
+    if (sub->visibility == EMPTY) return false;
 
     vec sub_top[MR_VECS];
     for (int n = 0; n < vecs; n++) sub_top[n] = splat(-INFINITY);
@@ -164,10 +164,10 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
     finish_scores(t, s, p, sub, sub_top);
     if (t->careful) draw_in_scores(t, p, sub, sub_top);
     for (int n = 0; n < vecs; n++) {
-        ivec *saw = (ivec *)(s->saw + p * MR + n * LANES);
-        for (int w = 0; w < MASK_WORDS && sub->seen == SEE_SOME; w++)
-            *saw |= *(const ivec *)(sub->mask_words + w * MR + n * LANES) != 0;
-        if (sub->seen == SEE_ALL) *saw = splat_int(-1);
+        ivec *any_visible = (ivec *)(s->any_visible + p * MR + n * LANES);
+        for (int w = 0; w < MASK_WORDS && sub->visibility == PARTIAL; w++)
+            *any_visible |= *(const ivec *)(sub->mask_words + w * MR + n * LANES) != 0;
+        if (sub->visibility == FULL) *any_visible = splat_int(-1);
         top[n] = larger(sub_top[n], top[n]);
     }
     return true;
@@ -177,7 +177,7 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
  * their number. */
 static int open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
                        BlockState *b) {
-    b->live = false;
+    b->any_visible = false;
     for (int n = 0; n < MR_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
     for (int i = 0; begin + i * SUB_BLOCK_K < end; i++) {
         ptrdiff_t from = begin + i * SUB_BLOCK_K, to = from + SUB_BLOCK_K < end ? from + SUB_BLOCK_K : end;
@@ -188,8 +188,8 @@ static int open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, p
             .key = from,
             .keys = to > from ? (int)(to - from) : 0,
             .scores = s->scores + (from - begin) % SCORE_KEYS * MR,
-            .mask_words = s->seen + i * MASK_WORDS * MR,
-            .seen = SEE_NONE,
+            .mask_words = s->visible + i * MASK_WORDS * MR,
+            .visibility = EMPTY,
         };
     }
     return (int)((end - begin + SUB_BLOCK_K - 1) / SUB_BLOCK_K);
@@ -234,7 +234,7 @@ static void raise_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
         vec before = load(row_max + n * LANES);
         vec now = larger(before, b->top[n] + (real)t->margin);
         store(row_max + n * LANES, now);
-        /* While a row has seen nothing its maximum is -inf; any finite one will do. */
+        /* While a row has no visible key its maximum is -inf; any finite one will do. */
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
         /* An unchanged maximum may be an infinite sink. */
         vec factor = weight_from(before, b->top[n], exponent) * (real)(1 / WEIGHT_UNIT);
@@ -246,15 +246,15 @@ static void raise_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     BlockState b;
     int sub_blocks = open_block(t, s, p, begin, end, &b);
-    for (int i = 0; i < sub_blocks; i++) b.live |= score(t, s, p, &b.sub_blocks[i], b.top);
-    if (!b.live) return;
+    for (int i = 0; i < sub_blocks; i++) b.any_visible |= score(t, s, p, &b.sub_blocks[i], b.top);
+    if (!b.any_visible) return;
     real *out = s->out + p * MR * s->out_rows;
-    real *block_out = t->micropanel[p].started ? s->block_out : out;
+    real *block_out = t->micropanel[p].has_output ? s->block_out : out;
     raise_max(t, t->micropanel[p].vecs, &b, s->row_max + p * MR);
     for (int n = 0; n < t->micropanel[p].vecs; n++)
         note_nan(s, p, n, b.sub_blocks, sub_blocks, b.rescale[n] != 1, splat(0));
     for (int i = 0; i < sub_blocks; i++) {
-        if (b.sub_blocks[i].seen == SEE_NONE) continue;
+        if (b.sub_blocks[i].visibility == EMPTY) continue;
         if (t->n_best > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
         if (t->value_dim > 0)
             need(t, s, b.sub_blocks[i].key, &s->ready->values, ready_values);
@@ -263,7 +263,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     }
     if (t->value_dim > 0) sum_values(t, s, p, &b, sub_blocks, block_out);
     join_block(&b, t->micropanel[p].vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
-    t->micropanel[p].started = 1;
+    t->micropanel[p].has_output = 1;
 }
 #endif
 
@@ -289,11 +289,11 @@ static void store_lost(const Tile *t, const Scratch *s, int p) {
 static void store_micropanel(const Tile *t, const Scratch *s, int p) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES;
-        ivec saw = *(const ivec *)(s->saw + at);
+        ivec any_visible = *(const ivec *)(s->any_visible + at);
         /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
         vec sum = load(s->row_sum + at);
         vec share = choose(sum == splat(0), splat(NAN), splat(1) / sum);
-        store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, share, saw);
+        store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, share, any_visible);
     }
 }
 
@@ -324,7 +324,7 @@ static void settle_weights(const Tile *t, const Scratch *s, int p, const SubBloc
         for (int j = 0; j < sub->keys; j++) {
             real *score = sub->scores + j * MR + n * LANES;
             vec weight = weight_from(load(score), row.top, exponent) * row.share;
-            store(score, choose(sees(sub, n, j) & own, weight, splat(0)));
+            store(score, choose(visible_lanes(sub, n, j) & own, weight, splat(0)));
         }
     }
 }

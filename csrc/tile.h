@@ -65,7 +65,7 @@ typedef struct {
     double slope[MAX_QUERIES], sink[MAX_QUERIES];
     ptrdiff_t position[MAX_QUERIES]; /* of query i on the key axis */
 
-    char *weights[MAX_QUERIES]; /* filled by weights() where a key is seen; 0 before */
+    char *weights[MAX_QUERIES]; /* filled by weights() where a key is visible; 0 before */
     ptrdiff_t weights_key;
     int want_lse;
     double lse[MAX_QUERIES]; /* filled by finish, where wanted */
@@ -111,7 +111,7 @@ typedef struct {
     struct {
         ptrdiff_t first, last, inner_first, inner_last;
         int vecs;         /* vectors in use */
-        int started;      /* has it attended to a block? */
+        int has_output;      /* does `out` hold the sum of a block? */
         uint64_t outside; /* bits of the queries that the products cannot take */
         /* Set by finish: bits of the queries that a second run is for, and among these of those whose
          * scores it makes again, not only sums of values. */
@@ -136,7 +136,7 @@ typedef struct {
     void (*prepare)(Tile *);
     void (*normalize)(Tile *);
     void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
-    int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: nobody sees anybody */
+    int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: no key is visible to any query */
     void (*add)(Tile *);
     void (*close)(Tile *, ptrdiff_t begin, ptrdiff_t end);
 } GradientKernels;
