@@ -123,7 +123,7 @@ def attend(
     items = walk.key_heads * walk.tiles * walk.parts
     if items == 0:
         return
-    threads = ready_threads(min(threads, items))
+    threads = available_threads(min(threads, items))
 
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:

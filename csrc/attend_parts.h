@@ -52,7 +52,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     real *row_max = s->row_max + p * MR, *out = s->out + p * MR * s->out_rows;
     real *block_out = t->micropanel[p].has_output ? s->block_out : out;
     bool begun = false;
-    int sub_blocks = open_block(t, s, p, begin, end, &b);
+    int sub_blocks = begin_block(t, s, p, begin, end, &b);
     for (int n = 0; n < vecs; n++) {
         vec top = load(row_max + n * LANES);
         b.top[n] = choose(top == splat(-INFINITY), splat(0), top);
@@ -77,7 +77,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
             continue;
         }
         weigh(vecs, t->exponent, sub, b.top, b.sum, weights_of(s, sub), WEIGHT_PART);
-        need(t, s, sub->key, &s->ready->values, ready_values);
+        ensure_packed(t, s, sub->key, &s->packed->values, pack_values);
         if (bits_of(s->odd_values, sub)) {
             sum_sub_blocks(t, s, p, &b, first, i + 1, block_out, &begun);
             add_odd_values(t, s, p, &b, sub, block_out);

@@ -13,12 +13,12 @@ static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
 }
 static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
-/* Which sub-blocks of the block of keys under way have been made ready for the products, by bits: those that
+/* Which sub-blocks of the block of keys under way have been packed for the matmuls, by bits: those that
  * some query sees. The block ends at `end`. */
 typedef struct {
     uint64_t keys, values;
     ptrdiff_t end;
-} Ready;
+} PackedSubBlocks;
 
 /* Head dims whose products are summed from zero before they join the running sum, as keys of a block do. */
 #define BLOCK_D 256
@@ -52,7 +52,7 @@ typedef struct Scratch {
     real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *measured; /* measures.h */
     lane_int *odd_queries, *odd_keys;
 #endif
-    Ready *ready;
+    PackedSubBlocks *packed;
     ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' parts */
 } Scratch;
 
@@ -84,7 +84,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     s->field = (void *)((uintptr_t)base + bytes);                                                 \
     bytes += (size_t)round_up((ptrdiff_t)sizeof *s->field * (count), 64);
     TAKE(own, 1)
-    TAKE(ready, 1)
+    TAKE(packed, 1)
     TAKE(row_max, row)
     TAKE(row_sum, row)
     TAKE(any_visible, row)

@@ -46,7 +46,7 @@ static FewRows few_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberForm
 }
 
 /* q[query][dims], padded by 0. */
-static void ready_few_queries(const Tile *t, const Scratch *s) {
+static void pack_few_queries(const Tile *t, const Scratch *s) {
     ptrdiff_t padded = round_up(t->head_dim, LANES);
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         real *q = s->q + i * padded;

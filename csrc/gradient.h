@@ -14,7 +14,7 @@
 #endif
 
 /* Start on a block of keys. */
-static void open_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+static void begin_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     GradientScratch g;
     lay_out_gradient(t, &g);
     size_t bytes = sizeof(real) * (size_t)((end - begin) * MR); /* of one micropanel of dims */
@@ -22,7 +22,7 @@ static void open_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         memset(g.grad_k + (m * BLOCK_K + begin % BLOCK_K) * MR, 0, bytes);
     for (ptrdiff_t m = 0; m < dim_micropanels(t->value_dim); m++)
         memset(g.grad_v + (m * BLOCK_K + begin % BLOCK_K) * MR, 0, bytes);
-    *g.forward.ready = (Ready){.end = end};
+    *g.forward.packed = (PackedSubBlocks){.end = end};
 }
 
 /* The mean of the weights' gradients, grad_out . out, summed as the products of grad_out and v are: where one
@@ -58,7 +58,7 @@ static void normalize(Tile *t) {
 }
 
 /* Read what the tile's queries bring along. */
-static void open_queries(Tile *t, const GradientScratch *g) {
+static void begin_queries(Tile *t, const GradientScratch *g) {
     double unit = score_unit(t);
     for (ptrdiff_t i = 0; i < t->micropanels * MR; i++) {
         bool real_query = i < t->n_queries;
@@ -67,7 +67,7 @@ static void open_queries(Tile *t, const GradientScratch *g) {
         g->lse_rest[i] = isfinite(lse) ? (real)((fma(-g->lse[i], unit, lse) + t->lse_rest[i]) / unit) : 0;
         g->delta[i] = real_query ? (real)t->delta[i] : 0;
     }
-    for (int p = 0; p < t->micropanels; p++) open_micropanel(t, g, p);
+    for (int p = 0; p < t->micropanels; p++) begin_micropanel(t, g, p);
 }
 
 /* Weights, in place of the scores, and grad_scores of the product with v, which is to be multiplied by `unit`.
@@ -205,8 +205,8 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Begun begun = {0};
     bool any = false;
     lay_out_gradient(t, &g);
-    OPEN_TILES();
-    open_queries(t, &g);
+    BEGIN_TILES();
+    begin_queries(t, &g);
     if (t->wants_sums) memset(t->row_sums, 0, sizeof *t->row_sums * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += SUB_BLOCK_K) {
         /* Whole sub-blocks, so that a row of dK or dV has one place. */
@@ -217,8 +217,8 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
             if (key >= t->micropanel[p].last || key + keys <= t->micropanel[p].first) continue;
             sub.visibility = classify(t, p, &sub);
             if (sub.visibility == EMPTY) continue;
-            need(t, &g.forward, key, &g.forward.ready->keys, ready_keys);
-            need(t, &g.forward, key, &g.forward.ready->values, ready_for_gradients);
+            ensure_packed(t, &g.forward, key, &g.forward.packed->keys, pack_keys);
+            ensure_packed(t, &g.forward, key, &g.forward.packed->values, pack_for_gradients);
             differentiate_sub_block(t, &g, p, &sub, &begun);
         }
         sum_waiting(t, &g, keys, &begun);
@@ -227,7 +227,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         join_sub_block(t->head_dim, key, keys, g.sub_grad_k, g.grad_k);
         join_sub_block(t->value_dim, key, keys, g.sub_grad_v, g.grad_v);
     }
-    CLOSE_TILES();
+    END_TILES();
     for (int p = 0; p < t->micropanels; p++)
         if (!begun.q[p])
             memset(g.grad_q + p * MR * g.q_rows_padded, 0, sizeof(real) * MR * (size_t)t->head_dim);
@@ -258,7 +258,7 @@ static void add_grad_q(Tile *t) {
     }
 }
 
-static void store_keys(const real *block, ptrdiff_t dims, ptrdiff_t keys, ptrdiff_t first,
+static void store_key_rows(const real *block, ptrdiff_t dims, ptrdiff_t keys, ptrdiff_t first,
                        double scale, bool adds, char *to, ptrdiff_t key, NumberFormat format) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
     real factor = (real)scale;
@@ -281,12 +281,12 @@ static void store_keys(const real *block, ptrdiff_t dims, ptrdiff_t keys, ptrdif
 }
 
 /* Write the gradients of the block of keys, or add them. */
-static void close_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+static void store_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     GradientScratch g;
     lay_out_gradient(t, &g);
-    store_keys(g.grad_k, t->head_dim, end - begin, begin, t->scale / WEIGHT_UNIT, t->adds_k, t->grad_k,
+    store_key_rows(g.grad_k, t->head_dim, end - begin, begin, t->scale / WEIGHT_UNIT, t->adds_k, t->grad_k,
                t->grad_k_key, t->grad_k_format);
-    store_keys(g.grad_v, t->value_dim, end - begin, begin, 1 / WEIGHT_UNIT, t->adds_v, t->grad_v,
+    store_key_rows(g.grad_v, t->value_dim, end - begin, begin, 1 / WEIGHT_UNIT, t->adds_v, t->grad_v,
                t->grad_v_key, t->grad_v_format);
 }
 #endif

@@ -80,7 +80,7 @@ static uint64_t split_queries(const char *const *at, int queries, ptrdiff_t dim,
 }
 
 /* Read what a micropanel's queries bring along. */
-static void open_micropanel(const Tile *t, const GradientScratch *g, int p) {
+static void begin_micropanel(const Tile *t, const GradientScratch *g, int p) {
     ptrdiff_t first = p * MR, v = round_up(t->value_dim, CHUNK) / CHUNK;
     ptrdiff_t k = round_up(t->head_dim, CHUNK) / CHUNK;
     int queries = fewer(t->n_queries - first, MR);
@@ -111,7 +111,7 @@ static uint64_t odd_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdi
 }
 
 /* key_columns[part][chunk of keys][head dim][CHUNK] from the parts of a sub-block's keys. */
-static void turn_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end, uint64_t odd) {
+static void transpose_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end, uint64_t odd) {
     const Scratch *s = &g->forward;
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), rows = g->q_rows_padded;
     uint64_t use = first_bits(end - begin) & ~odd;
@@ -146,13 +146,13 @@ static uint64_t split_values(const Tile *t, const GradientScratch *g, ptrdiff_t 
     return odd;
 }
 
-/* Make ready what the gradients need of a sub-block besides its keys' parts. */
-static void ready_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+/* Pack what the gradients need of a sub-block besides its keys' parts. */
+static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t sub = begin % BLOCK_K / SUB_BLOCK_K;
     GradientScratch g;
     lay_out_gradient(t, &g);
     uint64_t odd = odd_keys(t, s, begin, end);
-    turn_keys(t, &g, begin, end, odd);
+    transpose_keys(t, &g, begin, end, odd);
     g.odd_keys[sub] = odd | split_values(t, &g, begin, end);
 }
 
@@ -170,8 +170,8 @@ static bool sees_special(const Tile *t, const GradientScratch *g, int p, const S
 }
 
 /* Read a micropanel and a sub-block as real numbers. */
-static void ready_reals(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
-    ready_real_queries(t, g, p);
+static void pack_reals(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+    pack_real_queries(t, g, p);
     widen(t->k + sub->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, sub->keys,
           t->head_dim, g->real_keys);
     widen(t->v + sub->key * t->v_key, t->v_key, t->v_dim, t->v_format, NULL, sub->keys,
@@ -183,7 +183,7 @@ static bool multiply_values(const Tile *t, const GradientScratch *g, int p, cons
     ptrdiff_t chunks = round_up(t->value_dim, CHUNK) / CHUNK, rows = g->forward.key_rows;
     if (sees_special(t, g, p, sub)) {
         *unit = 1;
-        ready_reals(t, g, p, sub);
+        pack_reals(t, g, p, sub);
         multiply_real_values(t, g, p, sub, (View){g->real_values, t->value_dim, 1});
         return false;
     }
@@ -241,7 +241,7 @@ static void sum_sub_block(const Tile *t, const GradientScratch *g, int p, const 
                       Begun *begun) {
     ptrdiff_t dims = g->q_rows_padded, own = p % PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK;
     if (!fit) {
-        ready_reals(t, g, p, sub);
+        pack_reals(t, g, p, sub);
         sum_real_sub_block(t, g, p, sub, (View){g->real_keys, t->head_dim, 1}, begun);
         return;
     }

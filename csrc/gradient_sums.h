@@ -8,7 +8,7 @@
 
 #include "product.h"
 
-/* The micropanels whose queries lie ready as real numbers: one at a time where that is the exception. */
+/* The micropanels whose queries are packed as real numbers: one at a time where that is the exception. */
 #ifdef PARTS
 #define REAL_MICROPANELS 1
 /* What so many micropanels give a sub-block's keys waits to be one product. */
@@ -125,7 +125,7 @@ static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format,
 }
 
 /* Read a micropanel's queries and their gradients as real numbers. */
-static void ready_real_queries(const Tile *t, const GradientScratch *g, int p) {
+static void pack_real_queries(const Tile *t, const GradientScratch *g, int p) {
     ptrdiff_t first = p * MR, slot = p % REAL_MICROPANELS * MR;
     int queries = fewer(t->n_queries - first, MR);
     for (int n = 0; n < t->micropanel[p].vecs; n++)
@@ -192,10 +192,10 @@ static void sum_real_sub_block(const Tile *t, const GradientScratch *g, int p, c
 }
 
 #ifndef PARTS
-static void open_micropanel(const Tile *t, const GradientScratch *g, int p) { ready_real_queries(t, g, p); }
+static void begin_micropanel(const Tile *t, const GradientScratch *g, int p) { pack_real_queries(t, g, p); }
 
-static void ready_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    ready_values(t, s, begin, end);
+static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    pack_values(t, s, begin, end);
 }
 
 static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, real *unit) {

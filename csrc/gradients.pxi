@@ -201,7 +201,7 @@ cdef bint differentiate_block(
     tile.grad_v = entry(walk, &pull.grad_v, batch) + kv_head * pull.grad_v.head
     tile.adds_k = pull.k_turns.before[head] > 0
     tile.adds_v = pull.v_turns.before[head] > 0
-    walk.kernels.gradient.open(tile, begin, end)
+    walk.kernels.gradient.begin_keys(tile, begin, end)
     for n in range(walk.tiles):
         if stopped[0] or (listen and interrupted(last_look)):
             return False
@@ -211,7 +211,7 @@ cdef bint differentiate_block(
         return False
     if not await_turn(v_turn, pull.v_turns.before[head], stopped):
         return False
-    walk.kernels.gradient.close(tile, begin, end)
+    walk.kernels.gradient.store_keys(tile, begin, end)
     set_count(k_turn, pull.k_turns.before[head] + 1)
     set_count(v_turn, pull.v_turns.before[head] + 1)
     return True
@@ -299,7 +299,7 @@ def differentiate(
         grad_v.fill(0)
     if walk.key_heads == 0:
         return
-    threads = ready_threads(min(threads, max(1, key_heads.shape[0] * pull.blocks)))
+    threads = available_threads(min(threads, max(1, key_heads.shape[0] * pull.blocks)))
     tiles = <Tile *>malloc(threads * sizeof(Tile))
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")

@@ -102,10 +102,10 @@ cdef extern from "tile.h" nogil:
         size_t (*scratch_bytes)(const Tile *) noexcept nogil
         void (*prepare)(Tile *) noexcept nogil
         void (*normalize)(Tile *) noexcept nogil
-        void (*open)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*begin_keys)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*differentiate)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*add)(Tile *) noexcept nogil
-        void (*close)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*store_keys)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
     ctypedef struct TileKernels:
         int block_q, mr, block_k

@@ -122,7 +122,7 @@ static void exponentials(const real *x, ptrdiff_t count, real sign, real *high, 
 
 /* The weights of the dimensions, and the exponentials of queries, with the lanes whose numbers are
  * too large for these. */
-static void ready_additive_queries(Tile *t, const Scratch *s, int p) {
+static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
     for (ptrdiff_t d = 0; d < t->head_dim; d++)
         s->weights[d] = (real)(t->measure_weights[d] * t->measure_scale);
     if (few(t)) return;
@@ -141,7 +141,7 @@ static void ready_additive_queries(Tile *t, const Scratch *s, int p) {
 }
 
 /* Exponentials of some keys of the block that have been widened, and which of them are too large. */
-static void ready_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first, ptrdiff_t keys) {
+static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first, ptrdiff_t keys) {
     ptrdiff_t dims = t->head_dim;
     const real *k = s->keys + first * dims;
     exponentials(k, round_up(keys * dims, LANES), -1, s->key_high + first * dims, s->key_low + first * dims);

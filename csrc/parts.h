@@ -104,7 +104,7 @@ INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims
     return x;
 }
 
-static void ready_queries(Tile *t, const Scratch *s, int p) {
+static void pack_queries(Tile *t, const Scratch *s, int p) {
     ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, part = t->micropanels * pairs * MR;
     t->micropanel[p].outside = 0;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -153,7 +153,7 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     s->odd_keys[begin % BLOCK_K / SUB_BLOCK_K] = odd;
 }
 
-static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
@@ -226,7 +226,7 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
 }
 
 /* value_parts[part][chunk of keys][value dim][CHUNK] of a sub-block. A number that parts cannot express is 0. */
-static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t part = s->out_rows * s->key_rows, dims = s->out_rows;
     uint64_t *sub_odd = s->odd_values + begin % BLOCK_K / SUB_BLOCK_K;
     *sub_odd = 0;
@@ -261,8 +261,8 @@ static const struct {
     uint8_t rows[16];
 } TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-#define OPEN_TILES() _tile_loadconfig(&TILES)
-#define CLOSE_TILES() _tile_release()
+#define BEGIN_TILES() _tile_loadconfig(&TILES)
+#define END_TILES() _tile_release()
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of parts i and j with
  * i + j <= order, smaller ones first. */
@@ -305,7 +305,7 @@ INLINE void multiply_rows(const int order, const int row_groups, const int vecs,
 }
 
 static double peak(ptrdiff_t rounds) {
-    OPEN_TILES();
+    BEGIN_TILES();
     _tile_zero(4);
     _tile_zero(5);
     for (ptrdiff_t i = 0; i < rounds; i++) {
@@ -314,13 +314,13 @@ static double peak(ptrdiff_t rounds) {
         _tile_dpbf16ps(2, 4, 5);
         _tile_dpbf16ps(3, 4, 5);
     }
-    CLOSE_TILES();
+    END_TILES();
     return 2.0 * 4 * 16 * LANES * CHUNK * (double)rounds;
 }
 
 #else
-#define OPEN_TILES()
-#define CLOSE_TILES()
+#define BEGIN_TILES()
+#define END_TILES()
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,

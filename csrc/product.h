@@ -150,23 +150,23 @@ static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
 #define BLOCK_Q ((int)(384 / sizeof(real)))
 #define MICROPANELS (BLOCK_Q / MR)
 #define ROW_MULTIPLE 1 /* keys that a product takes at once */
-#define OPEN_TILES()
-#define CLOSE_TILES()
+#define BEGIN_TILES()
+#define END_TILES()
 #define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
 
-static void ready_queries(Tile *t, const Scratch *s, int p) {
-    if (few(t)) ready_few_queries(t, s);
+static void pack_queries(Tile *t, const Scratch *s, int p) {
+    if (few(t)) pack_few_queries(t, s);
     for (int n = 0; n < t->micropanel[p].vecs && !few(t); n++)
         load_queries(t, p * MR + n * LANES, s->q + p * MR * t->head_dim + n * LANES);
-    if (t->measure == ADDITIVE) ready_additive_queries(t, s, p);
+    if (t->measure == ADDITIVE) pack_additive_queries(t, s, p);
 }
 
-static void ready_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (direct_keys(t) || few_products(t)) return;
     widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->k_format,
           t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
           s->keys + begin % BLOCK_K * t->head_dim);
-    if (t->measure == ADDITIVE) ready_additive_keys(t, s, begin % BLOCK_K, end - begin);
+    if (t->measure == ADDITIVE) pack_additive_keys(t, s, begin % BLOCK_K, end - begin);
 }
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, vec *top) {
@@ -195,7 +195,7 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock
     take_max(vecs, sub, top);
 }
 
-static void ready_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (!direct_values(t) && !few_products(t))
         widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->v_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,

@@ -9,7 +9,7 @@ def peak_flops(dtype, int threads, Py_ssize_t rounds=2_000_000):
         kind, 1 if kind == "f" else MAX_QUERIES, 0, 0, True
     )
     cdef double flops = 0, began = seconds()
-    cdef int i, at_once = 1 if inherits_pool() else ready_threads(threads)
+    cdef int i, at_once = 1 if inherits_pool() else available_threads(threads)
     for i in prange(threads, nogil=True, num_threads=at_once, schedule="static"):
         flops += kernels.peak(rounds)
     return flops / (seconds() - began)
@@ -34,7 +34,7 @@ def read_bandwidth(int threads, Py_ssize_t thread_bytes=128 << 20):
     cdef const int64_t *data = <const int64_t *>cnp.PyArray_DATA(numbers)
     cdef int64_t found = 0
     cdef double began, taken = 0
-    cdef int i, rounds, at_once = 1 if inherits_pool() else ready_threads(threads)
+    cdef int i, rounds, at_once = 1 if inherits_pool() else available_threads(threads)
     for rounds in range(2):  # the first wakes the threads
         found = 0
         began = seconds()

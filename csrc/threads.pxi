@@ -22,7 +22,7 @@ cdef bint inherits_pool() noexcept nogil:
     return (was_forked or getpid() != own_process) and is_first_thread()
 
 
-cdef int ready_threads(int wanted) noexcept:
+cdef int available_threads(int wanted) noexcept:
     """How many threads, at most so many, `each_item` can have. With the GIL held, so that what one call
     has found it can create no other call takes.
     """
@@ -97,7 +97,7 @@ cdef void run_in_parallel(Region *region) noexcept nogil:
 cdef bint each_item(
     Item run, const void *call, Tile *tiles, Py_ssize_t items, int threads
 ) noexcept nogil:
-    """Run all items on as many `ready_threads`. False if a signal stopped it, whose exception is set."""
+    """Run all items on as many `available_threads`. False if a signal stopped it, whose exception is set."""
     cdef Py_ssize_t item
     cdef Region region
     region.run, region.call, region.tiles = run, call, tiles

@@ -137,17 +137,17 @@ static void begin(Tile *t) {
     for (int p = 0; p < t->micropanels; p++) {
         bound_micropanel(t, p);
         for (int n = 0; n < t->micropanel[p].vecs; n++) start_rows(t, &s, p * MR + n * LANES);
-        ready_queries(t, &s, p);
+        pack_queries(t, &s, p);
     }
 }
 
-/* Make the sub-block of a key ready by `ready_keys` or `ready_values`, unless its bit says that it is. */
-static void need(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *done,
-                 void (*ready)(const Tile *, const Scratch *, ptrdiff_t, ptrdiff_t)) {
+/* Pack the sub-block of a key by `pack_keys` or `pack_values`, unless its bit says that it is. */
+static void ensure_packed(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *packed,
+                 void (*pack)(const Tile *, const Scratch *, ptrdiff_t, ptrdiff_t)) {
     ptrdiff_t begin = key / SUB_BLOCK_K * SUB_BLOCK_K, end = begin + SUB_BLOCK_K;
     uint64_t bit = (uint64_t)1 << begin % BLOCK_K / SUB_BLOCK_K;
-    if (!(*done & bit)) ready(t, s, begin, end < s->ready->end ? end : s->ready->end);
-    *done |= bit;
+    if (!(*packed & bit)) pack(t, s, begin, end < s->packed->end ? end : s->packed->end);
+    *packed |= bit;
 }
 
 /* One micropanel's scores for a sub-block, -inf where hidden; `top` takes part in their maximum. Returns whether
@@ -159,7 +159,7 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
 
     vec sub_top[MR_VECS];
     for (int n = 0; n < vecs; n++) sub_top[n] = splat(-INFINITY);
-    need(t, s, sub->key, &s->ready->keys, ready_keys);
+    ensure_packed(t, s, sub->key, &s->packed->keys, pack_keys);
     multiply_keys(t, s, p, sub, sub_top);
     finish_scores(t, s, p, sub, sub_top);
     if (t->careful) draw_in_scores(t, p, sub, sub_top);
@@ -175,7 +175,7 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
 
 /* The micropanel's sub-blocks of the keys [begin, end): of each what the micropanel may see, in whole ROW_MULTIPLEs. Returns
  * their number. */
-static int open_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
+static int begin_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
                        BlockState *b) {
     b->any_visible = false;
     for (int n = 0; n < MR_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
@@ -245,7 +245,7 @@ static void raise_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
 /* One micropanel's attention to one block. */
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     BlockState b;
-    int sub_blocks = open_block(t, s, p, begin, end, &b);
+    int sub_blocks = begin_block(t, s, p, begin, end, &b);
     for (int i = 0; i < sub_blocks; i++) b.any_visible |= score(t, s, p, &b.sub_blocks[i], b.top);
     if (!b.any_visible) return;
     real *out = s->out + p * MR * s->out_rows;
@@ -257,7 +257,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         if (b.sub_blocks[i].visibility == EMPTY) continue;
         if (t->n_best > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
         if (t->value_dim > 0)
-            need(t, s, b.sub_blocks[i].key, &s->ready->values, ready_values);
+            ensure_packed(t, s, b.sub_blocks[i].key, &s->packed->values, pack_values);
         else
             sum_weights(t, p, &b, &b.sub_blocks[i]);
     }
@@ -269,10 +269,10 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
 
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
-    OPEN_TILES();
-    *s.ready = (Ready){.end = end};
+    BEGIN_TILES();
+    *s.packed = (PackedSubBlocks){.end = end};
     for (int p = 0; p < t->micropanels; p++) attend_block(t, &s, p, begin, end);
-    CLOSE_TILES();
+    END_TILES();
 }
 
 /* Results of the rows and columns that a second run is for. */
@@ -341,15 +341,15 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock
 static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
                        void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
     Scratch s = scratch_of(t);
-    OPEN_TILES();
-    *s.ready = (Ready){.end = end};
+    BEGIN_TILES();
+    *s.packed = (PackedSubBlocks){.end = end};
     for (int p = 0; p < t->micropanels; p++) {
         BlockState b;
-        int sub_blocks = open_block(t, &s, p, begin, end, &b);
+        int sub_blocks = begin_block(t, &s, p, begin, end, &b);
         for (int i = 0; i < sub_blocks; i++)
             if (score(t, &s, p, &b.sub_blocks[i], b.top)) use(t, &s, p, &b.sub_blocks[i]);
     }
-    CLOSE_TILES();
+    END_TILES();
 }
 
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, store_weights); }
@@ -387,8 +387,8 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
 #ifdef HAS_GRADIENT
 #include "gradient.h"
 
-static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, prepare, normalize, open_keys,
-                                                 differentiate, add_grad_q, close_keys};
+static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, prepare, normalize, begin_keys,
+                                                 differentiate, add_grad_q, store_keys};
 #define GRADIENT &GRADIENT_KERNELS
 #else
 #define GRADIENT NULL

@@ -129,16 +129,16 @@ static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
 }
 
 /* Gradients: `prepare` each tile of queries; after `begin` and a forward pass of no values `normalize` fills
- * lse and lse_rest. For a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
- * then add to the gradients of the queries, and `close` it. */
+ * lse and lse_rest. For a block of keys, `begin_keys`, `differentiate` each tile of queries after `begin` and
+ * then add to the gradients of the queries, and `store_keys`. */
 typedef struct {
     size_t (*scratch_bytes)(const Tile *);
     void (*prepare)(Tile *);
     void (*normalize)(Tile *);
-    void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+    void (*begin_keys)(Tile *, ptrdiff_t begin, ptrdiff_t end);
     int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: no key is visible to any query */
     void (*add)(Tile *);
-    void (*close)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+    void (*store_keys)(Tile *, ptrdiff_t begin, ptrdiff_t end);
 } GradientKernels;
 
 /* One instruction set's kernels for one dtype. */

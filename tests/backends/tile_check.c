@@ -192,10 +192,10 @@ static double run_gradients(Tile *t) {
     worst = worse(worst, prepare(t));
     for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.block_k) {
         ptrdiff_t end = begin + kernels.block_k < N_KEYS ? begin + kernels.block_k : N_KEYS;
-        kernels.gradient->open(t, begin, end);
+        kernels.gradient->begin_keys(t, begin, end);
         kernels.begin(t);
         if (kernels.gradient->differentiate(t, begin, end)) kernels.gradient->add(t);
-        kernels.gradient->close(t, begin, end);
+        kernels.gradient->store_keys(t, begin, end);
     }
     free(t->scratch);
     for (int i = 0; i < t->n_queries; i++) {
