@@ -115,10 +115,10 @@ def attend(
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.block_q - 1) // walk.kernels.block_q
     describe_survey(&walk, sums, indices)
     if (
-        walk.group * walk.n_queries <= SPLIT and walk.n_keys >= 2 * PART_KEYS
+        walk.group * walk.n_queries <= MAX_SPLIT_ROWS and walk.n_keys >= 2 * SPLIT_KEYS
         and weights is None and sums is None
     ):
-        walk.part_keys = (walk.n_keys // (MOST_PARTS * PART_KEYS) + 1) * PART_KEYS
+        walk.part_keys = (walk.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
         walk.parts = (walk.n_keys + walk.part_keys - 1) // walk.part_keys
     items = walk.key_heads * walk.tiles * walk.parts
     if items == 0:

@@ -48,7 +48,7 @@ typedef struct Scratch {
     uint32_t *weight_parts;
     uint64_t *odd_keys, *odd_values; /* [sub-block of the block]: bits of those that parts cannot express */
 #else
-    real *few_rows, *few_sums; /* see few.h */
+    real *decode_rows, *decode_sums; /* see decode-inl.h */
     real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *measured; /* measures.h */
     lane_int *odd_queries, *odd_keys;
 #endif
@@ -58,7 +58,7 @@ typedef struct Scratch {
 
 /* With queries in the lanes a key costs as much for one as for LANES of them: about ten times what
  * it costs one query whose dimensions are in the lanes. */
-#define FEW_QUERIES (LANES < 8 ? LANES : 8)
+#define MAX_DECODE_ROWS (LANES < 8 ? LANES : 8)
 
 #ifndef PARTS
 /* May keys or values be multiplied where they lie? */
@@ -110,8 +110,8 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(q, row * round_up(t->head_dim, LANES))
     TAKE(keys, direct_keys(t) ? 0 : block_k * t->head_dim)
     TAKE(values, direct_values(t) ? 0 : block_k * t->value_dim)
-    TAKE(few_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
-    TAKE(few_sums, FEW_QUERIES * round_up(t->value_dim, LANES))
+    TAKE(decode_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
+    TAKE(decode_sums, MAX_DECODE_ROWS * round_up(t->value_dim, LANES))
     if (t->measure != DOT) {
         TAKE(key_columns, MR * t->head_dim)
         TAKE(measured, SUB_BLOCK_K * MR)

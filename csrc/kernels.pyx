@@ -134,7 +134,7 @@ cdef extern from "instruction_sets.h" nogil:
         const TileKernels *float32
         const TileKernels *float16
         const TileKernels *bfloat16
-        const TileKernels *few
+        const TileKernels *fma
 
     const InstructionSet INSTRUCTION_SETS[]
     const int N_INSTRUCTION_SETS

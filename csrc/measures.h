@@ -125,7 +125,7 @@ static void exponentials(const real *x, ptrdiff_t count, real sign, real *high, 
 static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
     for (ptrdiff_t d = 0; d < t->head_dim; d++)
         s->weights[d] = (real)(t->measure_weights[d] * t->measure_scale);
-    if (few(t)) return;
+    if (dims_in_lanes(t)) return;
     const vec most = splat(EXP2X_MOST);
     const real *q = s->q + p * MR * t->head_dim;
     exponentials(q, MR * t->head_dim, 1, s->q_high + p * MR * t->head_dim,
@@ -153,9 +153,9 @@ static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first,
 }
 
 /* to[key][query] for a sub-block and few queries: measured[query][key], MR keys at a time. */
-static void measure_few(const Tile *t, const Scratch *s, const SubBlock *sub, Terms terms, real *to) {
+static void measure_decode(const Tile *t, const Scratch *s, const SubBlock *sub, Terms terms, real *to) {
     ptrdiff_t padded = round_up(t->head_dim, LANES);
-    real measured[FEW_QUERIES * MR] __attribute__((aligned(64)));
+    real measured[MAX_DECODE_ROWS * MR] __attribute__((aligned(64)));
     for (int first = 0; first < sub->keys; first += MR) {
         int keys = fewer(sub->keys - first, MR), vecs = (keys + LANES - 1) / LANES;
         const char *rows[MR];
@@ -177,8 +177,8 @@ static void measure_few(const Tile *t, const Scratch *s, const SubBlock *sub, Te
 /* to[key][query] for a sub-block; `k` begins with its first key. */
 static void measure_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub, Terms terms,
                           View k, real *to) {
-    if (few(t)) {
-        measure_few(t, s, sub, terms, to);
+    if (dims_in_lanes(t)) {
+        measure_decode(t, s, sub, terms, to);
         return;
     }
     ptrdiff_t columns = p * MR * t->head_dim, rows = sub->key % BLOCK_K * t->head_dim;
@@ -257,8 +257,8 @@ static void measure_squares(const Tile *t, const Scratch *s, int p, const SubBlo
 }
 
 static void measure_additive(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
-    measure_sub_block(t, s, p, sub, few(t) ? TANHS : RATIOS, k, sub->scores);
-    if (few(t)) return;
+    measure_sub_block(t, s, p, sub, dims_in_lanes(t) ? TANHS : RATIOS, k, sub->scores);
+    if (dims_in_lanes(t)) return;
     const lane_int *odd_keys = s->odd_keys + sub->key % BLOCK_K;
     bool odd = t->micropanel[p].outside != 0;
     for (int j = 0; j < sub->keys; j++) odd |= odd_keys[j] != 0;

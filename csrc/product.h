@@ -155,14 +155,14 @@ static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
 #define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
 
 static void pack_queries(Tile *t, const Scratch *s, int p) {
-    if (few(t)) pack_few_queries(t, s);
-    for (int n = 0; n < t->micropanel[p].vecs && !few(t); n++)
+    if (dims_in_lanes(t)) pack_decode_queries(t, s);
+    for (int n = 0; n < t->micropanel[p].vecs && !dims_in_lanes(t); n++)
         load_queries(t, p * MR + n * LANES, s->q + p * MR * t->head_dim + n * LANES);
     if (t->measure == ADDITIVE) pack_additive_queries(t, s, p);
 }
 
 static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (direct_keys(t) || few_products(t)) return;
+    if (direct_keys(t) || decodes_in_place(t)) return;
     widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->k_format,
           t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
           s->keys + begin % BLOCK_K * t->head_dim);
@@ -175,8 +175,8 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock
         take_max(t->micropanel[p].vecs, sub, top);
         return;
     }
-    if (few(t)) {
-        WITH_FORMAT(few_format(t->k_dim, t->k_format), multiply_few, t, s, sub);
+    if (dims_in_lanes(t)) {
+        WITH_FORMAT(decode_format(t->k_dim, t->k_format), decode_scores, t, s, sub);
         take_max(1, sub, top);
         return;
     }
@@ -196,7 +196,7 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock
 }
 
 static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    if (!direct_values(t) && !few_products(t))
+    if (!direct_values(t) && !decodes_in_place(t))
         widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->v_format,
               t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
               s->values + begin % BLOCK_K * t->value_dim);
@@ -235,21 +235,21 @@ static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top
 #undef VECS
 }
 
-static void sum_few_values(const Tile *t, const Scratch *s, BlockState *b, int sub_blocks, real *out) {
-    memset(s->few_sums, 0, sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
+static void decode_values(const Tile *t, const Scratch *s, BlockState *b, int sub_blocks, real *out) {
+    memset(s->decode_sums, 0, sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
         if (sub->visibility == EMPTY) continue;
         weigh(1, t->exponent, sub, b->top, b->sum);
-        WITH_FORMAT(few_format(t->v_dim, t->v_format), add_few_values, t, s, sub);
+        WITH_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
     }
-    transpose_few(t, s, out);
+    transpose_decode_sums(t, s, out);
 }
 
 /* The micropanel's weights of a block, and the weighted sum of its values. */
 static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks, real *out) {
-    if (few(t)) {
-        sum_few_values(t, s, b, sub_blocks, out);
+    if (dims_in_lanes(t)) {
+        decode_values(t, s, b, sub_blocks, out);
         return;
     }
     bool begun = false;

@@ -13,16 +13,16 @@ for _i in range(N_INSTRUCTION_SETS):
 # and from which on splitting float32 keys in parts costs less: they take 1.5 times as long as
 # multiply-adds for 32 queries, as long for 112, and 0.8 of it for 384.
 cdef enum:
-    FEW = 16
-    MANY = 128
+    MAX_FMA_ROWS = 16
+    MIN_BF16X3_ROWS = 128
 
 # With no more queries than these a key head is one item of work, which may leave threads idle, so
 # its keys are split between them, in parts that depend on their number alone. No more than so many,
 # because each takes room for what it finds, and time even where every key of it is hidden.
 cdef enum:
-    SPLIT = 32
-    PART_KEYS = 2048
-    MOST_PARTS = 64
+    MAX_SPLIT_ROWS = 32
+    SPLIT_KEYS = 2048
+    MAX_SPLITS = 64
 
 
 cdef const TileKernels *kernels_for(
@@ -35,11 +35,11 @@ cdef const TileKernels *kernels_for(
     cdef const InstructionSet *isa = chosen()
     if product == "d":
         return isa.float64
-    if queries <= FEW or not dot:  # other measures have no parts to multiply
-        return isa.few
+    if queries <= MAX_FMA_ROWS or not dot:  # other measures have no parts to multiply
+        return isa.fma
     if product == "f":
-        many = queries >= MANY
-        return isa.float32 if many and worth_three_parts(head_dim, value_dim) else isa.few
+        many = queries >= MIN_BF16X3_ROWS
+        return isa.float32 if many and worth_three_parts(head_dim, value_dim) else isa.fma
     return isa.float16 if product == "e" else isa.bfloat16
 
 
@@ -50,7 +50,7 @@ cdef const TileKernels *gradient_kernels_for(
     or where these have no gradients those of float32.
     """
     cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, True)
-    return chosen().few if kernels.gradient is NULL else kernels
+    return chosen().fma if kernels.gradient is NULL else kernels
 
 
 cdef bint worth_three_parts(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil:
@@ -78,7 +78,7 @@ def multiplied_as(
     cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, dot)
     if kernels is isa.float64:
         return "float64"
-    if kernels is isa.few:
+    if kernels is isa.fma:
         return "float32"
     if kernels is isa.bfloat16:
         return "bfloat16"
