@@ -1,4 +1,4 @@
-/* How products in parts attend to a block of keys. The maximum that weights are relative to is raised
+/* How matmuls in bfloat16 terms attend to a block of keys. The maximum that weights are relative to is raised
  * only where scores are far above it. So the scores of one sub-block are all that is kept, and stay in
  * the first-level cache, and the values of sub-blocks are summed by one product, as late as can be.
  */
@@ -76,11 +76,11 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
             sum_weights(t, p, &b, sub);
             continue;
         }
-        weigh(vecs, t->exponent, sub, b.top, b.sum, weights_of(s, sub), WEIGHT_PART);
+        weigh(vecs, t->exponent, sub, b.top, b.sum, weights_of(s, sub), WEIGHT_TERM);
         ensure_packed(t, s, sub->key, &s->packed->values, pack_values);
-        if (bits_of(s->odd_values, sub)) {
+        if (bits_of(s->special_values, sub)) {
             sum_sub_blocks(t, s, p, &b, first, i + 1, block_out, &begun);
-            add_odd_values(t, s, p, &b, sub, block_out);
+            add_special_values(t, s, p, &b, sub, block_out);
             first = i + 1;
         }
     }

@@ -40,27 +40,27 @@ typedef struct Scratch {
     real *more;              /* [SUB_BLOCK_K][MR]: what some head dims add to the scores */
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
     real *keys, *values;     /* [keys of the block][dim]: widened ones */
-#ifdef PARTS
-    uint32_t *q_parts;      /* see parts.h */
-    uint16_t *key_parts;
-    uint16_t *value_parts;
+#ifdef BF16_TERMS
+    uint32_t *q_terms;      /* see parts.h */
+    uint16_t *key_terms;
+    uint16_t *value_terms;
     uint32_t *value_pairs;
-    uint32_t *weight_parts;
-    uint64_t *odd_keys, *odd_values; /* [sub-block of the block]: bits of those that parts cannot express */
+    uint32_t *weight_terms;
+    uint64_t *special_keys, *special_values; /* [sub-block of the block]: bits of those that terms cannot express */
 #else
     real *decode_rows, *decode_sums; /* see decode-inl.h */
     real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *measured; /* measures.h */
-    lane_int *odd_queries, *odd_keys;
+    lane_int *special_queries, *special_keys;
 #endif
     PackedSubBlocks *packed;
-    ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' parts */
+    ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' terms */
 } Scratch;
 
 /* With queries in the lanes a key costs as much for one as for LANES of them: about ten times what
  * it costs one query whose dimensions are in the lanes. */
 #define MAX_DECODE_ROWS (LANES < 8 ? LANES : 8)
 
-#ifndef PARTS
+#ifndef BF16_TERMS
 /* May keys or values be multiplied where they lie? */
 static bool direct_keys(const Tile *t) {
     return is_real(t->k_format) && !t->k_scales && t->measure != ADDITIVE;
@@ -95,17 +95,17 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(bias, t->has_bias ? SUB_BLOCK_K * MR : 0)
     TAKE(more, t->head_dim > BLOCK_D ? SUB_BLOCK_K * MR : 0)
     TAKE(visible, SUB_BLOCKS * MASK_WORDS * MR)
-#ifdef PARTS
+#ifdef BF16_TERMS
     TAKE(q, MR * t->head_dim)
     TAKE(keys, t->head_dim)
     TAKE(values, t->value_dim)
-    TAKE(q_parts, PARTS * row * round_up(t->head_dim, CHUNK) / 2)
-    TAKE(key_parts, PARTS * block_k * round_up(t->head_dim, CHUNK))
-    TAKE(value_parts, PARTS * block_k * s->out_rows)
-    TAKE(value_pairs, PARTS * CHUNK / 2 * s->out_rows)
-    TAKE(weight_parts, PARTS * MR * BLOCK_K / 2)
-    TAKE(odd_keys, BLOCK_K / SUB_BLOCK_K)
-    TAKE(odd_values, BLOCK_K / SUB_BLOCK_K)
+    TAKE(q_terms, BF16_TERMS * row * round_up(t->head_dim, CHUNK) / 2)
+    TAKE(key_terms, BF16_TERMS * block_k * round_up(t->head_dim, CHUNK))
+    TAKE(value_terms, BF16_TERMS * block_k * s->out_rows)
+    TAKE(value_pairs, BF16_TERMS * CHUNK / 2 * s->out_rows)
+    TAKE(weight_terms, BF16_TERMS * MR * BLOCK_K / 2)
+    TAKE(special_keys, BLOCK_K / SUB_BLOCK_K)
+    TAKE(special_values, BLOCK_K / SUB_BLOCK_K)
 #else
     TAKE(q, row * round_up(t->head_dim, LANES))
     TAKE(keys, direct_keys(t) ? 0 : block_k * t->head_dim)
@@ -122,8 +122,8 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
         TAKE(q_low, row * t->head_dim)
         TAKE(key_high, block_k * t->head_dim)
         TAKE(key_low, block_k * t->head_dim)
-        TAKE(odd_queries, row)
-        TAKE(odd_keys, block_k)
+        TAKE(special_queries, row)
+        TAKE(special_keys, block_k)
     }
 #endif
     TAKE(scores, MR * (block_k < SCORE_KEYS ? block_k : SCORE_KEYS))

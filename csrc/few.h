@@ -10,7 +10,7 @@
 
 #include "scores.h"
 
-#ifndef PARTS
+#ifndef BF16_TERMS
 
 /* Gradients make the same scores, bit for bit: their weights are exp(score - lse). */
 static bool dims_in_lanes(const Tile *t) { return t->n_queries <= MAX_DECODE_ROWS; }

@@ -7,7 +7,7 @@
 #ifndef FASTATTN_GRADIENT_H
 #define FASTATTN_GRADIENT_H
 
-#ifdef PARTS
+#ifdef BF16_TERMS
 #include "gradient_parts.h"
 #else
 #include "gradient_sums.h"

@@ -9,10 +9,10 @@
 #include "product.h"
 
 /* The micropanels whose queries are packed as real numbers: one at a time where that is the exception. */
-#ifdef PARTS
+#ifdef BF16_TERMS
 #define REAL_MICROPANELS 1
 /* What so many micropanels give a sub-block's keys waits to be one product. */
-#define PENDING_MICROPANELS (PARTS == 1 ? 4 : 2)
+#define PENDING_MICROPANELS (BF16_TERMS == 1 ? 4 : 2)
 #else
 #define REAL_MICROPANELS MICROPANELS
 #endif
@@ -37,12 +37,12 @@ typedef struct {
     real *grad_out;                  /* [real micropanel][value_dim][MR] */
     real *q_rows, *grad_out_rows;    /* [dim micropanel][query of the real micropanels][MR dims] */
     bool *finite;                    /* [real micropanel]: are its queries and their gradients finite? */
-#ifdef PARTS
+#ifdef BF16_TERMS
     real *real_keys, *real_values;   /* [SUB_BLOCK_K][dim] */
-    uint16_t *rows;                  /* [part][chunk of dims][query][CHUNK] of one micropanel; see gradient_parts.h */
+    uint16_t *rows;                  /* [term][chunk of dims][query][CHUNK] of one micropanel; see gradient_parts.h */
     uint16_t *value_rows, *key_columns, *weight_rows, *grad_rows;
     uint32_t *grad_out_lanes, *grad_lanes, *q_pairs, *grad_out_pairs;
-    uint64_t *odd_queries, *odd_keys; /* [micropanel], [sub-block]: bits of those that parts cannot express */
+    uint64_t *special_queries, *special_keys; /* [micropanel], [sub-block]: bits of those that terms cannot express */
 #endif
 } GradientScratch;
 
@@ -69,21 +69,21 @@ static size_t lay_out_gradient(const Tile *t, GradientScratch *g) {
     TAKE(q_rows, real_row * k)
     TAKE(grad_out_rows, real_row * v)
     TAKE(finite, REAL_MICROPANELS)
-#ifdef PARTS
+#ifdef BF16_TERMS
     ptrdiff_t widest = k > v ? k : v, block_k = g->forward.key_rows;
     TAKE(real_keys, SUB_BLOCK_K * t->head_dim)
     TAKE(real_values, SUB_BLOCK_K * t->value_dim)
-    TAKE(rows, PARTS * MR * widest)
-    TAKE(value_rows, PARTS * block_k * v)
-    TAKE(key_columns, PARTS * block_k * g->q_rows_padded)
-    TAKE(weight_rows, PARTS * PENDING_MICROPANELS * SUB_BLOCK_K * MR)
-    TAKE(grad_rows, PARTS * PENDING_MICROPANELS * SUB_BLOCK_K * MR)
-    TAKE(grad_out_lanes, PARTS * row * v / 2)
-    TAKE(grad_lanes, PARTS * MR * SUB_BLOCK_K / 2)
-    TAKE(q_pairs, PARTS * row * k / 2)
-    TAKE(grad_out_pairs, PARTS * row * v / 2)
-    TAKE(odd_queries, MICROPANELS)
-    TAKE(odd_keys, BLOCK_K / SUB_BLOCK_K)
+    TAKE(rows, BF16_TERMS * MR * widest)
+    TAKE(value_rows, BF16_TERMS * block_k * v)
+    TAKE(key_columns, BF16_TERMS * block_k * g->q_rows_padded)
+    TAKE(weight_rows, BF16_TERMS * PENDING_MICROPANELS * SUB_BLOCK_K * MR)
+    TAKE(grad_rows, BF16_TERMS * PENDING_MICROPANELS * SUB_BLOCK_K * MR)
+    TAKE(grad_out_lanes, BF16_TERMS * row * v / 2)
+    TAKE(grad_lanes, BF16_TERMS * MR * SUB_BLOCK_K / 2)
+    TAKE(q_pairs, BF16_TERMS * row * k / 2)
+    TAKE(grad_out_pairs, BF16_TERMS * row * v / 2)
+    TAKE(special_queries, MICROPANELS)
+    TAKE(special_keys, BLOCK_K / SUB_BLOCK_K)
 #endif
 #undef TAKE
     return bytes;
@@ -191,7 +191,7 @@ static void sum_real_sub_block(const Tile *t, const GradientScratch *g, int p, c
     begun->q[p] = begun->keys = true;
 }
 
-#ifndef PARTS
+#ifndef BF16_TERMS
 static void begin_micropanel(const Tile *t, const GradientScratch *g, int p) { pack_real_queries(t, g, p); }
 
 static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {

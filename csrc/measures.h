@@ -10,7 +10,7 @@
 
 #include "few.h"
 
-#ifndef PARTS
+#ifndef BF16_TERMS
 #define CHUNK_DIMS 16
 
 /* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
@@ -130,13 +130,13 @@ static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
     const real *q = s->q + p * MR * t->head_dim;
     exponentials(q, MR * t->head_dim, 1, s->q_high + p * MR * t->head_dim,
                  s->q_low + p * MR * t->head_dim);
-    t->micropanel[p].outside = 0;
+    t->micropanel[p].special = 0;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
-        ivec odd = splat_int(0);
+        ivec special = splat_int(0);
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
-            odd |= ~(magnitude(load(q + d * MR + n * LANES)) <= most);
-        *(ivec *)(s->odd_queries + p * MR + n * LANES) = odd;
-        for (int i = 0; i < LANES; i++) t->micropanel[p].outside |= (uint64_t)(odd[i] != 0) << (n * LANES + i);
+            special |= ~(magnitude(load(q + d * MR + n * LANES)) <= most);
+        *(ivec *)(s->special_queries + p * MR + n * LANES) = special;
+        for (int i = 0; i < LANES; i++) t->micropanel[p].special |= (uint64_t)(special[i] != 0) << (n * LANES + i);
     }
 }
 
@@ -146,9 +146,9 @@ static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first,
     const real *k = s->keys + first * dims;
     exponentials(k, round_up(keys * dims, LANES), -1, s->key_high + first * dims, s->key_low + first * dims);
     for (ptrdiff_t j = 0; j < keys; j++) {
-        int odd = 0;
-        for (ptrdiff_t d = 0; d < dims; d++) odd |= !(fabs(k[j * dims + d]) <= EXP2X_MOST);
-        s->odd_keys[first + j] = odd;
+        int special = 0;
+        for (ptrdiff_t d = 0; d < dims; d++) special |= !(fabs(k[j * dims + d]) <= EXP2X_MOST);
+        s->special_keys[first + j] = special;
     }
 }
 
@@ -259,17 +259,17 @@ static void measure_squares(const Tile *t, const Scratch *s, int p, const SubBlo
 static void measure_additive(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
     measure_sub_block(t, s, p, sub, dims_in_lanes(t) ? TANHS : RATIOS, k, sub->scores);
     if (dims_in_lanes(t)) return;
-    const lane_int *odd_keys = s->odd_keys + sub->key % BLOCK_K;
-    bool odd = t->micropanel[p].outside != 0;
-    for (int j = 0; j < sub->keys; j++) odd |= odd_keys[j] != 0;
-    if (!odd) return;
+    const lane_int *special_keys = s->special_keys + sub->key % BLOCK_K;
+    bool special = t->micropanel[p].special != 0;
+    for (int j = 0; j < sub->keys; j++) special |= special_keys[j] != 0;
+    if (!special) return;
     measure_sub_block(t, s, p, sub, TANHS, k, s->measured);
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             real *score = sub->scores + j * MR + n * LANES;
-            ivec outside = *(const ivec *)(s->odd_queries + p * MR + n * LANES);
-            if (odd_keys[j]) outside = splat_int(-1);
-            store(score, choose(outside, load(s->measured + j * MR + n * LANES), load(score)));
+            ivec unrepresentable = *(const ivec *)(s->special_queries + p * MR + n * LANES);
+            if (special_keys[j]) unrepresentable = splat_int(-1);
+            store(score, choose(unrepresentable, load(s->measured + j * MR + n * LANES), load(score)));
         }
 }
 

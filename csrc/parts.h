@@ -1,14 +1,14 @@
 /* Both products of attention on bfloat16 hardware, for bfloat16, float16 and float32.
  *
  * A float16 is the sum of two bfloat16s and a float32 that of three, exactly; the product of two
- * such sums is that of their PARTS, less those terms that are smaller than the rounding of a
+ * such sums is that of their BF16_TERMS, less those terms that are smaller than the rounding of a
  * float32 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype
- * For Higher-Precision Computations"). Sums are kept in float32. With PARTS = 1 weights are rounded
+ * For Higher-Precision Computations"). Sums are kept in float32. With BF16_TERMS = 1 weights are rounded
  * to bfloat16.
  *
  * The hardware multiplies pairs, so head dims and keys go two by two: an operand with queries in its
- * lanes is [part][pair][MR] pairs, the other one [part][chunk][row][CHUNK] numbers. Numbers that
- * parts cannot express are left out and brought in afterwards, lane by lane: where they stand does
+ * lanes is [term][pair][MR] pairs, the other one [term][chunk][row][CHUNK] numbers. Numbers that
+ * terms cannot express are left out and brought in afterwards, lane by lane: where they stand does
  * not touch anyone else's bits.
  */
 #ifndef FASTATTN_PARTS_H
@@ -22,49 +22,49 @@
 #define BLOCK_Q MAX_QUERIES
 #define MICROPANELS (BLOCK_Q / MR)
 #define ROW_MULTIPLE CHUNK
-#define EXACT_QUERIES (PARTS < 3)
+#define EXACT_QUERIES (BF16_TERMS < 3)
 #define PAIRS (CHUNK / 2)
-#define WEIGHT_PART (BLOCK_K / 2 * MR)
+#define WEIGHT_TERM (BLOCK_K / 2 * MR)
 
-/* Products take the parts i and j with i + j <= order. For scores that is all of a float16, so that they
+/* Products take the terms i and j with i + j <= order. For scores that is all of a float16, so that they
  * are exact; of a float32 what is left out is smaller than its rounding. */
-#define KEY_ORDER 2
-#define VALUE_ORDER (PARTS - 1)
+#define SCORE_ORDER 2
+#define VALUE_ORDER (BF16_TERMS - 1)
 
 typedef uint16_t bfloat;
 typedef uint32_t pair;
 
-/* Lanes that parts cannot express: NaN and Inf, and of three parts the smallest may be too small. */
-INLINE __mmask16 outside(vec x) {
+/* Lanes that terms cannot express: NaN and Inf, and of three terms the smallest may be too small. */
+INLINE __mmask16 unrepresentable(vec x) {
     __m512i size = _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff));
     __mmask16 bits = _mm512_cmpge_epu32_mask(size, _mm512_set1_epi32(0x7f800000));
-#if PARTS == 3
+#if BF16_TERMS == 3
     const __m512i least = _mm512_set1_epi32((127 - 100) << 23), one = _mm512_set1_epi32(1);
     bits |= _mm512_cmplt_epu32_mask(_mm512_sub_epi32(size, one), _mm512_sub_epi32(least, one));
 #endif
     return bits;
 }
 
-/* The leading part of each number, in the upper half of its lane. */
-INLINE vec leading(vec x) {
+/* The high term of each number, in the upper half of its lane. */
+INLINE vec high_term(vec x) {
     return (vec)_mm512_and_si512((__m512i)x, _mm512_set1_epi32((int)0xffff0000));
 }
 
-/* parts[i] = the i-th part of 32 numbers, in sequence. */
-INLINE void split_sequence(vec first, vec second, __m512i parts[PARTS]) {
+/* terms[i] = the i-th term of 32 numbers, in sequence. */
+INLINE void split_bf16(vec first, vec second, __m512i terms[BF16_TERMS]) {
     const __m512i upper = _mm512_add_epi16(
         _mm512_set1_epi16(1), _mm512_slli_epi16((__m512i){0x0003000200010000, 0x0007000600050004,
                                                          0x000b000a00090008, 0x000f000e000d000c,
                                                          0x0013001200110010, 0x0017001600150014,
                                                          0x001b001a00190018, 0x001f001e001d001c}, 1));
 #pragma GCC unroll 3
-    for (int i = 0; i < PARTS - 1; i++) {
-        vec a = leading(first), b = leading(second);
-        parts[i] = _mm512_permutex2var_epi16((__m512i)a, upper, (__m512i)b);
+    for (int i = 0; i < BF16_TERMS - 1; i++) {
+        vec a = high_term(first), b = high_term(second);
+        terms[i] = _mm512_permutex2var_epi16((__m512i)a, upper, (__m512i)b);
         first -= a;
         second -= b;
     }
-    parts[PARTS - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    terms[BF16_TERMS - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
 /* Two rows of 16 bfloat16 in the lower and the upper half, as 16 pairs. */
@@ -82,16 +82,16 @@ INLINE __m512i round_pairs(vec first, vec second) {
     return _mm512_mask_mov_epi16(low, 0xaaaaaaaa, _mm512_add_epi32((__m512i)second, half));
 }
 
-/* parts[i] = the i-th parts of 16 pairs. */
-INLINE void split_pairs(vec first, vec second, __m512i parts[PARTS]) {
+/* terms[i] = the i-th terms of 16 pairs. */
+INLINE void split_bf16_pairs(vec first, vec second, __m512i terms[BF16_TERMS]) {
 #pragma GCC unroll 3
-    for (int i = 0; i < PARTS - 1; i++) {
-        vec a = leading(first), b = leading(second);
-        parts[i] = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
+    for (int i = 0; i < BF16_TERMS - 1; i++) {
+        vec a = high_term(first), b = high_term(second);
+        terms[i] = _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
         first -= a;
         second -= b;
     }
-    parts[PARTS - 1] = round_pairs(first, second);
+    terms[BF16_TERMS - 1] = round_pairs(first, second);
 }
 
 /* The dims [d, d + LANES) of a row, 0 from `dims` on. */
@@ -105,52 +105,52 @@ INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims
 }
 
 static void pack_queries(Tile *t, const Scratch *s, int p) {
-    ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, part = t->micropanels * pairs * MR;
-    t->micropanel[p].outside = 0;
+    ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, term = t->micropanels * pairs * MR;
+    t->micropanel[p].special = 0;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
-        pair *to = s->q_parts + p * pairs * MR + n * LANES;
+        pair *to = s->q_terms + p * pairs * MR + n * LANES;
         load_queries(t, p * MR + n * LANES, s->q + n * LANES);
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < 2 * pairs; d += 2, to += MR) {
             vec even = d < t->head_dim ? load(s->q + d * MR + n * LANES) : splat(0);
             vec odd = d + 1 < t->head_dim ? load(s->q + (d + 1) * MR + n * LANES) : splat(0);
-            __m512i parts[PARTS];
-            split_pairs(even, odd, parts);
+            __m512i terms[BF16_TERMS];
+            split_bf16_pairs(even, odd, terms);
 #pragma GCC unroll 3
-            for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
-            out |= outside(even) | outside(odd);
+            for (int i = 0; i < BF16_TERMS; i++) _mm512_store_si512(to + i * term, terms[i]);
+            out |= unrepresentable(even) | unrepresentable(odd);
         }
-        t->micropanel[p].outside |= (uint64_t)out << n * LANES;
+        t->micropanel[p].special |= (uint64_t)out << n * LANES;
     }
 }
 
-/* key_parts[part][chunk of dims][key][CHUNK] of a sub-block. */
+/* key_terms[term][chunk of dims][key][CHUNK] of a sub-block. */
 INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end,
                        NumberFormat format) {
-    ptrdiff_t dims = round_up(t->head_dim, CHUNK), part = s->key_rows * dims;
-    uint64_t odd = 0;
+    ptrdiff_t dims = round_up(t->head_dim, CHUNK), term = s->key_rows * dims;
+    uint64_t special = 0;
     for (ptrdiff_t key = begin; key < end; key++) {
         const char *row = t->k + key * t->k_key;
         float scale = t->k_scales ? t->k_scales[key] : 1;
-        bfloat *to = s->key_parts + key % BLOCK_K * CHUNK;
+        bfloat *to = s->key_terms + key % BLOCK_K * CHUNK;
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
-            __m512i parts[PARTS];
-            if (PARTS == 1 && format.kind == 'b' && t->k_dim == 2 && d + CHUNK <= t->head_dim) {
-                parts[0] = _mm512_loadu_si512(row + d * 2);
+            __m512i terms[BF16_TERMS];
+            if (BF16_TERMS == 1 && format.kind == 'b' && t->k_dim == 2 && d + CHUNK <= t->head_dim) {
+                terms[0] = _mm512_loadu_si512(row + d * 2);
             } else {
                 vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scale);
                 vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scale);
-                split_sequence(a, b, parts);
-                out |= outside(a) | outside(b);
+                split_bf16(a, b, terms);
+                out |= unrepresentable(a) | unrepresentable(b);
             }
 #pragma GCC unroll 3
-            for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part, parts[i]);
+            for (int i = 0; i < BF16_TERMS; i++) _mm512_store_si512(to + i * term, terms[i]);
         }
-        /* One part follows the rules of float32. */
-        if (PARTS > 1 && out) odd |= (uint64_t)1 << key % SUB_BLOCK_K;
+        /* One term follows the rules of float32. */
+        if (BF16_TERMS > 1 && out) special |= (uint64_t)1 << key % SUB_BLOCK_K;
     }
-    s->odd_keys[begin % BLOCK_K / SUB_BLOCK_K] = odd;
+    s->special_keys[begin % BLOCK_K / SUB_BLOCK_K] = special;
 }
 
 static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
@@ -184,25 +184,25 @@ INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrd
     for (int i = 0; i < LANES; i++) store((real *)(to + i * to_row), x[i]);
 }
 
-/* pairs[part][pair][d] of up to CHUNK values, and the bits of those with numbers that parts cannot
+/* pairs[term][pair][d] of up to CHUNK values, and the bits of those with numbers that terms cannot
  * express. These are 0, as are values whose bits are not set in `use`. */
-INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *odd,
+INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *special,
                         NumberFormat format) {
     const char *rows = t->v + key * t->v_key;
     ptrdiff_t dims = round_up(t->value_dim, LANES);
-    *odd = 0;
+    *special = 0;
     for (int j = 0; j < CHUNK; j += 2, pairs += dims) {
         __mmask16 out[2] = {0};
         bool both = (use >> j & 3) == 3;
         for (ptrdiff_t d = 0; d < dims; d += LANES) {
-            __m512i parts[PARTS];
-            if (PARTS == 1 && format.kind == 'b' && t->v_dim == 2 && d + LANES <= t->value_dim && both) {
-                /* What is in parts already. */
+            __m512i terms[BF16_TERMS];
+            if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 && d + LANES <= t->value_dim && both) {
+                /* What is in terms already. */
                 __m512i x = load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
                 __mmask32 wrong = bfloats_from(128, x);
                 out[0] |= (__mmask16)wrong;
                 out[1] |= (__mmask16)(wrong >> LANES);
-                parts[0] = interleave(_mm512_maskz_mov_epi16(~wrong, x));
+                terms[0] = interleave(_mm512_maskz_mov_epi16(~wrong, x));
             } else {
                 vec x[2];
 #pragma GCC unroll 2
@@ -211,46 +211,46 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
                     if (use >> (j + i) & 1)
                         x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim, format,
                                          t->v_scales ? t->v_scales[key + j + i] : 1);
-                    __mmask16 wrong = outside(x[i]);
+                    __mmask16 wrong = unrepresentable(x[i]);
                     x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~wrong, (__m512)x[i]);
                     out[i] |= wrong;
                 }
-                split_pairs(x[0], x[1], parts);
+                split_bf16_pairs(x[0], x[1], terms);
             }
 #pragma GCC unroll 3
-            for (int i = 0; i < PARTS; i++)
-                _mm512_store_si512(pairs + i * PAIRS * dims + d, parts[i]);
+            for (int i = 0; i < BF16_TERMS; i++)
+                _mm512_store_si512(pairs + i * PAIRS * dims + d, terms[i]);
         }
-        *odd |= (uint32_t)(out[0] != 0) << j | (uint32_t)(out[1] != 0) << (j + 1);
+        *special |= (uint32_t)(out[0] != 0) << j | (uint32_t)(out[1] != 0) << (j + 1);
     }
 }
 
-/* value_parts[part][chunk of keys][value dim][CHUNK] of a sub-block. A number that parts cannot express is 0. */
+/* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. A number that terms cannot express is 0. */
 static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    ptrdiff_t part = s->out_rows * s->key_rows, dims = s->out_rows;
-    uint64_t *sub_odd = s->odd_values + begin % BLOCK_K / SUB_BLOCK_K;
-    *sub_odd = 0;
+    ptrdiff_t term = s->out_rows * s->key_rows, dims = s->out_rows;
+    uint64_t *sub_special = s->special_values + begin % BLOCK_K / SUB_BLOCK_K;
+    *sub_special = 0;
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
-        uint32_t odd;
-        WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &odd);
-        *sub_odd |= (uint64_t)odd << key % SUB_BLOCK_K;
-        for (int i = 0; i < PARTS; i++)
+        uint32_t special;
+        WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &special);
+        *sub_special |= (uint64_t)special << key % SUB_BLOCK_K;
+        for (int i = 0; i < BF16_TERMS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
                 transpose_pairs(s->value_pairs + i * PAIRS * dims + d, dims,
-                                (pair *)(s->value_parts + i * part + key % BLOCK_K * dims + d * CHUNK),
+                                (pair *)(s->value_terms + i * term + key % BLOCK_K * dims + d * CHUNK),
                                 PAIRS);
     }
 }
 
-/* Where the parts of an operand lie: elements between parts and between chunks. */
+/* Where the terms of an operand lie: elements between terms and between chunks. */
 typedef struct {
     const bfloat *data; /* [row][CHUNK] */
-    ptrdiff_t part, chunk;
+    ptrdiff_t term, chunk;
 } Rows;
 typedef struct {
     const pair *data; /* [pair][MR] */
-    ptrdiff_t part, chunk;
+    ptrdiff_t term, chunk;
 } Lanes;
 
 #ifdef HAS_TILES
@@ -264,7 +264,7 @@ static const struct {
 #define BEGIN_TILES() _tile_loadconfig(&TILES)
 #define END_TILES() _tile_release()
 
-/* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of parts i and j with
+/* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of terms i and j with
  * i + j <= order, smaller ones first. */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
@@ -283,13 +283,13 @@ INLINE void multiply_rows(const int order, const int row_groups, const int vecs,
     }
     for (int chunk = 0; chunk < chunks; chunk++, a.data += a.chunk, b.data += b.chunk)
 #pragma GCC unroll 3
-        for (int j = PARTS - 1; j >= 0; j--) {
-            const pair *lanes = b.data + j * b.part;
+        for (int j = BF16_TERMS - 1; j >= 0; j--) {
+            const pair *lanes = b.data + j * b.term;
             _tile_loadd(6, lanes, stride);
             if (vecs > 1) _tile_loadd(7, lanes + LANES, stride);
 #pragma GCC unroll 3
-            for (int i = order - j < PARTS ? order - j : PARTS - 1; i >= 0; i--) {
-                const bfloat *rows = a.data + i * a.part;
+            for (int i = order - j < BF16_TERMS ? order - j : BF16_TERMS - 1; i >= 0; i--) {
+                const bfloat *rows = a.data + i * a.term;
                 _tile_loadd(4, rows, CHUNK * 2);
                 if (row_groups > 1) _tile_loadd(5, rows + ROW_PAD * CHUNK, CHUNK * 2);
                 _tile_dpbf16ps(0, 4, 6);
@@ -326,7 +326,7 @@ static double peak(ptrdiff_t rounds) {
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
     (void)order;
-    _Static_assert(PARTS == 1, "without tiles, parts are slower than float32");
+    _Static_assert(BF16_TERMS == 1, "without AMX, terms are slower than float32");
     for (int first = 0; first < row_groups * ROW_PAD; first += NR) {
         vec sum[NR][MR_VECS];
 #pragma GCC unroll 8
@@ -392,13 +392,13 @@ INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b,
     }
 }
 
-/* The scores of keys or queries that parts cannot express, by the product of real numbers. */
-static void patch_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, uint64_t odd) {
+/* The scores of keys or queries that terms cannot express, by the product of real numbers. */
+static void recompute_special_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, uint64_t special) {
     int vecs = t->micropanel[p].vecs;
     real row[MR] __attribute__((aligned(64)));
     for (int n = 0; n < vecs; n++) load_queries(t, p * MR + n * LANES, s->q + n * LANES);
     for (int j = 0; j < sub->keys; j++) {
-        uint64_t lanes = odd >> j & 1 ? ~(uint64_t)0 : t->micropanel[p].outside;
+        uint64_t lanes = special >> j & 1 ? ~(uint64_t)0 : t->micropanel[p].special;
         if (!lanes) continue;
         widen(t->k + (sub->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
               t->k_scales ? t->k_scales + sub->key + j : NULL, 1, t->head_dim, s->keys);
@@ -410,74 +410,74 @@ static void patch_scores(const Tile *t, const Scratch *s, int p, const SubBlock 
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, vec *top) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
-    Rows k = {s->key_parts + sub->key % BLOCK_K * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
-    Lanes q = {s->q_parts + p * dims / 2 * MR, t->micropanels * dims / 2 * MR, PAIRS * MR};
+    Rows k = {s->key_terms + sub->key % BLOCK_K * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
+    Lanes q = {s->q_terms + p * dims / 2 * MR, t->micropanels * dims / 2 * MR, PAIRS * MR};
     for (ptrdiff_t d = 0; d < dims; d += BLOCK_D) {
         int chunks = fewer(dims - d, BLOCK_D) / CHUNK;
         real *to = d ? s->more : sub->scores;
-        multiply(KEY_ORDER, t->micropanel[p].vecs, sub->keys, k, q, chunks, to, false);
+        multiply(SCORE_ORDER, t->micropanel[p].vecs, sub->keys, k, q, chunks, to, false);
         if (d) add_to_scores(t->micropanel[p].vecs, sub, to);
         k.data += chunks * k.chunk;
         q.data += chunks * q.chunk;
     }
-    uint64_t odd = bits_of(s->odd_keys, sub);
-    if (odd | t->micropanel[p].outside) patch_scores(t, s, p, sub, odd);
+    uint64_t special = bits_of(s->special_keys, sub);
+    if (special | t->micropanel[p].special) recompute_special_scores(t, s, p, sub, special);
     take_max(t->micropanel[p].vecs, sub, top);
 }
 
 INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec exponent, const vec *top,
-                        vec *sum, pair *to, ptrdiff_t part) {
+                        vec *sum, pair *to, ptrdiff_t term) {
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) {
-        __m512i parts[PARTS];
+        __m512i terms[BF16_TERMS];
         vec even = weight_from(load(scores + n * LANES), top[n], exponent), odd = splat(0);
         if (both) odd = weight_from(load(scores + MR + n * LANES), top[n], exponent);
         sum[n] += even;
         sum[n] += odd;
-        split_pairs(even, odd, parts);
+        split_bf16_pairs(even, odd, terms);
 #pragma GCC unroll 3
-        for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * part + n * LANES, parts[i]);
+        for (int i = 0; i < BF16_TERMS; i++) _mm512_store_si512(to + i * term + n * LANES, terms[i]);
     }
 }
 
 INLINE void weigh_vecs(const int vecs, const SubBlock *sub, vec exponent, const vec *top, vec *sum,
-                       pair *to, ptrdiff_t part) {
+                       pair *to, ptrdiff_t term) {
     vec shift[MR_VECS], total[MR_VECS];
     int j = 0;
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) shift[n] = top[n], total[n] = sum[n];
     for (; j + 2 <= sub->keys; j += 2, to += MR)
-        weigh_pairs(vecs, true, sub->scores + j * MR, exponent, shift, total, to, part);
+        weigh_pairs(vecs, true, sub->scores + j * MR, exponent, shift, total, to, term);
     if (j < sub->keys) {
-        weigh_pairs(vecs, false, sub->scores + j * MR, exponent, shift, total, to, part);
+        weigh_pairs(vecs, false, sub->scores + j * MR, exponent, shift, total, to, term);
         j += 2, to += MR;
     }
     for (; j < round_up(sub->keys, CHUNK); j += 2, to += MR)
-        for (int i = 0; i < PARTS; i++) memset(to + i * part, 0, MR * sizeof *to);
+        for (int i = 0; i < BF16_TERMS; i++) memset(to + i * term, 0, MR * sizeof *to);
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) sum[n] = total[n];
 }
 
-/* Scores to parts of weights; their sum is added to `sum`. */
+/* Scores to terms of weights; their sum is added to `sum`. */
 static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum, pair *to,
-                  ptrdiff_t part) {
+                  ptrdiff_t term) {
     vec factor = splat((real)exponent);
     switch (vecs) {
-    case 1: weigh_vecs(1, sub, factor, top, sum, to, part); break;
-    case 2: weigh_vecs(2, sub, factor, top, sum, to, part); break;
+    case 1: weigh_vecs(1, sub, factor, top, sum, to, term); break;
+    case 2: weigh_vecs(2, sub, factor, top, sum, to, term); break;
 #if MR_VECS == 3
-    case 3: weigh_vecs(3, sub, factor, top, sum, to, part); break;
+    case 3: weigh_vecs(3, sub, factor, top, sum, to, term); break;
 #endif
     }
 }
 
-/* Add the numbers that parts cannot express, for the queries that see them. */
-static void add_odd_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
+/* Add the numbers that terms cannot express, for the queries that see them. */
+static void add_special_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
                            const SubBlock *sub, real *out) {
-    uint64_t odd = bits_of(s->odd_values, sub);
+    uint64_t special = bits_of(s->special_values, sub);
     vec exponent = splat((real)t->exponent);
     for (int j = 0; j < sub->keys; j++) {
-        if (!(odd >> j & 1)) continue;
+        if (!(special >> j & 1)) continue;
         widen(t->v + (sub->key + j) * t->v_key, t->v_key, t->v_dim, t->v_format,
               t->v_scales ? t->v_scales + sub->key + j : NULL, 1, t->value_dim, s->values);
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -485,7 +485,7 @@ static void add_odd_values(const Tile *t, const Scratch *s, int p, const BlockSt
             vec weight = weight_from(score, b->top[n], exponent);
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
                 real *o = out + d * MR + n * LANES;
-                if (!(outside(splat(s->values[d])) & 1)) continue;
+                if (!(unrepresentable(splat(s->values[d])) & 1)) continue;
                 store(o, choose(visible_lanes(sub, n, j), weight * s->values[d] + load(o), load(o)));
             }
         }
@@ -493,7 +493,7 @@ static void add_odd_values(const Tile *t, const Scratch *s, int p, const BlockSt
 }
 
 static pair *weights_of(const Scratch *s, const SubBlock *sub) {
-    return s->weight_parts + sub->key % BLOCK_K / 2 * MR;
+    return s->weight_terms + sub->key % BLOCK_K / 2 * MR;
 }
 
 /* Sum the values of the sub-blocks [i, end) of a block, as their weights say. */
@@ -510,9 +510,9 @@ static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockSt
             i++;
             continue;
         }
-        Rows v = {s->value_parts + first->key % BLOCK_K * s->out_rows, s->key_rows * s->out_rows,
+        Rows v = {s->value_terms + first->key % BLOCK_K * s->out_rows, s->key_rows * s->out_rows,
                   CHUNK * s->out_rows};
-        Lanes w = {weights_of(s, first), WEIGHT_PART, PAIRS * MR};
+        Lanes w = {weights_of(s, first), WEIGHT_TERM, PAIRS * MR};
         multiply(VALUE_ORDER, t->micropanel[p].vecs, s->out_rows, v, w, chunks, out, *begun);
         *begun = true;
     }

@@ -131,7 +131,7 @@ static void careful_product(const SubBlock *sub, int vecs, View v, ptrdiff_t dim
 }
 #endif
 
-#ifndef PARTS
+#ifndef BF16_TERMS
 static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
     return (View){(const real *)at, row / (ptrdiff_t)sizeof(real), dim / (ptrdiff_t)sizeof(real)};
 }

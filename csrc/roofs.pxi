@@ -2,7 +2,7 @@
 
 def peak_flops(dtype, int threads, Py_ssize_t rounds=2_000_000):
     """Flop/s of multiply-adds that never leave the registers: the roof over every kernel, but those
-    of float32 in parts, which have another.
+    of float32 in bfloat16 terms, which have another.
     """
     kind = np.dtype(dtype).char
     cdef const TileKernels *kernels = kernels_for(

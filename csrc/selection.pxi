@@ -10,7 +10,7 @@ for _i in range(N_INSTRUCTION_SETS):
 
 
 # Queries of one key head up to which packing keys for the other kernels would cost more than it saves,
-# and from which on splitting float32 keys in parts costs less: they take 1.5 times as long as
+# and from which on splitting float32 keys in bfloat16 terms costs less: they take 1.5 times as long as
 # multiply-adds for 32 queries, as long for 112, and 0.8 of it for 384.
 cdef enum:
     MAX_FMA_ROWS = 16
@@ -35,11 +35,11 @@ cdef const TileKernels *kernels_for(
     cdef const InstructionSet *isa = chosen()
     if product == "d":
         return isa.float64
-    if queries <= MAX_FMA_ROWS or not dot:  # other measures have no parts to multiply
+    if queries <= MAX_FMA_ROWS or not dot:  # other score functions are no matmuls
         return isa.fma
     if product == "f":
         many = queries >= MIN_BF16X3_ROWS
-        return isa.float32 if many and worth_three_parts(head_dim, value_dim) else isa.fma
+        return isa.float32 if many and worth_bf16x3(head_dim, value_dim) else isa.fma
     return isa.float16 if product == "e" else isa.bfloat16
 
 
@@ -53,10 +53,10 @@ cdef const TileKernels *gradient_kernels_for(
     return chosen().fma if kernels.gradient is NULL else kernels
 
 
-cdef bint worth_three_parts(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil:
-    """Do parts multiply so many dims of float32 sooner than multiply-adds? They take 3/4 of the time
+cdef bint worth_bf16x3(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil:
+    """Do three bfloat16 terms multiply so many dims of float32 sooner than multiply-adds? They take 3/4 of the time
     a dim, but dims in whole chunks of 32 and of 16, and longer for what comes with every key: at 32,
-    48 and 56 both take as long, at 64 parts are 15 % faster, and 20 % at 96 and 128.
+    48 and 56 both take as long, at 64 terms are 15 % faster, and 20 % at 96 and 128.
     """
     cdef Py_ssize_t padded = (head_dim + 31) // 32 * 32 + (value_dim + 15) // 16 * 16
     return 4 * (head_dim + value_dim) - 3 * padded > (75 if value_dim else 37)

@@ -5,7 +5,7 @@
  * what one register tile holds: MR queries in MR_VECS vectors. Within a block of keys,
  * S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow each other as in
  * FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of the whole block
- * and O^T is rescaled once per block; in parts otherwise: attend_parts.h.
+ * and O^T is rescaled once per block; in bfloat16 terms otherwise: attend_parts.h.
  */
 #include "simd.h"
 
@@ -13,20 +13,20 @@
  * zero before they join the running sum. One run over all keys would have 3 to 25 times NumPy's rounding
  * error; blocks of 128 make too many partial sums. */
 #define BLOCK_K 512
-#ifdef PARTS
-#define CHUNK 32 /* head dims or keys that one step of a product in parts sums up */
+#ifdef BF16_TERMS
+#define CHUNK 32 /* head dims or keys that one step of a matmul in bfloat16 terms sums up */
 #define SCORE_KEYS SUB_BLOCK_K /* whose scores are kept: see attend_parts.h */
 #else
 #define SCORE_KEYS BLOCK_K
 #endif
-#if !defined(PARTS) || defined(HAS_TILES)
-#define HAS_GRADIENT /* parts without tiles leave gradients to float32 */
+#if !defined(BF16_TERMS) || defined(HAS_TILES)
+#define HAS_GRADIENT /* terms without AMX leave gradients to float32 */
 #endif
 
 #include "product.h"
 #define LN2 0.69314718055994530942
 
-#ifdef PARTS
+#ifdef BF16_TERMS
 #include "parts.h"
 #endif
 
@@ -225,7 +225,7 @@ static void sum_weights(const Tile *t, int p, BlockState *b, const SubBlock *sub
     }
 }
 
-#ifdef PARTS
+#ifdef BF16_TERMS
 #include "attend_parts.h"
 #else
 static void raise_max(const Tile *t, int vecs, BlockState *b, real *row_max) {

@@ -112,7 +112,7 @@ typedef struct {
         ptrdiff_t first, last, inner_first, inner_last;
         int vecs;         /* vectors in use */
         int has_output;      /* does `out` hold the sum of a block? */
-        uint64_t outside; /* bits of the queries that the products cannot take */
+        uint64_t special; /* bits of the queries that the products cannot take */
         /* Set by finish: bits of the queries that a second run is for, and among these of those whose
          * scores it makes again, not only sums of values. */
         uint64_t again, late;

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef PARTS
+#ifdef BF16_TERMS
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -259,14 +259,14 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
 
 int main(void) {
     double worst = 0;
-#ifdef PARTS
+#ifdef BF16_TERMS
     if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return puts("tiles are not to be had here"), 0;
 #endif
     for (int n = 1; n <= kernels.block_q; n += 1 + n / 64)
         for (int causal = 0; causal < 2; causal++) {
             int options = (5 * n + 16 * causal) % ALL_OPTIONS;
             worst = worse(worst, check(DOT, n, causal, options, FORMATS[n % N_FORMATS]));
-#ifndef PARTS
+#ifndef BF16_TERMS
             Measure other = n % 2 ? ADDITIVE : DISTANCE;
             worst = worse(worst, check(other, n, causal, options, FORMATS[n % N_FORMATS]));
 #endif
