@@ -77,7 +77,7 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
-    measure, cnp.ndarray sums, cnp.ndarray indices,
+    score_function, cnp.ndarray sums, cnp.ndarray indices,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
 
@@ -87,7 +87,8 @@ def attend(
     `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
     must be 0 before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
-    `product` says whose kernels multiply, as in `kernels_for`. `measure` is that of a Problem if other than DOT. All must have
+    `product` says whose kernels multiply, as in `kernels_for`. `score_function` is that of the
+    Problem if other than DOT. All must have
     been validated: nothing is checked here.
 
     To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each cell of
@@ -110,7 +111,7 @@ def attend(
     walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     walk.kernels = kernels_for(
         product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
-        measure is None,
+        score_function is None,
     )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.block_q - 1) // walk.kernels.block_q
     describe_survey(&walk, sums, indices)
@@ -131,11 +132,11 @@ def attend(
     try:
         describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
         tiles.weights_key = walk.weights.dim
-        if measure is not None:
-            tiles.measure = {
+        if score_function is not None:
+            tiles.score_function = {
                 "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-            }[measure[0]]
-            tiles.measure_weights = doubles(measure[1])
+            }[score_function[0]]
+            tiles.dim_weights = doubles(score_function[1])
         tiles.want_lse = lse is not None
         if walk.parts > 1:
             tiles.want_lse = True

@@ -49,7 +49,7 @@ typedef struct Scratch {
     uint64_t *special_keys, *special_values; /* [sub-block of the block]: bits of those that terms cannot express */
 #else
     real *decode_rows, *decode_sums; /* see decode-inl.h */
-    real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *measured; /* measures.h */
+    real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *metrics; /* measures.h */
     lane_int *special_queries, *special_keys;
 #endif
     PackedSubBlocks *packed;
@@ -63,7 +63,7 @@ typedef struct Scratch {
 #ifndef BF16_TERMS
 /* May keys or values be multiplied where they lie? */
 static bool direct_keys(const Tile *t) {
-    return is_real(t->k_format) && !t->k_scales && t->measure != ADDITIVE;
+    return is_real(t->k_format) && !t->k_scales && t->score_function != ADDITIVE;
 }
 static bool direct_values(const Tile *t) { return is_real(t->v_format) && !t->v_scales; }
 #endif
@@ -112,11 +112,11 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(values, direct_values(t) ? 0 : block_k * t->value_dim)
     TAKE(decode_rows, LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
     TAKE(decode_sums, MAX_DECODE_ROWS * round_up(t->value_dim, LANES))
-    if (t->measure != DOT) {
+    if (t->score_function != DOT) {
         TAKE(key_columns, MR * t->head_dim)
-        TAKE(measured, SUB_BLOCK_K * MR)
+        TAKE(metrics, SUB_BLOCK_K * MR)
     }
-    if (t->measure == ADDITIVE) {
+    if (t->score_function == ADDITIVE) {
         TAKE(weights, t->head_dim)
         TAKE(q_high, row * t->head_dim)
         TAKE(q_low, row * t->head_dim)

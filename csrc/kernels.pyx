@@ -34,7 +34,7 @@ cdef extern from "tile.h" nogil:
         char kind
         int bytes, swapped
 
-    ctypedef enum Measure:
+    ctypedef enum ScoreFunction:
         DOT
         DISTANCE
         ADDITIVE
@@ -55,8 +55,8 @@ cdef extern from "tile.h" nogil:
         Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
         Py_ssize_t n_queries, head_dim, value_dim, block_k
         double scale, margin
-        Measure measure
-        const double *measure_weights
+        ScoreFunction score_function
+        const double *dim_weights
         Py_ssize_t start[MAX_QUERIES]
         Py_ssize_t stop[MAX_QUERIES]
         double softcap

@@ -158,7 +158,7 @@ static void pack_queries(Tile *t, const Scratch *s, int p) {
     if (dims_in_lanes(t)) pack_decode_queries(t, s);
     for (int n = 0; n < t->micropanel[p].vecs && !dims_in_lanes(t); n++)
         load_queries(t, p * MR + n * LANES, s->q + p * MR * t->head_dim + n * LANES);
-    if (t->measure == ADDITIVE) pack_additive_queries(t, s, p);
+    if (t->score_function == ADDITIVE) pack_additive_queries(t, s, p);
 }
 
 static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
@@ -166,12 +166,12 @@ static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_
     widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->k_format,
           t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
           s->keys + begin % BLOCK_K * t->head_dim);
-    if (t->measure == ADDITIVE) pack_additive_keys(t, s, begin % BLOCK_K, end - begin);
+    if (t->score_function == ADDITIVE) pack_additive_keys(t, s, begin % BLOCK_K, end - begin);
 }
 
 static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, vec *top) {
-    if (t->measure != DOT) {
-        measure_keys(t, s, p, sub, keys_from(t, s, sub->key));
+    if (t->score_function != DOT) {
+        metric_scores(t, s, p, sub, keys_from(t, s, sub->key));
         take_max(t->micropanel[p].vecs, sub, top);
         return;
     }

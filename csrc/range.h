@@ -33,8 +33,8 @@ static double drawn_in(double x, bool finite) {
     return finite ? fmin(fmax(x, -REAL_MAX), REAL_MAX) : x;
 }
 
-/* How a query and a key compare, as `measure` says, of numbers 2**-down times as large. */
-static double measure_exactly(const Tile *t, ptrdiff_t i, ptrdiff_t key, int down, bool *finite) {
+/* How a query and a key compare, as `score_function` says, of numbers 2**-down times as large. */
+static double exact_similarity(const Tile *t, ptrdiff_t i, ptrdiff_t key, int down, bool *finite) {
     const double unit = ldexp(1, -down), scale = t->k_scales ? t->k_scales[key] : 1;
     double sum = 0;
     *finite = true;
@@ -42,15 +42,15 @@ static double measure_exactly(const Tile *t, ptrdiff_t i, ptrdiff_t key, int dow
         double q = read_number(t->q[i] + d * t->q_dim, t->q_format);
         double k = read_number(t->k + key * t->k_key + d * t->k_dim, t->k_format) * scale;
         *finite &= isfinite(q) && isfinite(k);
-        if (t->measure == ADDITIVE) {
-            sum += t->measure_weights[d] * unit * tanh(q + k);
-        } else if (t->measure == DISTANCE || t->measure == SQUARED_DISTANCE) {
+        if (t->score_function == ADDITIVE) {
+            sum += t->dim_weights[d] * unit * tanh(q + k);
+        } else if (t->score_function == DISTANCE || t->score_function == SQUARED_DISTANCE) {
             double away = q * unit - k * unit;
             sum += away * away;
         } else
             sum += (q * unit) * (k * unit);
     }
-    return t->measure == DISTANCE ? sqrt(sum) : sum;
+    return t->score_function == DISTANCE ? sqrt(sum) : sum;
 }
 
 /* The score as the definition has it: after each step a number is within the range of `real`, unless
@@ -59,10 +59,10 @@ static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
     const int far = 540; /* float64 alone gets that far on the way */
     bool finite;
     int up = 0, power = 0;
-    double x = measure_exactly(t, i, key, 0, &finite);
+    double x = exact_similarity(t, i, key, 0, &finite);
     if (finite && !isfinite(x)) {
-        x = measure_exactly(t, i, key, far, &finite);
-        up = t->measure == DOT || t->measure == SQUARED_DISTANCE ? 2 * far : far;
+        x = exact_similarity(t, i, key, far, &finite);
+        up = t->score_function == DOT || t->score_function == SQUARED_DISTANCE ? 2 * far : far;
     }
     x = frexp(x, &power) * t->scale;
     double s = drawn_in(ldexp(x, power + up), finite && isfinite(t->scale));

@@ -183,7 +183,7 @@ INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlo
 
 /* How far the LANES queries from `first` on are from a key; each key on is one less. Count those first:
  * from 2**24 on float32 does not get smaller by 1. */
-static vec distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
+static vec alibi_distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
     real x[LANES] = {0};
     for (int i = 0; i < LANES && first + i < t->n_queries; i++)
         x[i] = (real)(t->position[first + i] - key);
@@ -195,7 +195,7 @@ static void subtract_alibi(const Tile *t, int p, const SubBlock *sub, vec *top) 
         ptrdiff_t first = p * MR + n * LANES;
         real slopes[LANES] = {0};
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) slopes[i] = (real)t->slope[first + i];
-        vec slope = load_unaligned(slopes), distance = distances(t, first, sub->key);
+        vec slope = load_unaligned(slopes), distance = alibi_distances(t, first, sub->key);
         vec most = splat(-INFINITY), step = splat(0);
         for (int j = 0; j < sub->keys; j++) {
             real *s = sub->scores + j * MR + n * LANES;

@@ -50,12 +50,12 @@ static void settle_units(Tile *t) {
     double size = fabs(t->scale);
     t->careful = may_overflow(t);
     bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->careful ||
-                   t->measure == SQUARED_DISTANCE;
+                   t->score_function == SQUARED_DISTANCE;
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);
-    if (t->measure != DOT) {
-        t->measure_scale = t->q_scale;
+    if (t->score_function != DOT) {
+        t->metric_scale = t->q_scale;
         t->q_scale = 1;
     } else if (EXACT_QUERIES && size > 0 && size < INFINITY) {
         /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */

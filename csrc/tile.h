@@ -27,7 +27,7 @@ typedef struct {
 } NumberFormat;
 
 /* How a query and a key compare: by q . k, |q - k|, the weighted sum of tanh(q + k), or |q - k|^2. */
-typedef enum { DOT, DISTANCE, ADDITIVE, SQUARED_DISTANCE } Measure;
+typedef enum { DOT, DISTANCE, ADDITIVE, SQUARED_DISTANCE } ScoreFunction;
 
 /* A key that may be one of a query's strongest. */
 typedef struct {
@@ -46,8 +46,8 @@ typedef struct {
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t block_k; /* the most keys of one block: no more than there are */
     double scale;
-    Measure measure;
-    const double *measure_weights; /* of ADDITIVE, one per dimension */
+    ScoreFunction score_function;
+    const double *dim_weights; /* of ADDITIVE, one per dimension */
     /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact, but
      * in a second run, for the results that overflowed in the first: those of huge values, and of
      * scores out of range. */
@@ -119,8 +119,8 @@ typedef struct {
     } micropanel[MAX_MICROPANELS];
     int micropanels;
     /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
-     * another measure finds, measure_scale included; weights are 2**(exponent * (score - maximum)). */
-    double q_scale, measure_scale, score_scale, exponent;
+     * another score function gives, metric_scale included; weights are 2**(exponent * (score - maximum)). */
+    double q_scale, metric_scale, score_scale, exponent;
 } Tile;
 
 /* Which of `cells` runs of nearly equal length has element i of n: run c begins at c * n / cells. */

@@ -293,8 +293,8 @@ cdef int describe_tile(
     tile.block_k = min(walk.kernels.block_k, walk.n_keys)
     tile.scale = scale
     tile.softcap = softcap
-    tile.measure = DOT
-    tile.measure_weights = NULL
+    tile.score_function = DOT
+    tile.dim_weights = NULL
     tile.has_mask = walk.mask.data is not NULL
     tile.has_bias = walk.bias.data is not NULL
     tile.has_alibi = walk.alibi is not NULL

@@ -38,7 +38,7 @@ def attend(
     order: np.ndarray | None,
     product: str,
     threads: int,
-    measure: tuple[str, np.ndarray | None] | None,
+    score_function: tuple[str, np.ndarray | None] | None,
     sums: np.ndarray | None,
     indices: np.ndarray | None,
 ) -> None: ...

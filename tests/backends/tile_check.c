@@ -79,11 +79,11 @@ static double score_of(const Tile *t, int i, ptrdiff_t j, double *slope) {
     double s = 0;
     for (int d = 0; d < HEAD_DIM; d++) {
         double x = q[d], y = k[j * HEAD_DIM + d];
-        if (t->measure == DOT) s += x * y;
-        if (t->measure == DISTANCE) s += (x - y) * (x - y);
-        if (t->measure == ADDITIVE) s += t->measure_weights[d] * tanh(x + y);
+        if (t->score_function == DOT) s += x * y;
+        if (t->score_function == DISTANCE) s += (x - y) * (x - y);
+        if (t->score_function == ADDITIVE) s += t->dim_weights[d] * tanh(x + y);
     }
-    s = t->scale * (t->measure == DISTANCE ? sqrt(s) : s);
+    s = t->scale * (t->score_function == DISTANCE ? sqrt(s) : s);
     *slope = t->softcap > 0 ? 1 - pow(tanh(s / t->softcap), 2) : 1;
     if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
     if (t->has_bias) s += bias[i][j];
@@ -209,7 +209,7 @@ static double run_gradients(Tile *t) {
     return worst;
 }
 
-static double check(Measure measure, int n_queries, int causal, int options, NumberFormat format) {
+static double check(ScoreFunction score_function, int n_queries, int causal, int options, NumberFormat format) {
     static Tile t;
     static double weights[HEAD_DIM];
     for (int d = 0; d < HEAD_DIM; d++) weights[d] = d % 3 - 1;
@@ -225,8 +225,8 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
     t.value_dim = VALUE_DIM, t.v_key = VALUE_DIM * sizeof(real);
     t.grad_k_key = t.k_key, t.grad_v_key = t.v_key;
     t.scale = 1 / sqrt(HEAD_DIM);
-    t.measure = measure, t.measure_weights = weights;
-    if (measure == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;
+    t.score_function = score_function, t.dim_weights = weights;
+    if (score_function == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;
     t.want_lse = 1;
     t.has_mask = options & MASK, t.has_bias = options & BIAS, t.has_alibi = options & ALIBI;
     t.softcap = options & SOFTCAP ? 0.5 : 0;
@@ -248,7 +248,7 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
         if (options & BIAS) t.bias[i] = bias_row(i, format);
     }
     double worst = run(&t);
-    if (measure == DOT && n_queries % 3 == 1) worst = worse(worst, run_gradients(&t));
+    if (score_function == DOT && n_queries % 3 == 1) worst = worse(worst, run_gradients(&t));
     for (int i = 0; i < n_queries; i++) {
         free((void *)t.q[i]), free(t.out[i]), free(t.weights[i]);
         free((void *)t.mask[i]), free((void *)t.bias[i]);
@@ -267,7 +267,7 @@ int main(void) {
             int options = (5 * n + 16 * causal) % ALL_OPTIONS;
             worst = worse(worst, check(DOT, n, causal, options, FORMATS[n % N_FORMATS]));
 #ifndef BF16_TERMS
-            Measure other = n % 2 ? ADDITIVE : DISTANCE;
+            ScoreFunction other = n % 2 ? ADDITIVE : DISTANCE;
             worst = worse(worst, check(other, n, causal, options, FORMATS[n % N_FORMATS]));
 #endif
         }
