@@ -27,9 +27,9 @@ cdef bint attend_tile(
     cdef Step more = NULL  # what is made of the scores once their sums are known
     cdef bint done
     if walk.survey.sums is not NULL:
-        more = walk.kernels.pool
-    elif walk.survey.n_best:
-        more = walk.kernels.collect
+        more = walk.kernels.accumulate_bins
+    elif walk.survey.top_k:
+        more = walk.kernels.collect_top_k
     elif walk.weights.data is not NULL:
         more = walk.kernels.weights
     set_tile(walk, tile, at)
@@ -43,8 +43,8 @@ cdef bint attend_tile(
         if more is not NULL:
             if not each_block(more, keys, tile, listen, last_look, stopped):
                 return False
-            if walk.survey.n_best:
-                walk.kernels.rank(tile)
+            if walk.survey.top_k:
+                walk.kernels.rank_top_k(tile)
         if done:
             break
         tile.margin = log(2 * walk.n_keys * WEIGHT_UNIT)
@@ -91,9 +91,9 @@ def attend(
     Problem if other than DOT. All must have
     been validated: nothing is checked here.
 
-    To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each cell of
+    To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each bin of
     queries x keys are added. Or `indices`, int64 (batch, heads, queries, n) without gaps along the
-    last axis, and `weights` of the same shape are those of each query's n strongest keys, and for hidden
+    last axis, and `weights` of the same shape are those of each query's n top keys, and for hidden
     keys -1 and 0. For either `out` has a value_dim of 0 and the dtype of sums.
     """
     cdef Walk walk

@@ -64,7 +64,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
         if (!score(t, s, p, sub, top)) continue;
         b.any_visible = true;
-        if (t->n_best > 0) collect_sub_block_max(t, p, sub);
+        if (t->top_k > 0) collect_sub_block_max(t, p, sub);
         Rise rise = rise_of(t, vecs, top, row_max);
         if (rise.any) {
             sum_sub_blocks(t, s, p, &b, first, i, block_out, &begun);

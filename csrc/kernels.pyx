@@ -42,7 +42,7 @@ cdef extern from "tile.h" nogil:
     ctypedef struct Candidate:
         pass
 
-    Py_ssize_t cell_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t cells)
+    Py_ssize_t bin_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t bins)
 
     ctypedef struct Tile:
         const char *q[MAX_QUERIES]
@@ -89,12 +89,12 @@ cdef extern from "tile.h" nogil:
         bint wants_bias, wants_sums, rows_share_bias
         char *grad_bias[MAX_QUERIES]
         double row_sums[MAX_QUERIES][4]
-        double *pooled
+        double *bins
         int slot[MAX_QUERIES]
-        Py_ssize_t pooled_row, columns, n_keys
-        Candidate *best
-        Py_ssize_t n_best
-        double least[MAX_QUERIES]
+        Py_ssize_t bin_row, columns, n_keys
+        Candidate *heaps
+        Py_ssize_t top_k
+        double top_k_threshold[MAX_QUERIES]
         int64_t *keys[MAX_QUERIES]
         Py_ssize_t first, last
 
@@ -114,9 +114,9 @@ cdef extern from "tile.h" nogil:
         void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         bint (*finish)(Tile *) noexcept nogil
         void (*weights)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
-        void (*pool)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
-        void (*collect)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
-        void (*rank)(Tile *) noexcept nogil
+        void (*accumulate_bins)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*collect_top_k)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*rank_top_k)(Tile *) noexcept nogil
         double (*join)(
             char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, char *, Py_ssize_t,
             NumberFormat,

@@ -1,4 +1,4 @@
-/* What becomes of weights that are not wanted one by one: their sums over cells of queries x keys, for
+/* What becomes of weights that are not wanted one by one: their sums over bins of queries x keys, for
  * which the scores are made once more, as for weights().
  */
 #ifndef FASTATTN_MAPS_H
@@ -19,9 +19,9 @@ static int sum_columns(const Tile *t, int vecs, const SubBlock *sub, ptrdiff_t f
     return columns;
 }
 
-/* Add columns of sums to the cells. Vectors whose lanes go to the same slots are added first, then
+/* Add columns of sums to the bins. Vectors whose lanes go to the same slots are added first, then
  * neighbours in a vector, as rows of the transpose. */
-static void add_to_cells(const Tile *t, int p, const SubBlock *sub, ptrdiff_t first, int columns) {
+static void add_to_bins(const Tile *t, int p, const SubBlock *sub, ptrdiff_t first, int columns) {
     int vecs = t->micropanel[p].vecs;
     for (int n = 0, next; n < vecs; n = next) {
         const int *slot = t->slot + p * MR + n * LANES;
@@ -36,7 +36,7 @@ static void add_to_cells(const Tile *t, int p, const SubBlock *sub, ptrdiff_t fi
             }
             transpose(x);
             for (int i = 0, after; i < LANES && slot[i] >= 0; i = after) {
-                double *to = t->pooled + slot[i] * t->pooled_row + first + column;
+                double *to = t->bins + slot[i] * t->bin_row + first + column;
                 real sums[LANES];
                 for (after = i + 1; after < LANES && slot[after] == slot[i]; after++) x[i] += x[after];
                 store_unaligned(sums, x[i]);
@@ -46,11 +46,11 @@ static void add_to_cells(const Tile *t, int p, const SubBlock *sub, ptrdiff_t fi
     }
 }
 
-static void pool_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
-    ptrdiff_t first = cell_of(sub->key, t->n_keys, t->columns);
+static void accumulate_bins_of_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    ptrdiff_t first = bin_of(sub->key, t->n_keys, t->columns);
     settle_weights(t, s, p, sub);
-    add_to_cells(t, p, sub, first, sum_columns(t, t->micropanel[p].vecs, sub, first));
+    add_to_bins(t, p, sub, first, sum_columns(t, t->micropanel[p].vecs, sub, first));
 }
 
-static void pool(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, pool_sub_block); }
+static void accumulate_bins(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, accumulate_bins_of_sub_block); }
 #endif

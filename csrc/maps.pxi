@@ -16,7 +16,7 @@ cdef int describe_survey(Walk *walk, cnp.ndarray sums, cnp.ndarray indices) exce
         survey.slots *= walk.group
     describe(walk, &survey.indices, indices, 3)
     if indices is not None:
-        survey.n_best = indices.shape[indices.ndim - 1]
+        survey.top_k = indices.shape[indices.ndim - 1]
     return 0
 
 
@@ -26,18 +26,18 @@ cdef Py_ssize_t survey_bytes(const Walk *walk) noexcept nogil:
     cdef Py_ssize_t queries = min(walk.kernels.block_q, walk.group * walk.n_queries), bytes = 0
     if survey.sums is not NULL:
         bytes = survey.slots * (survey.columns + WIDEST_LANES) * <Py_ssize_t>sizeof(double)
-    if survey.n_best:
-        bytes = queries * survey.n_best * <Py_ssize_t>sizeof(Candidate)
+    if survey.top_k:
+        bytes = queries * survey.top_k * <Py_ssize_t>sizeof(Candidate)
     return (bytes + 63) // 64 * 64
 
 
 cdef void describe_surveyed(const Walk *walk, Tile *tile, char *room) noexcept nogil:
     """What all tiles of a thread have in common; `room` is survey_bytes of scratch."""
-    tile.pooled = <double *>room
-    tile.pooled_row = walk.survey.columns + WIDEST_LANES
+    tile.bins = <double *>room
+    tile.bin_row = walk.survey.columns + WIDEST_LANES
     tile.columns, tile.n_keys = walk.survey.columns, walk.n_keys
-    tile.best = <Candidate *>room
-    tile.n_best = walk.survey.n_best
+    tile.heaps = <Candidate *>room
+    tile.top_k = walk.survey.top_k
 
 
 cdef void set_survey(const Walk *walk, Tile *tile, Place at) noexcept nogil:
@@ -46,16 +46,16 @@ cdef void set_survey(const Walk *walk, Tile *tile, Place at) noexcept nogil:
     cdef Py_ssize_t i, first, query, head
     cdef char *indices
     if survey.sums is not NULL:
-        first = cell_of(at.first // walk.group, walk.n_queries, survey.rows)
+        first = bin_of(at.first // walk.group, walk.n_queries, survey.rows)
         for i in range(MAX_QUERIES):
             tile.slot[i] = -1
             if i < tile.n_queries:
                 query, head = (at.first + i) // walk.group, (at.first + i) % walk.group
                 tile.slot[i] = (
-                    (cell_of(query, walk.n_queries, survey.rows) - first) * walk.group + head
+                    (bin_of(query, walk.n_queries, survey.rows) - first) * walk.group + head
                 )
-        memset(tile.pooled, 0, survey.slots * tile.pooled_row * sizeof(double))
-    if survey.n_best:
+        memset(tile.bins, 0, survey.slots * tile.bin_row * sizeof(double))
+    if survey.top_k:
         indices = entry(walk, &survey.indices, at.batch)
         for i in range(tile.n_queries):
             query, head = (at.first + i) // walk.group, (at.first + i) % walk.group
@@ -65,26 +65,26 @@ cdef void set_survey(const Walk *walk, Tile *tile, Place at) noexcept nogil:
 
 
 cdef void add_pooled(const Walk *walk, const Tile *tile, Place at) noexcept nogil:
-    """Add what a tile has pooled to the sums of all."""
+    """Add the bins of a tile to the sums of all."""
     cdef const Survey *survey = &walk.survey
     cdef Py_ssize_t slot, head, row, column, first, last
-    cdef const double *pooled
+    cdef const double *bins
     cdef double *sums
     if tile.last <= tile.first:
         return
-    first = cell_of(tile.first, walk.n_keys, survey.columns)
-    last = cell_of(tile.last - 1, walk.n_keys, survey.columns)
-    row = cell_of(at.first // walk.group, walk.n_queries, survey.rows)
+    first = bin_of(tile.first, walk.n_keys, survey.columns)
+    last = bin_of(tile.last - 1, walk.n_keys, survey.columns)
+    row = bin_of(at.first // walk.group, walk.n_queries, survey.rows)
     head = (at.batch * walk.kv_heads + at.kv_head) * walk.group
     for slot in range(survey.slots):
         if slot > 0 and slot % walk.group == 0:
             row += 1
         if row == survey.rows:
             break
-        pooled = tile.pooled + slot * tile.pooled_row
+        bins = tile.bins + slot * tile.bin_row
         sums = survey.sums + ((head + slot % walk.group) * survey.rows + row) * survey.columns
         for column in range(first, last + 1):
-            sums[column] += pooled[column]
+            sums[column] += bins[column]
 
 
 cdef bint add_in_turn(

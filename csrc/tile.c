@@ -130,7 +130,7 @@ static void begin(Tile *t) {
     for (ptrdiff_t i = 0; i < t->n_queries && t->margin > 0; i++)
         if (!(t->micropanel[i / MR].again >> i % MR & 1)) t->start[i] = t->stop[i] = 0;
     settle_units(t);
-    clear_best(t);
+    clear_heaps(t);
     Scratch s;
     lay_out(t, t->differentiating ? MICROPANELS : t->micropanels, t->scratch, &s);
     *s.own = s;
@@ -255,7 +255,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         note_nan(s, p, n, b.sub_blocks, sub_blocks, b.rescale[n] != 1, splat(0));
     for (int i = 0; i < sub_blocks; i++) {
         if (b.sub_blocks[i].visibility == EMPTY) continue;
-        if (t->n_best > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
+        if (t->top_k > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
         if (t->value_dim > 0)
             ensure_packed(t, s, b.sub_blocks[i].key, &s->packed->values, pack_values);
         else
@@ -300,7 +300,7 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
 static int finish(Tile *t) {
     Scratch s = scratch_of(t);
     bool again = t->margin == 0 && find_lost(t, &s);
-    settle_least(t);
+    set_top_k_thresholds(t);
     for (int p = 0; p < t->micropanels; p++)
         if (t->margin > 0) store_lost(t, &s, p);
         else store_micropanel(t, &s, p);
@@ -354,7 +354,7 @@ static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
 
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, store_weights); }
 
-static void collect(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, collect_keys); }
+static void collect_top_k(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, collect_top_k_keys); }
 
 #include "maps.h"
 
@@ -395,5 +395,5 @@ static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, prepare
 #endif
 
 const TileKernels TABLE = {BLOCK_Q, MR,   BLOCK_K, scratch_bytes, begin, attend,       finish,
-                           weights,      pool,    collect,   rank,          join,  sizeof(real), GRADIENT,
+                           weights,      accumulate_bins,    collect_top_k,   rank_top_k,          join,  sizeof(real), GRADIENT,
                            peak};

@@ -92,17 +92,17 @@ typedef struct {
      * summed, and both times the distance of the key, which is 0 without alibi. */
     double row_sums[MAX_QUERIES][4];
 
-    /* For maps of the weights: pool adds those of a query to its row of `pooled`, a column for each of
-     * the runs that the keys are split into, as cell_of says. */
-    double *pooled; /* [slot][pooled_row], with room for a vector behind the last column */
+    /* For maps of the weights: accumulate_bins adds those of a query to its row of `bins`, a column for each of
+     * the runs that the keys are split into, as bin_of says. */
+    double *bins; /* [slot][bin_row], with room for a vector behind the last column */
     int slot[MAX_QUERIES]; /* of the query; less than 0 behind the last */
-    ptrdiff_t pooled_row, columns, n_keys;
+    ptrdiff_t bin_row, columns, n_keys;
 
-    /* For the strongest keys: collect() keeps n_best of them for each query, and rank() writes them to
+    /* For the top k keys: collect_top_k() keeps top_k of them for each query, and rank_top_k() writes them to
      * `keys` and, of out_format, `weights`. */
-    Candidate *best; /* [query][n_best], a heap with the weakest at its root */
-    ptrdiff_t n_best;
-    double least[MAX_QUERIES]; /* no score below it is among theirs */
+    Candidate *heaps; /* [query][top_k], a heap with the least at its root */
+    ptrdiff_t top_k;
+    double top_k_threshold[MAX_QUERIES]; /* no score below it is among theirs */
     int64_t *keys[MAX_QUERIES];
 
     /* Set by begin. Some query of the tile, or of one micropanel of it, sees first <= j < last; every
@@ -123,9 +123,9 @@ typedef struct {
     double q_scale, metric_scale, score_scale, exponent;
 } Tile;
 
-/* Which of `cells` runs of nearly equal length has element i of n: run c begins at c * n / cells. */
-static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
-    return ((i + 1) * cells - 1) / n;
+/* Which of `bins` runs of nearly equal length has element i of n: run b begins at b * n / bins. */
+static inline ptrdiff_t bin_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t bins) {
+    return ((i + 1) * bins - 1) / n;
 }
 
 /* Gradients: `prepare` each tile of queries; after `begin` and a forward pass of no values `normalize` fills
@@ -149,9 +149,9 @@ typedef struct {
     void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one block, in order */
     int (*finish)(Tile *); /* 0: something overflowed; begin again with a margin after all below */
     void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
-    void (*pool)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
-    void (*collect)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
-    void (*rank)(Tile *);                                    /* after collect */
+    void (*accumulate_bins)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
+    void (*collect_top_k)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
+    void (*rank_top_k)(Tile *);                                    /* after collect_top_k */
     /* One row of attention to all keys from `parts` of them, each at partial + part * bytes: an lse
      * for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of all. */
     double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,

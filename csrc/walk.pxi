@@ -18,13 +18,13 @@ cdef struct KeyRange:
 
 
 cdef struct Survey:
-    # What is made of the weights besides: their sums over cells of queries x keys, or each query's
-    # strongest keys; see maps.pxi.
+    # What is made of the weights besides: their sums over bins of queries x keys, or each query's
+    # top k keys; see maps.pxi.
     double *sums  # (batch, heads, rows, columns); NULL: not asked for
     Py_ssize_t rows, columns, slots  # slots: the most rows, by head, that a tile's queries are in
     int64_t *turn  # (batch, kv_heads): whose turn it is to add to the sums
-    Operand indices  # (batch, heads, queries, n_best)
-    Py_ssize_t n_best  # 0: not asked for
+    Operand indices  # (batch, heads, queries, top_k)
+    Py_ssize_t top_k  # 0: not asked for
 
 
 cdef struct Walk:
@@ -272,7 +272,7 @@ cdef int describe_walk(
     walk.out_format = number_format(out)
     walk.order = NULL
     walk.tiles = walk.parts = 1
-    walk.survey.sums, walk.survey.n_best = NULL, 0
+    walk.survey.sums, walk.survey.top_k = NULL, 0
     return 0
 
 
@@ -303,7 +303,7 @@ cdef int describe_tile(
     tile.bias_key = walk.bias.dim
     if bias is not None:
         tile.bias_format = number_format(bias)
-    tile.weights_key = tile.n_best = 0
+    tile.weights_key = tile.top_k = 0
     tile.want_lse = tile.differentiating = False
     tile.margin = 0
     return 0
