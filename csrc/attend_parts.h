@@ -7,33 +7,33 @@
 
 #include "parts.h"
 
-/* Weights may be 2**MOST_RISE times what the maximum's is. */
-#define MOST_RISE 8
+/* Weights may be 2**RESCALE_THRESHOLD times what the maximum's is. */
+#define RESCALE_THRESHOLD 8
 
 typedef struct {
     ivec lanes[MR_VECS]; /* where scores are far above the maximum */
     bool any;
-} Rise;
+} MaxUpdate;
 
-static Rise rise_of(const Tile *t, int vecs, const vec *top, const real *row_max) {
-    Rise rise = {.any = false};
+static MaxUpdate find_max_update(const Tile *t, int vecs, const vec *top, const real *row_max) {
+    MaxUpdate update = {.any = false};
     for (int n = 0; n < vecs; n++) {
         vec above = (top[n] + (real)t->margin - load(row_max + n * LANES)) * (real)t->exponent;
-        rise.lanes[n] = above > splat(t->margin > 0 ? 0 : MOST_RISE);
-        rise.any |= any_lane(rise.lanes[n]);
+        update.lanes[n] = above > splat(t->margin > 0 ? 0 : RESCALE_THRESHOLD);
+        update.any |= any_lane(update.lanes[n]);
     }
-    return rise;
+    return update;
 }
 
 /* Raise the maximum of some lanes; the others do not notice. */
-static void raise_lanes(const Tile *t, int vecs, const Rise *rise, const vec *top, BlockState *b,
+static void rescale_lanes(const Tile *t, int vecs, const MaxUpdate *update, const vec *top, BlockState *b,
                         real *row_max, real *sums) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < vecs; n++) {
         vec before = load(row_max + n * LANES);
-        vec now = choose(rise->lanes[n], top[n] + (real)t->margin, before);
+        vec now = choose(update->lanes[n], top[n] + (real)t->margin, before);
         vec factor = weight_from(before, now, exponent) * (real)(1 / WEIGHT_UNIT);
-        factor = choose(rise->lanes[n], factor, splat(1));
+        factor = choose(update->lanes[n], factor, splat(1));
         store(row_max + n * LANES, now);
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
         b->sum[n] *= factor;
@@ -65,13 +65,13 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         if (!score(t, s, p, sub, top)) continue;
         b.any_visible = true;
         if (t->top_k > 0) collect_sub_block_max(t, p, sub);
-        Rise rise = rise_of(t, vecs, top, row_max);
-        if (rise.any) {
+        MaxUpdate update = find_max_update(t, vecs, top, row_max);
+        if (update.any) {
             sum_sub_blocks(t, s, p, &b, first, i, block_out, &begun);
-            raise_lanes(t, vecs, &rise, top, &b, row_max, begun ? block_out : NULL);
+            rescale_lanes(t, vecs, &update, top, &b, row_max, begun ? block_out : NULL);
             first = i;
         }
-        for (int n = 0; n < vecs; n++) note_nan(s, p, n, sub, 1, rise.lanes[n], b.sum[n]);
+        for (int n = 0; n < vecs; n++) record_nan(s, p, n, sub, 1, update.lanes[n], b.sum[n]);
         if (t->value_dim == 0) {
             sum_weights(t, p, &b, sub);
             continue;
@@ -86,7 +86,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     }
     if (!b.any_visible) return;
     sum_sub_blocks(t, s, p, &b, first, sub_blocks, block_out, &begun);
-    join_block(&b, vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
+    combine_block(&b, vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
     t->micropanel[p].has_output = 1;
 }
 #endif

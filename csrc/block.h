@@ -30,8 +30,8 @@ typedef struct Scratch {
     struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
     real *row_max, *row_sum; /* [micropanel][MR] */
     lane_int *any_visible;           /* [micropanel][MR]: has the query a visible key? -1 or 0 */
-    real *wrong;             /* [micropanel][MR]: NaN where one was found beside Inf, else 0 */
-    uint64_t *lost;          /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
+    real *nan_beside_inf;             /* [micropanel][MR]: NaN where one was found beside Inf, else 0 */
+    uint64_t *overflowed;          /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
     lane_int *visible;          /* [sub-block of the block][MASK_WORDS][MR]: see Visibility */
     real *out;               /* [micropanel][value_dim][MR], the running sum */
     real *block_out;         /* [value_dim][MR], the sum of one block */
@@ -88,8 +88,8 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(row_max, row)
     TAKE(row_sum, row)
     TAKE(any_visible, row)
-    TAKE(wrong, row)
-    TAKE(lost, micropanels * t->value_dim)
+    TAKE(nan_beside_inf, row)
+    TAKE(overflowed, micropanels * t->value_dim)
     TAKE(out, row * s->out_rows)
     TAKE(block_out, MR * s->out_rows)
     TAKE(bias, t->has_bias ? SUB_BLOCK_K * MR : 0)

@@ -74,7 +74,7 @@ static void begin_queries(Tile *t, const GradientScratch *g) {
  * Returns whether these are all finite. */
 static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub,
                                  real unit) {
-    vec exponent = splat((real)t->exponent), wrong = splat(0);
+    vec exponent = splat((real)t->exponent), not_finite = splat(0);
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t lane = p * MR + n * LANES;
         vec lse = load(g->lse + lane), rest = load(g->lse_rest + lane), delta = load(g->delta + lane);
@@ -89,10 +89,10 @@ static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p,
             }
             store(sub->scores + at, weight);
             store(g->grad_scores + at, grad);
-            wrong += grad * 0;
+            not_finite += grad * 0;
         }
     }
-    return !any_lane(wrong != splat(0));
+    return !any_lane(not_finite != splat(0));
 }
 
 /* Add a sub-block's gradients to those of the bias. */
@@ -189,7 +189,7 @@ static void differentiate_sub_block(Tile *t, const GradientScratch *g, int p, Su
 }
 
 /* Add what one tile gave a sub-block of keys: each tile is summed from zero, as blocks are. */
-static void join_sub_block(ptrdiff_t dims, ptrdiff_t key, int keys, const real *sub, real *block) {
+static void add_sub_block_grad(ptrdiff_t dims, ptrdiff_t key, int keys, const real *sub, real *block) {
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
         for (int j = 0; j < keys; j++) {
             const real *from = sub + (m * SUB_BLOCK_K + j) * MR;
@@ -224,8 +224,8 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         sum_waiting(t, &g, keys, &begun);
         if (!begun.keys) continue;
         any = true;
-        join_sub_block(t->head_dim, key, keys, g.sub_grad_k, g.grad_k);
-        join_sub_block(t->value_dim, key, keys, g.sub_grad_v, g.grad_v);
+        add_sub_block_grad(t->head_dim, key, keys, g.sub_grad_k, g.grad_k);
+        add_sub_block_grad(t->value_dim, key, keys, g.sub_grad_v, g.grad_v);
     }
     END_TILES();
     for (int p = 0; p < t->micropanels; p++)

@@ -14,11 +14,11 @@
 
 _Static_assert(MR == CHUNK, "a micropanel's queries are one step of a sum over queries");
 
-/* Numbers that are not less than 2**MOST_POWER count as special, too: a product of smaller ones overflows in
+/* Numbers that are not less than 2**SPECIAL_EXPONENT count as special, too: a product of smaller ones overflows in
  * no unit. */
-#define MOST_POWER 56
+#define SPECIAL_EXPONENT 56
 INLINE __mmask16 large(vec x) {
-    __m512i bound = _mm512_set1_epi32((int)((127u + MOST_POWER) << 24));
+    __m512i bound = _mm512_set1_epi32((int)((127u + SPECIAL_EXPONENT) << 24));
     return _mm512_cmpge_epu32_mask(_mm512_slli_epi32((__m512i)x, 1), bound);
 }
 
@@ -33,7 +33,7 @@ INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t
             __m512i terms[BF16_TERMS];
             if (BF16_TERMS == 1 && unit == 1 && format.kind == 'b' && dim == 2 && d + CHUNK <= dims) {
                 terms[0] = _mm512_loadu_si512(at[r] + d * 2);
-                out |= bfloats_from(MOST_POWER, terms[0]);
+                out |= bfloats_from(SPECIAL_EXPONENT, terms[0]);
             } else {
                 vec a = load_dims(at[r], dim, d, dims, format, unit);
                 vec b = load_dims(at[r], dim, d + LANES, dims, format, unit);
@@ -105,7 +105,7 @@ static uint64_t special_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, p
     for (ptrdiff_t d = 0; BF16_TERMS == 1 && d < t->head_dim; d += CHUNK)
         for (ptrdiff_t key = begin; key < end; key++) {
             const bfloat *from = s->key_terms + d * s->key_rows + key % BLOCK_K * CHUNK;
-            special |= (uint64_t)(bfloats_from(MOST_POWER, _mm512_load_si512(from)) != 0) << (key - begin);
+            special |= (uint64_t)(bfloats_from(SPECIAL_EXPONENT, _mm512_load_si512(from)) != 0) << (key - begin);
         }
     return special;
 }

@@ -140,7 +140,7 @@ static void pack_real_queries(const Tile *t, const GradientScratch *g, int p) {
 /* grad_scores = V dO^T. */
 static void multiply_real_values(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub,
                                  View v) {
-    product(t->micropanel[p].vecs, sub->keys, v.data, v.row, v.dim, t->value_dim,
+    matmul(t->micropanel[p].vecs, sub->keys, v.data, v.row, v.dim, t->value_dim,
             g->grad_out + p % REAL_MICROPANELS * MR * t->value_dim, g->grad_scores, false, NULL);
 }
 
@@ -148,12 +148,12 @@ static void multiply_real_values(const Tile *t, const GradientScratch *g, int p,
 static void sum_queries(ptrdiff_t dims, int keys, int queries, const real *a, const real *rows,
                         real *c, bool accumulate) {
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
-        product((int)dim_vecs(dims), keys, a, MR, 1, queries, rows + m * REAL_MICROPANELS * MR * MR,
+        matmul((int)dim_vecs(dims), keys, a, MR, 1, queries, rows + m * REAL_MICROPANELS * MR * MR,
                 c + m * SUB_BLOCK_K * MR, accumulate, NULL);
 }
 
 /* The same where NaN or Inf must not reach a key that does not see it. */
-static void sum_queries_carefully(ptrdiff_t dims, const SubBlock *sub, int queries, const real *a,
+static void sum_queries_masked(ptrdiff_t dims, const SubBlock *sub, int queries, const real *a,
                                   const real *rows, real *c, bool accumulate) {
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
         for (int j = 0; j < sub->keys; j++) {
@@ -177,13 +177,13 @@ static void sum_real_sub_block(const Tile *t, const GradientScratch *g, int p, c
         SubBlock grads = *sub;
         grads.scores = g->grad_scores;
         if (!begun->q[p]) memset(grad_q, 0, sizeof(real) * MR * (size_t)t->head_dim);
-        careful_product(&grads, vecs, k, t->head_dim, grad_q);
-        sum_queries_carefully(t->value_dim, sub, queries, sub->scores, grad_out_rows, g->sub_grad_v,
+        masked_matmul(&grads, vecs, k, t->head_dim, grad_q);
+        sum_queries_masked(t->value_dim, sub, queries, sub->scores, grad_out_rows, g->sub_grad_v,
                               begun->keys);
-        sum_queries_carefully(t->head_dim, sub, queries, g->grad_scores, q_rows, g->sub_grad_k,
+        sum_queries_masked(t->head_dim, sub, queries, g->grad_scores, q_rows, g->sub_grad_k,
                               begun->keys);
     } else {
-        product(vecs, t->head_dim, k.data, k.dim, k.row, sub->keys, g->grad_scores, grad_q, begun->q[p],
+        matmul(vecs, t->head_dim, k.data, k.dim, k.row, sub->keys, g->grad_scores, grad_q, begun->q[p],
                 NULL);
         sum_queries(t->value_dim, sub->keys, queries, sub->scores, grad_out_rows, g->sub_grad_v, begun->keys);
         sum_queries(t->head_dim, sub->keys, queries, g->grad_scores, q_rows, g->sub_grad_k, begun->keys);

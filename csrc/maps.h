@@ -48,7 +48,7 @@ static void add_to_bins(const Tile *t, int p, const SubBlock *sub, ptrdiff_t fir
 
 static void accumulate_bins_of_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
     ptrdiff_t first = bin_of(sub->key, t->n_keys, t->columns);
-    settle_weights(t, s, p, sub);
+    normalize_weights(t, s, p, sub);
     add_to_bins(t, p, sub, first, sum_columns(t, t->micropanel[p].vecs, sub, first));
 }
 

@@ -199,10 +199,10 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
             if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 && d + LANES <= t->value_dim && both) {
                 /* What is in terms already. */
                 __m512i x = load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
-                __mmask32 wrong = bfloats_from(128, x);
-                out[0] |= (__mmask16)wrong;
-                out[1] |= (__mmask16)(wrong >> LANES);
-                terms[0] = interleave(_mm512_maskz_mov_epi16(~wrong, x));
+                __mmask32 special_lanes = bfloats_from(128, x);
+                out[0] |= (__mmask16)special_lanes;
+                out[1] |= (__mmask16)(special_lanes >> LANES);
+                terms[0] = interleave(_mm512_maskz_mov_epi16(~special_lanes, x));
             } else {
                 vec x[2];
 #pragma GCC unroll 2
@@ -211,9 +211,9 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
                     if (use >> (j + i) & 1)
                         x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim, format,
                                          t->v_scales ? t->v_scales[key + j + i] : 1);
-                    __mmask16 wrong = unrepresentable(x[i]);
-                    x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~wrong, (__m512)x[i]);
-                    out[i] |= wrong;
+                    __mmask16 special_lanes = unrepresentable(x[i]);
+                    x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~special_lanes, (__m512)x[i]);
+                    out[i] |= special_lanes;
                 }
                 split_bf16_pairs(x[0], x[1], terms);
             }
@@ -402,7 +402,7 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
         if (!lanes) continue;
         widen(t->k + (sub->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
               t->k_scales ? t->k_scales + sub->key + j : NULL, 1, t->head_dim, s->keys);
-        product(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
+        matmul(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
         for (int i = 0; i < vecs * LANES; i++)
             if (lanes >> i & 1) sub->scores[j * MR + i] = row[i];
     }

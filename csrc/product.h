@@ -48,11 +48,11 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
             for (int n = 0; n < vecs; n++) top[n] = larger(sum[r][n], top[n]);
 }
 
-#define PRODUCT_ARGS                                                                              \
+#define MATMUL_ARGS                                                                              \
     const real *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,    \
         bool accumulate, vec *top
 
-INLINE void product_of_vecs(const int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
+INLINE void matmul_vecs(const int vecs, ptrdiff_t rows, MATMUL_ARGS) {
     for (; rows >= NR; rows -= NR) {
         if (a_step == 1) {
             /* Rows of K, one behind the other: the same rows of the next sub-block. */
@@ -81,12 +81,12 @@ INLINE void product_of_vecs(const int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
 }
 
 /* The product above for any number of rows of the first `vecs` vectors of a micropanel. */
-static void product(int vecs, ptrdiff_t rows, PRODUCT_ARGS) {
+static void matmul(int vecs, ptrdiff_t rows, MATMUL_ARGS) {
     switch (vecs) {
-    case 1: product_of_vecs(1, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
-    case 2: product_of_vecs(2, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+    case 1: matmul_vecs(1, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+    case 2: matmul_vecs(2, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
 #if MR_VECS == 3
-    case 3: product_of_vecs(3, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+    case 3: matmul_vecs(3, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
 #endif
     }
 }
@@ -117,7 +117,7 @@ static bool all_finite(View v, int keys, ptrdiff_t dims) {
 
 /* The second product where some query must not meet a NaN or an Inf in some v that it does not
  * see: 0 * NaN is a NaN, so hidden keys are left out lane by lane. */
-static void careful_product(const SubBlock *sub, int vecs, View v, ptrdiff_t dims, real *out) {
+static void masked_matmul(const SubBlock *sub, int vecs, View v, ptrdiff_t dims, real *out) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
             ivec visible = visible_lanes(sub, n, j);
@@ -184,11 +184,11 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock
     const real *q = s->q + p * MR * t->head_dim;
     int vecs = t->micropanel[p].vecs;
     bool all = t->head_dim <= BLOCK_D;
-    product(vecs, sub->keys, k.data, k.row, k.dim, all ? t->head_dim : BLOCK_D, q, sub->scores,
+    matmul(vecs, sub->keys, k.data, k.row, k.dim, all ? t->head_dim : BLOCK_D, q, sub->scores,
             false, all ? top : NULL);
     if (all) return;
     for (ptrdiff_t d = BLOCK_D; d < t->head_dim; d += BLOCK_D) {
-        product(vecs, sub->keys, k.data + d * k.dim, k.row, k.dim, fewer(t->head_dim - d, BLOCK_D),
+        matmul(vecs, sub->keys, k.data + d * k.dim, k.row, k.dim, fewer(t->head_dim - d, BLOCK_D),
                 q + d * MR, s->more, false, NULL);
         add_to_scores(vecs, sub, s->more);
     }
@@ -261,9 +261,9 @@ static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, in
         weigh(vecs, t->exponent, sub, b->top, b->sum);
         if (sub->visibility == PARTIAL && !all_finite(v, sub->keys, t->value_dim)) {
             if (!begun) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
-            careful_product(sub, vecs, v, t->value_dim, out);
+            masked_matmul(sub, vecs, v, t->value_dim, out);
         } else {
-            product(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->scores, out,
+            matmul(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->scores, out,
                     begun, NULL);
         }
         begun = true;

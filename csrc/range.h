@@ -9,15 +9,15 @@
 
 /* Does the run under way deliver the query's lse and weights? */
 static bool delivers(const Tile *t, ptrdiff_t i) {
-    return (t->micropanel[i / MR].late >> i % MR & 1) == (t->margin > 0);
+    return (t->micropanel[i / MR].rerun_scores >> i % MR & 1) == (t->margin > 0);
 }
 
 /* The same of the lanes of a vector. */
 static ivec delivered(const Tile *t, int p, int n) {
     ivec own;
-    if (!t->micropanel[p].late) return splat_int(t->margin > 0 ? 0 : -1);
+    if (!t->micropanel[p].rerun_scores) return splat_int(t->margin > 0 ? 0 : -1);
     for (int i = 0; i < LANES; i++)
-        own[i] = -(lane_int)((t->micropanel[p].late >> (n * LANES + i) & 1) == (t->margin > 0));
+        own[i] = -(lane_int)((t->micropanel[p].rerun_scores >> (n * LANES + i) & 1) == (t->margin > 0));
     return own;
 }
 
@@ -29,7 +29,7 @@ static bool may_overflow(const Tile *t) {
     return some;
 }
 
-static double drawn_in(double x, bool finite) {
+static double clamp_finite(double x, bool finite) {
     return finite ? fmin(fmax(x, -REAL_MAX), REAL_MAX) : x;
 }
 
@@ -65,21 +65,21 @@ static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
         up = t->score_function == DOT || t->score_function == SQUARED_DISTANCE ? 2 * far : far;
     }
     x = frexp(x, &power) * t->scale;
-    double s = drawn_in(ldexp(x, power + up), finite && isfinite(t->scale));
+    double s = clamp_finite(ldexp(x, power + up), finite && isfinite(t->scale));
     if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
     if (t->has_bias) {
         real bias = as_real(read_number(t->bias[i] + key * t->bias_key, t->bias_format));
-        s = drawn_in(s + bias, isfinite(s) && isfinite(bias));
+        s = clamp_finite(s + bias, isfinite(s) && isfinite(bias));
     }
     if (t->has_alibi) {
         double away = fabs((double)(t->position[i] - key));
-        s = drawn_in(fma(-t->slope[i], away, s), isfinite(s) && isfinite(t->slope[i]));
+        s = clamp_finite(fma(-t->slope[i], away, s), isfinite(s) && isfinite(t->slope[i]));
     }
     return (real)s;
 }
 
 /* Make the scores again that may have left the range; `top` is their maximum then. */
-static void draw_in_scores(const Tile *t, int p, const SubBlock *sub, vec *top) {
+static void clamp_scores(const Tile *t, int p, const SubBlock *sub, vec *top) {
     const vec most = splat(REAL_MAX / 8);
     int vecs = t->micropanel[p].vecs;
     for (int j = 0; j < sub->keys; j++)
@@ -100,7 +100,7 @@ static void draw_in_scores(const Tile *t, int p, const SubBlock *sub, vec *top) 
 
 /* Inf hides a NaN in the maximum, and weighs Inf - Inf in the sum. Note where both are among the scores
  * of some sub-blocks, or Inf is where `fresh` and the sums so far are NaN. */
-static void note_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks, int count, ivec fresh,
+static void record_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks, int count, ivec fresh,
                      vec sum) {
     ptrdiff_t lane = p * MR + n * LANES;
     ivec infinite = load(s->row_max + lane) == splat(INFINITY);
@@ -112,7 +112,7 @@ static void note_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks,
             vec x = load(sub_blocks[i].scores + j * MR + n * LANES);
             nan |= x != x;
         }
-    store(s->wrong + lane, choose(nan & infinite, splat(NAN), load(s->wrong + lane)));
+    store(s->nan_beside_inf + lane, choose(nan & infinite, splat(NAN), load(s->nan_beside_inf + lane)));
 }
 
 static bool is_visible(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
@@ -122,7 +122,7 @@ static bool is_visible(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
 }
 
 /* Is some number of a row NaN or Inf? */
-INLINE bool not_finite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberFormat format) {
+INLINE bool any_nonfinite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberFormat format) {
     vec sum = splat(0);
     if (dim == format.bytes) {
         for (ptrdiff_t d = 0; d < dims; d += LANES) sum += load_some(at + d * dim, dims - d, format) * 0;
@@ -134,20 +134,20 @@ INLINE bool not_finite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberForm
 }
 
 /* Take away the bits of the queries that see a NaN in a key. */
-INLINE void explain_by_keys(const Tile *t, int p, uint64_t *late, NumberFormat format) {
-    for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *late; key++) {
+INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores, NumberFormat format) {
+    for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *rerun_scores; key++) {
         const char *k = t->k + key * t->k_key;
-        if (!not_finite(k, t->k_dim, t->head_dim, format)) continue;
+        if (!any_nonfinite(k, t->k_dim, t->head_dim, format)) continue;
         bool nan = false;
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
             nan |= isnan(read_number(k + d * t->k_dim, format));
-        for (uint64_t bits = nan ? *late : 0; bits; bits &= bits - 1)
-            if (is_visible(t, p * MR + __builtin_ctzll(bits), key)) *late &= ~(bits & -bits);
+        for (uint64_t bits = nan ? *rerun_scores : 0; bits; bits &= bits - 1)
+            if (is_visible(t, p * MR + __builtin_ctzll(bits), key)) *rerun_scores &= ~(bits & -bits);
     }
 }
 
 /* Is the query, its sink or a bias that it sees not finite? */
-static bool explained(const Tile *t, ptrdiff_t i) {
+static bool has_nonfinite_input(const Tile *t, ptrdiff_t i) {
     for (ptrdiff_t d = 0; d < t->head_dim; d++)
         if (!isfinite(read_number(t->q[i] + d * t->q_dim, t->q_format))) return true;
     if (t->has_sinks && isnan(t->sink[i])) return true;
@@ -159,31 +159,31 @@ static bool explained(const Tile *t, ptrdiff_t i) {
 }
 
 /* The bits of a micropanel's queries whose scores have left the range. */
-static uint64_t late_queries(const Tile *t, const Scratch *s, int p) {
-    uint64_t late = 0;
+static uint64_t queries_to_rerun(const Tile *t, const Scratch *s, int p) {
+    uint64_t rerun_scores = 0;
     for (int l = 0; l < MR && p * MR + l < t->n_queries; l++) {
         ptrdiff_t i = p * MR + l;
         bool sunk = t->has_sinks && t->sink[i] == INFINITY;
         bool fine = isfinite(s->row_sum[i]) && (isfinite(s->row_max[i]) || sunk);
-        if (s->any_visible[i] && !fine && !explained(t, i)) late |= (uint64_t)1 << l;
+        if (s->any_visible[i] && !fine && !has_nonfinite_input(t, i)) rerun_scores |= (uint64_t)1 << l;
     }
-    if (late) WITH_FORMAT(t->k_format, explain_by_keys, t, p, &late);
-    return late;
+    if (rerun_scores) WITH_FORMAT(t->k_format, discount_nonfinite_keys, t, p, &rerun_scores);
+    return rerun_scores;
 }
 
 /* Take away the bits of sums that are what the values make them. */
-INLINE void explain_by_values(const Tile *t, const Scratch *s, int p, uint64_t *lost,
+INLINE void discount_nonfinite_values(const Tile *t, const Scratch *s, int p, uint64_t *overflowed,
                               NumberFormat format) {
     const real *out = s->out + p * MR * s->out_rows;
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last; key++) {
         const char *v = t->v + key * t->v_key;
-        if (!not_finite(v, t->v_dim, t->value_dim, format)) continue;
+        if (!any_nonfinite(v, t->v_dim, t->value_dim, format)) continue;
         for (ptrdiff_t d = 0; d < t->value_dim; d++) {
             double x = read_number(v + d * t->v_dim, format);
-            for (uint64_t bits = isfinite(x) ? 0 : lost[d]; bits; bits &= bits - 1) {
+            for (uint64_t bits = isfinite(x) ? 0 : overflowed[d]; bits; bits &= bits - 1) {
                 int i = __builtin_ctzll(bits);
                 bool same = isnan(x) || out[d * MR + i] == x;
-                if (same && is_visible(t, p * MR + i, key)) lost[d] &= ~(bits & -bits);
+                if (same && is_visible(t, p * MR + i, key)) overflowed[d] &= ~(bits & -bits);
             }
         }
     }
@@ -192,50 +192,50 @@ INLINE void explain_by_values(const Tile *t, const Scratch *s, int p, uint64_t *
 /* Is no sum of a vector of queries NaN or Inf? */
 static bool all_sums_finite(const Tile *t, const real *out) {
     /* x * 0 is a NaN then, and so is every sum with it; four hide each other's latency. */
-    vec not_finite[4] = {{0}};
+    vec zero_or_nan[4] = {{0}};
     ptrdiff_t d = 0;
     for (; d + 4 <= t->value_dim; d += 4)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) not_finite[i] += load(out + (d + i) * MR) * 0;
-    for (; d < t->value_dim; d++) not_finite[0] += load(out + d * MR) * 0;
-    vec any = (not_finite[0] + not_finite[1]) + (not_finite[2] + not_finite[3]);
+        for (int i = 0; i < 4; i++) zero_or_nan[i] += load(out + (d + i) * MR) * 0;
+    for (; d < t->value_dim; d++) zero_or_nan[0] += load(out + d * MR) * 0;
+    vec any = (zero_or_nan[0] + zero_or_nan[1]) + (zero_or_nan[2] + zero_or_nan[3]);
     return !any_lane(any != splat(0));
 }
 
-/* Note what of a micropanel is lost; is anything? */
-static bool find_lost_of_micropanel(Tile *t, const Scratch *s, int p) {
-    uint64_t *lost = s->lost + p * t->value_dim, good = 0;
+/* Note what of a micropanel has overflowed; has anything? */
+static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
+    uint64_t *overflowed = s->overflowed + p * t->value_dim, good = 0;
     const real *out = s->out + p * MR * s->out_rows;
     bool fine = true;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES;
-        vec odd = load(s->row_sum + at) * 0 +
+        vec zero_or_nan = load(s->row_sum + at) * 0 +
                   choose(*(const ivec *)(s->any_visible + at), load(s->row_max + at) * 0, splat(0));
-        fine &= !any_lane(odd != splat(0)) && all_sums_finite(t, out + n * LANES);
+        fine &= !any_lane(zero_or_nan != splat(0)) && all_sums_finite(t, out + n * LANES);
     }
     if (fine) return false;
-    t->micropanel[p].again = t->micropanel[p].late = late_queries(t, s, p);
+    t->micropanel[p].rerun = t->micropanel[p].rerun_scores = queries_to_rerun(t, s, p);
     for (int l = 0; l < MR && p * MR + l < t->n_queries; l++) {
         ptrdiff_t i = p * MR + l;
         good |= (uint64_t)(s->any_visible[i] && isfinite(s->row_sum[i])) << l;
     }
     uint64_t any = 0;
     for (ptrdiff_t d = 0; d < t->value_dim; d++) {
-        lost[d] = 0;
-        for (int l = 0; l < MR; l++) lost[d] |= (uint64_t)!isfinite(out[d * MR + l]) << l;
-        any |= lost[d] &= good;
+        overflowed[d] = 0;
+        for (int l = 0; l < MR; l++) overflowed[d] |= (uint64_t)!isfinite(out[d * MR + l]) << l;
+        any |= overflowed[d] &= good;
     }
-    if (any) WITH_FORMAT(t->v_format, explain_by_values, t, s, p, lost);
-    for (ptrdiff_t d = 0; d < t->value_dim; d++) t->micropanel[p].again |= lost[d] |= t->micropanel[p].late;
-    return t->micropanel[p].again != 0;
+    if (any) WITH_FORMAT(t->v_format, discount_nonfinite_values, t, s, p, overflowed);
+    for (ptrdiff_t d = 0; d < t->value_dim; d++) t->micropanel[p].rerun |= overflowed[d] |= t->micropanel[p].rerun_scores;
+    return t->micropanel[p].rerun != 0;
 }
 
 /* Note what has overflowed though nothing explains it; is there anything? */
-static bool find_lost(Tile *t, const Scratch *s) {
+static bool find_overflow(Tile *t, const Scratch *s) {
     bool some = false;
     for (int p = 0; p < t->micropanels; p++) {
-        t->micropanel[p].again = t->micropanel[p].late = 0;
-        if (t->micropanel[p].has_output) some |= find_lost_of_micropanel(t, s, p);
+        t->micropanel[p].rerun = t->micropanel[p].rerun_scores = 0;
+        if (t->micropanel[p].has_output) some |= find_micropanel_overflow(t, s, p);
     }
     return some;
 }

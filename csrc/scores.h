@@ -276,7 +276,7 @@ INLINE vec weight_from(vec score, vec top, vec exponent) { return weight_of((sco
 
 /* What makes weights of scores, for each row: its maximum, and the factor to a sum of 1. */
 typedef struct {
-    vec top, share;
+    vec top, inv_sum;
 } Softmax;
 
 INLINE Softmax softmax_of(vec row_max, vec row_sum) {

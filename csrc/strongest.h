@@ -68,18 +68,18 @@ static void collect_top_k_keys(const Tile *t, const Scratch *s, int p, const Sub
 static void write_ranks(const Tile *t, const Scratch *s, ptrdiff_t i) {
     const Candidate *heap = t->heaps + i * t->top_k;
     real top = s->row_max[i], sum = s->row_sum[i];
-    bool wrong = top != INFINITY && (sum != sum || (sum == 0 && s->any_visible[i]));
+    bool is_nan = top != INFINITY && (sum != sum || (sum == 0 && s->any_visible[i]));
     Softmax row = softmax_of(splat(top), splat(sum));
     for (ptrdiff_t first = 0; first < t->top_k; first += LANES) {
         int n = fewer(t->top_k - first, LANES);
         real scores[LANES] = {0};
         for (int l = 0; l < n; l++) scores[l] = (real)heap[first + l].score;
-        vec weight = weight_from(load_unaligned(scores), row.top, splat((real)t->exponent)) * row.share;
+        vec weight = weight_from(load_unaligned(scores), row.top, splat((real)t->exponent)) * row.inv_sum;
         for (int l = 0; l < n; l++) {
             ptrdiff_t key = heap[first + l].key;
-            t->keys[i][first + l] = wrong ? -1 : key;
+            t->keys[i][first + l] = is_nan ? -1 : key;
             write_number(t->weights[i] + (first + l) * t->weights_key, t->out_format,
-                         wrong ? (real)NAN : key < 0 ? 0 : weight[l]);
+                         is_nan ? (real)NAN : key < 0 ? 0 : weight[l]);
         }
     }
 }

@@ -46,10 +46,10 @@ static Scratch scratch_of(const Tile *t) { return *(const Scratch *)t->scratch; 
 /* How products become scores and these become weights. Where nothing in natural units is added to
  * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes into
  * the queries. */
-static void settle_units(Tile *t) {
+static void choose_scaling(Tile *t) {
     double size = fabs(t->scale);
-    t->careful = may_overflow(t);
-    bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->careful ||
+    t->check_range = may_overflow(t);
+    bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->check_range ||
                    t->score_function == SQUARED_DISTANCE;
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
@@ -90,7 +90,7 @@ static void bound_micropanel(Tile *t, int p) {
 
 /* The inverse of load_queries: (row `lane` of the LANES from `first` on)[d] = columns[d][lane] *
  * share[lane], but 0 where the query has no visible key, whatever is in its column. */
-static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec share, ivec any_visible) {
+static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec inv_sum, ivec any_visible) {
     int rows = fewer(t->n_queries - first, LANES);
     ptrdiff_t d = 0;
     if (t->out_dim == t->out_format.bytes)
@@ -98,13 +98,13 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
             vec x[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
-                x[i] = choose(any_visible, load(columns + (d + i) * MR) * share, splat(0));
+                x[i] = choose(any_visible, load(columns + (d + i) * MR) * inv_sum, splat(0));
             transpose(x);
             for (int i = 0; i < rows; i++)
                 store_numbers(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
         }
     for (; d < t->value_dim; d++) {
-        vec x = choose(any_visible, load(columns + d * MR) * share, splat(0));
+        vec x = choose(any_visible, load(columns + d * MR) * inv_sum, splat(0));
         for (int i = 0; i < rows; i++)
             write_number(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
     }
@@ -119,7 +119,7 @@ static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
                         : sink == INFINITY ? 1
                                            : (real)(WEIGHT_UNIT * exp(sink - (sink + t->margin)));
         s->any_visible[i] = 0;
-        s->wrong[i] = 0;
+        s->nan_beside_inf[i] = 0;
     }
 }
 
@@ -128,8 +128,8 @@ static void begin(Tile *t) {
     t->first = PTRDIFF_MAX;
     t->last = 0;
     for (ptrdiff_t i = 0; i < t->n_queries && t->margin > 0; i++)
-        if (!(t->micropanel[i / MR].again >> i % MR & 1)) t->start[i] = t->stop[i] = 0;
-    settle_units(t);
+        if (!(t->micropanel[i / MR].rerun >> i % MR & 1)) t->start[i] = t->stop[i] = 0;
+    choose_scaling(t);
     clear_heaps(t);
     Scratch s;
     lay_out(t, t->differentiating ? MICROPANELS : t->micropanels, t->scratch, &s);
@@ -162,7 +162,7 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
     ensure_packed(t, s, sub->key, &s->packed->keys, pack_keys);
     multiply_keys(t, s, p, sub, sub_top);
     finish_scores(t, s, p, sub, sub_top);
-    if (t->careful) draw_in_scores(t, p, sub, sub_top);
+    if (t->check_range) clamp_scores(t, p, sub, sub_top);
     for (int n = 0; n < vecs; n++) {
         ivec *any_visible = (ivec *)(s->any_visible + p * MR + n * LANES);
         for (int w = 0; w < MASK_WORDS && sub->visibility == PARTIAL; w++)
@@ -195,7 +195,7 @@ static int begin_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, 
     return (int)((end - begin + SUB_BLOCK_K - 1) / SUB_BLOCK_K);
 }
 
-static void join_block(const BlockState *b, int vecs, ptrdiff_t value_dim, real *row_sum,
+static void combine_block(const BlockState *b, int vecs, ptrdiff_t value_dim, real *row_sum,
                        const real *block_out, real *out) {
     for (int n = 0; n < vecs; n++) {
         real *sum = row_sum + n * LANES;
@@ -228,7 +228,7 @@ static void sum_weights(const Tile *t, int p, BlockState *b, const SubBlock *sub
 #ifdef BF16_TERMS
 #include "attend_parts.h"
 #else
-static void raise_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
+static void update_row_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < vecs; n++) {
         vec before = load(row_max + n * LANES);
@@ -250,9 +250,9 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     if (!b.any_visible) return;
     real *out = s->out + p * MR * s->out_rows;
     real *block_out = t->micropanel[p].has_output ? s->block_out : out;
-    raise_max(t, t->micropanel[p].vecs, &b, s->row_max + p * MR);
+    update_row_max(t, t->micropanel[p].vecs, &b, s->row_max + p * MR);
     for (int n = 0; n < t->micropanel[p].vecs; n++)
-        note_nan(s, p, n, b.sub_blocks, sub_blocks, b.rescale[n] != 1, splat(0));
+        record_nan(s, p, n, b.sub_blocks, sub_blocks, b.rescale[n] != 1, splat(0));
     for (int i = 0; i < sub_blocks; i++) {
         if (b.sub_blocks[i].visibility == EMPTY) continue;
         if (t->top_k > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
@@ -262,7 +262,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
             sum_weights(t, p, &b, &b.sub_blocks[i]);
     }
     if (t->value_dim > 0) sum_values(t, s, p, &b, sub_blocks, block_out);
-    join_block(&b, t->micropanel[p].vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
+    combine_block(&b, t->micropanel[p].vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
     t->micropanel[p].has_output = 1;
 }
 #endif
@@ -276,9 +276,9 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
 }
 
 /* Results of the rows and columns that a second run is for. */
-static void store_lost(const Tile *t, const Scratch *s, int p) {
-    for (ptrdiff_t d = 0; d < t->value_dim && t->micropanel[p].again; d++)
-        for (uint64_t bits = s->lost[p * t->value_dim + d]; bits; bits &= bits - 1) {
+static void store_rerun(const Tile *t, const Scratch *s, int p) {
+    for (ptrdiff_t d = 0; d < t->value_dim && t->micropanel[p].rerun; d++)
+        for (uint64_t bits = s->overflowed[p * t->value_dim + d]; bits; bits &= bits - 1) {
             int i = __builtin_ctzll(bits), at = p * MR + i;
             real sum = s->out[(p * s->out_rows + d) * MR + i], x = sum / s->row_sum[at];
             if (isfinite(sum) && isinf(x)) x = copysign(REAL_MAX, x); /* a mean, rounded up */
@@ -292,30 +292,30 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
         ivec any_visible = *(const ivec *)(s->any_visible + at);
         /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
         vec sum = load(s->row_sum + at);
-        vec share = choose(sum == splat(0), splat(NAN), splat(1) / sum);
-        store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, share, any_visible);
+        vec inv_sum = choose(sum == splat(0), splat(NAN), splat(1) / sum);
+        store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, inv_sum, any_visible);
     }
 }
 
 static int finish(Tile *t) {
     Scratch s = scratch_of(t);
-    bool again = t->margin == 0 && find_lost(t, &s);
+    bool rerun = t->margin == 0 && find_overflow(t, &s);
     set_top_k_thresholds(t);
     for (int p = 0; p < t->micropanels; p++)
-        if (t->margin > 0) store_lost(t, &s, p);
+        if (t->margin > 0) store_rerun(t, &s, p);
         else store_micropanel(t, &s, p);
     double unit = t->exponent == LOG2_E ? 1 : t->exponent * LN2;
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
-        s.row_max[i] += s.wrong[i];
+        s.row_max[i] += s.nan_beside_inf[i];
         double top = s.row_max[i] * unit; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
         if (t->want_lse && delivers(t, i))
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i] / WEIGHT_UNIT);
     }
-    return !again;
+    return !rerun;
 }
 
 /* Scores to the weights of the result, in place. */
-static void settle_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+static void normalize_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t lane = p * MR + n * LANES;
@@ -323,14 +323,14 @@ static void settle_weights(const Tile *t, const Scratch *s, int p, const SubBloc
         ivec own = delivered(t, p, n);
         for (int j = 0; j < sub->keys; j++) {
             real *score = sub->scores + j * MR + n * LANES;
-            vec weight = weight_from(load(score), row.top, exponent) * row.share;
+            vec weight = weight_from(load(score), row.top, exponent) * row.inv_sum;
             store(score, choose(visible_lanes(sub, n, j) & own, weight, splat(0)));
         }
     }
 }
 
 static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
-    settle_weights(t, s, p, sub);
+    normalize_weights(t, s, p, sub);
     for (int i = 0; i < MR && p * MR + i < t->n_queries; i++)
         for (int j = 0, keys = delivers(t, p * MR + i) ? sub->keys : 0; j < keys; j++)
             write_number(t->weights[p * MR + i] + (sub->key + j) * t->weights_key, t->out_format,
@@ -361,12 +361,12 @@ static void collect_top_k(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_bl
 static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format) {
     double top = -INFINITY, sum = 0;
-#define SHARE(part) ((double *)(partial + (part) * bytes))[row]
+#define WEIGHT(part) ((double *)(partial + (part) * bytes))[row]
     for (ptrdiff_t i = 0; i < parts; i++)
-        if (SHARE(i) > top) top = SHARE(i);
+        if (WEIGHT(i) > top) top = WEIGHT(i);
     for (ptrdiff_t i = 0; i < parts; i++) {
-        SHARE(i) = SHARE(i) == top ? 1 : exp(SHARE(i) - top); /* the top may be infinite */
-        sum += SHARE(i);
+        WEIGHT(i) = WEIGHT(i) == top ? 1 : exp(WEIGHT(i) - top); /* the top may be infinite */
+        sum += WEIGHT(i);
     }
     for (ptrdiff_t d = 0; d < value_dim; d++) {
         double mean = 0;
@@ -375,12 +375,12 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
             const real *results = (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
             double x = results[row * value_dim + d];
             /* A part whose scores are all -inf is NaN, and nothing to a part with others. */
-            if (SHARE(i) != 0) mean += SHARE(i) / sum * x, finite &= isfinite(x);
+            if (WEIGHT(i) != 0) mean += WEIGHT(i) / sum * x, finite &= isfinite(x);
         }
         mean = finite ? fmin(fmax(mean, -REAL_MAX), REAL_MAX) : mean;
         write_number(out + d * out_dim, format, (real)mean);
     }
-#undef SHARE
+#undef WEIGHT
     return top + log(sum);
 }
 

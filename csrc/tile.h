@@ -52,7 +52,7 @@ typedef struct {
      * in a second run, for the results that overflowed in the first: those of huge values, and of
      * scores out of range. */
     double margin;
-    int careful; /* set by begin: scores may be out of range, and are looked at one by one */
+    int check_range; /* set by begin: scores may be out of range, and are looked at one by one */
 
     ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */
 
@@ -115,7 +115,7 @@ typedef struct {
         uint64_t special; /* bits of the queries that the products cannot take */
         /* Set by finish: bits of the queries that a second run is for, and among these of those whose
          * scores it makes again, not only sums of values. */
-        uint64_t again, late;
+        uint64_t rerun, rerun_scores;
     } micropanel[MAX_MICROPANELS];
     int micropanels;
     /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
