@@ -51,7 +51,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     int vecs = t->micropanel[p].vecs, first = 0; /* of the sub-blocks whose values are still to be summed */
     real *row_max = s->row_max + p * MR, *out = s->out + p * MR * s->out_rows;
     real *block_out = t->micropanel[p].has_output ? s->block_out : out;
-    bool begun = false;
+    bool accumulate = false;
     int sub_blocks = begin_block(t, s, p, begin, end, &b);
     for (int n = 0; n < vecs; n++) {
         vec top = load(row_max + n * LANES);
@@ -67,8 +67,8 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         if (t->top_k > 0) collect_sub_block_max(t, p, sub);
         MaxUpdate update = find_max_update(t, vecs, top, row_max);
         if (update.any) {
-            sum_sub_blocks(t, s, p, &b, first, i, block_out, &begun);
-            rescale_lanes(t, vecs, &update, top, &b, row_max, begun ? block_out : NULL);
+            sum_sub_blocks(t, s, p, &b, first, i, block_out, &accumulate);
+            rescale_lanes(t, vecs, &update, top, &b, row_max, accumulate ? block_out : NULL);
             first = i;
         }
         for (int n = 0; n < vecs; n++) record_nan(s, p, n, sub, 1, update.lanes[n], b.sum[n]);
@@ -79,13 +79,13 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         weigh(vecs, t->exponent, sub, b.top, b.sum, weights_of(s, sub), WEIGHT_TERM);
         ensure_packed(t, s, sub->key, &s->packed->values, pack_values);
         if (bits_of(s->special_values, sub)) {
-            sum_sub_blocks(t, s, p, &b, first, i + 1, block_out, &begun);
+            sum_sub_blocks(t, s, p, &b, first, i + 1, block_out, &accumulate);
             add_special_values(t, s, p, &b, sub, block_out);
             first = i + 1;
         }
     }
     if (!b.any_visible) return;
-    sum_sub_blocks(t, s, p, &b, first, sub_blocks, block_out, &begun);
+    sum_sub_blocks(t, s, p, &b, first, sub_blocks, block_out, &accumulate);
     combine_block(&b, vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
     t->micropanel[p].has_output = 1;
 }

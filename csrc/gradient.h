@@ -15,8 +15,8 @@
 
 /* Start on a block of keys. */
 static void begin_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
-    GradientScratch g;
-    lay_out_gradient(t, &g);
+    BackwardScratch g;
+    lay_out_backward(t, &g);
     size_t bytes = sizeof(real) * (size_t)((end - begin) * MR); /* of one micropanel of dims */
     for (ptrdiff_t m = 0; m < dim_micropanels(t->head_dim); m++)
         memset(g.grad_k + (m * BLOCK_K + begin % BLOCK_K) * MR, 0, bytes);
@@ -28,8 +28,8 @@ static void begin_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
 /* The mean of the weights' gradients, grad_out . out, summed as the products of grad_out and v are: where one
  * key has all the weight of a row, out is its v, and the gradient of its score is 0 as it should be. */
 static void prepare(Tile *t) {
-    GradientScratch g;
-    lay_out_gradient(t, &g);
+    BackwardScratch g;
+    lay_out_backward(t, &g);
     for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
         real *grad_out = g.grad_out, *result = g.grad_v;
         vec sum = splat(0);
@@ -58,7 +58,7 @@ static void normalize(Tile *t) {
 }
 
 /* Read what the tile's queries bring along. */
-static void begin_queries(Tile *t, const GradientScratch *g) {
+static void begin_queries(Tile *t, const BackwardScratch *g) {
     double unit = score_unit(t);
     for (ptrdiff_t i = 0; i < t->micropanels * MR; i++) {
         bool real_query = i < t->n_queries;
@@ -72,7 +72,7 @@ static void begin_queries(Tile *t, const GradientScratch *g) {
 
 /* Weights, in place of the scores, and grad_scores of the product with v, which is to be multiplied by `unit`.
  * Returns whether these are all finite. */
-static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub,
+static bool differentiate_scores(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,
                                  real unit) {
     vec exponent = splat((real)t->exponent), not_finite = splat(0);
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -96,7 +96,7 @@ static bool differentiate_scores(const Tile *t, const GradientScratch *g, int p,
 }
 
 /* Add a sub-block's gradients to those of the bias. */
-static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+static void add_to_bias(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     const real unit = (real)(1 / WEIGHT_UNIT);
     int rows = fewer(t->n_queries - p * MR, MR);
     for (int i = 0; i < rows; i += LANES) {
@@ -126,7 +126,7 @@ static void add_to_bias(const Tile *t, const GradientScratch *g, int p, const Su
 
 /* Add a sub-block to what its rows are to be summed up to. Distances are counted from the near end of the sub-block,
  * so that they are small, and what is `far` of them is added in double. */
-static void add_to_row_sums(Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+static void add_to_row_sums(Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t first = p * MR + n * LANES;
         vec weights = splat(0), grads = splat(0), weighted = splat(0), slope = splat(0);
@@ -158,7 +158,7 @@ static void add_to_row_sums(Tile *t, const GradientScratch *g, int p, const SubB
 }
 
 /* From the gradients of scores to those of the scores before the softcap. */
-static void uncap(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+static void softcap_gradient(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             real *grad = g->grad_scores + j * MR + n * LANES;
@@ -168,7 +168,7 @@ static void uncap(const Tile *t, const GradientScratch *g, int p, const SubBlock
 }
 
 /* One micropanel and one sub-block. */
-static void differentiate_sub_block(Tile *t, const GradientScratch *g, int p, SubBlock *sub, Begun *begun) {
+static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, SubBlock *sub, Accumulated *sums) {
     const Scratch *s = &g->forward;
     vec top[MR_VECS];
     multiply_keys(t, s, p, sub, NULL);
@@ -184,8 +184,8 @@ static void differentiate_sub_block(Tile *t, const GradientScratch *g, int p, Su
     fit &= differentiate_scores(t, g, p, sub, unit);
     if (t->wants_bias) add_to_bias(t, g, p, sub);
     if (t->wants_sums) add_to_row_sums(t, g, p, sub);
-    if (t->softcap > 0) uncap(t, g, p, sub);
-    sum_sub_block(t, g, p, sub, fit, begun);
+    if (t->softcap > 0) softcap_gradient(t, g, p, sub);
+    sum_sub_block(t, g, p, sub, fit, sums);
 }
 
 /* Add what one tile gave a sub-block of keys: each tile is summed from zero, as blocks are. */
@@ -201,17 +201,17 @@ static void add_sub_block_grad(ptrdiff_t dims, ptrdiff_t key, int keys, const re
 
 /* The gradients of one tile's queries and one block of keys. Returns whether some query sees any. */
 static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
-    GradientScratch g;
-    Begun begun = {0};
+    BackwardScratch g;
+    Accumulated sums = {0};
     bool any = false;
-    lay_out_gradient(t, &g);
+    lay_out_backward(t, &g);
     BEGIN_TILES();
     begin_queries(t, &g);
     if (t->wants_sums) memset(t->row_sums, 0, sizeof *t->row_sums * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += SUB_BLOCK_K) {
         /* Whole sub-blocks, so that a row of dK or dV has one place. */
         int keys = fewer(end - key, SUB_BLOCK_K);
-        begun.keys = false;
+        sums.keys = false;
         for (int p = 0; p < t->micropanels; p++) {
             SubBlock sub = {key, keys, g.forward.scores, g.forward.visible, EMPTY};
             if (key >= t->micropanel[p].last || key + keys <= t->micropanel[p].first) continue;
@@ -219,25 +219,25 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
             if (sub.visibility == EMPTY) continue;
             ensure_packed(t, &g.forward, key, &g.forward.packed->keys, pack_keys);
             ensure_packed(t, &g.forward, key, &g.forward.packed->values, pack_for_gradients);
-            differentiate_sub_block(t, &g, p, &sub, &begun);
+            differentiate_sub_block(t, &g, p, &sub, &sums);
         }
-        sum_waiting(t, &g, keys, &begun);
-        if (!begun.keys) continue;
+        flush_pending(t, &g, keys, &sums);
+        if (!sums.keys) continue;
         any = true;
         add_sub_block_grad(t->head_dim, key, keys, g.sub_grad_k, g.grad_k);
         add_sub_block_grad(t->value_dim, key, keys, g.sub_grad_v, g.grad_v);
     }
     END_TILES();
     for (int p = 0; p < t->micropanels; p++)
-        if (!begun.q[p])
+        if (!sums.q[p])
             memset(g.grad_q + p * MR * g.q_rows_padded, 0, sizeof(real) * MR * (size_t)t->head_dim);
     return any;
 }
 
 /* Add the block's share to the gradients of the tile's queries. */
 static void add_grad_q(Tile *t) {
-    GradientScratch g;
-    lay_out_gradient(t, &g);
+    BackwardScratch g;
+    lay_out_backward(t, &g);
     real scale = (real)(t->scale / WEIGHT_UNIT);
     for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
         const real *from = g.grad_q + first / MR * MR * g.q_rows_padded + first % MR;
@@ -282,8 +282,8 @@ static void store_key_rows(const real *block, ptrdiff_t dims, ptrdiff_t keys, pt
 
 /* Write the gradients of the block of keys, or add them. */
 static void store_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
-    GradientScratch g;
-    lay_out_gradient(t, &g);
+    BackwardScratch g;
+    lay_out_backward(t, &g);
     store_key_rows(g.grad_k, t->head_dim, end - begin, begin, t->scale / WEIGHT_UNIT, t->adds_k, t->grad_k,
                t->grad_k_key, t->grad_k_format);
     store_key_rows(g.grad_v, t->value_dim, end - begin, begin, 1 / WEIGHT_UNIT, t->adds_v, t->grad_v,

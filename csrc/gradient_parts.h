@@ -80,7 +80,7 @@ static uint64_t split_queries(const char *const *at, int queries, ptrdiff_t dim,
 }
 
 /* Read what a micropanel's queries bring along. */
-static void begin_micropanel(const Tile *t, const GradientScratch *g, int p) {
+static void begin_micropanel(const Tile *t, const BackwardScratch *g, int p) {
     ptrdiff_t first = p * MR, v = round_up(t->value_dim, CHUNK) / CHUNK;
     ptrdiff_t k = round_up(t->head_dim, CHUNK) / CHUNK;
     int queries = fewer(t->n_queries - first, MR);
@@ -111,7 +111,7 @@ static uint64_t special_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, p
 }
 
 /* key_columns[term][chunk of keys][head dim][CHUNK] from the terms of a sub-block's keys. */
-static void transpose_keys(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end, uint64_t special) {
+static void transpose_keys(const Tile *t, const BackwardScratch *g, ptrdiff_t begin, ptrdiff_t end, uint64_t special) {
     const Scratch *s = &g->forward;
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), rows = g->q_rows_padded;
     uint64_t use = first_bits(end - begin) & ~special;
@@ -135,7 +135,7 @@ static void transpose_keys(const Tile *t, const GradientScratch *g, ptrdiff_t be
 
 /* value_rows[term][chunk of value dims][key][CHUNK] of a sub-block, in units like those of weights: the products
  * of terms that would be subnormal are 0. Returns the bits of the special ones. */
-static uint64_t split_values(const Tile *t, const GradientScratch *g, ptrdiff_t begin, ptrdiff_t end) {
+static uint64_t split_values(const Tile *t, const BackwardScratch *g, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t chunk = g->forward.key_rows * CHUNK;
     const char *at[SUB_BLOCK_K];
     uint64_t special;
@@ -149,15 +149,15 @@ static uint64_t split_values(const Tile *t, const GradientScratch *g, ptrdiff_t 
 /* Pack what the gradients need of a sub-block besides its keys' terms. */
 static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t sub = begin % BLOCK_K / SUB_BLOCK_K;
-    GradientScratch g;
-    lay_out_gradient(t, &g);
+    BackwardScratch g;
+    lay_out_backward(t, &g);
     uint64_t special = special_keys(t, s, begin, end);
     transpose_keys(t, &g, begin, end, special);
     g.special_keys[sub] = special | split_values(t, &g, begin, end);
 }
 
 /* Does some query see a number that terms cannot express, its own included? */
-static bool sees_special(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+static bool sees_special(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     uint64_t keys = g->special_keys[sub->key % BLOCK_K / SUB_BLOCK_K], queries = g->special_queries[p];
     if (sub->visibility == FULL || !(keys | queries)) return keys | queries;
     for (int i = 0; i < MR && p * MR + i < t->n_queries; i++) {
@@ -170,7 +170,7 @@ static bool sees_special(const Tile *t, const GradientScratch *g, int p, const S
 }
 
 /* Read a micropanel and a sub-block as real numbers. */
-static void pack_reals(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub) {
+static void pack_reals(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     pack_real_queries(t, g, p);
     widen(t->k + sub->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, sub->keys,
           t->head_dim, g->real_keys);
@@ -179,7 +179,7 @@ static void pack_reals(const Tile *t, const GradientScratch *g, int p, const Sub
 }
 
 /* grad_scores = V dO^T, to be multiplied by `unit`. Returns whether terms could express it. */
-static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, real *unit) {
+static bool multiply_values(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub, real *unit) {
     ptrdiff_t chunks = round_up(t->value_dim, CHUNK) / CHUNK, rows = g->forward.key_rows;
     if (sees_special(t, g, p, sub)) {
         *unit = 1;
@@ -195,7 +195,7 @@ static bool multiply_values(const Tile *t, const GradientScratch *g, int p, cons
     return true;
 }
 
-/* rows[term][micropanel that waits][key][CHUNK] of a micropanel's numbers, 0 behind the last key. */
+/* rows[term][pending micropanel][key][CHUNK] of a micropanel's numbers, 0 behind the last key. */
 static void split_sub_block(int vecs, const SubBlock *sub, const real *from, bfloat *to) {
     for (int j = 0; j < round_up(sub->keys, CHUNK); j++, from += MR, to += CHUNK) {
         __m512i terms[BF16_TERMS];
@@ -220,32 +220,32 @@ static void sum_micropanels(ptrdiff_t dims, int keys, int p, int micropanels, co
     }
 }
 
-/* Add the shares that wait to the gradients of a sub-block's keys; micropanels without a gap between them make one
+/* Add the pending terms to the gradients of a sub-block's keys; micropanels without a gap between them make one
  * product. */
-static void sum_waiting(const Tile *t, const GradientScratch *g, int keys, Begun *begun) {
-    for (int p = 0; begun->waiting >> p; p++) {
+static void flush_pending(const Tile *t, const BackwardScratch *g, int keys, Accumulated *sums) {
+    for (int p = 0; sums->pending >> p; p++) {
         int micropanels = 0;
-        for (; begun->waiting >> (p + micropanels) & 1; micropanels++) continue;
+        for (; sums->pending >> (p + micropanels) & 1; micropanels++) continue;
         if (micropanels == 0) continue;
-        sum_micropanels(t->value_dim, keys, p, micropanels, g->weight_rows, g->grad_out_pairs, g->sub_grad_v, begun->keys);
-        sum_micropanels(t->head_dim, keys, p, micropanels, g->grad_rows, g->q_pairs, g->sub_grad_k, begun->keys);
-        begun->keys = true;
+        sum_micropanels(t->value_dim, keys, p, micropanels, g->weight_rows, g->grad_out_pairs, g->sub_grad_v, sums->keys);
+        sum_micropanels(t->head_dim, keys, p, micropanels, g->grad_rows, g->q_pairs, g->sub_grad_k, sums->keys);
+        sums->keys = true;
         p += micropanels;
     }
-    begun->waiting = 0;
+    sums->pending = 0;
 }
 
 /* Add to the gradients of the queries, and keep what those of the keys are to be made of; `fit` says
  * whether terms can express it all. */
-static void sum_sub_block(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, bool fit,
-                      Begun *begun) {
+static void sum_sub_block(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub, bool fit,
+                      Accumulated *sums) {
     ptrdiff_t dims = g->q_rows_padded, own = p % PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK;
     if (!fit) {
         pack_reals(t, g, p, sub);
-        sum_real_sub_block(t, g, p, sub, (View){g->real_keys, t->head_dim, 1}, begun);
+        sum_real_sub_block(t, g, p, sub, (View){g->real_keys, t->head_dim, 1}, sums);
         return;
     }
-    if (!(begun->waiting >> p / PENDING_MICROPANELS * PENDING_MICROPANELS)) sum_waiting(t, g, sub->keys, begun);
+    if (!(sums->pending >> p / PENDING_MICROPANELS * PENDING_MICROPANELS)) flush_pending(t, g, sub->keys, sums);
     split_sub_block(t->micropanel[p].vecs, sub, sub->scores, g->weight_rows + own);
     split_sub_block(t->micropanel[p].vecs, sub, g->grad_scores, g->grad_rows + own);
     /* grad_lanes[term][pair of keys][MR] */
@@ -258,8 +258,8 @@ static void sum_sub_block(const Tile *t, const GradientScratch *g, int p, const 
     Rows k = {g->key_columns + sub->key % BLOCK_K * dims, g->forward.key_rows * dims, CHUNK * dims};
     Lanes s = {g->grad_lanes, SUB_BLOCK_K / 2 * MR, PAIRS * MR};
     multiply(VALUE_ORDER, t->micropanel[p].vecs, dims, k, s, (int)(round_up(sub->keys, CHUNK) / CHUNK),
-             g->grad_q + p * MR * dims, begun->q[p]);
-    begun->q[p] = true;
-    begun->waiting |= (uint32_t)1 << p;
+             g->grad_q + p * MR * dims, sums->q[p]);
+    sums->q[p] = true;
+    sums->pending |= (uint32_t)1 << p;
 }
 #endif

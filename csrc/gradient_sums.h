@@ -11,7 +11,7 @@
 /* The micropanels whose queries are packed as real numbers: one at a time where that is the exception. */
 #ifdef BF16_TERMS
 #define REAL_MICROPANELS 1
-/* What so many micropanels give a sub-block's keys waits to be one product. */
+/* What so many micropanels give a sub-block's keys is kept pending, to be one product. */
 #define PENDING_MICROPANELS (BF16_TERMS == 1 ? 4 : 2)
 #else
 #define REAL_MICROPANELS MICROPANELS
@@ -44,9 +44,9 @@ typedef struct {
     uint32_t *grad_out_lanes, *grad_lanes, *q_pairs, *grad_out_pairs;
     uint64_t *special_queries, *special_keys; /* [micropanel], [sub-block]: bits of those that terms cannot express */
 #endif
-} GradientScratch;
+} BackwardScratch;
 
-static size_t lay_out_gradient(const Tile *t, GradientScratch *g) {
+static size_t lay_out_backward(const Tile *t, BackwardScratch *g) {
     char *base = t->scratch;
     size_t bytes = lay_out(t, MICROPANELS, base, &g->forward);
     ptrdiff_t row = MICROPANELS * MR, real_row = REAL_MICROPANELS * MR;
@@ -89,16 +89,16 @@ static size_t lay_out_gradient(const Tile *t, GradientScratch *g) {
     return bytes;
 }
 
-static size_t gradient_scratch_bytes(const Tile *t) {
-    GradientScratch g;
-    return lay_out_gradient(t, &g);
+static size_t backward_scratch_bytes(const Tile *t) {
+    BackwardScratch g;
+    return lay_out_backward(t, &g);
 }
 
 /* What the sums hold already. */
 typedef struct {
     bool q[MICROPANELS], keys; /* of each micropanel's queries, of the sub-block's keys */
-    uint32_t waiting;     /* bits of the micropanels whose shares of the sub-block's keys are to be added yet */
-} Begun;
+    uint32_t pending;     /* bits of the micropanels whose shares of the sub-block's keys are to be added yet */
+} Accumulated;
 
 /* rows[dim micropanel][query][MR dims], 0 behind the last dim. Returns whether all are finite. */
 static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
@@ -125,7 +125,7 @@ static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format,
 }
 
 /* Read a micropanel's queries and their gradients as real numbers. */
-static void pack_real_queries(const Tile *t, const GradientScratch *g, int p) {
+static void pack_real_queries(const Tile *t, const BackwardScratch *g, int p) {
     ptrdiff_t first = p * MR, slot = p % REAL_MICROPANELS * MR;
     int queries = fewer(t->n_queries - first, MR);
     for (int n = 0; n < t->micropanel[p].vecs; n++)
@@ -138,7 +138,7 @@ static void pack_real_queries(const Tile *t, const GradientScratch *g, int p) {
 }
 
 /* grad_scores = V dO^T. */
-static void multiply_real_values(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub,
+static void multiply_real_values(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,
                                  View v) {
     matmul(t->micropanel[p].vecs, sub->keys, v.data, v.row, v.dim, t->value_dim,
             g->grad_out + p % REAL_MICROPANELS * MR * t->value_dim, g->grad_scores, false, NULL);
@@ -166,8 +166,8 @@ static void sum_queries_masked(ptrdiff_t dims, const SubBlock *sub, int queries,
 }
 
 /* Add what the weights and the gradients of the scores make of k, the queries and their gradients. */
-static void sum_real_sub_block(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, View k,
-                           Begun *begun) {
+static void sum_real_sub_block(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub, View k,
+                           Accumulated *sums) {
     int vecs = t->micropanel[p].vecs, queries = fewer(t->n_queries - p * MR, MR);
     ptrdiff_t slot = p % REAL_MICROPANELS * MR;
     const real *q_rows = g->q_rows + slot * MR, *grad_out_rows = g->grad_out_rows + slot * MR;
@@ -176,42 +176,42 @@ static void sum_real_sub_block(const Tile *t, const GradientScratch *g, int p, c
         !(g->finite[p % REAL_MICROPANELS] && all_finite(k, sub->keys, t->head_dim))) {
         SubBlock grads = *sub;
         grads.scores = g->grad_scores;
-        if (!begun->q[p]) memset(grad_q, 0, sizeof(real) * MR * (size_t)t->head_dim);
+        if (!sums->q[p]) memset(grad_q, 0, sizeof(real) * MR * (size_t)t->head_dim);
         masked_matmul(&grads, vecs, k, t->head_dim, grad_q);
         sum_queries_masked(t->value_dim, sub, queries, sub->scores, grad_out_rows, g->sub_grad_v,
-                              begun->keys);
+                              sums->keys);
         sum_queries_masked(t->head_dim, sub, queries, g->grad_scores, q_rows, g->sub_grad_k,
-                              begun->keys);
+                              sums->keys);
     } else {
-        matmul(vecs, t->head_dim, k.data, k.dim, k.row, sub->keys, g->grad_scores, grad_q, begun->q[p],
+        matmul(vecs, t->head_dim, k.data, k.dim, k.row, sub->keys, g->grad_scores, grad_q, sums->q[p],
                 NULL);
-        sum_queries(t->value_dim, sub->keys, queries, sub->scores, grad_out_rows, g->sub_grad_v, begun->keys);
-        sum_queries(t->head_dim, sub->keys, queries, g->grad_scores, q_rows, g->sub_grad_k, begun->keys);
+        sum_queries(t->value_dim, sub->keys, queries, sub->scores, grad_out_rows, g->sub_grad_v, sums->keys);
+        sum_queries(t->head_dim, sub->keys, queries, g->grad_scores, q_rows, g->sub_grad_k, sums->keys);
     }
-    begun->q[p] = begun->keys = true;
+    sums->q[p] = sums->keys = true;
 }
 
 #ifndef BF16_TERMS
-static void begin_micropanel(const Tile *t, const GradientScratch *g, int p) { pack_real_queries(t, g, p); }
+static void begin_micropanel(const Tile *t, const BackwardScratch *g, int p) { pack_real_queries(t, g, p); }
 
 static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     pack_values(t, s, begin, end);
 }
 
-static bool multiply_values(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, real *unit) {
+static bool multiply_values(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub, real *unit) {
     *unit = 1;
     multiply_real_values(t, g, p, sub, values_from(t, &g->forward, sub->key));
     return true;
 }
 
-static void sum_sub_block(const Tile *t, const GradientScratch *g, int p, const SubBlock *sub, bool fit,
-                      Begun *begun) {
+static void sum_sub_block(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub, bool fit,
+                      Accumulated *sums) {
     (void)fit;
-    sum_real_sub_block(t, g, p, sub, keys_from(t, &g->forward, sub->key), begun);
+    sum_real_sub_block(t, g, p, sub, keys_from(t, &g->forward, sub->key), sums);
 }
 
-static void sum_waiting(const Tile *t, const GradientScratch *g, int keys, Begun *begun) {
-    (void)t, (void)g, (void)keys, (void)begun;
+static void flush_pending(const Tile *t, const BackwardScratch *g, int keys, Accumulated *sums) {
+    (void)t, (void)g, (void)keys, (void)sums;
 }
 #endif
 #endif

@@ -100,7 +100,7 @@ cdef bint prepare_tile(
         query = (at.first + i) // walk.group
         tile.grad_out[i] = row_of(&pull.grad_out, grad_out, head, query)
         tile.result[i] = row_of(&pull.result, result, head, query)
-    walk.kernels.gradient.prepare(tile)
+    walk.kernels.backward.prepare(tile)
     for i in range(tile.n_queries):
         head = at.kv_head * walk.group + (at.first + i) % walk.group
         query = (at.first + i) // walk.group
@@ -114,7 +114,7 @@ cdef bint prepare_tile(
     walk.kernels.begin(tile)
     if not each_block(walk.kernels.attend, walk.kernels.block_k, tile, listen, last_look, stopped):
         return False
-    walk.kernels.gradient.normalize(tile)
+    walk.kernels.backward.normalize(tile)
     tile.value_dim = value_dim
     for i in range(tile.n_queries):
         head = at.kv_head * walk.group + (at.first + i) % walk.group
@@ -166,14 +166,14 @@ cdef bint differentiate_tile(
             tile.grad_bias[i] = row_of(&pull.grad_bias, grad_bias, head, query)
     walk.kernels.begin(tile)
     if tile.first < end and begin < tile.last:
-        some = walk.kernels.gradient.differentiate(tile, begin, end)
+        some = walk.kernels.backward.differentiate(tile, begin, end)
     elif not shared:
         return True
     # Blocks are added in their order, so that the sum does not depend on the threads.
     if (shared or tile.first < begin) and not await_turn(turn, own, stopped):
         return False
     if some:
-        walk.kernels.gradient.add(tile)
+        walk.kernels.backward.add(tile)
         for i in range(tile.n_queries if row_sums is not NULL else 0):
             head = at.kv_head * walk.group + (at.first + i) % walk.group
             query = (at.first + i) // walk.group
@@ -201,7 +201,7 @@ cdef bint differentiate_block(
     tile.grad_v = entry(walk, &pull.grad_v, batch) + kv_head * pull.grad_v.head
     tile.adds_k = pull.k_turns.before[head] > 0
     tile.adds_v = pull.v_turns.before[head] > 0
-    walk.kernels.gradient.begin_keys(tile, begin, end)
+    walk.kernels.backward.begin_keys(tile, begin, end)
     for n in range(walk.tiles):
         if stopped[0] or (listen and interrupted(last_look)):
             return False
@@ -211,7 +211,7 @@ cdef bint differentiate_block(
         return False
     if not await_turn(v_turn, pull.v_turns.before[head], stopped):
         return False
-    walk.kernels.gradient.store_keys(tile, begin, end)
+    walk.kernels.backward.store_keys(tile, begin, end)
     set_count(k_turn, pull.k_turns.before[head] + 1)
     set_count(v_turn, pull.v_turns.before[head] + 1)
     return True
@@ -289,7 +289,7 @@ def differentiate(
     pull.sharers = key_heads.shape[1]
     describe(walk, &pull.grad_k, grad_k, 3)
     describe(walk, &pull.grad_v, grad_v, 3)
-    walk.kernels = gradient_kernels_for(
+    walk.kernels = backward_kernels_for(
         product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
     )
     walk.tiles = (walk.group * walk.n_queries + walk.kernels.block_q - 1) // walk.kernels.block_q
@@ -313,7 +313,7 @@ def differentiate(
         tiles.grad_k_key, tiles.grad_v_key = pull.grad_k.row, pull.grad_v.row
         tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
         tiles.rows_share_bias = grad_bias is not None and pull.grad_bias.row == 0
-        scratch_bytes = walk.kernels.gradient.scratch_bytes(tiles)
+        scratch_bytes = walk.kernels.backward.scratch_bytes(tiles)
         counts = walk.key_heads * (6 + max(walk.tiles, 1) + 2 * max(pull.blocks, 1)) * sizeof(int64_t)
         total_bytes = threads * scratch_bytes + counts + 64
         scratch = <char *>malloc(total_bytes)

@@ -98,7 +98,7 @@ cdef extern from "tile.h" nogil:
         int64_t *keys[MAX_QUERIES]
         Py_ssize_t first, last
 
-    ctypedef struct GradientKernels:
+    ctypedef struct BackwardKernels:
         size_t (*scratch_bytes)(const Tile *) noexcept nogil
         void (*prepare)(Tile *) noexcept nogil
         void (*normalize)(Tile *) noexcept nogil
@@ -122,7 +122,7 @@ cdef extern from "tile.h" nogil:
             NumberFormat,
         ) noexcept nogil
         int real_bytes
-        const GradientKernels *gradient
+        const BackwardKernels *backward
         double (*peak)(Py_ssize_t) noexcept nogil
 
 cdef extern from "instruction_sets.h" nogil:

@@ -498,7 +498,7 @@ static pair *weights_of(const Scratch *s, const SubBlock *sub) {
 
 /* Sum the values of the sub-blocks [i, end) of a block, as their weights say. */
 static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockState *b, int i, int end,
-                       real *out, bool *begun) {
+                       real *out, bool *accumulate) {
     while (i < end && t->value_dim > 0) {
         const SubBlock *first = &b->sub_blocks[i];
         int chunks = 0;
@@ -513,8 +513,8 @@ static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockSt
         Rows v = {s->value_terms + first->key % BLOCK_K * s->out_rows, s->key_rows * s->out_rows,
                   CHUNK * s->out_rows};
         Lanes w = {weights_of(s, first), WEIGHT_TERM, PAIRS * MR};
-        multiply(VALUE_ORDER, t->micropanel[p].vecs, s->out_rows, v, w, chunks, out, *begun);
-        *begun = true;
+        multiply(VALUE_ORDER, t->micropanel[p].vecs, s->out_rows, v, w, chunks, out, *accumulate);
+        *accumulate = true;
     }
 }
 #endif

@@ -95,7 +95,7 @@ static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
     load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, t->q_scale, first, columns);
 }
 
-#ifdef HAS_GRADIENT
+#ifdef HAS_BACKWARD
 /* Is each value of these keys finite? x * 0 is 0 for finite x only. */
 static bool all_finite(View v, int keys, ptrdiff_t dims) {
     vec sums[4] = {{0}}; /* independent, or the latency of one sum would be the time of the loop */
@@ -252,7 +252,7 @@ static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, in
         decode_values(t, s, b, sub_blocks, out);
         return;
     }
-    bool begun = false;
+    bool accumulate = false;
     int vecs = t->micropanel[p].vecs;
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
@@ -260,13 +260,13 @@ static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, in
         View v = values_from(t, s, sub->key);
         weigh(vecs, t->exponent, sub, b->top, b->sum);
         if (sub->visibility == PARTIAL && !all_finite(v, sub->keys, t->value_dim)) {
-            if (!begun) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
+            if (!accumulate) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
             masked_matmul(sub, vecs, v, t->value_dim, out);
         } else {
             matmul(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->scores, out,
-                    begun, NULL);
+                    accumulate, NULL);
         }
-        begun = true;
+        accumulate = true;
     }
 }
 

@@ -43,14 +43,14 @@ cdef const TileKernels *kernels_for(
     return isa.float16 if product == "e" else isa.bfloat16
 
 
-cdef const TileKernels *gradient_kernels_for(
+cdef const TileKernels *backward_kernels_for(
     str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
 ) except NULL:
     """The kernels of gradients: those that made the results, so that scores are the same bit for bit,
     or where these have no gradients those of float32.
     """
     cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, True)
-    return chosen().fma if kernels.gradient is NULL else kernels
+    return chosen().fma if kernels.backward is NULL else kernels
 
 
 cdef bint worth_bf16x3(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil:

@@ -20,7 +20,7 @@
 #define SCORE_KEYS BLOCK_K
 #endif
 #if !defined(BF16_TERMS) || defined(HAS_TILES)
-#define HAS_GRADIENT /* terms without AMX leave gradients to float32 */
+#define HAS_BACKWARD /* terms without AMX leave gradients to float32 */
 #endif
 
 #include "product.h"
@@ -384,16 +384,16 @@ static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t ro
     return top + log(sum);
 }
 
-#ifdef HAS_GRADIENT
+#ifdef HAS_BACKWARD
 #include "gradient.h"
 
-static const GradientKernels GRADIENT_KERNELS = {gradient_scratch_bytes, prepare, normalize, begin_keys,
+static const BackwardKernels BACKWARD_KERNELS = {backward_scratch_bytes, prepare, normalize, begin_keys,
                                                  differentiate, add_grad_q, store_keys};
-#define GRADIENT &GRADIENT_KERNELS
+#define BACKWARD &BACKWARD_KERNELS
 #else
-#define GRADIENT NULL
+#define BACKWARD NULL
 #endif
 
 const TileKernels TABLE = {BLOCK_Q, MR,   BLOCK_K, scratch_bytes, begin, attend,       finish,
-                           weights,      accumulate_bins,    collect_top_k,   rank_top_k,          join,  sizeof(real), GRADIENT,
+                           weights,      accumulate_bins,    collect_top_k,   rank_top_k,          join,  sizeof(real), BACKWARD,
                            peak};

@@ -139,7 +139,7 @@ typedef struct {
     int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: no key is visible to any query */
     void (*add)(Tile *);
     void (*store_keys)(Tile *, ptrdiff_t begin, ptrdiff_t end);
-} GradientKernels;
+} BackwardKernels;
 
 /* One instruction set's kernels for one dtype. */
 typedef struct {
@@ -157,7 +157,7 @@ typedef struct {
     double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format);
     int real_bytes;
-    const GradientKernels *gradient; /* NULL: take those of another table */
+    const BackwardKernels *backward; /* NULL: take those of another table */
     /* Independent multiply-adds only: flops done, for measuring what the machine can do. */
     double (*peak)(ptrdiff_t rounds);
 } TileKernels;

@@ -140,11 +140,11 @@ static double farthest(const double *wanted, const real *found, int n) {
 static double prepare(Tile *t) {
     double worst = 0, lse[MAX_QUERIES];
     memcpy(lse, t->lse, sizeof lse);
-    kernels.gradient->prepare(t);
+    kernels.backward->prepare(t);
     t->value_dim = 0;
     kernels.begin(t);
     each_block(t, kernels.attend);
-    kernels.gradient->normalize(t);
+    kernels.backward->normalize(t);
     t->value_dim = VALUE_DIM;
     for (int i = 0; i < t->n_queries; i++) {
         const real *g = (const real *)t->grad_out[i], *out = (const real *)t->result[i];
@@ -188,14 +188,14 @@ static double run_gradients(Tile *t) {
     t->grad_out_format = t->out_format;
     t->grad_out_dim = t->result_dim = sizeof(real);
     t->grad_k = (char *)found_k, t->grad_v = (char *)found_v;
-    t->scratch = aligned_alloc(64, (kernels.gradient->scratch_bytes(t) + 63) / 64 * 64);
+    t->scratch = aligned_alloc(64, (kernels.backward->scratch_bytes(t) + 63) / 64 * 64);
     worst = worse(worst, prepare(t));
     for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.block_k) {
         ptrdiff_t end = begin + kernels.block_k < N_KEYS ? begin + kernels.block_k : N_KEYS;
-        kernels.gradient->begin_keys(t, begin, end);
+        kernels.backward->begin_keys(t, begin, end);
         kernels.begin(t);
-        if (kernels.gradient->differentiate(t, begin, end)) kernels.gradient->add(t);
-        kernels.gradient->store_keys(t, begin, end);
+        if (kernels.backward->differentiate(t, begin, end)) kernels.backward->add(t);
+        kernels.backward->store_keys(t, begin, end);
     }
     free(t->scratch);
     for (int i = 0; i < t->n_queries; i++) {
