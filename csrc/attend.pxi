@@ -1,4 +1,4 @@
-# Part of kernels.pyx: the walk forward.
+# Part of kernels.pyx: the forward pass.
 
 ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
@@ -18,54 +18,54 @@ cdef bint each_block(
 cdef bint attend_tile(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """Attend from the queries of one tile, an Item of a Walk."""
-    cdef const Walk *walk = <const Walk *>call
-    cdef Py_ssize_t keys = walk.kernels.block_k, i
-    cdef Place at = place_of(walk, item)
-    cdef char *lse = entry(walk, &walk.lse, at.batch)
+    """Attend from the queries of one tile, an Item of a CallParams."""
+    cdef const CallParams *params = <const CallParams *>call
+    cdef Py_ssize_t keys = params.kernels.block_k, i
+    cdef WorkItem work = work_item_of(params, item)
+    cdef char *lse = batch_ptr(params, &params.lse, work.batch)
     cdef double *partial
-    cdef Step more = NULL  # what is made of the scores once their sums are known
+    cdef Step second_pass = NULL  # what is made of the scores once their sums are known
     cdef bint done
-    if walk.survey.sums is not NULL:
-        more = walk.kernels.accumulate_bins
-    elif walk.survey.top_k:
-        more = walk.kernels.collect_top_k
-    elif walk.weights.data is not NULL:
-        more = walk.kernels.weights
-    set_tile(walk, tile, at)
-    set_survey(walk, tile, at)
+    if params.reduction.sums is not NULL:
+        second_pass = params.kernels.accumulate_bins
+    elif params.reduction.top_k:
+        second_pass = params.kernels.collect_top_k
+    elif params.weights.data is not NULL:
+        second_pass = params.kernels.weights
+    set_tile(params, tile, work)
+    set_tile_reduction(params, tile, work)
     tile.margin = 0
     while True:
-        walk.kernels.begin(tile)
-        if not each_block(walk.kernels.attend, keys, tile, listen, last_look, stopped):
+        params.kernels.begin(tile)
+        if not each_block(params.kernels.attend, keys, tile, listen, last_look, stopped):
             return False
-        done = walk.kernels.finish(tile)
-        if more is not NULL:
-            if not each_block(more, keys, tile, listen, last_look, stopped):
+        done = params.kernels.finish(tile)
+        if second_pass is not NULL:
+            if not each_block(second_pass, keys, tile, listen, last_look, stopped):
                 return False
-            if walk.survey.top_k:
-                walk.kernels.rank_top_k(tile)
+            if params.reduction.top_k:
+                params.kernels.rank_top_k(tile)
         if done:
             break
-        tile.margin = log(2 * walk.n_keys * WEIGHT_UNIT)
-    if walk.parts > 1:
+        tile.margin = log(2 * params.n_keys * WEIGHT_UNIT)
+    if params.num_splits > 1:
         partial = <double *>(
-            partial_of(walk, at.batch, at.kv_head) + at.part * walk.partial_bytes
+            partial_ptr(params, work.batch, work.kv_head) + work.split * params.partial_bytes
         )
         memcpy(partial, tile.lse, tile.n_queries * sizeof(double))
         return True
     for i in range(tile.n_queries if lse is not NULL else 0):
-        store_lse(walk, lse, at, i, tile.lse[i])
-    if walk.survey.sums is not NULL:
-        return add_in_turn(walk, tile, at, listen, last_look, stopped)
+        store_lse(params, lse, work, i, tile.lse[i])
+    if params.reduction.sums is not NULL:
+        return ordered_add(params, tile, work, listen, last_look, stopped)
     return True
 
 
-cdef int work(const Walk *walk, Py_ssize_t items, int threads, Tile *tiles) except -1:
+cdef int run_forward(const CallParams *params, Py_ssize_t items, int threads, Tile *tiles) except -1:
     """Attend to all tiles. An interruption leaves the rest undone and raises."""
     with nogil:
-        if each_item(attend_tile, walk, tiles, items, threads) and walk.parts > 1:
-            join_parts(walk, tiles)
+        if parallel_for(attend_tile, params, tiles, items, threads) and params.num_splits > 1:
+            combine_splits(params, tiles)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -96,32 +96,32 @@ def attend(
     last axis, and `weights` of the same shape are those of each query's n top keys, and for hidden
     keys -1 and 0. For either `out` has a value_dim of 0 and the dtype of sums.
     """
-    cdef Walk walk
+    cdef CallParams params
     cdef Tile *tiles
     cdef char *scratch = NULL
     cdef Py_ssize_t items, i, scratch_bytes, tile_bytes, total_bytes
-    describe_walk(
-        &walk, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+    bind_params(
+        &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
     )
-    describe(&walk, &walk.k_scales, k_scales, 2)
-    describe(&walk, &walk.v_scales, v_scales, 2)
-    describe(&walk, &walk.weights, weights, 3)
-    describe(&walk, &walk.lse, lse, 2)
-    walk.lse_bytes = 0 if lse is None else lse.descr.itemsize
-    walk.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
-    walk.kernels = kernels_for(
-        product, walk.group * walk.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
+    bind_operand(&params, &params.k_scales, k_scales, 2)
+    bind_operand(&params, &params.v_scales, v_scales, 2)
+    bind_operand(&params, &params.weights, weights, 3)
+    bind_operand(&params, &params.lse, lse, 2)
+    params.lse_bytes = 0 if lse is None else lse.descr.itemsize
+    params.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
+    params.kernels = kernels_for(
+        product, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         score_function is None,
     )
-    walk.tiles = (walk.group * walk.n_queries + walk.kernels.block_q - 1) // walk.kernels.block_q
-    describe_survey(&walk, sums, indices)
+    params.num_tiles = (params.group * params.n_queries + params.kernels.block_q - 1) // params.kernels.block_q
+    bind_reduction(&params, sums, indices)
     if (
-        walk.group * walk.n_queries <= MAX_SPLIT_ROWS and walk.n_keys >= 2 * SPLIT_KEYS
+        params.group * params.n_queries <= MAX_SPLIT_ROWS and params.n_keys >= 2 * SPLIT_KEYS
         and weights is None and sums is None
     ):
-        walk.part_keys = (walk.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
-        walk.parts = (walk.n_keys + walk.part_keys - 1) // walk.part_keys
-    items = walk.key_heads * walk.tiles * walk.parts
+        params.split_keys = (params.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
+        params.num_splits = (params.n_keys + params.split_keys - 1) // params.split_keys
+    items = params.key_heads * params.num_tiles * params.num_splits
     if items == 0:
         return
     threads = available_threads(min(threads, items))
@@ -130,42 +130,42 @@ def attend(
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
-        describe_tile(&walk, tiles, q, k, v, out, scale, softcap, bias)
-        tiles.weights_key = walk.weights.dim
+        init_tile(&params, tiles, q, k, v, out, scale, softcap, bias)
+        tiles.weights_key = params.weights.dim
         if score_function is not None:
             tiles.score_function = {
                 "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
             }[score_function[0]]
             tiles.dim_weights = doubles(score_function[1])
         tiles.want_lse = lse is not None
-        if walk.parts > 1:
+        if params.num_splits > 1:
             tiles.want_lse = True
             tiles.out_format.kind, tiles.out_format.swapped = ord("f"), False
-            tiles.out_format.bytes = tiles.out_dim = walk.kernels.real_bytes
-            walk.partial_bytes = (
-                walk.group * walk.n_queries
-                * (<Py_ssize_t>sizeof(double) + tiles.value_dim * walk.kernels.real_bytes)
+            tiles.out_format.bytes = tiles.out_dim = params.kernels.real_bytes
+            params.partial_bytes = (
+                params.group * params.n_queries
+                * (<Py_ssize_t>sizeof(double) + tiles.value_dim * params.kernels.real_bytes)
             )
-            walk.partial_bytes = (walk.partial_bytes + 63) // 64 * 64
-        tile_bytes = walk.kernels.scratch_bytes(
-            tiles, min(walk.kernels.block_q, walk.group * walk.n_queries)
+            params.partial_bytes = (params.partial_bytes + 63) // 64 * 64
+        tile_bytes = params.kernels.scratch_bytes(
+            tiles, min(params.kernels.block_q, params.group * params.n_queries)
         )
-        scratch_bytes = tile_bytes + survey_bytes(&walk)
+        scratch_bytes = tile_bytes + reduction_bytes(&params)
         total_bytes = threads * scratch_bytes + 64
-        if walk.parts > 1:
-            total_bytes += items * walk.partial_bytes
+        if params.num_splits > 1:
+            total_bytes += items * params.partial_bytes
         if sums is not None:
-            total_bytes += walk.key_heads * sizeof(int64_t)
+            total_bytes += params.key_heads * sizeof(int64_t)
         scratch = <char *>malloc(total_bytes)
         if scratch is NULL:
             raise MemoryError(f"{total_bytes} bytes of scratch")
-        walk.partial = share_scratch(tiles, threads, scratch, scratch_bytes)
+        params.partial = divide_scratch(tiles, threads, scratch, scratch_bytes)
         if sums is not None:
-            walk.survey.turn = <int64_t *>walk.partial
-            memset(walk.survey.turn, 0, walk.key_heads * sizeof(int64_t))
+            params.reduction.tickets = <int64_t *>params.partial
+            memset(params.reduction.tickets, 0, params.key_heads * sizeof(int64_t))
         for i in range(threads):
-            describe_surveyed(&walk, &tiles[i], <char *>tiles[i].scratch + tile_bytes)
-        work(&walk, items, threads, tiles)
+            init_tile_reduction(&params, &tiles[i], <char *>tiles[i].scratch + tile_bytes)
+        run_forward(&params, items, threads, tiles)
     finally:
         free(tiles)
         free(scratch)

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""The macro-kernel: walks the tiles of a problem on several threads.
+"""The macro-kernel: the loop over the tiles of a problem, on several threads.
 
 What happens inside a tile is ``tile.c``; which instruction set's copy of it runs is
 ``instruction_sets.c``.
@@ -20,7 +20,7 @@ from libc.string cimport memcpy, memset
 cnp.import_array()
 
 cdef extern from "Python.h":
-    # Without `except`: the exception stays set until the walk is over.
+    # Without `except`: the exception stays set until the call is over.
     int PyErr_CheckSignals() noexcept
     void *PyErr_Occurred() noexcept
 
@@ -117,7 +117,7 @@ cdef extern from "tile.h" nogil:
         void (*accumulate_bins)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*collect_top_k)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*rank_top_k)(Tile *) noexcept nogil
-        double (*join)(
+        double (*combine_splits)(
             char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, char *, Py_ssize_t,
             NumberFormat,
         ) noexcept nogil
@@ -149,8 +149,8 @@ cdef extern from "openmp.h" nogil:
     int creatable_threads(int)
     int grow_pool(int)
     double seconds()
-    int64_t read_count(const int64_t *)
-    void set_count(int64_t *, int64_t)
+    int64_t load_acquire(const int64_t *)
+    void store_release(int64_t *, int64_t)
 
 cdef extern from "sched.h" nogil:
     int sched_yield()

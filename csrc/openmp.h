@@ -92,10 +92,10 @@ static inline int grow_pool(int wanted) {
 }
 
 /* A count that threads wait for. */
-static inline int64_t read_count(const int64_t *count) {
+static inline int64_t load_acquire(const int64_t *count) {
     return __atomic_load_n(count, __ATOMIC_ACQUIRE);
 }
-static inline void set_count(int64_t *count, int64_t value) {
+static inline void store_release(int64_t *count, int64_t value) {
     __atomic_store_n(count, value, __ATOMIC_RELEASE);
 }
 #endif

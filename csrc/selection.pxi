@@ -17,8 +17,8 @@ cdef enum:
     MIN_BF16X3_ROWS = 128
 
 # With no more queries than these a key head is one item of work, which may leave threads idle, so
-# its keys are split between them, in parts that depend on their number alone. No more than so many,
-# because each takes room for what it finds, and time even where every key of it is hidden.
+# its keys are split between them, into splits that depend on their number alone. No more than so many,
+# because each takes room for its partial result, and time even where every key of it is hidden.
 cdef enum:
     MAX_SPLIT_ROWS = 32
     SPLIT_KEYS = 2048

@@ -358,23 +358,23 @@ static void collect_top_k(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_bl
 
 #include "maps.h"
 
-static double join(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
+static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format) {
     double top = -INFINITY, sum = 0;
-#define WEIGHT(part) ((double *)(partial + (part) * bytes))[row]
-    for (ptrdiff_t i = 0; i < parts; i++)
+#define WEIGHT(split) ((double *)(partial + (split) * bytes))[row]
+    for (ptrdiff_t i = 0; i < splits; i++)
         if (WEIGHT(i) > top) top = WEIGHT(i);
-    for (ptrdiff_t i = 0; i < parts; i++) {
+    for (ptrdiff_t i = 0; i < splits; i++) {
         WEIGHT(i) = WEIGHT(i) == top ? 1 : exp(WEIGHT(i) - top); /* the top may be infinite */
         sum += WEIGHT(i);
     }
     for (ptrdiff_t d = 0; d < value_dim; d++) {
         double mean = 0;
         bool finite = true;
-        for (ptrdiff_t i = 0; i < parts; i++) {
+        for (ptrdiff_t i = 0; i < splits; i++) {
             const real *results = (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
             double x = results[row * value_dim + d];
-            /* A part whose scores are all -inf is NaN, and nothing to a part with others. */
+            /* A split whose scores are all -inf is NaN, and adds nothing to the others. */
             if (WEIGHT(i) != 0) mean += WEIGHT(i) / sum * x, finite &= isfinite(x);
         }
         mean = finite ? fmin(fmax(mean, -REAL_MAX), REAL_MAX) : mean;
@@ -395,5 +395,5 @@ static const BackwardKernels BACKWARD_KERNELS = {backward_scratch_bytes, prepare
 #endif
 
 const TileKernels TABLE = {BLOCK_Q, MR,   BLOCK_K, scratch_bytes, begin, attend,       finish,
-                           weights,      accumulate_bins,    collect_top_k,   rank_top_k,          join,  sizeof(real), BACKWARD,
+                           weights,      accumulate_bins,    collect_top_k,   rank_top_k,          combine_splits,  sizeof(real), BACKWARD,
                            peak};

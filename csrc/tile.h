@@ -152,9 +152,9 @@ typedef struct {
     void (*accumulate_bins)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
     void (*collect_top_k)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
     void (*rank_top_k)(Tile *);                                    /* after collect_top_k */
-    /* One row of attention to all keys from `parts` of them, each at partial + part * bytes: an lse
+    /* One row of attention to all keys from `splits` of them, each at partial + split * bytes: an lse
      * for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of all. */
-    double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
+    double (*combine_splits)(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format);
     int real_bytes;
     const BackwardKernels *backward; /* NULL: take those of another table */
