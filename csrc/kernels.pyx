@@ -139,7 +139,7 @@ cdef extern from "instruction_sets.h" nogil:
     const InstructionSet INSTRUCTION_SETS[]
     const int N_INSTRUCTION_SETS
 
-cdef extern from "openmp.h" nogil:
+cdef extern from "platform.h" nogil:
     int omp_get_max_threads()
     int omp_get_num_procs()
     int omp_get_num_places()
@@ -165,10 +165,10 @@ def getenv(str name):
     return None if value is NULL else value.decode("utf-8", "surrogateescape")
 
 
-include "selection.pxi"
+include "kernel_choice.pxi"
 include "threads.pxi"
-include "walk.pxi"
-include "maps.pxi"
-include "attend.pxi"
-include "gradients.pxi"
-include "roofs.pxi"
+include "call.pxi"
+include "weight_maps.pxi"
+include "forward.pxi"
+include "backward.pxi"
+include "peak.pxi"

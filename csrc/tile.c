@@ -1,13 +1,13 @@
 /* The kernels of a tile, one body for every instruction set and dtype.
  *
  * Compiled once for each pair, with that instruction set's flags, -DTABLE=<the table's name> and
- * -DREAL_IS_DOUBLE for float64, or -DPARTS=<n> where the products are those of parts.h. A micropanel is
+ * -DREAL_IS_DOUBLE for float64, or -DPARTS=<n> where the products are those of matmul_bf16-inl.h. A micropanel is
  * what one register tile holds: MR queries in MR_VECS vectors. Within a block of keys,
  * S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow each other as in
  * FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of the whole block
- * and O^T is rescaled once per block; in bfloat16 terms otherwise: attend_parts.h.
+ * and O^T is rescaled once per block; in bfloat16 terms otherwise: online_softmax_bf16-inl.h.
  */
-#include "simd.h"
+#include "simd-inl.h"
 
 /* Keys that all micropanels read in turn while they are in the cache, and whose values are summed from
  * zero before they join the running sum. One run over all keys would have 3 to 25 times NumPy's rounding
@@ -15,7 +15,7 @@
 #define BLOCK_K 512
 #ifdef BF16_TERMS
 #define CHUNK 32 /* head dims or keys that one step of a matmul in bfloat16 terms sums up */
-#define SCORE_KEYS SUB_BLOCK_K /* whose scores are kept: see attend_parts.h */
+#define SCORE_KEYS SUB_BLOCK_K /* whose scores are kept: see online_softmax_bf16-inl.h */
 #else
 #define SCORE_KEYS BLOCK_K
 #endif
@@ -23,11 +23,11 @@
 #define HAS_BACKWARD /* terms without AMX leave gradients to float32 */
 #endif
 
-#include "product.h"
+#include "matmul_fma-inl.h"
 #define LN2 0.69314718055994530942
 
 #ifdef BF16_TERMS
-#include "parts.h"
+#include "matmul_bf16-inl.h"
 #endif
 
 static int micropanels_for(ptrdiff_t queries) { return (int)((queries + MR - 1) / MR); }
@@ -40,8 +40,8 @@ static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
 /* The scratch of a tile that has begun. */
 static Scratch scratch_of(const Tile *t) { return *(const Scratch *)t->scratch; }
 
-#include "range.h"
-#include "strongest.h"
+#include "range-inl.h"
+#include "top_k-inl.h"
 
 /* How products become scores and these become weights. Where nothing in natural units is added to
  * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes into
@@ -226,7 +226,7 @@ static void sum_weights(const Tile *t, int p, BlockState *b, const SubBlock *sub
 }
 
 #ifdef BF16_TERMS
-#include "attend_parts.h"
+#include "online_softmax_bf16-inl.h"
 #else
 static void update_row_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
     vec exponent = splat((real)t->exponent);
@@ -356,7 +356,7 @@ static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t,
 
 static void collect_top_k(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, collect_top_k_keys); }
 
-#include "maps.h"
+#include "weight_map-inl.h"
 
 static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
                    ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format) {
@@ -385,7 +385,7 @@ static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, p
 }
 
 #ifdef HAS_BACKWARD
-#include "gradient.h"
+#include "backward-inl.h"
 
 static const BackwardKernels BACKWARD_KERNELS = {backward_scratch_bytes, prepare, normalize, begin_keys,
                                                  differentiate, add_grad_q, store_keys};

@@ -2,15 +2,15 @@
  *
  * The weights are made again from the rows' lse (Dao et al. 2022, "FlashAttention", algorithm 4). With
  * queries in the lanes, P^T = exp(S^T - lse) and dS^T = P^T * (V dO^T - delta); the products are those of
- * gradient_sums.h or of gradient_parts.h.
+ * backward_fma-inl.h or of backward_bf16-inl.h.
  */
-#ifndef FASTATTN_GRADIENT_H
-#define FASTATTN_GRADIENT_H
+#ifndef FASTATTN_BACKWARD_INL_H
+#define FASTATTN_BACKWARD_INL_H
 
 #ifdef BF16_TERMS
-#include "gradient_parts.h"
+#include "backward_bf16-inl.h"
 #else
-#include "gradient_sums.h"
+#include "backward_fma-inl.h"
 #endif
 
 /* Start on a block of keys. */

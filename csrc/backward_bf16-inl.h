@@ -1,4 +1,4 @@
-/* The products of gradients on bfloat16 hardware: see parts.h.
+/* The products of gradients on bfloat16 hardware: see matmul_bf16-inl.h.
  *
  * All five are of rows and lanes: S^T and dP^T = V dO^T have keys as rows and queries in the lanes,
  * dQ^T = K^T dS^T has head dims as rows, and dV = P^T dO and dK = dS^T Q have keys as rows and dims in
@@ -6,11 +6,11 @@
  * bfloat16. A micropanel that sees numbers that terms cannot express in a sub-block is multiplied with it as real numbers;
  * those that it does not see are 0, so that they touch no bit.
  */
-#ifndef FASTATTN_GRADIENT_PARTS_H
-#define FASTATTN_GRADIENT_PARTS_H
+#ifndef FASTATTN_BACKWARD_BF16_INL_H
+#define FASTATTN_BACKWARD_BF16_INL_H
 
-#include "gradient_sums.h"
-#include "parts.h"
+#include "backward_fma-inl.h"
+#include "matmul_bf16-inl.h"
 
 _Static_assert(MR == CHUNK, "a micropanel's queries are one step of a sum over queries");
 

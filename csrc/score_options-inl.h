@@ -1,8 +1,8 @@
 /* Between the products: visibility, softcap, bias and alibi, and scores to weights. */
-#ifndef FASTATTN_SCORES_H
-#define FASTATTN_SCORES_H
+#ifndef FASTATTN_SCORE_OPTIONS_INL_H
+#define FASTATTN_SCORE_OPTIONS_INL_H
 
-#include "block.h"
+#include "scratch-inl.h"
 
 #ifdef REAL_IS_DOUBLE
 #define HUGE_CAP 0x1p990

@@ -2,10 +2,10 @@
  * right by a second run, which delivers nothing else. Where the inputs are to blame, nothing is to be
  * done: NaN and Inf are the result.
  */
-#ifndef FASTATTN_RANGE_H
-#define FASTATTN_RANGE_H
+#ifndef FASTATTN_RANGE_INL_H
+#define FASTATTN_RANGE_INL_H
 
-#include "scores.h"
+#include "score_options-inl.h"
 
 /* Does the run under way deliver the query's lse and weights? */
 static bool delivers(const Tile *t, ptrdiff_t i) {

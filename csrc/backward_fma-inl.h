@@ -3,10 +3,10 @@
  * dQ^T = K^T dS^T has the form of the forward products. For dV = P^T dO and dK = dS^T Q the rows of P^T
  * and dS^T are broadcast and dimensions lie in the lanes: the same register tile.
  */
-#ifndef FASTATTN_GRADIENT_SUMS_H
-#define FASTATTN_GRADIENT_SUMS_H
+#ifndef FASTATTN_BACKWARD_FMA_INL_H
+#define FASTATTN_BACKWARD_FMA_INL_H
 
-#include "product.h"
+#include "matmul_fma-inl.h"
 
 /* The micropanels whose queries are packed as real numbers: one at a time where that is the exception. */
 #ifdef BF16_TERMS
@@ -39,7 +39,7 @@ typedef struct {
     bool *finite;                    /* [real micropanel]: are its queries and their gradients finite? */
 #ifdef BF16_TERMS
     real *real_keys, *real_values;   /* [SUB_BLOCK_K][dim] */
-    uint16_t *rows;                  /* [term][chunk of dims][query][CHUNK] of one micropanel; see gradient_parts.h */
+    uint16_t *rows;                  /* [term][chunk of dims][query][CHUNK] of one micropanel; see backward_bf16-inl.h */
     uint16_t *value_rows, *key_columns, *weight_rows, *grad_rows;
     uint32_t *grad_out_lanes, *grad_lanes, *q_pairs, *grad_out_pairs;
     uint64_t *special_queries, *special_keys; /* [micropanel], [sub-block]: bits of those that terms cannot express */

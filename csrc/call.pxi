@@ -19,7 +19,7 @@ cdef struct KeyRange:
 
 cdef struct WeightReduction:
     # What the weights are reduced to: their sums over bins of queries x keys, or each query's
-    # top k keys; see maps.pxi.
+    # top k keys; see weight_maps.pxi.
     double *sums  # (batch, heads, rows, columns); NULL: not asked for
     Py_ssize_t rows, columns, slots  # slots: the most rows, by head, that a tile's queries are in
     int64_t *tickets  # (batch, kv_heads): whose ticket is next to add to the sums

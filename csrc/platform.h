@@ -1,7 +1,7 @@
 /* OpenMP where the compiler has it, with what its runtimes leave to their callers; a clock that runs
  * without the GIL. */
-#ifndef FASTATTN_OPENMP_H
-#define FASTATTN_OPENMP_H
+#ifndef FASTATTN_PLATFORM_H
+#define FASTATTN_PLATFORM_H
 
 #include <ctype.h>
 #include <pthread.h>

@@ -11,12 +11,12 @@
  * terms cannot express are left out and brought in afterwards, lane by lane: where they stand does
  * not touch anyone else's bits.
  */
-#ifndef FASTATTN_PARTS_H
-#define FASTATTN_PARTS_H
+#ifndef FASTATTN_MATMUL_BF16_INL_H
+#define FASTATTN_MATMUL_BF16_INL_H
 
 #include <immintrin.h>
 
-#include "product.h"
+#include "matmul_fma-inl.h"
 
 /* Keys and values are packed anew for each tile: many queries make that cheap. */
 #define BLOCK_Q MAX_QUERIES

@@ -1,10 +1,10 @@
 /* Each query's top k keys. Where they may be shows while the scores pass by in attend; they are
  * collected when the scores are made once more, as for weights().
  */
-#ifndef FASTATTN_STRONGEST_H
-#define FASTATTN_STRONGEST_H
+#ifndef FASTATTN_TOP_K_INL_H
+#define FASTATTN_TOP_K_INL_H
 
-#include "scores.h"
+#include "score_options-inl.h"
 
 static void clear_heaps(const Tile *t) {
     for (ptrdiff_t i = 0; i < t->n_queries * t->top_k; i++) t->heaps[i] = (Candidate){-INFINITY, -1};

@@ -5,10 +5,10 @@
  * share it; the sums of LANES keys over their lanes come out together. Scores and weights lie as those
  * of many queries do, and so everything between the products is the same.
  */
-#ifndef FASTATTN_FEW_H
-#define FASTATTN_FEW_H
+#ifndef FASTATTN_DECODE_INL_H
+#define FASTATTN_DECODE_INL_H
 
-#include "scores.h"
+#include "score_options-inl.h"
 
 #ifndef BF16_TERMS
 

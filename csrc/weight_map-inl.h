@@ -1,8 +1,8 @@
 /* What becomes of weights that are not wanted one by one: their sums over bins of queries x keys, for
  * which the scores are made once more, as for weights().
  */
-#ifndef FASTATTN_MAPS_H
-#define FASTATTN_MAPS_H
+#ifndef FASTATTN_WEIGHT_MAP_INL_H
+#define FASTATTN_WEIGHT_MAP_INL_H
 
 /* The sums of each column's weights, in place. Returns the number of columns. */
 static int sum_columns(const Tile *t, int vecs, const SubBlock *sub, ptrdiff_t first) {

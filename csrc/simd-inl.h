@@ -4,8 +4,8 @@
  * vector is the compiler's own type (GCC and Clang vector extensions): + - * < & work on it.
  * `real` is float, or double with -DREAL_IS_DOUBLE.
  */
-#ifndef FASTATTN_SIMD_H
-#define FASTATTN_SIMD_H
+#ifndef FASTATTN_SIMD_INL_H
+#define FASTATTN_SIMD_INL_H
 
 #include <float.h>
 #include <math.h>
@@ -363,7 +363,7 @@ INLINE void transpose(vec rows[LANES]) {
 INLINE vec weight_of(vec t) {
     vec f = fraction(t);
     const real UNIT = (real)WEIGHT_UNIT;
-#ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 3.2e-18 */
+#ifdef REAL_IS_DOUBLE /* tools/minimax.py: 3.2e-18 */
     vec y = splat(6.263109187474883278e-10 * UNIT);
     y = y * f + 6.559712897579314753e-9 * UNIT;
     y = y * f + 1.025317186450633205e-7 * UNIT;
@@ -375,7 +375,7 @@ INLINE vec weight_of(vec t) {
     y = y * f + 0.05550410866560104622 * UNIT;
     y = y * f + 0.2402265069590633665 * UNIT;
     y = y * f + 0.6931471805599459272 * UNIT;
-#else /* csrc/minimax.py: 8.2e-8 */
+#else /* tools/minimax.py: 8.2e-8 */
     vec y = splat(0.00186702658517f * UNIT);
     y = y * f + 0.00901724922596f * UNIT;
     y = y * f + 0.055799756893f * UNIT;
@@ -404,7 +404,7 @@ INLINE vec power_of(vec rounded) { /* 2**n of n + ROUNDER */
 
 /* 2**f - 1 for |f| <= 1/2. */
 INLINE vec power_less_one(vec f) {
-#ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 1.8e-17 */
+#ifdef REAL_IS_DOUBLE /* tools/minimax.py: 1.8e-17 */
     vec y = splat(4.445536079096291314e-10);
     y = y * f + 7.07254999038397057e-9;
     y = y * f + 1.017812125892926574e-7;
@@ -416,7 +416,7 @@ INLINE vec power_less_one(vec f) {
     y = y * f + 0.05550410866482123764;
     y = y * f + 0.240226506959100978;
     y = y * f + 0.6931471805599453112;
-#else /* csrc/minimax.py: 1.1e-8 */
+#else /* tools/minimax.py: 1.1e-8 */
     vec y = splat(0.000154035121869f);
     y = y * f + 0.00133906973649f;
     y = y * f + 0.00961823735112f;

@@ -5,10 +5,10 @@
  * query's those of some keys. Sums of CHUNK_DIMS dimensions join a running sum, which alone would
  * have several times NumPy's rounding error.
  */
-#ifndef FASTATTN_MEASURES_H
-#define FASTATTN_MEASURES_H
+#ifndef FASTATTN_DISTANCES_INL_H
+#define FASTATTN_DISTANCES_INL_H
 
-#include "few.h"
+#include "decode-inl.h"
 
 #ifndef BF16_TERMS
 #define CHUNK_DIMS 16

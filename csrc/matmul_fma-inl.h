@@ -3,10 +3,10 @@
  * S^T = K Q^T and O^T = V^T P^T have one form: an element of the left operand, read where it lies
  * in memory, is broadcast to the lanes of all queries.
  */
-#ifndef FASTATTN_PRODUCT_H
-#define FASTATTN_PRODUCT_H
+#ifndef FASTATTN_MATMUL_FMA_INL_H
+#define FASTATTN_MATMUL_FMA_INL_H
 
-#include "measures.h"
+#include "distances-inl.h"
 
 /* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] * b[t][lane],
  * and where `top` is given top[lane] = max(top[lane], c[r][lane]). Constant `rows`, `vecs` and one

@@ -1,8 +1,8 @@
 /* What the steps of a tile share: its scratch, and its block of keys under way. */
-#ifndef FASTATTN_BLOCK_H
-#define FASTATTN_BLOCK_H
+#ifndef FASTATTN_SCRATCH_INL_H
+#define FASTATTN_SCRATCH_INL_H
 
-#include "elements.h"
+#include "convert-inl.h"
 
 /* A sub-block's keys as bits, in words as wide as a lane, so that lanes can test their own. */
 #define SUB_BLOCKS (BLOCK_K / SUB_BLOCK_K)
@@ -41,7 +41,7 @@ typedef struct Scratch {
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
     real *keys, *values;     /* [keys of the block][dim]: widened ones */
 #ifdef BF16_TERMS
-    uint32_t *q_terms;      /* see parts.h */
+    uint32_t *q_terms;      /* see matmul_bf16-inl.h */
     uint16_t *key_terms;
     uint16_t *value_terms;
     uint32_t *value_pairs;
@@ -49,7 +49,7 @@ typedef struct Scratch {
     uint64_t *special_keys, *special_values; /* [sub-block of the block]: bits of those that terms cannot express */
 #else
     real *decode_rows, *decode_sums; /* see decode-inl.h */
-    real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *metrics; /* measures.h */
+    real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low, *metrics; /* distances-inl.h */
     lane_int *special_queries, *special_keys;
 #endif
     PackedSubBlocks *packed;

@@ -3,12 +3,12 @@
  * Queries, keys and values may be float32, float16, bfloat16 (and float64 where `real` is), each of
  * its own, keys and values also int8; results are `real`, or halves where that is float32; a bias may be any real dtype in any byte order.
  */
-#ifndef FASTATTN_ELEMENTS_H
-#define FASTATTN_ELEMENTS_H
+#ifndef FASTATTN_CONVERT_INL_H
+#define FASTATTN_CONVERT_INL_H
 
 #include <string.h>
 
-#include "simd.h"
+#include "simd-inl.h"
 
 INLINE float as_float(uint32_t bits) {
     float x;

@@ -2,10 +2,10 @@
  * only where scores are far above it. So the scores of one sub-block are all that is kept, and stay in
  * the first-level cache, and the values of sub-blocks are summed by one product, as late as can be.
  */
-#ifndef FASTATTN_ATTEND_PARTS_H
-#define FASTATTN_ATTEND_PARTS_H
+#ifndef FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
+#define FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
 
-#include "parts.h"
+#include "matmul_bf16-inl.h"
 
 /* Weights may be 2**RESCALE_THRESHOLD times what the maximum's is. */
 #define RESCALE_THRESHOLD 8
