@@ -252,7 +252,7 @@ def differentiate(
     cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
     tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    str product, int threads,
+    str compute_dtype, int threads,
     cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
@@ -290,7 +290,7 @@ def differentiate(
     bind_operand(params, &backward.grad_k, grad_k, 3)
     bind_operand(params, &backward.grad_v, grad_v, 3)
     params.kernels = backward_kernels_for(
-        product, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
+        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
     )
     params.num_tiles = (params.group * params.n_queries + params.kernels.block_q - 1) // params.kernels.block_q
     backward.blocks = (params.n_keys + params.kernels.block_k - 1) // params.kernels.block_k

@@ -76,7 +76,7 @@ def attend(
     cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str product, int threads,
+    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
     score_function, cnp.ndarray sums, cnp.ndarray indices,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
@@ -87,7 +87,7 @@ def attend(
     `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
     must be 0 before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64.
     `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
-    `product` says whose kernels multiply, as in `kernels_for`. `score_function` is that of the
+    `compute_dtype` is what they are multiplied in, as in `compute_dtype_of`. `score_function` is that of the
     Problem if other than DOT. All must have
     been validated: nothing is checked here.
 
@@ -110,7 +110,7 @@ def attend(
     params.lse_bytes = 0 if lse is None else lse.descr.itemsize
     params.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     params.kernels = kernels_for(
-        product, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
+        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         score_function is None,
     )
     params.num_tiles = (params.group * params.n_queries + params.kernels.block_q - 1) // params.kernels.block_q

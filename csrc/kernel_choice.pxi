@@ -2,10 +2,10 @@
 
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")  # the names that may be disabled, on any machine
 
-cdef const InstructionSet *best = NULL
+cdef const InstructionSet *fastest = NULL
 for _i in range(N_INSTRUCTION_SETS):
     if INSTRUCTION_SETS[_i].runs_here():
-        best = &INSTRUCTION_SETS[_i]
+        fastest = &INSTRUCTION_SETS[_i]
         break
 
 
@@ -25,31 +25,50 @@ cdef enum:
     MAX_SPLITS = 64
 
 
-cdef const TileKernels *kernels_for(
-    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
-) except NULL:
-    """The kernels in use for products of that kind and that many queries of one key head.
+# What a call multiplies in: the dtype of its arrays, or what the user allows in its place.
+cdef enum ComputeDtype:
+    FLOAT64
+    FLOAT32
+    FLOAT16
+    BFLOAT16
 
-    `product` is a dtype by NumPy's character: d, f, e, or E, which is ml_dtypes' for bfloat16.
-    """
+
+cdef int compute_dtype_of(str char) except -1:
+    """The ComputeDtype of NumPy's character for a dtype; E is ml_dtypes' for bfloat16."""
+    if char == "f":
+        return FLOAT32
+    if char == "d":
+        return FLOAT64
+    if char == "e":
+        return FLOAT16
+    if char == "E":
+        return BFLOAT16
+    raise ValueError(f"compute_dtype: expected one of d f e E, got {char!r}")
+
+
+cdef const TileKernels *kernels_for(
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
+) except NULL:
+    """The kernels for matmuls in that dtype and that many queries of one key head."""
     cdef const InstructionSet *isa = chosen()
-    if product == "d":
+    cdef int dtype = compute_dtype_of(compute_dtype)
+    if dtype == FLOAT64:
         return isa.float64
     if queries <= MAX_FMA_ROWS or not dot:  # other score functions are no matmuls
         return isa.fma
-    if product == "f":
+    if dtype == FLOAT32:
         many = queries >= MIN_BF16X3_ROWS
         return isa.float32 if many and worth_bf16x3(head_dim, value_dim) else isa.fma
-    return isa.float16 if product == "e" else isa.bfloat16
+    return isa.float16 if dtype == FLOAT16 else isa.bfloat16
 
 
 cdef const TileKernels *backward_kernels_for(
-    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
 ) except NULL:
     """The kernels of gradients: those that made the results, so that scores are the same bit for bit,
     or where these have no gradients those of float32.
     """
-    cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, True)
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, True)
     return chosen().fma if kernels.backward is NULL else kernels
 
 
@@ -63,26 +82,26 @@ cdef bint worth_bf16x3(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil
 
 
 def tile_size(
-    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):
     """How many of the queries of one key head a tile and a micropanel take, and how many keys a block."""
-    cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, dot)
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
     return min(queries, kernels.block_q), min(queries, kernels.mr), kernels.block_k
 
 
-def multiplied_as(
-    str product, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
+def matmul_dtype(
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):
-    """What the kernels for such products multiply, in words."""
+    """What the kernels for such a call multiply, in words."""
     cdef const InstructionSet *isa = chosen()
-    cdef const TileKernels *kernels = kernels_for(product, queries, head_dim, value_dim, dot)
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
     if kernels is isa.float64:
         return "float64"
     if kernels is isa.fma:
         return "float32"
     if kernels is isa.bfloat16:
         return "bfloat16"
-    return "two bfloat16 parts" if kernels is isa.float16 else "three bfloat16 parts"
+    return "two bfloat16 terms" if kernels is isa.float16 else "three bfloat16 terms"
 
 
 def instruction_sets():
@@ -103,7 +122,7 @@ cdef const InstructionSet *chosen() except NULL:
     # Read at every call, and from C, where it costs next to nothing.
     cdef const char *setting = c_getenv("FASTATTN_DISABLE_CPU_FEATURES")
     if setting is NULL or setting[0] == 0:
-        return best
+        return fastest
     disabled = setting.decode().replace(",", " ").split()
     for name in disabled:
         if name not in FEATURES:
@@ -114,4 +133,4 @@ cdef const InstructionSet *chosen() except NULL:
         needs = INSTRUCTION_SETS[i].features.decode().split()
         if INSTRUCTION_SETS[i].runs_here() and not set(needs) & set(disabled):
             return &INSTRUCTION_SETS[i]
-    return best  # an instruction set without optional features
+    return fastest  # an instruction set without optional features

@@ -9,9 +9,9 @@ def getenv(name: str) -> str | None: ...
 def instruction_sets() -> tuple[str, ...]: ...
 def instruction_set() -> str: ...
 def tile_size(
-    product: str, queries: int, head_dim: int, value_dim: int, dot: bool
+    compute_dtype: str, queries: int, head_dim: int, value_dim: int, dot: bool
 ) -> tuple[int, int, int]: ...
-def multiplied_as(product: str, queries: int, head_dim: int, value_dim: int, dot: bool) -> str: ...
+def matmul_dtype(compute_dtype: str, queries: int, head_dim: int, value_dim: int, dot: bool) -> str: ...
 def openmp_threads() -> int: ...
 def cpus_in_places() -> int: ...
 def peak_flops(dtype: DTypeLike, threads: int, rounds: int = ...) -> float: ...
@@ -36,7 +36,7 @@ def attend(
     lse: np.ndarray | None,
     weights: np.ndarray | None,
     order: np.ndarray | None,
-    product: str,
+    compute_dtype: str,
     threads: int,
     score_function: tuple[str, np.ndarray | None] | None,
     sums: np.ndarray | None,
@@ -65,7 +65,7 @@ def differentiate(
     sinks: np.ndarray | None,
     key_range: KeyRange,
     mask: np.ndarray | None,
-    product: str,
+    compute_dtype: str,
     threads: int,
     grad_bias: np.ndarray | None,
     row_sums: np.ndarray | None,
