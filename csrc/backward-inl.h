@@ -1,8 +1,8 @@
 /* Gradients of a tile: what its queries contribute to those of a block of keys, and to their own.
  *
- * The weights are made again from the rows' lse (Dao et al. 2022, "FlashAttention", algorithm 4). With
- * queries in the lanes, P^T = exp(S^T - lse) and dS^T = P^T * (V dO^T - delta); the products are those of
- * backward_fma-inl.h or of backward_bf16-inl.h.
+ * The weights are made again from the rows' lse (Dao et al. 2022, "FlashAttention", algorithm 4).
+ * With queries in the lanes, P^T = exp(S^T - lse) and dS^T = P^T * (V dO^T - delta); the products
+ * are those of backward_fma-inl.h or of backward_bf16-inl.h.
  */
 #ifndef FASTATTN_BACKWARD_INL_H
 #define FASTATTN_BACKWARD_INL_H
@@ -25,18 +25,19 @@ static void begin_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     *g.forward.packed = (PackedSubBlocks){.end = end};
 }
 
-/* The mean of the weights' gradients, grad_out . out, summed as the products of grad_out and v are: where one
- * key has all the weight of a row, out is its v, and the gradient of its score is 0 as it should be. */
+/* The mean of the weights' gradients, grad_out . out, summed as the products of grad_out and v are:
+ * where one key has all the weight of a row, out is its v, and the gradient of its score is 0 as it
+ * should be. */
 static void prepare(Tile *t) {
     BackwardScratch g;
     lay_out_backward(t, &g);
     for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
         real *grad_out = g.grad_out, *result = g.grad_v;
         vec sum = splat(0);
-        load_columns(t->grad_out, t->grad_out_dim, t->grad_out_format, t->value_dim, t->n_queries, 1, first,
-                     grad_out);
-        load_columns(t->result, t->result_dim, t->grad_out_format, t->value_dim, t->n_queries, 1, first,
-                     result);
+        load_columns(t->grad_out, t->grad_out_dim, t->grad_out_format, t->value_dim, t->n_queries,
+                     1, first, grad_out);
+        load_columns(t->result, t->result_dim, t->grad_out_format, t->value_dim, t->n_queries, 1,
+                     first, result);
         for (ptrdiff_t d = 0; d < t->value_dim; d++)
             sum = load(result + d * MR) * load(grad_out + d * MR) + sum;
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) t->mean[first + i] = sum[i];
@@ -53,7 +54,8 @@ static void normalize(Tile *t) {
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         double top = s.row_max[i], lse = top * unit;
         t->lse[i] = lse;
-        t->lse_rest[i] = isinf(top) ? 0 : fma(top, unit, -lse) + log((double)s.row_sum[i] / WEIGHT_UNIT);
+        t->lse_rest[i] =
+            isinf(top) ? 0 : fma(top, unit, -lse) + log((double)s.row_sum[i] / WEIGHT_UNIT);
     }
 }
 
@@ -64,20 +66,22 @@ static void begin_queries(Tile *t, const BackwardScratch *g) {
         bool real_query = i < t->n_queries;
         double lse = !real_query ? INFINITY : t->lse[i] == -INFINITY ? 0 : t->lse[i];
         g->lse[i] = (real)(lse / unit);
-        g->lse_rest[i] = isfinite(lse) ? (real)((fma(-g->lse[i], unit, lse) + t->lse_rest[i]) / unit) : 0;
+        g->lse_rest[i] =
+            isfinite(lse) ? (real)((fma(-g->lse[i], unit, lse) + t->lse_rest[i]) / unit) : 0;
         g->delta[i] = real_query ? (real)t->delta[i] : 0;
     }
     for (int p = 0; p < t->micropanels; p++) begin_micropanel(t, g, p);
 }
 
-/* Weights, in place of the scores, and grad_scores of the product with v, which is to be multiplied by `unit`.
- * Returns whether these are all finite. */
-static bool differentiate_scores(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,
-                                 real unit) {
+/* Weights, in place of the scores, and grad_scores of the product with v, which is to be multiplied
+ * by `unit`. Returns whether these are all finite. */
+static bool differentiate_scores(const Tile *t, const BackwardScratch *g, int p,
+                                 const SubBlock *sub, real unit) {
     vec exponent = splat((real)t->exponent), not_finite = splat(0);
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t lane = p * MR + n * LANES;
-        vec lse = load(g->lse + lane), rest = load(g->lse_rest + lane), delta = load(g->delta + lane);
+        vec lse = load(g->lse + lane), rest = load(g->lse_rest + lane),
+            delta = load(g->delta + lane);
         for (int j = 0; j < sub->keys; j++) {
             ptrdiff_t at = j * MR + n * LANES;
             vec weight = weight_from(load(sub->scores + at) - lse, rest, exponent);
@@ -116,16 +120,14 @@ static void add_to_bias(const Tile *t, const BackwardScratch *g, int p, const Su
         for (int l = 0; l < some; l++)
             for (int key = j; key < sub->keys; key++) {
                 real x = from[key * MR + l] * unit;
-                if (t->rows_share_bias)
-                    ((double *)to[l])[sub->key + key] += x;
-                else
-                    ((real *)to[l])[sub->key + key] += x;
+                if (t->rows_share_bias) ((double *)to[l])[sub->key + key] += x;
+                else ((real *)to[l])[sub->key + key] += x;
             }
     }
 }
 
-/* Add a sub-block to what its rows are to be summed up to. Distances are counted from the near end of the sub-block,
- * so that they are small, and what is `far` of them is added in double. */
+/* Add a sub-block to what its rows are to be summed up to. Distances are counted from the near end
+ * of the sub-block, so that they are small, and what is `far` of them is added in double. */
 static void add_to_row_sums(Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t first = p * MR + n * LANES;
@@ -134,7 +136,9 @@ static void add_to_row_sums(Tile *t, const BackwardScratch *g, int p, const SubB
         double far[LANES] = {0};
         for (int i = 0; i < LANES && first + i < t->n_queries && t->has_alibi; i++) {
             ptrdiff_t away = t->position[first + i] - sub->key;
-            near[i] = (real)(away > SUB_BLOCK_K ? SUB_BLOCK_K : away < -SUB_BLOCK_K ? -SUB_BLOCK_K : away);
+            near[i] = (real)(away > SUB_BLOCK_K    ? SUB_BLOCK_K
+                             : away < -SUB_BLOCK_K ? -SUB_BLOCK_K
+                                                   : away);
             far[i] = fabs((double)away) - fabs(near[i]);
         }
         for (int j = 0; j < sub->keys; j++) {
@@ -163,12 +167,14 @@ static void softcap_gradient(const Tile *t, const BackwardScratch *g, int p, con
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             real *grad = g->grad_scores + j * MR + n * LANES;
             vec x = load(grad) * load(g->slope + j * MR + n * LANES);
-            store(grad, sub->visibility == PARTIAL ? choose(visible_lanes(sub, n, j), x, splat(0)) : x);
+            store(grad,
+                  sub->visibility == PARTIAL ? choose(visible_lanes(sub, n, j), x, splat(0)) : x);
         }
 }
 
 /* One micropanel and one sub-block. */
-static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, SubBlock *sub, Accumulated *sums) {
+static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, SubBlock *sub,
+                                    Accumulated *sums) {
     const Scratch *s = &g->forward;
     vec top[MR_VECS];
     multiply_keys(t, s, p, sub, NULL);
@@ -189,7 +195,8 @@ static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, Su
 }
 
 /* Add what one tile gave a sub-block of keys: each tile is summed from zero, as blocks are. */
-static void add_sub_block_grad(ptrdiff_t dims, ptrdiff_t key, int keys, const real *sub, real *block) {
+static void add_sub_block_grad(ptrdiff_t dims, ptrdiff_t key, int keys, const real *sub,
+                               real *block) {
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
         for (int j = 0; j < keys; j++) {
             const real *from = sub + (m * SUB_BLOCK_K + j) * MR;
@@ -199,7 +206,8 @@ static void add_sub_block_grad(ptrdiff_t dims, ptrdiff_t key, int keys, const re
         }
 }
 
-/* The gradients of one tile's queries and one block of keys. Returns whether some query sees any. */
+/* The gradients of one tile's queries and one block of keys. Returns whether some query sees any.
+ */
 static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     BackwardScratch g;
     Accumulated sums = {0};
@@ -254,12 +262,13 @@ static void add_grad_q(Tile *t) {
             }
         }
         for (; d < t->head_dim; d++)
-            for (int i = 0; i < rows; i++) ((real *)t->out[first + i])[d] += from[d * MR + i] * scale;
+            for (int i = 0; i < rows; i++)
+                ((real *)t->out[first + i])[d] += from[d * MR + i] * scale;
     }
 }
 
 static void store_key_rows(const real *block, ptrdiff_t dims, ptrdiff_t keys, ptrdiff_t first,
-                       double scale, bool adds, char *to, ptrdiff_t key, NumberFormat format) {
+                           double scale, bool adds, char *to, ptrdiff_t key, NumberFormat format) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
     real factor = (real)scale;
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
@@ -284,9 +293,9 @@ static void store_key_rows(const real *block, ptrdiff_t dims, ptrdiff_t keys, pt
 static void store_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     BackwardScratch g;
     lay_out_backward(t, &g);
-    store_key_rows(g.grad_k, t->head_dim, end - begin, begin, t->scale / WEIGHT_UNIT, t->adds_k, t->grad_k,
-               t->grad_k_key, t->grad_k_format);
-    store_key_rows(g.grad_v, t->value_dim, end - begin, begin, 1 / WEIGHT_UNIT, t->adds_v, t->grad_v,
-               t->grad_v_key, t->grad_v_format);
+    store_key_rows(g.grad_k, t->head_dim, end - begin, begin, t->scale / WEIGHT_UNIT, t->adds_k,
+                   t->grad_k, t->grad_k_key, t->grad_k_format);
+    store_key_rows(g.grad_v, t->value_dim, end - begin, begin, 1 / WEIGHT_UNIT, t->adds_v,
+                   t->grad_v, t->grad_v_key, t->grad_v_format);
 }
 #endif

@@ -15,8 +15,9 @@
 
 /* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
  * those of finite numbers may overflow, and NEAR_SQUARES of differences GROW times as long, because
- * those of small ones lose their digits, as sums below NEAR may have; tanh of the sum, times a weight: TANH_TERMS; or the same, TANH_BY_EXP,
- * from exponentials, a = exp(-2 x) and b = exp(2 y): tanh(x + y) = (b - a) / (b + a). */
+ * those of small ones lose their digits, as sums below NEAR may have; tanh of the sum, times a
+ * weight: TANH_TERMS; or the same, TANH_BY_EXP, from exponentials, a = exp(-2 x) and b = exp(2 y):
+ * tanh(x + y) = (b - a) / (b + a). */
 typedef enum { SQUARES, FAR_SQUARES, NEAR_SQUARES, TANH_TERMS, TANH_BY_EXP } ScoreTerm;
 
 #ifdef REAL_IS_DOUBLE
@@ -40,8 +41,8 @@ typedef struct {
 } MetricOperands;
 
 /* c[row][lane] = the sum of the terms over all dimensions. */
-INLINE void metric_tile(const ScoreTerm terms, const int rows, const int vecs, const MetricOperands *x,
-                         ptrdiff_t first_row, real *c) {
+INLINE void metric_tile(const ScoreTerm terms, const int rows, const int vecs,
+                        const MetricOperands *x, ptrdiff_t first_row, real *c) {
     for (ptrdiff_t begin = 0; begin < x->dims; begin += CHUNK_DIMS) {
         ptrdiff_t end = begin + fewer(x->dims - begin, CHUNK_DIMS);
         vec sum[NR][MR_VECS];
@@ -72,8 +73,9 @@ INLINE void metric_tile(const ScoreTerm terms, const int rows, const int vecs, c
                         if (terms == NEAR_SQUARES) away *= GROW;
                         sum[r][n] = away * away + sum[r][n];
                     } else {
-                        vec tanh = terms == TANH_TERMS ? tanh_vec(one + b[n])
-                                                  : quotient((b[n] - one) + (b_low[n] - low), b[n] + one);
+                        vec tanh = terms == TANH_TERMS
+                                       ? tanh_vec(one + b[n])
+                                       : quotient((b[n] - one) + (b_low[n] - low), b[n] + one);
                         sum[r][n] = weight * tanh + sum[r][n];
                     }
                 }
@@ -89,8 +91,8 @@ INLINE void metric_tile(const ScoreTerm terms, const int rows, const int vecs, c
     }
 }
 
-INLINE void metric_rows(const ScoreTerm terms, const int most, const int vecs, const MetricOperands *x,
-                         ptrdiff_t rows, real *c) {
+INLINE void metric_rows(const ScoreTerm terms, const int most, const int vecs,
+                        const MetricOperands *x, ptrdiff_t rows, real *c) {
     ptrdiff_t row = 0;
     for (; row + most <= rows; row += most) metric_tile(terms, most, vecs, x, row, c);
     for (; row < rows; row++) metric_tile(terms, 1, vecs, x, row, c);
@@ -98,13 +100,14 @@ INLINE void metric_rows(const ScoreTerm terms, const int most, const int vecs, c
 
 /* Any number of rows, for the first `vecs` vectors of a micropanel. */
 static void metric(ScoreTerm terms, int vecs, const MetricOperands *x, ptrdiff_t rows, real *c) {
-#define VECS(n)                                                                                   \
-    if (vecs == n && terms == SQUARES) metric_rows(SQUARES, NR, n, x, rows, c);           \
-    if (vecs == n && terms == FAR_SQUARES) metric_rows(FAR_SQUARES, 1, n, x, rows, c);           \
-    if (vecs == n && terms == NEAR_SQUARES) metric_rows(NEAR_SQUARES, 1, n, x, rows, c);         \
-    if (vecs == n && terms == TANH_TERMS) metric_rows(TANH_TERMS, 1, n, x, rows, c);                       \
+#define VECS(n)                                                                                    \
+    if (vecs == n && terms == SQUARES) metric_rows(SQUARES, NR, n, x, rows, c);                    \
+    if (vecs == n && terms == FAR_SQUARES) metric_rows(FAR_SQUARES, 1, n, x, rows, c);             \
+    if (vecs == n && terms == NEAR_SQUARES) metric_rows(NEAR_SQUARES, 1, n, x, rows, c);           \
+    if (vecs == n && terms == TANH_TERMS) metric_rows(TANH_TERMS, 1, n, x, rows, c);               \
     if (vecs == n && terms == TANH_BY_EXP) metric_rows(TANH_BY_EXP, NR / 2, n, x, rows, c);
-    VECS(1) VECS(2)
+    VECS(1)
+    VECS(2)
 #if MR_VECS == 3
     VECS(3)
 #endif
@@ -136,15 +139,18 @@ static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
             special |= ~(magnitude(load(q + d * MR + n * LANES)) <= most);
         *(ivec *)(s->special_queries + p * MR + n * LANES) = special;
-        for (int i = 0; i < LANES; i++) t->micropanel[p].special |= (uint64_t)(special[i] != 0) << (n * LANES + i);
+        for (int i = 0; i < LANES; i++)
+            t->micropanel[p].special |= (uint64_t)(special[i] != 0) << (n * LANES + i);
     }
 }
 
-/* Exponentials of some keys of the block that have been widened, and which of them are too large. */
+/* Exponentials of some keys of the block that have been widened, and which of them are too large.
+ */
 static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first, ptrdiff_t keys) {
     ptrdiff_t dims = t->head_dim;
     const real *k = s->keys + first * dims;
-    exponentials(k, round_up(keys * dims, LANES), -1, s->key_high + first * dims, s->key_low + first * dims);
+    exponentials(k, round_up(keys * dims, LANES), -1, s->key_high + first * dims,
+                 s->key_low + first * dims);
     for (ptrdiff_t j = 0; j < keys; j++) {
         int special = 0;
         for (ptrdiff_t d = 0; d < dims; d++) special |= !(fabs(k[j * dims + d]) <= EXP2X_MOST);
@@ -153,7 +159,8 @@ static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first,
 }
 
 /* to[key][query] for a sub-block and few queries: metrics[query][key], MR keys at a time. */
-static void metric_decode(const Tile *t, const Scratch *s, const SubBlock *sub, ScoreTerm terms, real *to) {
+static void metric_decode(const Tile *t, const Scratch *s, const SubBlock *sub, ScoreTerm terms,
+                          real *to) {
     ptrdiff_t padded = round_up(t->head_dim, LANES);
     real metrics[MAX_DECODE_ROWS * MR] __attribute__((aligned(64)));
     for (int first = 0; first < sub->keys; first += MR) {
@@ -163,8 +170,12 @@ static void metric_decode(const Tile *t, const Scratch *s, const SubBlock *sub, 
         for (int n = 0; n < vecs; n++)
             load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
                          s->key_columns + n * LANES);
-        MetricOperands x = {.a = s->q, .row = padded, .dim = 1, .b = s->key_columns,
-                      .weights = s->weights, .dims = t->head_dim};
+        MetricOperands x = {.a = s->q,
+                            .row = padded,
+                            .dim = 1,
+                            .b = s->key_columns,
+                            .weights = s->weights,
+                            .dims = t->head_dim};
         metric(terms, vecs, &x, t->n_queries, metrics);
         for (int j = 0; j < keys; j++) {
             store(to + (first + j) * MR, splat(1)); /* as good as any for a lane without a query */
@@ -175,15 +186,19 @@ static void metric_decode(const Tile *t, const Scratch *s, const SubBlock *sub, 
 }
 
 /* to[key][query] for a sub-block; `k` begins with its first key. */
-static void metric_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub, ScoreTerm terms,
-                          View k, real *to) {
+static void metric_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                             ScoreTerm terms, View k, real *to) {
     if (dims_in_lanes(t)) {
         metric_decode(t, s, sub, terms, to);
         return;
     }
     ptrdiff_t columns = p * MR * t->head_dim, rows = sub->key % BLOCK_K * t->head_dim;
-    MetricOperands x = {.a = k.data, .row = k.row, .dim = k.dim, .b = s->q + columns, .weights = s->weights,
-                  .dims = t->head_dim};
+    MetricOperands x = {.a = k.data,
+                        .row = k.row,
+                        .dim = k.dim,
+                        .b = s->q + columns,
+                        .weights = s->weights,
+                        .dims = t->head_dim};
     if (terms == TANH_BY_EXP) {
         x.a = s->key_high + rows, x.a_low = s->key_low + rows;
         x.b = s->q_high + columns, x.b_low = s->q_low + columns;
@@ -205,7 +220,7 @@ static void take_roots(int vecs, const SubBlock *sub, real factor, vec *least, v
 
 /* Distances whose squares are out of range; `terms` says on which side. */
 static void recompute_distances(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
-                          ScoreTerm terms) {
+                                ScoreTerm terms) {
     bool far = terms == FAR_SQUARES;
     vec factor = splat((real)(t->metric_scale / (far ? SHRINK : GROW)));
     metric_sub_block(t, s, p, sub, terms, k, s->metrics);
@@ -226,8 +241,8 @@ static void distance_scores(const Tile *t, const Scratch *s, int p, const SubBlo
     if (any_lane(least < splat(NEAR))) recompute_distances(t, s, p, sub, k, NEAR_SQUARES);
 }
 
-/* Squared distances to scores, times `factor`, which is less than 0: what leaves the range is its end.
- * Is any distance infinite? */
+/* Squared distances to scores, times `factor`, which is less than 0: what leaves the range is its
+ * end. Is any distance infinite? */
 static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
     const vec least = splat(-REAL_MAX);
     vec most = splat(0);
@@ -243,7 +258,8 @@ static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
     return some;
 }
 
-static void squared_distance_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
+static void squared_distance_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                                    View k) {
     metric_sub_block(t, s, p, sub, SQUARES, k, sub->scores);
     if (!scale_squares(t->micropanel[p].vecs, sub, (real)t->metric_scale)) return;
     /* Of what the inputs make infinite the score is -Inf. */
@@ -267,9 +283,9 @@ static void additive_scores(const Tile *t, const Scratch *s, int p, const SubBlo
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             real *score = sub->scores + j * MR + n * LANES;
-            ivec unrepresentable = *(const ivec *)(s->special_queries + p * MR + n * LANES);
-            if (special_keys[j]) unrepresentable = splat_int(-1);
-            store(score, choose(unrepresentable, load(s->metrics + j * MR + n * LANES), load(score)));
+            ivec special = *(const ivec *)(s->special_queries + p * MR + n * LANES);
+            if (special_keys[j]) special = splat_int(-1);
+            store(score, choose(special, load(s->metrics + j * MR + n * LANES), load(score)));
         }
 }
 

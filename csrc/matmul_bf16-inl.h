@@ -3,13 +3,13 @@
  * A float16 is the sum of two bfloat16s and a float32 that of three, exactly; the product of two
  * such sums is that of their BF16_TERMS, less those terms that are smaller than the rounding of a
  * float32 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype
- * For Higher-Precision Computations"). Sums are kept in float32. With BF16_TERMS = 1 weights are rounded
- * to bfloat16.
+ * For Higher-Precision Computations"). Sums are kept in float32. With BF16_TERMS = 1 weights are
+ * rounded to bfloat16.
  *
- * The hardware multiplies pairs, so head dims and keys go two by two: an operand with queries in its
- * lanes is [term][pair][MR] pairs, the other one [term][chunk][row][CHUNK] numbers. Numbers that
- * terms cannot express are left out and brought in afterwards, lane by lane: where they stand does
- * not touch anyone else's bits.
+ * The hardware multiplies pairs, so head dims and keys go two by two: an operand with queries in
+ * its lanes is [term][pair][MR] pairs, the other one [term][chunk][row][CHUNK] numbers. Numbers
+ * that terms cannot express are left out and brought in afterwards, lane by lane: where they stand
+ * does not touch anyone else's bits.
  */
 #ifndef FASTATTN_MATMUL_BF16_INL_H
 #define FASTATTN_MATMUL_BF16_INL_H
@@ -26,15 +26,16 @@
 #define PAIRS (CHUNK / 2)
 #define WEIGHT_TERM (BLOCK_K / 2 * MR)
 
-/* Products take the terms i and j with i + j <= order. For scores that is all of a float16, so that they
- * are exact; of a float32 what is left out is smaller than its rounding. */
+/* Products take the terms i and j with i + j <= order. For scores that is all of a float16, so that
+ * they are exact; of a float32 what is left out is smaller than its rounding. */
 #define SCORE_ORDER 2
 #define VALUE_ORDER (BF16_TERMS - 1)
 
 typedef uint16_t bfloat;
 typedef uint32_t pair;
 
-/* Lanes that terms cannot express: NaN and Inf, and of three terms the smallest may be too small. */
+/* Lanes that terms cannot express: NaN and Inf, and of three terms the smallest may be too small.
+ */
 INLINE __mmask16 unrepresentable(vec x) {
     __m512i size = _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff));
     __mmask16 bits = _mm512_cmpge_epu32_mask(size, _mm512_set1_epi32(0x7f800000));
@@ -53,10 +54,11 @@ INLINE vec high_term(vec x) {
 /* terms[i] = the i-th term of 32 numbers, in sequence. */
 INLINE void split_bf16(vec first, vec second, __m512i terms[BF16_TERMS]) {
     const __m512i upper = _mm512_add_epi16(
-        _mm512_set1_epi16(1), _mm512_slli_epi16((__m512i){0x0003000200010000, 0x0007000600050004,
-                                                         0x000b000a00090008, 0x000f000e000d000c,
-                                                         0x0013001200110010, 0x0017001600150014,
-                                                         0x001b001a00190018, 0x001f001e001d001c}, 1));
+        _mm512_set1_epi16(1),
+        _mm512_slli_epi16((__m512i){0x0003000200010000, 0x0007000600050004, 0x000b000a00090008,
+                                    0x000f000e000d000c, 0x0013001200110010, 0x0017001600150014,
+                                    0x001b001a00190018, 0x001f001e001d001c},
+                          1));
 #pragma GCC unroll 3
     for (int i = 0; i < BF16_TERMS - 1; i++) {
         vec a = high_term(first), b = high_term(second);
@@ -75,7 +77,8 @@ INLINE __m512i interleave(__m512i rows) {
     return _mm512_permutexvar_epi16(order, rows);
 }
 
-/* Two rounded to bfloat16 side by side. Halves go away from zero, which saves an instruction or two. */
+/* Two rounded to bfloat16 side by side. Halves go away from zero, which saves an instruction or
+ * two. */
 INLINE __m512i round_pairs(vec first, vec second) {
     const __m512i half = _mm512_set1_epi32(0x8000);
     __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)first, half), 16);
@@ -136,7 +139,8 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
             __m512i terms[BF16_TERMS];
-            if (BF16_TERMS == 1 && format.kind == 'b' && t->k_dim == 2 && d + CHUNK <= t->head_dim) {
+            if (BF16_TERMS == 1 && format.kind == 'b' && t->k_dim == 2 &&
+                d + CHUNK <= t->head_dim) {
                 terms[0] = _mm512_loadu_si512(row + d * 2);
             } else {
                 vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scale);
@@ -196,9 +200,11 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
         bool both = (use >> j & 3) == 3;
         for (ptrdiff_t d = 0; d < dims; d += LANES) {
             __m512i terms[BF16_TERMS];
-            if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 && d + LANES <= t->value_dim && both) {
+            if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 &&
+                d + LANES <= t->value_dim && both) {
                 /* What is in terms already. */
-                __m512i x = load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
+                __m512i x =
+                    load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
                 __mmask32 special_lanes = bfloats_from(128, x);
                 out[0] |= (__mmask16)special_lanes;
                 out[1] |= (__mmask16)(special_lanes >> LANES);
@@ -209,8 +215,8 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
                 for (int i = 0; i < 2; i++) {
                     x[i] = splat(0);
                     if (use >> (j + i) & 1)
-                        x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim, format,
-                                         t->v_scales ? t->v_scales[key + j + i] : 1);
+                        x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim,
+                                         format, t->v_scales ? t->v_scales[key + j + i] : 1);
                     __mmask16 special_lanes = unrepresentable(x[i]);
                     x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~special_lanes, (__m512)x[i]);
                     out[i] |= special_lanes;
@@ -225,7 +231,8 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
     }
 }
 
-/* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. A number that terms cannot express is 0. */
+/* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. A number that terms cannot
+ * express is 0. */
 static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t term = s->out_rows * s->key_rows, dims = s->out_rows;
     uint64_t *sub_special = s->special_values + begin % BLOCK_K / SUB_BLOCK_K;
@@ -237,9 +244,9 @@ static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdif
         *sub_special |= (uint64_t)special << key % SUB_BLOCK_K;
         for (int i = 0; i < BF16_TERMS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
-                transpose_pairs(s->value_pairs + i * PAIRS * dims + d, dims,
-                                (pair *)(s->value_terms + i * term + key % BLOCK_K * dims + d * CHUNK),
-                                PAIRS);
+                transpose_pairs(
+                    s->value_pairs + i * PAIRS * dims + d, dims,
+                    (pair *)(s->value_terms + i * term + key % BLOCK_K * dims + d * CHUNK), PAIRS);
     }
 }
 
@@ -375,16 +382,20 @@ static double peak(ptrdiff_t rounds) {
 #endif
 
 /* c[row][lane] (+)= sum over chunks; rows in whole ROW_GRAINs. */
-INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks, real *c,
-                     bool accumulate) {
+INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks,
+                     real *c, bool accumulate) {
     __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read memory */
     for (int row_groups; rows > 0; rows -= row_groups * ROW_PAD) {
         row_groups = rows > ROW_PAD ? 2 : 1;
-#define SIZE(g, v)                                                                                \
+#define SIZE(g, v)                                                                                 \
     if (row_groups == g && vecs == v) multiply_rows(order, g, v, a, b, chunks, c, accumulate);
-        SIZE(2, 2) SIZE(2, 1) SIZE(1, 2) SIZE(1, 1)
+        SIZE(2, 2)
+        SIZE(2, 1)
+        SIZE(1, 2)
+        SIZE(1, 1)
 #if MR_VECS == 3
-        SIZE(2, 3) SIZE(1, 3)
+        SIZE(2, 3)
+        SIZE(1, 3)
 #endif
 #undef SIZE
         a.data += row_groups * ROW_PAD * CHUNK;
@@ -393,7 +404,8 @@ INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b,
 }
 
 /* The scores of keys or queries that terms cannot express, by the product of real numbers. */
-static void recompute_special_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, uint64_t special) {
+static void recompute_special_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                                     uint64_t special) {
     int vecs = t->micropanel[p].vecs;
     real row[MR] __attribute__((aligned(64)));
     for (int n = 0; n < vecs; n++) load_queries(t, p * MR + n * LANES, s->q + n * LANES);
@@ -425,8 +437,8 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock
     take_max(t->micropanel[p].vecs, sub, top);
 }
 
-INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec exponent, const vec *top,
-                        vec *sum, pair *to, ptrdiff_t term) {
+INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec exponent,
+                        const vec *top, vec *sum, pair *to, ptrdiff_t term) {
 #pragma GCC unroll 3
     for (int n = 0; n < vecs; n++) {
         __m512i terms[BF16_TERMS];
@@ -436,7 +448,8 @@ INLINE void weigh_pairs(const int vecs, const bool both, const real *scores, vec
         sum[n] += odd;
         split_bf16_pairs(even, odd, terms);
 #pragma GCC unroll 3
-        for (int i = 0; i < BF16_TERMS; i++) _mm512_store_si512(to + i * term + n * LANES, terms[i]);
+        for (int i = 0; i < BF16_TERMS; i++)
+            _mm512_store_si512(to + i * term + n * LANES, terms[i]);
     }
 }
 
@@ -459,8 +472,8 @@ INLINE void weigh_vecs(const int vecs, const SubBlock *sub, vec exponent, const 
 }
 
 /* Scores to terms of weights; their sum is added to `sum`. */
-static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum, pair *to,
-                  ptrdiff_t term) {
+static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum,
+                  pair *to, ptrdiff_t term) {
     vec factor = splat((real)exponent);
     switch (vecs) {
     case 1: weigh_vecs(1, sub, factor, top, sum, to, term); break;
@@ -473,7 +486,7 @@ static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top
 
 /* Add the numbers that terms cannot express, for the queries that see them. */
 static void add_special_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
-                           const SubBlock *sub, real *out) {
+                               const SubBlock *sub, real *out) {
     uint64_t special = bits_of(s->special_values, sub);
     vec exponent = splat((real)t->exponent);
     for (int j = 0; j < sub->keys; j++) {
@@ -486,7 +499,8 @@ static void add_special_values(const Tile *t, const Scratch *s, int p, const Blo
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
                 real *o = out + d * MR + n * LANES;
                 if (!(unrepresentable(splat(s->values[d])) & 1)) continue;
-                store(o, choose(visible_lanes(sub, n, j), weight * s->values[d] + load(o), load(o)));
+                store(o,
+                      choose(visible_lanes(sub, n, j), weight * s->values[d] + load(o), load(o)));
             }
         }
     }
@@ -497,14 +511,15 @@ static pair *weights_of(const Scratch *s, const SubBlock *sub) {
 }
 
 /* Sum the values of the sub-blocks [i, end) of a block, as their weights say. */
-static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockState *b, int i, int end,
-                       real *out, bool *accumulate) {
+static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockState *b, int i,
+                           int end, real *out, bool *accumulate) {
     while (i < end && t->value_dim > 0) {
         const SubBlock *first = &b->sub_blocks[i];
         int chunks = 0;
         /* Strips without a gap between them make one product. */
         for (; i < end && b->sub_blocks[i].visibility != EMPTY &&
-               b->sub_blocks[i].key == first->key + chunks * CHUNK; i++)
+               b->sub_blocks[i].key == first->key + chunks * CHUNK;
+             i++)
             chunks += (int)round_up(b->sub_blocks[i].keys, CHUNK) / CHUNK;
         if (chunks == 0) {
             i++;

@@ -8,11 +8,11 @@
 
 #include "distances-inl.h"
 
-/* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] * b[t][lane],
- * and where `top` is given top[lane] = max(top[lane], c[r][lane]). Constant `rows`, `vecs` and one
- * unit stride keep the accumulators in registers. Each step fetches one line `ahead`: hardware
- * prefetchers do not follow the narrow columns of V, nor keep up with K once it lies in the
- * third-level cache. */
+/* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] *
+ * b[t][lane], and where `top` is given top[lane] = max(top[lane], c[r][lane]). Constant `rows`,
+ * `vecs` and one unit stride keep the accumulators in registers. Each step fetches one line
+ * `ahead`: hardware prefetchers do not follow the narrow columns of V, nor keep up with K once it
+ * lies in the third-level cache. */
 INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff_t a_row,
                           ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,
                           bool accumulate, vec *top, const real *ahead, ptrdiff_t ahead_step) {
@@ -48,8 +48,8 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
             for (int n = 0; n < vecs; n++) top[n] = larger(sum[r][n], top[n]);
 }
 
-#define MATMUL_ARGS                                                                              \
-    const real *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,    \
+#define MATMUL_ARGS                                                                                \
+    const real *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,     \
         bool accumulate, vec *top
 
 INLINE void matmul_vecs(const int vecs, ptrdiff_t rows, MATMUL_ARGS) {
@@ -62,19 +62,21 @@ INLINE void matmul_vecs(const int vecs, ptrdiff_t rows, MATMUL_ARGS) {
         } else if (a_row == 1)
             register_tile(NR, vecs, a, 1, a_step, steps, b, c, accumulate, top,
                           a + SUB_BLOCK_K * a_step, a_step);
-        else
-            register_tile(NR, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);
+        else register_tile(NR, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);
         a += NR * a_row;
         c += NR * MR;
     }
     switch (rows) {
-#define ROWS(n)                                                                                   \
-    case n:                                                                                       \
-        register_tile(n, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);             \
-        break;
-        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5)
+#define ROWS(n)                                                                                    \
+    case n: register_tile(n, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0); break;
+        ROWS(1)
+        ROWS(2)
+        ROWS(3)
+        ROWS(4)
+        ROWS(5)
 #if NR == 8
-        ROWS(6) ROWS(7)
+        ROWS(6)
+        ROWS(7)
 #endif
 #undef ROWS
     }
@@ -92,7 +94,8 @@ static void matmul(int vecs, ptrdiff_t rows, MATMUL_ARGS) {
 }
 
 static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
-    load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, t->q_scale, first, columns);
+    load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, t->q_scale, first,
+                 columns);
 }
 
 #ifdef HAS_BACKWARD
@@ -185,11 +188,11 @@ static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock
     int vecs = t->micropanel[p].vecs;
     bool all = t->head_dim <= BLOCK_D;
     matmul(vecs, sub->keys, k.data, k.row, k.dim, all ? t->head_dim : BLOCK_D, q, sub->scores,
-            false, all ? top : NULL);
+           false, all ? top : NULL);
     if (all) return;
     for (ptrdiff_t d = BLOCK_D; d < t->head_dim; d += BLOCK_D) {
         matmul(vecs, sub->keys, k.data + d * k.dim, k.row, k.dim, fewer(t->head_dim - d, BLOCK_D),
-                q + d * MR, s->more, false, NULL);
+               q + d * MR, s->more, false, NULL);
         add_to_scores(vecs, sub, s->more);
     }
     take_max(vecs, sub, top);
@@ -211,7 +214,8 @@ INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores
 #pragma GCC unroll 4
         for (int n = 0; n < vecs; n++) {
             real *s = scores + j * MR + n * LANES;
-            vec p = scaled ? weight_from(load(s), shift[n], exponent) : weight_of(load(s) - shift[n]);
+            vec p =
+                scaled ? weight_from(load(s), shift[n], exponent) : weight_of(load(s) - shift[n]);
             store(s, p);
             total[n] += p;
         }
@@ -223,20 +227,22 @@ INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores
 /* Scores to weights, in place; their sum is added to `sum`. */
 static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum) {
     vec factor = splat((real)exponent);
-#define VECS(n)                                                                                   \
-    if (vecs == n && exponent == 1)                                                               \
-        weigh_vecs(n, false, sub->keys, sub->scores, factor, top, sum);                       \
-    else if (vecs == n)                                                                           \
-        weigh_vecs(n, true, sub->keys, sub->scores, factor, top, sum);
-    VECS(1) VECS(2)
+#define VECS(n)                                                                                    \
+    if (vecs == n && exponent == 1)                                                                \
+        weigh_vecs(n, false, sub->keys, sub->scores, factor, top, sum);                            \
+    else if (vecs == n) weigh_vecs(n, true, sub->keys, sub->scores, factor, top, sum);
+    VECS(1)
+    VECS(2)
 #if MR_VECS == 3
     VECS(3)
 #endif
 #undef VECS
 }
 
-static void decode_values(const Tile *t, const Scratch *s, BlockState *b, int sub_blocks, real *out) {
-    memset(s->decode_sums, 0, sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
+static void decode_values(const Tile *t, const Scratch *s, BlockState *b, int sub_blocks,
+                          real *out) {
+    memset(s->decode_sums, 0,
+           sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
         if (sub->visibility == EMPTY) continue;
@@ -247,7 +253,8 @@ static void decode_values(const Tile *t, const Scratch *s, BlockState *b, int su
 }
 
 /* The micropanel's weights of a block, and the weighted sum of its values. */
-static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks, real *out) {
+static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks,
+                       real *out) {
     if (dims_in_lanes(t)) {
         decode_values(t, s, b, sub_blocks, out);
         return;
@@ -264,7 +271,7 @@ static void sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, in
             masked_matmul(sub, vecs, v, t->value_dim, out);
         } else {
             matmul(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->scores, out,
-                    accumulate, NULL);
+                   accumulate, NULL);
         }
         accumulate = true;
     }

@@ -1,6 +1,7 @@
-/* How matmuls in bfloat16 terms attend to a block of keys. The maximum that weights are relative to is raised
- * only where scores are far above it. So the scores of one sub-block are all that is kept, and stay in
- * the first-level cache, and the values of sub-blocks are summed by one product, as late as can be.
+/* How matmuls in bfloat16 terms attend to a block of keys. The maximum that weights are relative to
+ * is raised only where scores are far above it. So the scores of one sub-block are all that is
+ * kept, and stay in the first-level cache, and the values of sub-blocks are summed by one product,
+ * as late as can be.
  */
 #ifndef FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
 #define FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
@@ -26,8 +27,8 @@ static MaxUpdate find_max_update(const Tile *t, int vecs, const vec *top, const 
 }
 
 /* Raise the maximum of some lanes; the others do not notice. */
-static void rescale_lanes(const Tile *t, int vecs, const MaxUpdate *update, const vec *top, BlockState *b,
-                        real *row_max, real *sums) {
+static void rescale_lanes(const Tile *t, int vecs, const MaxUpdate *update, const vec *top,
+                          BlockState *b, real *row_max, real *sums) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < vecs; n++) {
         vec before = load(row_max + n * LANES);
@@ -48,7 +49,8 @@ static void rescale_lanes(const Tile *t, int vecs, const MaxUpdate *update, cons
 /* One micropanel's attention to one block. */
 static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     BlockState b;
-    int vecs = t->micropanel[p].vecs, first = 0; /* of the sub-blocks whose values are still to be summed */
+    int vecs = t->micropanel[p].vecs,
+        first = 0; /* of the sub-blocks whose values are still to be summed */
     real *row_max = s->row_max + p * MR, *out = s->out + p * MR * s->out_rows;
     real *block_out = t->micropanel[p].has_output ? s->block_out : out;
     bool accumulate = false;

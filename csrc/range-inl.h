@@ -1,6 +1,6 @@
-/* What leaves the range of `real` though the inputs are finite: found when a tile is finished, and made
- * right by a second run, which delivers nothing else. Where the inputs are to blame, nothing is to be
- * done: NaN and Inf are the result.
+/* What leaves the range of `real` though the inputs are finite: found when a tile is finished, and
+ * made right by a second run, which delivers nothing else. Where the inputs are to blame, nothing
+ * is to be done: NaN and Inf are the result.
  */
 #ifndef FASTATTN_RANGE_INL_H
 #define FASTATTN_RANGE_INL_H
@@ -17,7 +17,8 @@ static ivec delivered(const Tile *t, int p, int n) {
     ivec own;
     if (!t->micropanel[p].rerun_scores) return splat_int(t->margin > 0 ? 0 : -1);
     for (int i = 0; i < LANES; i++)
-        own[i] = -(lane_int)((t->micropanel[p].rerun_scores >> (n * LANES + i) & 1) == (t->margin > 0));
+        own[i] =
+            -(lane_int)((t->micropanel[p].rerun_scores >> (n * LANES + i) & 1) == (t->margin > 0));
     return own;
 }
 
@@ -47,14 +48,13 @@ static double exact_similarity(const Tile *t, ptrdiff_t i, ptrdiff_t key, int do
         } else if (t->score_function == DISTANCE || t->score_function == SQUARED_DISTANCE) {
             double away = q * unit - k * unit;
             sum += away * away;
-        } else
-            sum += (q * unit) * (k * unit);
+        } else sum += (q * unit) * (k * unit);
     }
     return t->score_function == DISTANCE ? sqrt(sum) : sum;
 }
 
-/* The score as the definition has it: after each step a number is within the range of `real`, unless
- * it was made of NaN or Inf. */
+/* The score as the definition has it: after each step a number is within the range of `real`,
+ * unless it was made of NaN or Inf. */
 static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
     const int far = 540; /* float64 alone gets that far on the way */
     bool finite;
@@ -95,13 +95,14 @@ static void clamp_scores(const Tile *t, int p, const SubBlock *sub, vec *top) {
         }
     for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
     for (int j = 0; j < sub->keys; j++)
-        for (int n = 0; n < vecs; n++) top[n] = larger(load(sub->scores + j * MR + n * LANES), top[n]);
+        for (int n = 0; n < vecs; n++)
+            top[n] = larger(load(sub->scores + j * MR + n * LANES), top[n]);
 }
 
-/* Inf hides a NaN in the maximum, and weighs Inf - Inf in the sum. Note where both are among the scores
- * of some sub-blocks, or Inf is where `fresh` and the sums so far are NaN. */
-static void record_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks, int count, ivec fresh,
-                     vec sum) {
+/* Inf hides a NaN in the maximum, and weighs Inf - Inf in the sum. Note where both are among the
+ * scores of some sub-blocks, or Inf is where `fresh` and the sums so far are NaN. */
+static void record_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks, int count,
+                       ivec fresh, vec sum) {
     ptrdiff_t lane = p * MR + n * LANES;
     ivec infinite = load(s->row_max + lane) == splat(INFINITY);
     if (!any_lane(infinite)) return;
@@ -112,20 +113,23 @@ static void record_nan(const Scratch *s, int p, int n, const SubBlock *sub_block
             vec x = load(sub_blocks[i].scores + j * MR + n * LANES);
             nan |= x != x;
         }
-    store(s->nan_beside_inf + lane, choose(nan & infinite, splat(NAN), load(s->nan_beside_inf + lane)));
+    store(s->nan_beside_inf + lane,
+          choose(nan & infinite, splat(NAN), load(s->nan_beside_inf + lane)));
 }
 
 static bool is_visible(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
     return t->start[i] <= key && key < t->stop[i] &&
            (!t->has_mask || t->mask[i][key * t->mask_key]) &&
-           (!t->has_bias || read_number(t->bias[i] + key * t->bias_key, t->bias_format) != -INFINITY);
+           (!t->has_bias ||
+            read_number(t->bias[i] + key * t->bias_key, t->bias_format) != -INFINITY);
 }
 
 /* Is some number of a row NaN or Inf? */
 INLINE bool any_nonfinite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberFormat format) {
     vec sum = splat(0);
     if (dim == format.bytes) {
-        for (ptrdiff_t d = 0; d < dims; d += LANES) sum += load_some(at + d * dim, dims - d, format) * 0;
+        for (ptrdiff_t d = 0; d < dims; d += LANES)
+            sum += load_some(at + d * dim, dims - d, format) * 0;
         return any_lane(sum != splat(0));
     }
     for (ptrdiff_t d = 0; d < dims; d++)
@@ -134,15 +138,18 @@ INLINE bool any_nonfinite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberF
 }
 
 /* Take away the bits of the queries that see a NaN in a key. */
-INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores, NumberFormat format) {
-    for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *rerun_scores; key++) {
+INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores,
+                                    NumberFormat format) {
+    for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *rerun_scores;
+         key++) {
         const char *k = t->k + key * t->k_key;
         if (!any_nonfinite(k, t->k_dim, t->head_dim, format)) continue;
         bool nan = false;
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
             nan |= isnan(read_number(k + d * t->k_dim, format));
         for (uint64_t bits = nan ? *rerun_scores : 0; bits; bits &= bits - 1)
-            if (is_visible(t, p * MR + __builtin_ctzll(bits), key)) *rerun_scores &= ~(bits & -bits);
+            if (is_visible(t, p * MR + __builtin_ctzll(bits), key))
+                *rerun_scores &= ~(bits & -bits);
     }
 }
 
@@ -165,7 +172,8 @@ static uint64_t queries_to_rerun(const Tile *t, const Scratch *s, int p) {
         ptrdiff_t i = p * MR + l;
         bool sunk = t->has_sinks && t->sink[i] == INFINITY;
         bool fine = isfinite(s->row_sum[i]) && (isfinite(s->row_max[i]) || sunk);
-        if (s->any_visible[i] && !fine && !has_nonfinite_input(t, i)) rerun_scores |= (uint64_t)1 << l;
+        if (s->any_visible[i] && !fine && !has_nonfinite_input(t, i))
+            rerun_scores |= (uint64_t)1 << l;
     }
     if (rerun_scores) WITH_FORMAT(t->k_format, discount_nonfinite_keys, t, p, &rerun_scores);
     return rerun_scores;
@@ -173,7 +181,7 @@ static uint64_t queries_to_rerun(const Tile *t, const Scratch *s, int p) {
 
 /* Take away the bits of sums that are what the values make them. */
 INLINE void discount_nonfinite_values(const Tile *t, const Scratch *s, int p, uint64_t *overflowed,
-                              NumberFormat format) {
+                                      NumberFormat format) {
     const real *out = s->out + p * MR * s->out_rows;
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last; key++) {
         const char *v = t->v + key * t->v_key;
@@ -209,8 +217,8 @@ static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
     bool fine = true;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES;
-        vec zero_or_nan = load(s->row_sum + at) * 0 +
-                  choose(*(const ivec *)(s->any_visible + at), load(s->row_max + at) * 0, splat(0));
+        vec zero_or_nan = load(s->row_sum + at) * 0 + choose(*(const ivec *)(s->any_visible + at),
+                                                             load(s->row_max + at) * 0, splat(0));
         fine &= !any_lane(zero_or_nan != splat(0)) && all_sums_finite(t, out + n * LANES);
     }
     if (fine) return false;
@@ -226,7 +234,8 @@ static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
         any |= overflowed[d] &= good;
     }
     if (any) WITH_FORMAT(t->v_format, discount_nonfinite_values, t, s, p, overflowed);
-    for (ptrdiff_t d = 0; d < t->value_dim; d++) t->micropanel[p].rerun |= overflowed[d] |= t->micropanel[p].rerun_scores;
+    for (ptrdiff_t d = 0; d < t->value_dim; d++)
+        t->micropanel[p].rerun |= overflowed[d] |= t->micropanel[p].rerun_scores;
     return t->micropanel[p].rerun != 0;
 }
 

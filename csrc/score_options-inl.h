@@ -25,7 +25,8 @@ static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
 }
 
 static void set_mask_words(lane_int *mask_words, int i, uint64_t bits) {
-    for (int w = 0; w < MASK_WORDS; w++) mask_words[w * MR + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
+    for (int w = 0; w < MASK_WORDS; w++)
+        mask_words[w * MR + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
 }
 
 static const char *bias_row(const Tile *t, int p, int i, ptrdiff_t key) {
@@ -51,7 +52,8 @@ static bool hidden_by_bias(const Tile *t, int p, const SubBlock *sub) {
 /* Read visibility of a sub-block, biases of -inf aside unless all are. */
 static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
     ptrdiff_t first = p * MR, key = sub->key;
-    bool inner = t->micropanel[p].inner_first <= key && key + sub->keys <= t->micropanel[p].inner_last;
+    bool inner =
+        t->micropanel[p].inner_first <= key && key + sub->keys <= t->micropanel[p].inner_last;
     if (t->has_bias && hidden_by_bias(t, p, sub)) return EMPTY;
     if (inner && !t->has_mask) return FULL;
     uint64_t every = first_bits(sub->keys), any = 0, all = every, bits = 0, masked = every;
@@ -73,7 +75,8 @@ static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
     return any == 0 ? EMPTY : all == every ? FULL : PARTIAL;
 }
 
-/* Are all biases of the micropanel and sub-block of type `real`, in sequence and far from overflow? */
+/* Are all biases of the micropanel and sub-block of type `real`, in sequence and far from overflow?
+ */
 static bool plain_bias(const Tile *t, int p, const SubBlock *sub) {
     if (!is_real(t->bias_format) || t->bias_key != sizeof(real)) return false;
     vec most = splat(0);
@@ -166,8 +169,8 @@ static void multiply_scores(real factor, int vecs, const SubBlock *sub) {
         }
 }
 
-/* s = size * tanh(s * inverse); but s where that is within rounding, if the quotients of a huge size
- * are subnormal. */
+/* s = size * tanh(s * inverse); but s where that is within rounding, if the quotients of a huge
+ * size are subnormal. */
 INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlock *sub, vec *top) {
     const vec same = splat(size * EPSILON_ROOT);
     for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
@@ -181,8 +184,8 @@ INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlo
         }
 }
 
-/* How far the LANES queries from `first` on are from a key; each key on is one less. Count those first:
- * from 2**24 on float32 does not get smaller by 1. */
+/* How far the LANES queries from `first` on are from a key; each key on is one less. Count those
+ * first: from 2**24 on float32 does not get smaller by 1. */
 static vec alibi_distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
     real x[LANES] = {0};
     for (int i = 0; i < LANES && first + i < t->n_queries; i++)
@@ -194,7 +197,8 @@ static void subtract_alibi(const Tile *t, int p, const SubBlock *sub, vec *top) 
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t first = p * MR + n * LANES;
         real slopes[LANES] = {0};
-        for (int i = 0; i < LANES && first + i < t->n_queries; i++) slopes[i] = (real)t->slope[first + i];
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++)
+            slopes[i] = (real)t->slope[first + i];
         vec slope = load_unaligned(slopes), distance = alibi_distances(t, first, sub->key);
         vec most = splat(-INFINITY), step = splat(0);
         for (int j = 0; j < sub->keys; j++) {
@@ -252,8 +256,7 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub,
         if (t->softcap > HUGE_CAP) {
             multiply_scores((real)t->score_scale, vecs, sub);
             cap(true, (real)size, (real)(1 / t->softcap), vecs, sub, top);
-        } else
-            cap(false, (real)size, inverse, vecs, sub, top);
+        } else cap(false, (real)size, inverse, vecs, sub, top);
     } else if (t->score_scale != 1) {
         multiply_scores((real)t->score_scale, vecs, sub);
         take_max(vecs, sub, top);
@@ -272,7 +275,9 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub,
 
 /* Weights of scores relative to `top`. Subtracting before scaling costs an instruction more than a
  * multiply-add, but the largest weight is exact and no finite score overflows. */
-INLINE vec weight_from(vec score, vec top, vec exponent) { return weight_of((score - top) * exponent); }
+INLINE vec weight_from(vec score, vec top, vec exponent) {
+    return weight_of((score - top) * exponent);
+}
 
 /* What makes weights of scores, for each row: its maximum, and the factor to a sum of 1. */
 typedef struct {

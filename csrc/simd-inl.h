@@ -111,7 +111,8 @@ INLINE vec load_floats(const char *p) {
 INLINE vec load_bfloats(const char *p) {
     half_lanes x;
     __builtin_memcpy(&x, p, sizeof x);
-    return __builtin_convertvector((float_lanes)(__builtin_convertvector(x, float_bits) << 16), vec);
+    return __builtin_convertvector((float_lanes)(__builtin_convertvector(x, float_bits) << 16),
+                                   vec);
 }
 INLINE vec load_bytes(const char *p) {
     byte_lanes x;
@@ -286,12 +287,16 @@ INLINE vec smaller(vec a, vec b) {
 /* x - floor(x), and 2**floor(x) * y for x <= 0 or a NaN, but 0 where the power is subnormal. */
 #define FLUSH splat(1 - EXPONENT_BIAS)
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
-INLINE vec fraction(vec x) { return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINE vec fraction(vec x) {
+    return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 INLINE vec scale_by_power(vec y, vec x) {
     return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, FLUSH, _CMP_NLT_UQ), y, x);
 }
 #elif defined(__AVX512F__)
-INLINE vec fraction(vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINE vec fraction(vec x) {
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 INLINE vec scale_by_power(vec y, vec x) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, FLUSH, _CMP_NLT_UQ), y, x);
 }
@@ -427,9 +432,9 @@ INLINE vec power_less_one(vec f) {
     return y * f;
 }
 
-/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
- * so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth, in
- * float64 3.9: tests/backends/exp_tanh_check.c. */
+/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of
+ * 0, so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth,
+ * in float64 3.9: tests/backends/exp_tanh_check.c. */
 INLINE vec tanh_vec(vec x) {
     const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
     vec a = magnitude(x);
@@ -439,7 +444,8 @@ INLINE vec tanh_vec(vec x) {
     return with_sign_of(quotient(-m, (real)2 + m), x);
 }
 
-/* The square root of x >= 0, within 1 epsilon; the unit for 512 bits takes three times as long as these steps. */
+/* The square root of x >= 0, within 1 epsilon; the unit for 512 bits takes three times as long as
+ * these steps. */
 INLINE vec root_of(vec x) {
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
     return _mm512_sqrt_pd(x);
@@ -464,12 +470,13 @@ INLINE vec root_of(vec x) {
 #endif
 }
 
-/* exp(2 x) = high + low for |x| <= EXP2X_MOST, `high` being that rounded and `low` the rest, so that
- * exp(2 x) - 1 is within 2.3 epsilon of itself, and the difference of two that are near 1 as exact:
- * tests/backends/exp_tanh_check.c. */
+/* exp(2 x) = high + low for |x| <= EXP2X_MOST, `high` being that rounded and `low` the rest, so
+ * that exp(2 x) - 1 is within 2.3 epsilon of itself, and the difference of two that are near 1 as
+ * exact: tests/backends/exp_tanh_check.c. */
 #ifdef REAL_IS_DOUBLE
 #define EXP2X_MOST 300
-#define HALF_LN2_HIGH 0x1.62e42fefa2p-2 /* short, so that products with small integers are exact */
+#define HALF_LN2_HIGH 0x1.62e42fefa2p-2 /* short, so that products with small integers are exact   \
+                                         */
 #define HALF_LN2_LOW 0x1.9ef35793c7673p-42
 #else
 #define EXP2X_MOST 38

@@ -1,17 +1,17 @@
 /* The kernels of a tile, one body for every instruction set and dtype.
  *
  * Compiled once for each pair, with that instruction set's flags, -DTABLE=<the table's name> and
- * -DREAL_IS_DOUBLE for float64, or -DPARTS=<n> where the products are those of matmul_bf16-inl.h. A micropanel is
- * what one register tile holds: MR queries in MR_VECS vectors. Within a block of keys,
- * S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow each other as in
+ * -DREAL_IS_DOUBLE for float64, or -DPARTS=<n> where the products are those of matmul_bf16-inl.h. A
+ * micropanel is what one register tile holds: MR queries in MR_VECS vectors. Within a block of
+ * keys, S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow each other as in
  * FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of the whole block
  * and O^T is rescaled once per block; in bfloat16 terms otherwise: online_softmax_bf16-inl.h.
  */
 #include "simd-inl.h"
 
-/* Keys that all micropanels read in turn while they are in the cache, and whose values are summed from
- * zero before they join the running sum. One run over all keys would have 3 to 25 times NumPy's rounding
- * error; blocks of 128 make too many partial sums. */
+/* Keys that all micropanels read in turn while they are in the cache, and whose values are summed
+ * from zero before they join the running sum. One run over all keys would have 3 to 25 times
+ * NumPy's rounding error; blocks of 128 make too many partial sums. */
 #define BLOCK_K 512
 #ifdef BF16_TERMS
 #define CHUNK 32 /* head dims or keys that one step of a matmul in bfloat16 terms sums up */
@@ -44,8 +44,8 @@ static Scratch scratch_of(const Tile *t) { return *(const Scratch *)t->scratch; 
 #include "top_k-inl.h"
 
 /* How products become scores and these become weights. Where nothing in natural units is added to
- * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes into
- * the queries. */
+ * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes
+ * into the queries. */
 static void choose_scaling(Tile *t) {
     double size = fabs(t->scale);
     t->check_range = may_overflow(t);
@@ -61,10 +61,8 @@ static void choose_scaling(Tile *t) {
         /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */
         double power = exp2(floor(log2(size)));
         t->q_scale = t->scale < 0 ? -power : power;
-        if (natural || t->softcap > 0)
-            t->score_scale = size / power;
-        else
-            t->exponent = size / power * LOG2_E;
+        if (natural || t->softcap > 0) t->score_scale = size / power;
+        else t->exponent = size / power * LOG2_E;
     }
 }
 
@@ -90,7 +88,8 @@ static void bound_micropanel(Tile *t, int p) {
 
 /* The inverse of load_queries: (row `lane` of the LANES from `first` on)[d] = columns[d][lane] *
  * share[lane], but 0 where the query has no visible key, whatever is in its column. */
-static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec inv_sum, ivec any_visible) {
+static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec inv_sum,
+                       ivec any_visible) {
     int rows = fewer(t->n_queries - first, LANES);
     ptrdiff_t d = 0;
     if (t->out_dim == t->out_format.bytes)
@@ -143,15 +142,15 @@ static void begin(Tile *t) {
 
 /* Pack the sub-block of a key by `pack_keys` or `pack_values`, unless its bit says that it is. */
 static void ensure_packed(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *packed,
-                 void (*pack)(const Tile *, const Scratch *, ptrdiff_t, ptrdiff_t)) {
+                          void (*pack)(const Tile *, const Scratch *, ptrdiff_t, ptrdiff_t)) {
     ptrdiff_t begin = key / SUB_BLOCK_K * SUB_BLOCK_K, end = begin + SUB_BLOCK_K;
     uint64_t bit = (uint64_t)1 << begin % BLOCK_K / SUB_BLOCK_K;
     if (!(*packed & bit)) pack(t, s, begin, end < s->packed->end ? end : s->packed->end);
     *packed |= bit;
 }
 
-/* One micropanel's scores for a sub-block, -inf where hidden; `top` takes part in their maximum. Returns whether
- * any key is visible. */
+/* One micropanel's scores for a sub-block, -inf where hidden; `top` takes part in their maximum.
+ * Returns whether any key is visible. */
 static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
     sub->visibility = sub->keys > 0 ? classify(t, p, sub) : EMPTY;
@@ -173,15 +172,17 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
     return true;
 }
 
-/* The micropanel's sub-blocks of the keys [begin, end): of each what the micropanel may see, in whole ROW_MULTIPLEs. Returns
- * their number. */
+/* The micropanel's sub-blocks of the keys [begin, end): of each what the micropanel may see, in
+ * whole ROW_MULTIPLEs. Returns their number. */
 static int begin_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
                        BlockState *b) {
     b->any_visible = false;
     for (int n = 0; n < MR_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
     for (int i = 0; begin + i * SUB_BLOCK_K < end; i++) {
-        ptrdiff_t from = begin + i * SUB_BLOCK_K, to = from + SUB_BLOCK_K < end ? from + SUB_BLOCK_K : end;
-        if (from < t->micropanel[p].first) from = t->micropanel[p].first / ROW_MULTIPLE * ROW_MULTIPLE;
+        ptrdiff_t from = begin + i * SUB_BLOCK_K,
+                  to = from + SUB_BLOCK_K < end ? from + SUB_BLOCK_K : end;
+        if (from < t->micropanel[p].first)
+            from = t->micropanel[p].first / ROW_MULTIPLE * ROW_MULTIPLE;
         if (to > t->micropanel[p].last) to = round_up(t->micropanel[p].last, ROW_MULTIPLE);
         if (to > end) to = end;
         b->sub_blocks[i] = (SubBlock){
@@ -196,7 +197,7 @@ static int begin_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, 
 }
 
 static void combine_block(const BlockState *b, int vecs, ptrdiff_t value_dim, real *row_sum,
-                       const real *block_out, real *out) {
+                          const real *block_out, real *out) {
     for (int n = 0; n < vecs; n++) {
         real *sum = row_sum + n * LANES;
         store(sum, load(sum) * b->rescale[n] + b->sum[n]);
@@ -258,8 +259,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
         if (t->top_k > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
         if (t->value_dim > 0)
             ensure_packed(t, s, b.sub_blocks[i].key, &s->packed->values, pack_values);
-        else
-            sum_weights(t, p, &b, &b.sub_blocks[i]);
+        else sum_weights(t, p, &b, &b.sub_blocks[i]);
     }
     if (t->value_dim > 0) sum_values(t, s, p, &b, sub_blocks, block_out);
     combine_block(&b, t->micropanel[p].vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
@@ -339,7 +339,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock
 
 /* Make the scores of the keys [begin, end) once more, now that the sums are known. */
 static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
-                       void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
+                           void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
     Scratch s = scratch_of(t);
     BEGIN_TILES();
     *s.packed = (PackedSubBlocks){.end = end};
@@ -352,16 +352,21 @@ static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
     END_TILES();
 }
 
-static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, store_weights); }
+static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+    each_sub_block(t, begin, end, store_weights);
+}
 
-static void collect_top_k(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, collect_top_k_keys); }
+static void collect_top_k(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+    each_sub_block(t, begin, end, collect_top_k_keys);
+}
 
 #include "weight_map-inl.h"
 
-static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
-                   ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format) {
+static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows,
+                             ptrdiff_t row, ptrdiff_t value_dim, char *out, ptrdiff_t out_dim,
+                             NumberFormat format) {
     double top = -INFINITY, sum = 0;
-#define WEIGHT(split) ((double *)(partial + (split) * bytes))[row]
+#define WEIGHT(split) ((double *)(partial + (split)*bytes))[row]
     for (ptrdiff_t i = 0; i < splits; i++)
         if (WEIGHT(i) > top) top = WEIGHT(i);
     for (ptrdiff_t i = 0; i < splits; i++) {
@@ -372,7 +377,8 @@ static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, p
         double mean = 0;
         bool finite = true;
         for (ptrdiff_t i = 0; i < splits; i++) {
-            const real *results = (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
+            const real *results =
+                (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
             double x = results[row * value_dim + d];
             /* A split whose scores are all -inf is NaN, and adds nothing to the others. */
             if (WEIGHT(i) != 0) mean += WEIGHT(i) / sum * x, finite &= isfinite(x);
@@ -387,13 +393,15 @@ static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, p
 #ifdef HAS_BACKWARD
 #include "backward-inl.h"
 
-static const BackwardKernels BACKWARD_KERNELS = {backward_scratch_bytes, prepare, normalize, begin_keys,
-                                                 differentiate, add_grad_q, store_keys};
+static const BackwardKernels BACKWARD_KERNELS = {
+    backward_scratch_bytes, prepare, normalize, begin_keys, differentiate, add_grad_q, store_keys};
 #define BACKWARD &BACKWARD_KERNELS
 #else
 #define BACKWARD NULL
 #endif
 
-const TileKernels TABLE = {BLOCK_Q, MR,   BLOCK_K, scratch_bytes, begin, attend,       finish,
-                           weights,      accumulate_bins,    collect_top_k,   rank_top_k,          combine_splits,  sizeof(real), BACKWARD,
-                           peak};
+const TileKernels TABLE = {BLOCK_Q,       MR,         BLOCK_K,
+                           scratch_bytes, begin,      attend,
+                           finish,        weights,    accumulate_bins,
+                           collect_top_k, rank_top_k, combine_splits,
+                           sizeof(real),  BACKWARD,   peak};

@@ -7,7 +7,8 @@
 #include "score_options-inl.h"
 
 static void clear_heaps(const Tile *t) {
-    for (ptrdiff_t i = 0; i < t->n_queries * t->top_k; i++) t->heaps[i] = (Candidate){-INFINITY, -1};
+    for (ptrdiff_t i = 0; i < t->n_queries * t->top_k; i++)
+        t->heaps[i] = (Candidate){-INFINITY, -1};
 }
 
 static bool less(Candidate a, Candidate b) {
@@ -38,7 +39,8 @@ static void collect_sub_block_max(const Tile *t, int p, const SubBlock *sub) {
     vec top[MR_VECS];
     take_max(t->micropanel[p].vecs, sub, top);
     for (int i = 0; i < MR && p * MR + i < t->n_queries; i++)
-        heap_push(t->heaps + (p * MR + i) * t->top_k, t->top_k, top[i / LANES][i % LANES], sub->key);
+        heap_push(t->heaps + (p * MR + i) * t->top_k, t->top_k, top[i / LANES][i % LANES],
+                  sub->key);
 }
 
 /* As many keys as sub-blocks have been collected are no less than the least of these. */
@@ -48,7 +50,8 @@ static void set_top_k_thresholds(Tile *t) {
     clear_heaps(t);
 }
 
-/* Then keys. Without the sub-blocks a row whose scores rise from key to key would collect them all. */
+/* Then keys. Without the sub-blocks a row whose scores rise from key to key would collect them all.
+ */
 static void collect_top_k_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
     vec top[MR_VECS];
     take_max(t->micropanel[p].vecs, sub, top);
@@ -74,12 +77,15 @@ static void write_ranks(const Tile *t, const Scratch *s, ptrdiff_t i) {
         int n = fewer(t->top_k - first, LANES);
         real scores[LANES] = {0};
         for (int l = 0; l < n; l++) scores[l] = (real)heap[first + l].score;
-        vec weight = weight_from(load_unaligned(scores), row.top, splat((real)t->exponent)) * row.inv_sum;
+        vec weight =
+            weight_from(load_unaligned(scores), row.top, splat((real)t->exponent)) * row.inv_sum;
         for (int l = 0; l < n; l++) {
             ptrdiff_t key = heap[first + l].key;
             t->keys[i][first + l] = is_nan ? -1 : key;
             write_number(t->weights[i] + (first + l) * t->weights_key, t->out_format,
-                         is_nan ? (real)NAN : key < 0 ? 0 : weight[l]);
+                         is_nan    ? (real)NAN
+                         : key < 0 ? 0
+                                   : weight[l]);
         }
     }
 }

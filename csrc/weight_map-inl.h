@@ -1,5 +1,5 @@
-/* What becomes of weights that are not wanted one by one: their sums over bins of queries x keys, for
- * which the scores are made once more, as for weights().
+/* What becomes of weights that are not wanted one by one: their sums over bins of queries x keys,
+ * for which the scores are made once more, as for weights().
  */
 #ifndef FASTATTN_WEIGHT_MAP_INL_H
 #define FASTATTN_WEIGHT_MAP_INL_H
@@ -38,7 +38,8 @@ static void add_to_bins(const Tile *t, int p, const SubBlock *sub, ptrdiff_t fir
             for (int i = 0, after; i < LANES && slot[i] >= 0; i = after) {
                 double *to = t->bins + slot[i] * t->bin_row + first + column;
                 real sums[LANES];
-                for (after = i + 1; after < LANES && slot[after] == slot[i]; after++) x[i] += x[after];
+                for (after = i + 1; after < LANES && slot[after] == slot[i]; after++)
+                    x[i] += x[after];
                 store_unaligned(sums, x[i]);
                 for (int l = 0; l < LANES; l++) to[l] += sums[l];
             }
@@ -46,11 +47,14 @@ static void add_to_bins(const Tile *t, int p, const SubBlock *sub, ptrdiff_t fir
     }
 }
 
-static void accumulate_bins_of_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+static void accumulate_bins_of_sub_block(const Tile *t, const Scratch *s, int p,
+                                         const SubBlock *sub) {
     ptrdiff_t first = bin_of(sub->key, t->n_keys, t->columns);
     normalize_weights(t, s, p, sub);
     add_to_bins(t, p, sub, first, sum_columns(t, t->micropanel[p].vecs, sub, first));
 }
 
-static void accumulate_bins(Tile *t, ptrdiff_t begin, ptrdiff_t end) { each_sub_block(t, begin, end, accumulate_bins_of_sub_block); }
+static void accumulate_bins(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+    each_sub_block(t, begin, end, accumulate_bins_of_sub_block);
+}
 #endif
