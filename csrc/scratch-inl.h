@@ -156,11 +156,4 @@ typedef struct {
     bool any_visible; /* is any key visible? */
     vec top[MR_VECS], sum[MR_VECS], rescale[MR_VECS];
 } BlockState;
-
-/* Does each query see key j? In the sign bits, as `choose` takes them. */
-INLINE ivec visible_lanes(const SubBlock *sub, int n, int j) {
-    if (sub->visibility == FULL) return splat_int(-1);
-    ivec word = *(const ivec *)(sub->mask_words + j / LANE_BITS * MR + n * LANES);
-    return shift_up(word, LANE_BITS - 1 - j % LANE_BITS);
-}
 #endif

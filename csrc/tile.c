@@ -1,11 +1,12 @@
 /* The kernels of a tile, one body for every instruction set and dtype.
  *
  * Compiled once for each pair, with that instruction set's flags, -DTABLE=<the table's name> and
- * -DREAL_IS_DOUBLE for float64, or -DPARTS=<n> where the products are those of matmul_bf16-inl.h. A
- * micropanel is what one register tile holds: MR queries in MR_VECS vectors. Within a block of
- * keys, S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow each other as in
- * FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of the whole block
- * and O^T is rescaled once per block; in bfloat16 terms otherwise: online_softmax_bf16-inl.h.
+ * -DREAL_IS_DOUBLE for float64, or -DBF16_TERMS=<n> where the products are those of
+ * matmul_bf16-inl.h. A micropanel is what one register tile holds: MR queries in MR_VECS vectors.
+ * Within a block of keys, S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow
+ * each other as in FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that
+ * of the whole block and O^T is rescaled once per block; in bfloat16 terms otherwise:
+ * online_softmax_bf16-inl.h.
  */
 #include "simd-inl.h"
 
@@ -24,7 +25,6 @@
 #endif
 
 #include "matmul_fma-inl.h"
-#define LN2 0.69314718055994530942
 
 #ifdef BF16_TERMS
 #include "matmul_bf16-inl.h"

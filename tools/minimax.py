@@ -1,4 +1,4 @@
-"""Prints the polynomials of ``simd-inl.h``, those of least relative error.
+"""Prints the polynomials of ``math-inl.h``, those of least relative error.
 
     pip install mpmath && python tools/minimax.py
 
