@@ -1,11 +1,11 @@
 #include "instruction_sets.h"
 
-/* setup.py compiles tile.c once for each of these, with the flags that belong to the name, and defines
- * WITHOUT_<name> where the compiler lacks them. */
+/* setup.py compiles tile.c once for each of these, with the flags that belong to the name, and
+ * defines WITHOUT_<name> where the compiler lacks them. */
 #define DECLARE(name) extern const TileKernels name##_float32, name##_float64;
 
 /* float16 and bfloat16 are widened as they are read. */
-#define KERNELS(name)                                                                             \
+#define KERNELS(name)                                                                              \
     &name##_float64, &name##_float32, &name##_float32, &name##_float32, &name##_float32
 
 static int always(void) { return 1; }

@@ -22,8 +22,8 @@ cdef bint inherits_pool() noexcept nogil:
     return (was_forked or getpid() != own_process) and is_first_thread()
 
 
-cdef int ready_threads(int wanted) noexcept:
-    """How many threads, at most so many, `each_item` can have. With the GIL held, so that what one call
+cdef int available_threads(int wanted) noexcept:
+    """How many threads, at most so many, `parallel_for` can have. With the GIL held, so that what one call
     has found it can create no other call takes.
     """
     if wanted <= 1:
@@ -40,12 +40,12 @@ def cpus_in_places():
     """How many CPUs it may use are in OpenMP's places; 0 where it has none to bind threads to."""
     cdef int place
     cdef cnp.ndarray cpus
-    found = set()
+    total = set()
     for place in range(omp_get_num_places()):
         cpus = np.empty(omp_get_place_num_procs(place), np.intc)
         omp_get_place_proc_ids(place, <int *>cnp.PyArray_DATA(cpus))
-        found.update(cpus.tolist())
-    return min(len(found), omp_get_num_procs())
+        total.update(cpus.tolist())
+    return min(len(total), omp_get_num_procs())
 
 
 # The caller's thread looks for Ctrl-C this often.
@@ -94,10 +94,10 @@ cdef void run_in_parallel(Region *region) noexcept nogil:
         run_item(region, item, threadid())
 
 
-cdef bint each_item(
+cdef bint parallel_for(
     Item run, const void *call, Tile *tiles, Py_ssize_t items, int threads
 ) noexcept nogil:
-    """Run all items on as many `ready_threads`. False if a signal stopped it, whose exception is set."""
+    """Run all items on as many `available_threads`. False if a signal stopped it, whose exception is set."""
     cdef Py_ssize_t item
     cdef Region region
     region.run, region.call, region.tiles = run, call, tiles

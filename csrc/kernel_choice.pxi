@@ -1,0 +1,136 @@
+# Part of kernels.pyx: which instruction set's kernels serve what.
+
+FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")  # the names that may be disabled, on any machine
+
+cdef const InstructionSet *fastest = NULL
+for _i in range(N_INSTRUCTION_SETS):
+    if INSTRUCTION_SETS[_i].runs_here():
+        fastest = &INSTRUCTION_SETS[_i]
+        break
+
+
+# Queries of one key head up to which packing keys for the other kernels would cost more than it saves,
+# and from which on splitting float32 keys in bfloat16 terms costs less: they take 1.5 times as long as
+# multiply-adds for 32 queries, as long for 112, and 0.8 of it for 384.
+cdef enum:
+    MAX_FMA_ROWS = 16
+    MIN_BF16X3_ROWS = 128
+
+# With no more queries than these a key head is one item of work, which may leave threads idle, so
+# its keys are split between them, into splits that depend on their number alone. No more than so many,
+# because each takes room for its partial result, and time even where every key of it is hidden.
+cdef enum:
+    MAX_SPLIT_ROWS = 32
+    SPLIT_KEYS = 2048
+    MAX_SPLITS = 64
+
+
+# What a call multiplies in: the dtype of its arrays, or what the user allows in its place.
+cdef enum ComputeDtype:
+    FLOAT64
+    FLOAT32
+    FLOAT16
+    BFLOAT16
+
+
+cdef int compute_dtype_of(str char) except -1:
+    """The ComputeDtype of NumPy's character for a dtype; E is ml_dtypes' for bfloat16."""
+    if char == "f":
+        return FLOAT32
+    if char == "d":
+        return FLOAT64
+    if char == "e":
+        return FLOAT16
+    if char == "E":
+        return BFLOAT16
+    raise ValueError(f"compute_dtype: expected one of d f e E, got {char!r}")
+
+
+cdef const TileKernels *kernels_for(
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
+) except NULL:
+    """The kernels for matmuls in that dtype and that many queries of one key head."""
+    cdef const InstructionSet *isa = chosen()
+    cdef int dtype = compute_dtype_of(compute_dtype)
+    if dtype == FLOAT64:
+        return isa.float64
+    if queries <= MAX_FMA_ROWS or not dot:  # other score functions are no matmuls
+        return isa.fma
+    if dtype == FLOAT32:
+        many = queries >= MIN_BF16X3_ROWS
+        return isa.float32 if many and worth_bf16x3(head_dim, value_dim) else isa.fma
+    return isa.float16 if dtype == FLOAT16 else isa.bfloat16
+
+
+cdef const TileKernels *backward_kernels_for(
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
+) except NULL:
+    """The kernels of gradients: those that made the results, so that scores are the same bit for bit,
+    or where these have no gradients those of float32.
+    """
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, True)
+    return chosen().fma if kernels.backward is NULL else kernels
+
+
+cdef bint worth_bf16x3(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil:
+    """Do three bfloat16 terms multiply so many dims of float32 sooner than multiply-adds? They take 3/4 of the time
+    a dim, but dims in whole chunks of 32 and of 16, and longer for what comes with every key: at 32,
+    48 and 56 both take as long, at 64 terms are 15 % faster, and 20 % at 96 and 128.
+    """
+    cdef Py_ssize_t padded = (head_dim + 31) // 32 * 32 + (value_dim + 15) // 16 * 16
+    return 4 * (head_dim + value_dim) - 3 * padded > (75 if value_dim else 37)
+
+
+def tile_size(
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
+):
+    """How many of the queries of one key head a tile and a micropanel take, and how many keys a block."""
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
+    return min(queries, kernels.block_q), min(queries, kernels.mr), kernels.block_k
+
+
+def matmul_dtype(
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
+):
+    """What the kernels for such a call multiply, in words."""
+    cdef const InstructionSet *isa = chosen()
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
+    if kernels is isa.float64:
+        return "float64"
+    if kernels is isa.fma:
+        return "float32"
+    if kernels is isa.bfloat16:
+        return "bfloat16"
+    return "two bfloat16 terms" if kernels is isa.float16 else "three bfloat16 terms"
+
+
+def instruction_sets():
+    """The instruction sets that this machine can run, fastest first."""
+    return tuple(
+        INSTRUCTION_SETS[i].name.decode()
+        for i in range(N_INSTRUCTION_SETS)
+        if INSTRUCTION_SETS[i].runs_here()
+    )
+
+
+def instruction_set():
+    """The instruction set in use: the fastest whose features are not disabled."""
+    return chosen().name.decode()
+
+
+cdef const InstructionSet *chosen() except NULL:
+    # Read at every call, and from C, where it costs next to nothing.
+    cdef const char *setting = c_getenv("FASTATTN_DISABLE_CPU_FEATURES")
+    if setting is NULL or setting[0] == 0:
+        return fastest
+    disabled = setting.decode().replace(",", " ").split()
+    for name in disabled:
+        if name not in FEATURES:
+            raise ValueError(
+                f"FASTATTN_DISABLE_CPU_FEATURES: {name!r} given, some of {' '.join(FEATURES)} wanted"
+            )
+    for i in range(N_INSTRUCTION_SETS):
+        needs = INSTRUCTION_SETS[i].features.decode().split()
+        if INSTRUCTION_SETS[i].runs_here() and not set(needs) & set(disabled):
+            return &INSTRUCTION_SETS[i]
+    return fastest  # an instruction set without optional features
