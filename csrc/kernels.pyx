@@ -1,8 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """The macro-kernel: the loop over the tiles of a problem, on several threads.
 
-What happens inside a tile is ``tile.c``; which instruction set's copy of it runs is
-``instruction_sets.c``.
+``tile.c`` computes a tile; ``instruction_sets.c`` lists its copies, one for each instruction set.
 """
 
 import numpy as np
@@ -20,7 +19,7 @@ from libc.string cimport memcpy, memset
 cnp.import_array()
 
 cdef extern from "Python.h":
-    # Without `except`: the exception stays set until the call is over.
+    # Without `except`: the exception stays set until the call ends.
     int PyErr_CheckSignals() noexcept
     void *PyErr_Occurred() noexcept
 
@@ -160,7 +159,7 @@ cdef extern from "unistd.h" nogil:
 
 
 def getenv(str name):
-    """The environment variable `name`, or None; as `os.getenv`, but fast."""
+    """The environment variable `name`, or None: `os.getenv`, but faster."""
     cdef const char *value = c_getenv(PyUnicode_AsUTF8(name))
     return None if value is NULL else value.decode("utf-8", "surrogateescape")
 
