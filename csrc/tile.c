@@ -394,14 +394,32 @@ static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, p
 #include "backward-inl.h"
 
 static const BackwardKernels BACKWARD_KERNELS = {
-    backward_scratch_bytes, prepare, normalize, begin_keys, differentiate, add_grad_q, store_keys};
-#define BACKWARD &BACKWARD_KERNELS
-#else
-#define BACKWARD NULL
+    .scratch_bytes = backward_scratch_bytes,
+    .prepare = prepare,
+    .normalize = normalize,
+    .begin_keys = begin_keys,
+    .differentiate = differentiate,
+    .add = add_grad_q,
+    .store_keys = store_keys,
+};
 #endif
 
-const TileKernels TABLE = {BLOCK_Q,       MR,         BLOCK_K,
-                           scratch_bytes, begin,      attend,
-                           finish,        weights,    accumulate_bins,
-                           collect_top_k, rank_top_k, combine_splits,
-                           sizeof(real),  BACKWARD,   peak};
+const TileKernels TABLE = {
+    .block_q = BLOCK_Q,
+    .mr = MR,
+    .block_k = BLOCK_K,
+    .scratch_bytes = scratch_bytes,
+    .begin = begin,
+    .attend = attend,
+    .finish = finish,
+    .weights = weights,
+    .accumulate_bins = accumulate_bins,
+    .collect_top_k = collect_top_k,
+    .rank_top_k = rank_top_k,
+    .combine_splits = combine_splits,
+    .real_bytes = sizeof(real),
+#ifdef HAS_BACKWARD
+    .backward = &BACKWARD_KERNELS,
+#endif
+    .peak = peak,
+};
