@@ -85,7 +85,7 @@ def times(rankings: Rankings):
     figure, panels = plt.subplots(2, 2, figsize=(10, 8.5), sharey="row", layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
     for column, suffix, title in zip(panels.T, ("", "-causal"), ("plain", "causal"), strict=True):
-        for name in contestants(rankings):
+        for name in candidates(rankings):
             line(column[0], name, points(rankings, suffix, name, "median", 1e3))
             line(column[1], name, points(rankings, suffix, name, "flops per second", 1e-9))
         length_axis(column[0], f"(1, 8, length, 64) float32, {title}")
@@ -102,7 +102,7 @@ def memory(rankings: Rankings):
     """Memory beyond inputs and result against length."""
     figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
-    for name in contestants(rankings):
+    for name in candidates(rankings):
         line(axes, name, points(rankings, "", name, "memory", 2.0**-20))
     lengths = [n for n in LENGTHS if str(n) in rankings]
     axes.plot(lengths, [4 * 8 * n * 64 * 4 / 2**20 for n in lengths], ":", color="0.5", lw=1.5,
@@ -166,7 +166,7 @@ def model_bars(rankings: Rankings):
     return figure
 
 
-def contestants(rankings: Rankings) -> list[str]:
+def candidates(rankings: Rankings) -> list[str]:
     """The names, in the order of the legend: ours, then the others."""
     called = [r for r in rankings.values() if not (r.get("inside") or r.get("function"))]
     found = {e["name"] for ranking in called for e in ranking["entries"]}
@@ -174,7 +174,7 @@ def contestants(rankings: Rankings) -> list[str]:
 
 
 def points(rankings: Rankings, suffix: str, name: str, what: str, unit: float):
-    """``[(length, value)]`` of one contestant, where it was measured."""
+    """``[(length, value)]`` of one candidate, where it was measured."""
     return [
         (length, entry[what] * unit)
         for length in LENGTHS
@@ -184,7 +184,7 @@ def points(rankings: Rankings, suffix: str, name: str, what: str, unit: float):
 
 
 def line(axes, name: str, values) -> None:
-    """One contestant's line; ours is thick and on top."""
+    """One candidate's line; ours is thick and on top."""
     color, marker = style(name)
     axes.plot(*zip(*values, strict=True) if values else ([], []), color=color, marker=marker,
               markersize=5, lw=2.8 if ours(name) else 1.2, zorder=3 if ours(name) else 2,

@@ -10,8 +10,8 @@ from functools import lru_cache
 import pytest
 
 from fastattn.bench import machine, models, timing
+from fastattn.bench.candidates import CANDIDATES
 from fastattn.bench.cases import CASES
-from fastattn.bench.contestants import CONTESTANTS
 from fastattn.bench.ranking import rms_error
 
 # Warnings of the peers are theirs; the tests turn warnings into errors.
@@ -27,15 +27,15 @@ def inputs(case):
     return (q, k, v), *case.exact(q, k, v)
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda contestant: contestant.name)
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.name)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_ranking(benchmark, case, contestant):
+def test_ranking(benchmark, case, candidate):
     threads = machine.default_threads()
-    reason = contestant.unavailable(case, threads)
+    reason = candidate.unavailable(case, threads)
     if reason is not None:
-        pytest.skip(f"{contestant.name}: {reason}")
+        pytest.skip(f"{candidate.name}: {reason}")
     arrays, rows, exact = inputs(case)
-    call, read = contestant.prepare(*arrays, case, threads)
+    call, read = candidate.prepare(*arrays, case, threads)
     error = rms_error(read(call()), rows, exact)
     timing.settle()
     once = timing.seconds(call)
@@ -46,8 +46,8 @@ def test_ranking(benchmark, case, contestant):
     benchmark.pedantic(call, rounds=rounds, iterations=calls, warmup_rounds=int(rounds > 1))
     benchmark.extra_info.update(
         case._asdict(),
-        contestant=contestant.name,
-        version=contestant.version(),
+        candidate=candidate.name,
+        version=candidate.version(),
         threads=threads,
         instruction_set=machine.instruction_set(),
         gflops=case.flops / benchmark.stats["median"] / 1e9,

@@ -116,6 +116,24 @@ def instruction_sets():
     )
 
 
+def kernel_tables():
+    """By the instruction sets of this machine and by a product's dtype: which kernels these are.
+    Where two are equal, so is every result.
+    """
+    tables = {}
+    for i in range(N_INSTRUCTION_SETS):
+        isa = &INSTRUCTION_SETS[i]
+        if isa.runs_here():
+            fma = <uintptr_t> isa.fma
+            tables[isa.name.decode()] = {
+                "float64": (<uintptr_t> isa.float64,),
+                "float32": (<uintptr_t> isa.float32, fma),
+                "float16": (<uintptr_t> isa.float16, fma),
+                "bfloat16": (<uintptr_t> isa.bfloat16, fma),
+            }
+    return tables
+
+
 def instruction_set():
     """The instruction set in use: the fastest whose features are not disabled."""
     return chosen().name.decode()

@@ -1,17 +1,20 @@
 """Exact softmax attention for NumPy at the speed limit of the machine."""
 
+from .additive import additive
 from .attention import scaled_dot
 from .backward import scaled_dot_backward
 from .block_mask import block_mask
 from .documents import document_spans
+from .euclidean import euclidean
 from .explain import available_backends, explain, show_config
 from .flex import flex
 from .gaussian import gaussian
+from .jvp import jvp
 from .kv_cache import KVCache
-from .measures import additive, euclidean
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .similarity import cosine, dot, pool
+from .varlen import varlen
 from .vjp import vjp
 from .weight_maps import attention_map, key_importance, top_keys
 
@@ -31,6 +34,7 @@ __all__ = [
     "explain",
     "flex",
     "gaussian",
+    "jvp",
     "key_importance",
     "merge",
     "pool",
@@ -38,5 +42,6 @@ __all__ = [
     "scaled_dot_backward",
     "show_config",
     "top_keys",
+    "varlen",
     "vjp",
 ]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .bench import machine, models, ranking, report
+from .bench.candidates import CANDIDATES, Candidate
 from .bench.cases import CASES, Case, parse_shape
-from .bench.contestants import CONTESTANTS, Contestant
 from .bench.models import MODELS, ModelCase
 
 DEFAULT_SHAPE = "1,8,4096,64"
@@ -57,7 +57,7 @@ def selftest(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int
 def bench(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     """Rank the backends and the installed peers on long sequences."""
     cases = wanted_cases(parser, chosen)
-    contestants = wanted_contestants(chosen)
+    candidates = wanted_contestants(chosen)
     threads = chosen.threads or machine.default_threads()
     with_memory = not chosen.no_memory
     conditions = ranking.conditions(threads)
@@ -67,14 +67,14 @@ def bench(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     if show:
         print(report.headline(conditions))
     rankings = []
-    steps = ranking.steps(len(contestants), chosen.repeat, with_memory)
+    steps = ranking.steps(len(candidates), chosen.repeat, with_memory)
     for name, case in cases.items():
         with report.progress(steps) as tick:
             if isinstance(case, ModelCase):
                 result = models.rank(name, case, threads, chosen.repeat, tick)
             else:
                 result = ranking.rank(
-                    name, case, contestants, threads, chosen.repeat, with_memory, tick
+                    name, case, candidates, threads, chosen.repeat, with_memory, tick
                 )
         rankings.append(result)
         if show:
@@ -110,18 +110,18 @@ def wanted_cases(
     return cases
 
 
-def wanted_contestants(chosen: argparse.Namespace) -> list[Contestant]:
+def wanted_contestants(chosen: argparse.Namespace) -> list[Candidate]:
     """Backends and peers: all of a kind but those on a GPU, unless some of that kind are named."""
 
-    def wanted(names: list[str], ours: bool) -> list[Contestant]:
-        kind = [c for c in CONTESTANTS if c.ours == ours]
+    def wanted(names: list[str], ours: bool) -> list[Candidate]:
+        kind = [c for c in CANDIDATES if c.ours == ours]
         return [c for c in kind if (short_name(c) in names if names else not c.only_named)]
 
     return wanted(chosen.backend, True) + wanted(chosen.peer, False)
 
 
-def short_name(contestant: Contestant) -> str:
-    return contestant.name.removeprefix("fastattn-") if contestant.ours else contestant.name
+def short_name(candidate: Candidate) -> str:
+    return candidate.name.removeprefix("fastattn-") if candidate.ours else candidate.name
 
 
 def write_json(data: Any, path: str) -> None:
@@ -160,8 +160,8 @@ def add_bench(commands) -> None:
         epilog=f"cases: {', '.join((*CASES, *MODELS))}",
     )
     added.set_defaults(command=bench)
-    ours = [short_name(c) for c in CONTESTANTS if c.ours]
-    peers = [c.name for c in CONTESTANTS if not c.ours]
+    ours = [short_name(c) for c in CANDIDATES if c.ours]
+    peers = [c.name for c in CANDIDATES if not c.ours]
     add = added.add_argument
     add("--shape", action="append", default=[], metavar="B,H,S,D",
         help="batch, heads, length, head_dim; S may be QUERIESxKEYS, H may be HEADS/KV_HEADS; "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .core.device_array import DeviceArray
-from .core.problem import Problem, pose
+from .core.problem import Problem, make_problem
 from .dispatch import select
 
-__all__ = ["answer", "scaled_dot"]
+__all__ = ["scaled_dot", "solve"]
 
 
 def scaled_dot(
@@ -137,15 +137,15 @@ def scaled_dot(
     >>> out.round(3)
     array([[1.34, 0.66]])
     """
-    problem = pose(
+    problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, out, threads, precision,
     )  # fmt: skip
-    return answer(problem, backend, out)
+    return solve(problem, backend, out)
 
 
-def answer(problem: Problem, backend: str | None, out, run=None):
+def solve(problem: Problem, backend: str | None, out, run=None):
     """Solve a problem; the results in their order of return, in the caller's `out` if given. It is
     run by `run`, or by the backend.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .core.backward import pose_backward
-from .core.problem import Gradient, Problem, pose
+from .core.backward import make_backward_problem
+from .core.problem import Gradient, Problem, make_problem
 from .dispatch import select, unsupported_backward
 
 __all__ = ["scaled_dot_backward"]
@@ -82,20 +82,20 @@ def scaled_dot_backward(
     >>> bool(np.isclose((more**2).sum() / 2 - (out**2).sum() / 2, (dv * step).sum(), rtol=1e-4))
     True
     """
-    problem = pose(
+    problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         threads=threads, precision=precision, gradients=True, wrt=wrt,
     )  # fmt: skip
-    return pull_back(problem, backend, grad_out, out, lse, grad_lse)
+    return solve_backward(problem, backend, grad_out, out, lse, grad_lse)
 
 
-def pull_back(
+def solve_backward(
     problem: Problem, backend: str | None, grad_out, out, lse, grad_lse=None, run_backward=None
 ):
     """The gradients that `problem` asks for, from its results and their gradients."""
     chosen = run_backward or select(problem, backend, unsupported_backward).run_backward
-    found = chosen(pose_backward(problem, grad_out, out, lse, grad_lse))
+    found = chosen(make_backward_problem(problem, grad_out, out, lse, grad_lse))
     return tuple(of_its_array(found[gradient.name], gradient) for gradient in problem.gradients)
 
 

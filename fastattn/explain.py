@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .core.problem import Problem, pose
+from .core.problem import Problem, make_problem
 from .dispatch import (
     BACKENDS,
     NAMED_ONLY,
@@ -76,7 +76,7 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
     >>> fastattn.explain(q, k, v, causal=True, backend="numpy").backend
     'numpy'
     """
-    problem = pose(q, k, v, gradients=True, **options)
+    problem = make_problem(q, k, v, gradients=True, **options)
     chosen = select(problem, backend)
     passed_over = {}
     order = BACKENDS + NAMED_ONLY
@@ -110,7 +110,7 @@ def available_backends() -> tuple[str, ...]:
     >>> "numpy" in fastattn.available_backends()
     True
     """
-    plain = pose([[0.0]], [[0.0]], [[0.0]])
+    plain = make_problem([[0.0]], [[0.0]], [[0.0]])
     return tuple(b.name for b in BACKENDS if cannot_run(b, plain) is None)
 
 

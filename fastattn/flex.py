@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .attention import answer, scaled_dot
-from .core.problem import pose
+from .attention import scaled_dot, solve
+from .core.problem import make_problem
 
 __all__ = ["flex"]
 
@@ -48,7 +48,7 @@ def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=Non
     `fastattn.vectormath` has others. Plain functions are compiled by Numba's ``njit``; the kernel
     is compiled once per function, in some seconds, and the last 32 are kept, so define a function
     once rather than at each call. Arrays that it closes over count as constants: later changes may
-    go unseen. It may be called for pairs of rows that are hidden by other means, never for rows
+    go hidden. It may be called for pairs of rows that are hidden by other means, never for rows
     that do not exist.
 
     The idea is that of Dong et al. (2024), "Flex Attention: A Programming Model for Generating
@@ -69,7 +69,7 @@ def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=Non
     for name in options.keys() - OPTIONS:
         raise TypeError(f"{name}: not an option of flex, which takes {', '.join(sorted(OPTIONS))}")
     out = options.get("out")
-    problem = pose(
+    problem = make_problem(
         q, k, v, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask, **options
     )
-    return answer(problem, backend, out)
+    return solve(problem, backend, out)

@@ -9,12 +9,13 @@ from functools import partial
 
 import numpy as np
 
-from .attention import answer
+from .attention import solve
+from .chunks import Chunk, Gradients, blocks, entries, fill, runs, singles
 from .core.arguments import flag, plain
 from .core.backward import Backward
-from .core.problem import Problem, pose
-from .core.seen import seen_keys
-from .gaussian_ways import (
+from .core.problem import Problem, make_problem
+from .core.visible_keys import keys_visible_to_any
+from .gaussian_methods import (
     Attended,
     Call,
     difference_gradients,
@@ -24,7 +25,6 @@ from .gaussian_ways import (
     product,
     product_gradients,
 )
-from .parts import Gradients, Part, blocks, entries, fill, runs, singles
 from .similarity import positive, refuse
 from .vjp import differentiated, differentiates, without_out
 
@@ -104,7 +104,7 @@ def gaussian(
     """
     call = _pose(q, k, v, alpha, normalize, exclude_self, options, out=out,
                  return_lse=return_lse, return_weights=return_weights)  # fmt: skip
-    return answer(call.problem, call.backend, out, partial(_run, call))
+    return solve(call.problem, call.backend, out, partial(_run, call))
 
 
 def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
@@ -113,7 +113,7 @@ def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
     normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     backend = options.pop("backend", None)
-    p = pose(q, k, v, **options, **more)
+    p = make_problem(q, k, v, **options, **more)
     if p.sinks is not None and not normalize:
         raise ValueError(
             "sinks: expected None with normalize=False, got an array; they only add to the divisor"
@@ -147,14 +147,14 @@ def _run(call: Call, p: Problem, result, kept: _Kept | None = None):
     """Fill `result` and return what a backend's `run` does; keep what gradients need."""
 
     def results():
-        for part, by_product, found in _attended(call):
+        for chunk, by_product, found in _attended(call):
             if kept is not None:
-                kept.add(part, by_product, found)
-            total, share = _shares(call, part, found.lse)
-            yield part, (_scaled(found.out, share), total, _scaled(found.weights, share))
+                kept.add(chunk, by_product, found)
+            total, share = _shares(call, chunk, found.lse)
+            yield chunk, (_scaled(found.out, share), total, _scaled(found.weights, share))
 
     with np.errstate(all="ignore"):
-        seen = functools.reduce(np.logical_or, map(seen_keys, call.sets))
+        seen = functools.reduce(np.logical_or, map(keys_visible_to_any, call.sets))
         centre, reach = extents(p, seen)
         call = call._replace(centre=centre, reach=reach)
         if kept is not None:
@@ -162,55 +162,55 @@ def _run(call: Call, p: Problem, result, kept: _Kept | None = None):
         return fill(p, result, results())
 
 
-def _attended(call: Call) -> Iterator[tuple[Part, bool, Attended]]:
-    """``(part, by_product, found)`` of each block."""
+def _attended(call: Call) -> Iterator[tuple[Chunk, bool, Attended]]:
+    """``(chunk, by_product, found)`` of each block."""
     p = call.problem
     for entry in entries(p):
-        for part in blocks(p, entry):
-            yield from _attend(call, part)
+        for chunk in blocks(p, entry):
+            yield from _attend(call, chunk)
 
 
-def _attend(call: Call, part: Part) -> Iterator[tuple[Part, bool, Attended]]:
+def _attend(call: Call, chunk: Chunk) -> Iterator[tuple[Chunk, bool, Attended]]:
     """Attend by the product where the rule allows it, by differences elsewhere."""
     p = call.problem
-    queries = lifted(call, part)
-    sizes = _sizes(call, part, queries.squares)
-    tried = _tried(call, part, sizes)
+    queries = lifted(call, chunk)
+    sizes = _sizes(call, chunk, queries.squares)
+    tried = _tried(call, chunk, sizes)
     if tried.all():
-        found = product(call, part, queries)
+        found = product(call, chunk, queries)
         tried = _exact(p, sizes, found.lse)
         if tried.all():
-            yield part, True, found
+            yield chunk, True, found
             return
     if not tried.any():
-        yield part, False, differences(call, part)
+        yield chunk, False, differences(call, chunk)
         return
-    for single in singles(p, part):
+    for single in singles(p, chunk):
         yield from _attend(call, single)
 
 
-def _tried(call: Call, part: Part, sizes) -> np.ndarray:
+def _tried(call: Call, chunk: Chunk, sizes) -> np.ndarray:
     """For which batch entries and key heads may the product do? (batch, kv_heads)."""
-    p, (first, last) = call.problem, (part.queries.start, part.queries.stop)
+    p, (first, last) = call.problem, (chunk.queries.start, chunk.queries.stop)
     small = _exact(p, sizes, np.zeros(1))
     if call.backend == "cuda":  # which knows no differences, and says so where they are needed
         return np.ones_like(small)
     if small.all() or p.head_dim <= FEW_DIMS or p.group * (last - first) <= FEW_QUERIES:
         return small
     some = slice((first + last) // 2, min((first + last) // 2 + FEW_QUERIES, last))
-    sample = differences(call, part._replace(queries=some), value_dim=1)
+    sample = differences(call, chunk._replace(queries=some), value_dim=1)
     return small | _exact(p, sizes[..., some.start - first : some.stop - first], sample.lse)
 
 
-def _sizes(call: Call, part: Part, squares) -> np.ndarray:
+def _sizes(call: Call, chunk: Chunk, squares) -> np.ndarray:
     """The largest terms of the product for each query, 0 of one that is not finite."""
     p = call.problem
     sizes = call.alpha * squares
     if not np.isfinite(sizes).all():
-        sizes = np.where(np.isfinite(part.of(p.q, "hq.")).all(axis=-1), sizes, 0)
+        sizes = np.where(np.isfinite(chunk.of(p.q, "hq.")).all(axis=-1), sizes, 0)
     # Where the product might leave the range for some key, it is never exact.
     most = np.finfo(p.accumulator).max / (64 * p.head_dim * max(call.alpha, 1))
-    reach = np.repeat(part.of(call.reach, "g"), p.group, axis=-1)[..., None]
+    reach = np.repeat(chunk.of(call.reach, "g"), p.group, axis=-1)[..., None]
     return np.where(reach**2 <= most, sizes, np.inf)
 
 
@@ -221,7 +221,7 @@ def _exact(p: Problem, sizes, lse) -> np.ndarray:
     return exact.reshape(*exact.shape[:-2], -1, p.group * exact.shape[-1]).all(axis=-1)
 
 
-def _shares(call: Call, part: Part, lse):
+def _shares(call: Call, chunk: Chunk, lse):
     """``(total, share)``: the lse with sinks, and by what the softmax is to be multiplied, None for
     1.
     """
@@ -230,7 +230,7 @@ def _shares(call: Call, part: Part, lse):
         return lse, np.exp(lse)
     if p.sinks is None:
         return lse, None
-    total = np.logaddexp(lse, p.sinks[part.heads].astype(lse.dtype)[:, None])
+    total = np.logaddexp(lse, p.sinks[chunk.heads].astype(lse.dtype)[:, None])
     return total, np.where(lse == -np.inf, 0, np.exp(lse - total))
 
 
@@ -245,18 +245,18 @@ class _Kept:
 
     def __init__(self, p: Problem, normalize: bool):
         self.call: Call
-        self.parts: list[tuple[Part, bool]] = []
+        self.chunks: list[tuple[Chunk, bool]] = []
         same = normalize and p.sinks is None and p.dtype == p.accumulator
         self.out = None if same else np.empty(p.rows(p.value_dim), p.accumulator)
         self.lse = np.empty(p.rows(), p.accumulator)
         self.inner_lse = np.empty(p.rows(), p.accumulator)
 
-    def add(self, part: Part, by_product: bool, found: Attended) -> None:
-        self.parts.append((part, by_product))
+    def add(self, chunk: Chunk, by_product: bool, found: Attended) -> None:
+        self.chunks.append((chunk, by_product))
         if self.out is not None:
-            part.of(self.out, "hq.")[...] = found.out
-        part.of(self.lse, "hq")[...] = found.lse
-        part.of(self.inner_lse, "hq")[...] = found.inner_lse
+            chunk.of(self.out, "hq.")[...] = found.out
+        chunk.of(self.lse, "hq")[...] = found.lse
+        chunk.of(self.inner_lse, "hq")[...] = found.inner_lse
 
 
 @differentiates(gaussian)
@@ -277,12 +277,12 @@ def _gradients(kept: _Kept, b: Backward) -> dict[str, np.ndarray]:
     """``out = softmax * share``, so both it and its lse have gradients."""
     p, sums = b.problem, Gradients(b.problem)
     with np.errstate(all="ignore"):
-        for part, by_product in kept.parts:
-            inner, of_sinks = _inner(kept, b, part)
+        for chunk, by_product in kept.chunks:
+            inner, of_sinks = _inner(kept, b, chunk)
             if "sinks" in sums.found:
-                sums.add(part, {"sinks": of_sinks})
-            queries = lifted(kept.call, part) if by_product else None
-            for run in runs(p, part):
+                sums.add(chunk, {"sinks": of_sinks})
+            queries = lifted(kept.call, chunk) if by_product else None
+            for run in runs(p, chunk):
                 if queries is not None:
                     found = product_gradients(kept.call, inner, run, queries)
                 else:
@@ -292,20 +292,20 @@ def _gradients(kept: _Kept, b: Backward) -> dict[str, np.ndarray]:
     return sums.found
 
 
-def _inner(kept: _Kept, b: Backward, part: Part):
-    """The backward problem of a part's softmax, and the gradient of sinks."""
+def _inner(kept: _Kept, b: Backward, chunk: Chunk):
+    """The backward problem of a chunk's softmax, and the gradient of sinks."""
     call, p = kept.call, b.problem
-    y = part.of(b.out if kept.out is None else kept.out, "hq.")
-    lse = part.of(kept.lse, "hq")
-    _, share = _shares(call, part, lse)
+    y = chunk.of(b.out if kept.out is None else kept.out, "hq.")
+    lse = chunk.of(kept.lse, "hq")
+    _, share = _shares(call, chunk, lse)
     share = np.ones_like(lse) if share is None else share
-    from_lse = np.zeros_like(lse) if b.grad_lse is None else part.of(b.grad_lse, "hq")
-    grad_y = part.of(b.grad_out, "hq.").astype(p.accumulator, copy=False)
+    from_lse = np.zeros_like(lse) if b.grad_lse is None else chunk.of(b.grad_lse, "hq")
+    grad_y = chunk.of(b.grad_out, "hq.").astype(p.accumulator, copy=False)
     along = (grad_y * y).sum(axis=-1) * share
     grad = along * (1 - share) + from_lse * share if call.normalize else along + from_lse
     grad = np.where(lse == -np.inf, 0, grad)
     of_sinks = ((1 - share) * (from_lse - along)).sum(axis=(*range(len(p.batch)), -1))
     inner = b._replace(
-        out=y, lse=part.of(kept.inner_lse, "hq"), grad_out=grad_y * share[..., None], grad_lse=grad
+        out=y, lse=chunk.of(kept.inner_lse, "hq"), grad_out=grad_y * share[..., None], grad_lse=grad
     )
     return inner, of_sinks

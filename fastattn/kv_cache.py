@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .attention import answer, scaled_dot
+from .attention import scaled_dot, solve
 from .core.arguments import count, integers, plain
 from .core.dtypes import FLOATS, float_type, is_float
 from .core.options import span_sides
-from .core.problem import pose
+from .core.problem import make_problem
 
 __all__ = ["KVCache"]
 
@@ -261,7 +261,7 @@ class KVCache:
             options.setdefault("q_offset", state.lengths - n)
         k, v, *scales = (x[:, :, : state.longest] for x in state.arrays)
         options |= zip(("k_scales", "v_scales"), scales, strict=False)
-        results = answer(pose(q, k, v, causal=causal, out=out, **options), backend, out)
+        results = solve(make_problem(q, k, v, causal=causal, out=out, **options), backend, out)
         if counts is not None and options.get("sinks") is not None:
             _clear_rows(results, counts, n, options.get("return_lse", False))
         return results

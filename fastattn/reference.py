@@ -13,7 +13,7 @@ import numpy as np
 
 from .core.arguments import in_range
 from .core.backward import Backward
-from .core.cells import cell_starts, nothing_seen
+from .core.bins import bin_starts, no_top_keys
 from .core.dtypes import as_real
 from .core.problem import Problem
 
@@ -79,8 +79,8 @@ def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
     if weights.size == 0:
         return np.zeros((*p.batch, p.heads, rows, columns))
     with np.errstate(all="ignore"):
-        of_rows = np.add.reduceat(weights, cell_starts(p.n_queries, rows), axis=-2)
-        return np.add.reduceat(of_rows, cell_starts(p.n_keys, columns), axis=-1)
+        of_rows = np.add.reduceat(weights, bin_starts(p.n_queries, rows), axis=-2)
+        return np.add.reduceat(of_rows, bin_starts(p.n_keys, columns), axis=-1)
 
 
 def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +89,7 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
     They are ranked by their scores, which tell more keys apart than weights do.
     """
     p = problem
-    indices, strongest = nothing_seen(p, n)
+    indices, strongest = no_top_keys(p, n)
     _, _, weights = attend(p)
     kept = slice(min(n, p.n_keys))
     with np.errstate(all="ignore"):
@@ -130,7 +130,7 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
 
         seen_by = seen.swapaxes(-1, -2)
         found = {
-            **measure_gradients(p, q, k, seen, grad_measured),
+            **score_function_gradients(p, q, k, seen, grad_measured),
             "v": per_key_head(weighted_sum(weights.swapaxes(-1, -2), seen_by, grad_out), p),
             "bias": grad_s,
         }
@@ -170,7 +170,7 @@ def drawn_in(x, finite, dtype) -> np.ndarray:
 
 
 def capped_products(p: Problem, real=np.float64) -> np.ndarray:
-    """The score before anything is added: the scaled measure, softly capped."""
+    """The score before anything is added: the scaled score function, softly capped."""
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
     k = per_query_head(as_real(p.k, p.k_scales, real), p)
     products = measured(p, q, k)
@@ -184,13 +184,13 @@ def capped_products(p: Problem, real=np.float64) -> np.ndarray:
 
 
 def scaled_far_products(p: Problem, q, k, real) -> np.ndarray:
-    """The scaled measure of vectors whose sums leave the range of `real`, but for small digits."""
+    """The scaled score function of vectors whose sums leave the range of `real`."""
     unit = real(2.0) ** (np.finfo(real).maxexp // 2 + 32)
-    if p.measure.name == "dot":
+    if p.score_function.name == "dot":
         return real(p.scale) * measured(p, q / unit, k / unit) * unit * unit
-    if p.measure.name == "distance":
+    if p.score_function.name == "distance":
         return real(p.scale) * measured(p, q / unit, k / unit) * unit
-    weights = p.measure.weights.astype(real) / unit
+    weights = p.score_function.weights.astype(real) / unit
     return real(p.scale) * (np.tanh(q[..., :, None, :] + k[..., None, :, :]) @ weights) * unit
 
 
@@ -198,35 +198,37 @@ def measured(p: Problem, q, k) -> np.ndarray:
     """How each query compares with each key: ``q . k``, ``|q - k|``, its square or
     ``w . tanh(q + k)``.
     """
-    if p.measure.name == "dot":
+    if p.score_function.name == "dot":
         return q @ k.swapaxes(-1, -2)
     q, k = q[..., :, None, :], k[..., None, :, :]
-    if p.measure.name == "distance":
+    if p.score_function.name == "distance":
         return np.sqrt(((q - k) ** 2).sum(axis=-1))
-    if p.measure.name == "squared distance":
+    if p.score_function.name == "squared distance":
         squares, finite = ((q - k) ** 2).sum(axis=-1), np.isfinite(q) & np.isfinite(k)
         return np.where(finite.all(axis=-1), np.fmin(squares, np.finfo(q.dtype).max), squares)
-    return np.tanh(q + k) @ p.measure.weights.astype(q.dtype)
+    return np.tanh(q + k) @ p.score_function.weights.astype(q.dtype)
 
 
-def measure_gradients(p: Problem, q, k, seen, grad) -> dict[str, np.ndarray]:
+def score_function_gradients(p: Problem, q, k, seen, grad) -> dict[str, np.ndarray]:
     """The gradients of what `measured` takes from `grad`, that of what it returns."""
-    if p.measure.name == "dot":
+    if p.score_function.name == "dot":
         seen_by = seen.swapaxes(-1, -2)
         grad_q = weighted_sum(grad, seen, k)
         grad_k = weighted_sum(grad.swapaxes(-1, -2), seen_by, q)
         return {"q": grad_q, "k": per_key_head(grad_k, p)}
     q, k, seen = q[..., :, None, :], k[..., None, :, :], seen[..., None]
-    if p.measure.name.endswith("distance"):
+    if p.score_function.name.endswith("distance"):
         away = q - k
         terms = 2 * grad[..., None] * away
-        if p.measure.name == "distance":
+        if p.score_function.name == "distance":
             length = np.sqrt((away**2).sum(axis=-1, keepdims=True))
             terms = np.where(length != 0, terms / (2 * length), 0)
         terms = np.where(seen, terms, 0)
         return {"q": terms.sum(axis=-2), "k": per_key_head(-terms.sum(axis=-3), p)}
     tanh = np.where(seen, np.tanh(q + k), 0)
-    terms = np.where(seen, grad[..., None] * p.measure.weights.astype(q.dtype) * (1 - tanh**2), 0)
+    terms = np.where(
+        seen, grad[..., None] * p.score_function.weights.astype(q.dtype) * (1 - tanh**2), 0
+    )
     return {
         "q": terms.sum(axis=-2),
         "k": per_key_head(terms.sum(axis=-3), p),
@@ -297,7 +299,7 @@ def recomputed(s, seen, lse, b: Backward):
 
 
 def weighted_sum(weights, seen, x):
-    """``weights @ x``. A weight of 0 on an unseen row of x must not meet a NaN there: such rows are
+    """``weights @ x``. A weight of 0 on an hidden row of x must not meet a NaN there: such rows are
     left out of the sum.
     """
     if np.isfinite(x).all():

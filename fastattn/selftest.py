@@ -16,7 +16,7 @@ import numpy as np
 from . import reference
 from .bench.machine import kernels
 from .core.backward import Backward
-from .core.problem import Problem, pose
+from .core.problem import Problem, make_problem
 from .dispatch import BACKENDS, unsupported, unsupported_backward
 
 __all__ = ["Outcome", "selftest"]
@@ -132,7 +132,7 @@ def problems() -> dict[str, Problem]:
         "mask_mod": (square, {"mask_mod": _checkerboard, "causal": True}),
     }
     return {
-        title: pose(q, k, v, return_lse=True, gradients=True, **options)
+        title: make_problem(q, k, v, return_lse=True, gradients=True, **options)
         for title, ((q, k, v), options) in calls.items()
     }
 

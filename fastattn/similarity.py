@@ -6,13 +6,14 @@ from functools import partial
 
 import numpy as np
 
-from .attention import answer, scaled_dot
+from .attention import scaled_dot, solve
+from .chunks import Chunk, Gradients, Union, blocks, entries, fill, runs
 from .core.arguments import number, plain
 from .core.backward import Backward
 from .core.dtypes import float_dtype
 from .core.options import check_wrt
-from .core.problem import Problem, pose
-from .parts import Gradients, Part, Union, blocks, entries, fill, runs
+from .core.problem import Problem, make_problem
+from .jvp import has_tangents, jvp
 from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]
@@ -95,8 +96,8 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     array([[1.762, 0.238]])
     """
     refuse("cosine", options, "scale")
-    p = _pose_cosine(q, k, v, temperature, out=out, **options)
-    return answer(p, backend, out, partial(_run_cosine, backend=backend))
+    p = _cosine_problem(q, k, v, temperature, out=out, **options)
+    return solve(p, backend, out, partial(_run_cosine, backend=backend))
 
 
 def pool(
@@ -171,24 +172,24 @@ def _cosine(
 ):  # fmt: skip
     refuse("cosine", options, "scale")
     without_out(options)
-    p = _pose_cosine(q, k, v, temperature, gradients=True, wrt=wrt, return_lse=True, **options)
+    p = _cosine_problem(q, k, v, temperature, gradients=True, wrt=wrt, return_lse=True, **options)
     run = partial(_run_cosine, backend=backend)
     return differentiated(p, backend, return_lse, run, partial(_cosine_gradients, backend=backend))
 
 
-def _pose_cosine(q, k, v, temperature, **options) -> Problem:
+def _cosine_problem(q, k, v, temperature, **options) -> Problem:
     scale = 1 / positive("temperature", temperature)
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
-    return pose(q, k, v, scale=scale, **options)
+    return make_problem(q, k, v, scale=scale, **options)
 
 
 def _run_cosine(p: Problem, result, backend):
     """`p` with the directions of its queries and keys; fills and returns what a backend does."""
 
-    def attended(part: Part):
-        q, _ = _unit(part.of(p.q, "hq."), p.dtype)
-        found = Union(part)
-        for run in runs(p, part):
+    def attended(chunk: Chunk):
+        q, _ = _unit(chunk.of(p.q, "hq."), p.dtype)
+        found = Union(chunk)
+        for run in runs(p, chunk):
             k, _ = _unit(run.of(p.k, "gj."), p.dtype)
             v = run.of(p.v, "gj.").astype(p.dtype, copy=False)
             results = scaled_dot(q, k, v, return_lse=True, return_weights=p.return_weights,
@@ -196,19 +197,19 @@ def _run_cosine(p: Problem, result, backend):
             found.add(run.keys, *results)
         return found.out, found.lse, found.weights
 
-    parts = (part for entry in entries(p) for part in blocks(p, entry))
-    return fill(p, result, ((part, attended(part)) for part in parts))
+    chunks = (chunk for entry in entries(p) for chunk in blocks(p, entry))
+    return fill(p, result, ((chunk, attended(chunk)) for chunk in chunks))
 
 
 def _cosine_gradients(b: Backward, backend) -> dict[str, np.ndarray]:
     p = b.problem
     sums = Gradients(p)
-    for part in (part for entry in entries(p) for part in blocks(p, entry)):
-        q, q_length = _unit(part.of(p.q, "hq."), p.dtype)
-        for run in runs(p, part):
+    for chunk in (chunk for entry in entries(p) for chunk in blocks(p, entry)):
+        q, q_length = _unit(chunk.of(p.q, "hq."), p.dtype)
+        for run in runs(p, chunk):
             k, k_length = _unit(run.of(p.k, "gj."), p.dtype)
             v = run.of(p.v, "gj.").astype(p.dtype, copy=False)
-            found = run.gradients(part.backward(b), q, k, v, run.options(p), backend)
+            found = run.gradients(chunk.backward(b), q, k, v, run.options(p), backend)
             found["q"] = _turned(found["q"], q, q_length)
             found["k"] = _turned(found["k"], k, k_length)
             sums.add(run, found)
@@ -316,3 +317,26 @@ def _pooled(results, single: bool):
     axes = (first, first + 1) if single else (first,)
     pooled = tuple(x.squeeze(axes) for x in given)
     return pooled if isinstance(results, tuple) else pooled[0]
+
+
+@has_tangents(dot)
+def _dot_tangents(arrays, tangents, **options):
+    refuse("dot", options, "scale")
+    return jvp(scaled_dot, arrays, tangents, scale=1.0, **options)
+
+
+@has_tangents(pool)
+def _pool_tangents(
+    arrays, tangents, *, b=0.0, kv_lengths=None, mask=None, return_lse=False, **options
+):  # fmt: skip
+    refuse("pool", options, *(options.keys() - {"backend", "return_weights", "threads"}))
+    x, w = arrays
+    dx, dw = tangents
+    x, w, own = _pooling(x, w, b, kv_lengths, mask)
+    dx = None if dx is None else dx[..., None, :, :]
+    dw = None if dw is None else np.atleast_2d(dw.T)
+    results = jvp(
+        scaled_dot, (np.atleast_2d(w.T), x, x), (dw, dx, dx), return_lse=return_lse, **own,
+        **options,
+    )  # fmt: skip
+    return tuple(_pooled(moved, w.ndim == 1) for moved in results)

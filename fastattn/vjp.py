@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .attention import answer, scaled_dot
-from .backward import pull_back
+from .attention import scaled_dot, solve
+from .backward import solve_backward
 from .core.arguments import flag
-from .core.problem import Problem, pose
+from .core.problem import Problem, make_problem
 from .dispatch import select, unsupported_backward
 
-__all__ = ["differentiated", "differentiates", "vjp"]
+__all__ = ["differentiated", "differentiates", "rule_of", "vjp", "without_out"]
 
 _RULES: dict[Any, Callable] = {}
 
@@ -38,7 +38,7 @@ def vjp(function, *arrays, wrt=(), **options):
     Parameters
     ----------
     function : callable
-        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, or a
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, `varlen`, or a
         `MultiHeadAttention`.
     *arrays : array_like
         Its positional arguments.
@@ -90,19 +90,20 @@ def vjp(function, *arrays, wrt=(), **options):
     >>> [gradient.shape for gradient in pullback(out)]
     [(2, 50, 8), (2, 50, 8), (2, 50, 8), (2,)]
     """
-    return _rule(function)(*arrays, wrt=wrt, **options)
+    return rule_of(function, _RULES)(*arrays, wrt=wrt, **options)
 
 
-def _rule(function) -> Callable:
+def rule_of(function, rules: dict[Any, Callable]) -> Callable:
+    """The rule for `function`, or for the class that it is an instance of."""
     try:
-        rule = _RULES.get(function)
+        rule = rules.get(function)
     except TypeError:  # not hashable
         rule = None
-    if rule is None and type(function) in _RULES:
-        rule = partial(_RULES[type(function)], function)
+    if rule is None and type(function) in rules:
+        rule = partial(rules[type(function)], function)
     if rule is None:
         name = getattr(function, "__name__", repr(function))
-        able = ", ".join(known.__name__ for known in _RULES)
+        able = ", ".join(known.__name__ for known in rules)
         raise TypeError(f"function: expected one of {able}, got {name}")
     return rule
 
@@ -110,7 +111,7 @@ def _rule(function) -> Callable:
 @differentiates(scaled_dot)
 def _scaled_dot(q, k, v, *, wrt, backend=None, return_lse=False, **options):
     without_out(options)
-    problem = pose(q, k, v, gradients=True, wrt=wrt, return_lse=True, **options)
+    problem = make_problem(q, k, v, gradients=True, wrt=wrt, return_lse=True, **options)
     return differentiated(problem, backend, return_lse)
 
 
@@ -123,16 +124,16 @@ def without_out(options: dict) -> None:
 def differentiated(
     problem: Problem, backend: str | None, return_lse: bool, run=None, run_backward=None
 ):
-    """What `vjp` returns for a problem that is posed with its gradients and with its lse. `run` and
+    """What `vjp` returns for a problem stated with its gradients and its lse. `run` and
     `run_backward` take the place of the backend's, where it is not given the problem as it is.
     """
     return_lse = flag("return_lse", return_lse)
     # What is wrong with the gradients is an error now, not after the forward pass.
     select(problem, backend, unsupported_backward)
-    out, lse, *weights = answer(problem, backend, None, run)
+    out, lse, *weights = solve(problem, backend, None, run)
 
     def pullback(grad_out, grad_lse=None):
-        return pull_back(problem, backend, grad_out, out, lse, grad_lse, run_backward)
+        return solve_backward(problem, backend, grad_out, out, lse, grad_lse, run_backward)
 
     results = (out, *([lse] if return_lse else []), *weights)
     return (out if len(results) == 1 else results), pullback

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .core.arguments import count, integers, plain
-from .core.cells import cell_starts
-from .core.problem import Problem, pose
+from .core.bins import bin_starts
+from .core.problem import Problem, make_problem
 from .dispatch import select, unsupported_map
 
 __all__ = ["attention_map", "key_importance", "top_keys"]
@@ -105,7 +105,7 @@ def attention_map(q, k, shape, *, backend=None, **options):
     p = _pose("attention_map", q, k, options)
     rows, columns = _cells(shape, p)
     sums = select(p, backend, unsupported_map).run_map(p, rows, columns)
-    queries = np.diff(cell_starts(p.n_queries, rows), append=p.n_queries)
+    queries = np.diff(bin_starts(p.n_queries, rows), append=p.n_queries)
     return _deliver(p, sums / queries[:, None])
 
 
@@ -165,7 +165,7 @@ def _pose(function: str, q, k, options) -> Problem:
         if name not in _OPTIONS:
             raise TypeError(f"{name}: no option of {function}, which takes {', '.join(_OPTIONS)}")
     q, k = plain("q", q), plain("k", k)
-    return pose(q, k, k[..., :0] if k.ndim else k, **options)
+    return make_problem(q, k, k[..., :0] if k.ndim else k, **options)
 
 
 def _cells(shape, p: Problem) -> tuple[int, int]:

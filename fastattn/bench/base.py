@@ -1,4 +1,4 @@
-"""What a contestant of the ranking is."""
+"""What a candidate of the ranking is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from .cases import Case
 
-__all__ = ["Contestant", "Prepared"]
+__all__ = ["Candidate", "Prepared"]
 
-# A contestant that makes arrays of queries x keys sits out where they need more than this.
+# A candidate that makes arrays of queries x keys sits out where they need more than this.
 MOST_GRID_BYTES = 4 << 30
 
 
@@ -26,7 +26,7 @@ class Prepared(NamedTuple):
     read: Callable[[Any], np.ndarray]
 
 
-class Contestant:
+class Candidate:
     """One way to compute attention. A subclass is one library and its best spelling.
 
     Attributes
@@ -65,12 +65,12 @@ class Contestant:
         return case.inside in self.inside and (self.functions or not case.function)
 
     def missing(self) -> str | None:
-        """Why this contestant cannot run here at all, or None."""
+        """Why this candidate cannot run here at all, or None."""
         absent = [p for p in self.packages if find_spec(p) is None]
         return f"{' and '.join(absent)} not installed" if absent else None
 
     def unavailable(self, case: Case, threads: int) -> str | None:
-        """Why this contestant cannot take part in `case`, or None."""
+        """Why this candidate cannot take part in `case`, or None."""
         missing = self.missing()
         if missing:
             return missing

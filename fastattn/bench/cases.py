@@ -12,7 +12,7 @@ import numpy as np
 from .. import reference
 from ..core.backward import Backward
 from ..core.dtypes import float_type
-from ..core.problem import pose
+from ..core.problem import make_problem
 from .functions import FUNCTIONS, document_starts
 
 __all__ = ["CASES", "Case", "parse_shape"]
@@ -148,7 +148,7 @@ class Case(NamedTuple):
         if score_mod is not None:  # these add
             head = np.arange(self.heads)[:, None, None]
             bias = score_mod(0.0, 0, head, rows[:, None], np.arange(self.n_keys))
-        problem = pose(q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True)
+        problem = make_problem(q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True)
         real = np.longdouble if self.dtype == "float64" else np.float64
         out, lse, _ = reference.attend(problem, real)
         if self.work == "forward":

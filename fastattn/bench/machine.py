@@ -16,7 +16,7 @@ import numpy as np
 import fastattn
 
 from ..core import extension
-from ..core.problem import pose
+from ..core.problem import make_problem
 from ..core.threads import affinity, thread_count
 from ..dispatch import BACKENDS, NAMED_ONLY, cannot_run
 
@@ -72,7 +72,7 @@ def describe() -> dict[str, Any]:
 def info() -> dict[str, Any]:
     """Everything that ``python -m fastattn info`` tells."""
     compiled = kernels()
-    problem = pose(*(np.zeros((1, 1, 8, 8), np.float32) for _ in range(3)))
+    problem = make_problem(*(np.zeros((1, 1, 8, 8), np.float32) for _ in range(3)))
     return {
         "fastattn": fastattn.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",

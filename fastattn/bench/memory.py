@@ -1,6 +1,6 @@
 """How much memory a call needs beyond its inputs and its result.
 
-Measured in a fresh process per contestant and case, because allocators and arenas keep what an
+Measured in a fresh process per candidate and case, because allocators and arenas keep what an
 earlier call has used. There a small call comes first, so that what a library sets up once, threads
 and code, is not counted; then the peak of the resident set is reset and the call is made.
 """
@@ -22,16 +22,16 @@ SMALL = 128  # queries and keys of the call that comes first
 STATUS = Path("/proc/self/status")
 
 
-def extra_memory(contestant: str, case: Case, threads: int, timeout: float = 600) -> int | None:
-    """Bytes that a call of `contestant` needs at its peak; None where the system cannot say, or the
-    contestant crashed: a ranking of an hour does not end with a peer.
+def extra_memory(candidate: str, case: Case, threads: int, timeout: float = 600) -> int | None:
+    """Bytes that a call of `candidate` needs at its peak; None where the system cannot say, or the
+    candidate crashed: a ranking of an hour does not end with a peer.
     """
     if not STATUS.exists():
         return None
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", __name__, contestant, json.dumps(case), str(threads)],
+        [sys.executable, "-m", __name__, candidate, json.dumps(case), str(threads)],
         env={**os.environ, "PYTHONPATH": path},
         timeout=timeout,
         check=False,
@@ -42,11 +42,11 @@ def extra_memory(contestant: str, case: Case, threads: int, timeout: float = 600
     return int(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def measure(contestant: str, case: Case, threads: int) -> int:
+def measure(candidate: str, case: Case, threads: int) -> int:
     """The same for this process, which must be fresh."""
-    from .contestants import named
+    from .candidates import named
 
-    peer = named(contestant)
+    peer = named(candidate)
     small = case._replace(n_queries=min(SMALL, case.n_queries), n_keys=min(SMALL, case.n_keys))
     call, _ = peer.prepare(*small.arrays(), small, threads)
     call()

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .base import Contestant, Prepared
+from .base import Candidate, Prepared
 from .cases import Case
 
 __all__ = ["PEERS", "Jax", "TorchCuda"]
 
 
-class Torch(Contestant):
+class Torch(Candidate):
     """``torch.nn.functional.scaled_dot_product_attention``, which takes its flash kernel."""
 
     name = "torch"
@@ -148,7 +148,7 @@ class TorchCuda(Torch):
         return Prepared(call, prepared.read)
 
 
-class OnnxRuntime(Contestant):
+class OnnxRuntime(Candidate):
     """``com.microsoft.MultiHeadAttention`` on the CPU, in its own layout (batch, length, H * D)."""
 
     name = "onnxruntime"
@@ -200,7 +200,7 @@ class OnnxRuntime(Contestant):
         return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-class Jax(Contestant):
+class Jax(Candidate):
     """``jax.nn.dot_product_attention``, compiled, in its layout (batch, length, H, D)."""
 
     name = "jax"
@@ -260,7 +260,7 @@ class Jax(Contestant):
         return jax.nn.dot_product_attention
 
 
-class OpenVino(Contestant):
+class OpenVino(Candidate):
     """OpenVINO's ``scaled_dot_product_attention``, compiled for latency, in float32 throughout."""
 
     name = "openvino"
@@ -296,7 +296,7 @@ class OpenVino(Contestant):
         return Prepared(call, np.asarray)
 
 
-PEERS: tuple[Contestant, ...] = (
+PEERS: tuple[Candidate, ...] = (
     Torch(),
     TorchFlex(),
     TorchCuda(),

@@ -1,4 +1,4 @@
-"""One case, every contestant that can take part: time, rate, memory and error."""
+"""One case, every candidate that can take part: time, rate, memory and error."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from ..core.dtypes import float_type
 from . import machine, memory, timing
+from .candidates import Candidate
 from .cases import Case
-from .contestants import Contestant
 
 __all__ = ["add_ratios", "conditions", "rank", "steps"]
 
@@ -37,7 +37,7 @@ def conditions(threads: int) -> dict[str, Any]:
 def rank(
     name: str,
     case: Case,
-    contestants: Iterable[Contestant],
+    candidates: Iterable[Candidate],
     threads: int,
     repeat: int = 5,
     with_memory: bool = True,
@@ -45,27 +45,27 @@ def rank(
 ) -> dict[str, Any]:
     """Measure `case` and return its ranking, fastest first, as plain data."""
     absent, present = {}, []
-    for contestant in contestants:
-        if not contestant.belongs(case):
+    for candidate in candidates:
+        if not candidate.belongs(case):
             continue
-        reason = contestant.unavailable(case, threads)
+        reason = candidate.unavailable(case, threads)
         if reason is None:
-            present.append(contestant)
+            present.append(candidate)
         else:
-            absent[contestant.name] = reason
+            absent[candidate.name] = reason
     calls, errors = prepare(case, present, threads)
     peaks: list[float] = []
     times = timing.interleave(calls, repeat, tick, lambda: peaks.extend(_peak(case, threads)))
     peak = median(peaks) if peaks else None
     entries = []
-    for contestant in present:
+    for candidate in present:
         extra = None
         if with_memory:
-            tick(f"memory of {contestant.name}")
-            extra = memory.extra_memory(contestant.name, case, threads)
-        taken = times[contestant.name]
-        entries.append({**_entry(contestant, case, taken, peak), "memory": extra,
-                        "error": errors[contestant.name]})  # fmt: skip
+            tick(f"memory of {candidate.name}")
+            extra = memory.extra_memory(candidate.name, case, threads)
+        taken = times[candidate.name]
+        entries.append({**_entry(candidate, case, taken, peak), "memory": extra,
+                        "error": errors[candidate.name]})  # fmt: skip
     entries.sort(key=lambda entry: entry["median"])
     add_ratios(entries)
     return {
@@ -81,21 +81,21 @@ def rank(
     }
 
 
-def steps(contestants: int, repeat: int, with_memory: bool) -> int:
+def steps(candidates: int, repeat: int, with_memory: bool) -> int:
     """How many ticks one `rank` makes at most, for a progress bar."""
-    return contestants * (repeat + with_memory)
+    return candidates * (repeat + with_memory)
 
 
-def prepare(case: Case, contestants: Iterable[Contestant], threads: int):
+def prepare(case: Case, candidates: Iterable[Candidate], threads: int):
     """``(calls, errors)`` by name; each call has run once, and its result been compared."""
     q, k, v = case.arrays()
     rows, exact = case.exact(q, k, v)
     calls: dict[str, Callable[[], Any]] = {}
     errors = {}
-    for contestant in contestants:
-        call, read = contestant.prepare(q, k, v, case, threads)
-        errors[contestant.name] = rms_error(read(call()), rows, exact)
-        calls[contestant.name] = call
+    for candidate in candidates:
+        call, read = candidate.prepare(q, k, v, case, threads)
+        errors[candidate.name] = rms_error(read(call()), rows, exact)
+        calls[candidate.name] = call
     return calls, errors
 
 
@@ -116,13 +116,13 @@ def _peak(case: Case, threads: int) -> list[float]:
     return [compiled.peak_flops(float_type(case.dtype), threads, PEAK_ROUNDS)]
 
 
-def _entry(contestant: Contestant, case: Case, times: timing.Times, peak) -> dict[str, Any]:
+def _entry(candidate: Candidate, case: Case, times: timing.Times, peak) -> dict[str, Any]:
     rate = case.flops / times.median
     read = case.bytes / times.median
     return {
-        "name": contestant.name,
-        "version": contestant.version(),
-        "ours": contestant.ours,
+        "name": candidate.name,
+        "version": candidate.version(),
+        "ours": candidate.ours,
         "median": times.median,
         "best": times.best,
         "samples": times.samples,

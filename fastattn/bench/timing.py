@@ -1,10 +1,10 @@
-"""Times that may be compared: interleaved rounds, medians, and quiet between the contestants.
+"""Times that may be compared: interleaved rounds, medians, and quiet between the candidates.
 
 Two things would otherwise decide a ranking. The machine drifts (its clock, its other users), so
-every contestant runs once per round, and each round is one moment. And thread pools spin after a
+every candidate runs once per round, and each round is one moment. And thread pools spin after a
 call, on the cores of whoever comes next: OpenMP's for 5 ms, onnxruntime's for 25, OpenBLAS's for
 100, and on few cores a call of 0.1 ms then takes 8. So each turn begins by waiting until they all
-sleep and, as the contestant's own threads do so too, with a warm call.
+sleep and, as the candidate's own threads do so too, with a warm call.
 """
 
 from __future__ import annotations

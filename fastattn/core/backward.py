@@ -1,4 +1,4 @@
-"""One backward pass, validated: `problem.pose` for the call, and here what arrives from above."""
+"""One backward pass, validated: the call by `make_problem`, the incoming gradients here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arguments import plain
 from .dtypes import float_dtype
 from .problem import Problem
 
-__all__ = ["Backward", "pose_backward"]
+__all__ = ["Backward", "make_backward_problem"]
 
 
 class Backward(NamedTuple):
@@ -57,7 +57,7 @@ class Backward(NamedTuple):
         return (np.abs(own - lse) <= 4 * eps * np.abs(lse)) | (np.abs(lse) > 1 / eps)
 
 
-def pose_backward(problem: Problem, grad_out, out, lse, grad_lse=None) -> Backward:
+def make_backward_problem(problem: Problem, grad_out, out, lse, grad_lse=None) -> Backward:
     """Check what a backward pass through `problem` is given besides.
 
     Raises

@@ -1,7 +1,7 @@
 """Arrays in the memory of a CUDA device, as their ``__cuda_array_interface__`` describes them.
 
-`pose` reads shapes, strides and dtypes, never elements, so a `DeviceArray` that knows these is all
-that it needs. What their library is, is asked here and nowhere else.
+`make_problem` reads shapes, strides and dtypes, never elements, so a `DeviceArray` with these
+is all it needs. What their library is, is asked here and nowhere else.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DeviceArray:
 
     @property
     def flags(self) -> SimpleNamespace:
-        """What `pose` asks; its short ways for packed NumPy arrays are not for this."""
+        """What `make_problem` asks; its short ways for packed NumPy arrays are not for this."""
         return SimpleNamespace(aligned=True, c_contiguous=False, writeable=not self.readonly)
 
     @property

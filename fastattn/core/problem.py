@@ -1,7 +1,7 @@
 """One attention call, validated.
 
-``pose`` turns the words of the public API into a `Problem`; it, and what it calls in `arguments`,
-`options` and `results`, is all that checks them. Nothing after it validates again.
+``make_problem`` turns the arguments of the public API into a `Problem`. It and its helpers in
+`arguments`, `options` and `output` do all the validation; nothing after it validates again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ from .output import destination, empty_like, may_overlap
 from .visibility import KeyRange, key_range
 
 __all__ = [
-    "DISTANCE", "DOT", "SQUARED_DISTANCE", "Gradient", "Measure", "Problem", "gradient_of", "pose",
+    "DISTANCE",
+    "DOT",
+    "SQUARED_DISTANCE",
+    "Gradient",
+    "Problem",
+    "ScoreFunction",
+    "gradient_of",
+    "make_problem",
 ]  # fmt: skip
 
 _ndarray = np.ndarray
@@ -50,16 +57,16 @@ class Gradient(NamedTuple):
     dtype: np.dtype  # the wider of the argument's and the result's
 
 
-class Measure(NamedTuple):
-    """How a query and a key are compared; a score is that times the scale."""
+class ScoreFunction(NamedTuple):
+    """What is computed from a query and a key; times the scale it is their score."""
 
     # "dot": q . k, "distance": |q - k|, "squared distance", "additive": weights . tanh(q + k)
     name: str
     weights: np.ndarray = np.empty(0)  # (head_dim,), float64, of "additive" alone
 
 
-DOT, DISTANCE = Measure("dot"), Measure("distance")
-SQUARED_DISTANCE = Measure("squared distance")
+DOT, DISTANCE = ScoreFunction("dot"), ScoreFunction("distance")
+SQUARED_DISTANCE = ScoreFunction("squared distance")
 
 
 @dataclass(slots=True, eq=False)  # whose fields are read three times as fast as a named tuple's
@@ -103,7 +110,7 @@ class Problem:
     score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
     block_mask: BlockMask | None  # of that mask_mod
-    measure: Measure
+    score_function: ScoreFunction
 
     @property
     def is_flex(self) -> bool:
@@ -148,20 +155,19 @@ class Problem:
         return shape if dim is None else (*shape, dim)
 
 
-def pose(
+def make_problem(
     q, k, v, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    k_scales=None, v_scales=None, measure=DOT,
+    k_scales=None, v_scales=None, score_function=DOT,
 ) -> Problem:  # fmt: skip
-    """Check the arguments of `fastattn.scaled_dot`, or of `fastattn.flex`, and state the problem
-    they pose.
+    """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
     With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
-    The scales of int8 keys and values are a `KVCache`'s own, and not checked. A `measure` other
-    than `DOT` comes with a scale; what is wrong with its weights is said of ``w``.
+    The scales of int8 keys and values are a `KVCache`'s own, and not checked. A `score_function`
+    other than `DOT` comes with a scale; what is wrong with its weights is said of ``w``.
 
     Raises
     ------
@@ -171,11 +177,11 @@ def pose(
     if not (type(q) is _ndarray and type(k) is _ndarray and type(v) is _ndarray):
         q = operand("q", q)
         k, v = operand("k", k, q), operand("v", v, q)
-    given = None
+    arguments = None
     if gradients:
-        given = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
-        if measure.name == "additive":
-            given["w"] = measure.weights
+        arguments = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
+        if score_function.name == "additive":
+            arguments["w"] = score_function.weights
     one_head = False
     if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
         one_head = q.ndim == k.ndim == v.ndim == 2
@@ -238,9 +244,9 @@ def pose(
         alibi = per_head("alibi", alibi, heads, real)
     if sinks is not None:
         sinks = per_head("sinks", sinks, heads, real)
-    if measure.name == "additive":
-        weights = in_range(vector("w", measure.weights, head_dim), real).astype(FLOAT64)
-        measure = measure._replace(weights=weights)
+    if score_function.name == "additive":
+        weights = in_range(vector("w", score_function.weights, head_dim), real).astype(FLOAT64)
+        score_function = score_function._replace(weights=weights)
 
     if causal is not False:
         causal = flag("causal", causal)
@@ -265,7 +271,7 @@ def pose(
         threads = count("threads", threads)
     if precision is not None and not (isinstance(precision, str) and precision == "bfloat16"):
         raise ValueError(f"precision: expected None or 'bfloat16', got {precision!r}")
-    wanted = () if given is None else _gradients(wrt, given, dtype)
+    requested = () if arguments is None else _gradients(wrt, arguments, dtype)
     if score_mod is not None:
         function("score_mod", score_mod)
     if mask_mod is not None:
@@ -279,10 +285,13 @@ def pose(
         if out is None:
             copied += ("out",)
     return Problem(
-        q, k, v, k_scales, v_scales, dtype, batch, heads, kv_heads, n_queries, n_keys,
-        head_dim, value_dim, scale, softcap, bias, alibi, sinks,
-        q_offset, visible, mask, return_lse, return_weights, out, one_head,
-        threads, precision, copied, wanted, score_mod, mask_mod, block_mask, measure,
+        q=q, k=k, v=v, k_scales=k_scales, v_scales=v_scales, dtype=dtype, batch=batch, heads=heads,
+        kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys, head_dim=head_dim,
+        value_dim=value_dim, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks,
+        q_offset=q_offset, key_range=visible, mask=mask, return_lse=return_lse,
+        return_weights=return_weights, out=out, one_head=one_head, threads=threads,
+        precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
+        mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
     )  # fmt: skip
 
 
@@ -319,10 +328,10 @@ def _broadcast_batch(q_batch, k_batch, v_batch):
     return batch
 
 
-def _gradients(wrt, given: dict, dtype) -> tuple[Gradient, ...]:
-    check_wrt(wrt, {name: x for name, x in given.items() if name not in "qkv"})
-    arrays = [(name, given[name]) for name in "qkv"]
-    arrays += [(name, operand(name, given[name])) for name in wrt]
+def _gradients(wrt, arguments: dict, dtype) -> tuple[Gradient, ...]:
+    check_wrt(wrt, {name: x for name, x in arguments.items() if name not in "qkv"})
+    arrays = [(name, arguments[name]) for name in "qkv"]
+    arrays += [(name, operand(name, arguments[name])) for name in wrt]
     return tuple(gradient_of(name, x, dtype) for name, x in arrays)
 
 

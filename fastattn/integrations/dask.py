@@ -11,7 +11,7 @@ import numpy as np
 import fastattn
 
 from ..core.options import span_sides
-from ..core.problem import Problem, pose
+from ..core.problem import Problem, make_problem
 from ..dispatch import select
 
 __all__ = ["scaled_dot"]
@@ -111,7 +111,7 @@ def _problem(given: dict[str, Any], options: dict[str, Any]) -> Problem:
     if "start" in words:
         words["spans"] = words.pop("start"), words.pop("stop")
     backend = options["backend"]
-    problem = pose(**words, **{name: x for name, x in options.items() if name != "backend"})
+    problem = make_problem(**words, **{name: x for name, x in options.items() if name != "backend"})
     select(problem, backend)
     return problem
 

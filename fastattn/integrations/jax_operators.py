@@ -15,7 +15,7 @@ from jax.experimental.buffer_callback import buffer_callback
 
 import fastattn
 
-from ..core.problem import Problem, pose
+from ..core.problem import Problem, make_problem
 from ..dispatch import select, unsupported_backward
 
 __all__ = ["Call", "attend"]
@@ -49,10 +49,10 @@ class Call(NamedTuple):
         """
         return x.swapaxes(-3, -2) if self.sequence_first else x
 
-    def pose(self, arrays: Sequence[jax.Array], **gradients) -> Problem:
+    def make_problem(self, arrays: Sequence[jax.Array], **gradients) -> Problem:
         """The problem of arrays of which only shapes and dtypes are known, or an error."""
         blank = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in arrays]
-        return pose(**self.words(blank), **gradients)
+        return make_problem(**self.words(blank), **gradients)
 
     @property
     def vmap_method(self) -> str:
@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: Call, *arrays):
-    problem = call.pose(arrays)
+    problem = call.make_problem(arrays)
     select(problem, call.backend)
     out = call.swapped(np.broadcast_to(0, problem.rows(problem.value_dim)))
     results = [jax.ShapeDtypeStruct(out.shape, problem.dtype)]
@@ -76,7 +76,7 @@ def _forward(call: Call, *primals):
     arrays = [x.value for x in primals]
     named = zip(call.names, primals, strict=True)
     wrt = tuple(name for name, x in named if x.perturbed and name in _DIFFERENTIABLE)
-    select(call.pose(arrays, gradients=True, wrt=wrt), call.backend, unsupported_backward)
+    select(call.make_problem(arrays, gradients=True, wrt=wrt), call.backend, unsupported_backward)
     out, lse = _attend(call._replace(return_lse=True), *arrays)
     results = [out, lse] if call.return_lse else [out]
     # Residuals are arrays; the keys of a dict, however, are part of their structure.

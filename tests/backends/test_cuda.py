@@ -23,7 +23,7 @@ from helpers.targets import Target
 import fastattn
 from fastattn import reference
 from fastattn.backends import cuda as backend
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 TARGET = Target("cuda")
@@ -122,7 +122,7 @@ def test_layout(layout):
     arrays = Shape(2, 1, 3, 4, 4).arrays()
     results = fastattn.scaled_dot(*map(LAYOUTS[layout], arrays), backend="cuda")
     wanted = np.float64 if layout == "list" else np.float32
-    assert_solves(results, pose(*(x.astype(wanted) for x in arrays)))
+    assert_solves(results, make_problem(*(x.astype(wanted) for x in arrays)))
 
 
 @runs
@@ -147,9 +147,9 @@ def test_out():
     around = np.full((1, 2, 5, 16), 7, np.float32)
     out = around[..., 4:12]
     assert fastattn.scaled_dot(q, k, v, out=out, backend="cuda") is out
-    assert_solves(out, pose(q, k, v))
+    assert_solves(out, make_problem(q, k, v))
     assert (around[..., :4] == 7).all() and (around[..., 12:] == 7).all()
-    before = pose(q.copy(), k, v)
+    before = make_problem(q.copy(), k, v)
     assert_solves(fastattn.scaled_dot(q, k, v, out=q, backend="cuda"), before)
 
 
@@ -171,7 +171,7 @@ def test_unseen_key_touches_nothing(hiding, poison):
     k[..., 2, 1] = v[..., 2, 3] = poison
     v[..., 1, 0] = poison
     out, _ = check(TARGET, q, k, v, **HIDING[hiding])
-    sees = reference.visible(pose(q, k, v, **HIDING[hiding]))[0, 0]
+    sees = reference.visible(make_problem(q, k, v, **HIDING[hiding]))[0, 0]
     assert np.isfinite(out[0, 0][~sees[:, 1] & ~sees[:, 2]]).all()
     assert not np.isfinite(out[0, 0][sees[:, 1], 0]).any()
 
@@ -357,7 +357,7 @@ def read(x):
 def test_stays_on_the_device(device):
     arrays = SMALL.arrays()
     opts = options(["mask", "bias", "alibi", "sinks", "softcap", "spans"], SMALL)
-    p = pose(*arrays, return_lse=True, return_weights=True, **opts)
+    p = make_problem(*arrays, return_lse=True, return_weights=True, **opts)
     there = {n: device(x) if n in ("mask", "bias") else x for n, x in opts.items()}
     results = fastattn.scaled_dot(
         *map(device, arrays), return_lse=True, return_weights=True, **there
@@ -372,7 +372,7 @@ def test_strides_on_the_device(device, layout):
     arrays = Shape(2, 2, 3, 4, 4, kv_heads=1).arrays()
     laid_out = [LAYOUTS[layout](x) for x in arrays]
     result = fastattn.scaled_dot(*map(device, laid_out))
-    assert_solves(read(result), pose(*arrays))
+    assert_solves(read(result), make_problem(*arrays))
     order = fastattn.scaled_dot(*laid_out, backend="reference").strides
     assert result.__cuda_array_interface__["strides"] == order
 
@@ -383,7 +383,7 @@ def test_broadcast_on_the_device(device):
     wide = np.broadcast_to(k[:1], k.shape)
     mask = np.array([True, False, True, True])
     result = fastattn.scaled_dot(device(q[0]), device(wide), device(v), mask=device(mask))
-    assert_solves(read(result), pose(q[0], wide, v, mask=mask))
+    assert_solves(read(result), make_problem(q[0], wide, v, mask=mask))
 
 
 @runs
@@ -393,7 +393,7 @@ def test_broadcast_on_the_device(device):
 def test_dtypes_on_the_device(device, dtypes):
     arrays = [(4 * x).astype(d) for x, d in zip(SMALL.arrays(), dtypes, strict=True)]
     result = read(fastattn.scaled_dot(*map(device, arrays)))
-    assert_solves(result, pose(*arrays))
+    assert_solves(result, make_problem(*arrays))
 
 
 @runs
@@ -401,14 +401,14 @@ def test_bfloat16_on_the_device(device):
     arrays = SMALL.arrays("bfloat16")
     result = fastattn.scaled_dot(*(device(x, "<V2") for x in arrays))
     assert result.__cuda_array_interface__["typestr"] == "<V2"
-    assert_solves(read(result), pose(*arrays))
+    assert_solves(read(result), make_problem(*arrays))
 
 
 @runs
 def test_one_head_on_the_device(device):
     arrays = [x[0, 0] for x in SMALL.arrays()]
     results = fastattn.scaled_dot(*map(device, arrays), return_lse=True)
-    assert_solves(tuple(map(read, results)), pose(*arrays, return_lse=True))
+    assert_solves(tuple(map(read, results)), make_problem(*arrays, return_lse=True))
 
 
 @runs
@@ -416,11 +416,11 @@ def test_out_on_the_device(device):
     arrays = SMALL.arrays()
     out = device(np.zeros((1, 2, 5, 8), np.float32))
     assert fastattn.scaled_dot(*map(device, arrays), out=out) is out
-    assert_solves(out.host().view(np.float32).reshape(1, 2, 5, 8), pose(*arrays))
+    assert_solves(out.host().view(np.float32).reshape(1, 2, 5, 8), make_problem(*arrays))
     flat = device(np.zeros((5, 8), np.float32))
     one = [x[0, 0] for x in arrays]
     assert fastattn.scaled_dot(*map(device, one), out=flat) is flat
-    assert_solves(flat.host().view(np.float32).reshape(5, 8), pose(*one))
+    assert_solves(flat.host().view(np.float32).reshape(5, 8), make_problem(*one))
 
 
 @runs
@@ -431,7 +431,7 @@ def test_out_that_is_an_input_on_the_device(device):
         for place in range(3):
             there = [cuda.to_device(x) for x in arrays]
             assert fastattn.scaled_dot(*there, out=there[place]) is there[place]
-            assert_solves(read(there[place]), pose(*arrays))
+            assert_solves(read(there[place]), make_problem(*arrays))
 
 
 class Described:
@@ -508,7 +508,7 @@ def test_results_are_torchs():
         device = torch.device("cpu")
 
     q = LAYOUTS["sequence first"](np.zeros((2, 3, 5, 4), np.float16))
-    p = pose(*[Tensor(q)] * 3)
+    p = make_problem(*[Tensor(q)] * 3)
     planned = p.new_result()
     made = p.q.allocate(planned.shape, planned.strides, planned.dtype)
     assert (made.shape, made.dtype) == ((2, 3, 5, 4), torch.float16)
@@ -542,7 +542,7 @@ def compile_ptx(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
 
 
 def spec_of(*arrays, **options):
-    return backend._spec(pose(*arrays, **options))._replace(simulated=False)
+    return backend._spec(make_problem(*arrays, **options))._replace(simulated=False)
 
 
 @pytest.fixture

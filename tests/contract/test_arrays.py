@@ -6,7 +6,8 @@ from helpers.layouts import LAYOUTS
 from helpers.oracles import assert_solves, check
 from helpers.problems import Shape
 
-from fastattn.core.problem import pose
+import fastattn
+from fastattn.core.problem import make_problem
 
 SHAPE = Shape(2, 4, 18, 30, 8, kv_heads=2)
 
@@ -21,7 +22,7 @@ def test_layouts(target, dtype, layout, which):
     given = {n: LAYOUTS[layout](x) if n in chosen else x for n, x in plain.items()}
     results = check(target, **given, causal=True)
     if layout != "list":  # a list is float64
-        assert_solves(results, pose(**plain, causal=True, return_lse=True))
+        assert_solves(results, make_problem(**plain, causal=True, return_lse=True))
     for name in "qkv":
         np.testing.assert_array_equal(given[name], plain[name])
 
@@ -126,7 +127,7 @@ def test_layouts_of_small_options(target, name, layout):
 def test_strided_inputs_are_not_copied(layout):
     """The sequence-first layout is a view, and no copy is made of it."""
     arrays = [LAYOUTS[layout](x) for x in SHAPE.arrays()]
-    p = pose(*arrays)
+    p = make_problem(*arrays)
     assert not p.copied
     for given, read in zip(arrays, (p.q, p.k, p.v), strict=True):
         assert np.shares_memory(given, read)
@@ -138,10 +139,10 @@ def test_mask_and_bias_are_never_copied(layout):
     for dtype in ("float16", "float64", "int8"):
         if dtype != "int8" or layout != "misaligned":
             bias = LAYOUTS[layout](np.zeros(grid, dtype))
-            assert np.shares_memory(pose(*SHAPE.arrays(), bias=bias).bias, bias)
+            assert np.shares_memory(make_problem(*SHAPE.arrays(), bias=bias).bias, bias)
     if layout != "misaligned":
         mask = LAYOUTS[layout](np.zeros(grid, bool))
-        assert np.shares_memory(pose(*SHAPE.arrays(), mask=mask).mask, mask)
+        assert np.shares_memory(make_problem(*SHAPE.arrays(), mask=mask).mask, mask)
 
 
 # ------------------------------------------------------------------------- the memory of out
@@ -181,9 +182,9 @@ MASKED_OPTIONS = ["q", "k", "v", "mask", "bias", "alibi", "sinks", "kv_lengths",
 
 
 @pytest.mark.parametrize("name", MASKED_OPTIONS)
-def test_masked_arrays_are_refused(target, name):
+def test_masked_arrays_are_refused(name):
     arguments = dict(zip("qkv", SHAPE.arrays(), strict=True))
     arguments.setdefault(name, np.zeros(4))
     arguments[name] = np.ma.masked_array(arguments[name])
     with pytest.raises(TypeError, match=rf"^{name}: (?i:.*masked ?array)"):
-        target.attend(**arguments)
+        fastattn.scaled_dot(**arguments)

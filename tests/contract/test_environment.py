@@ -32,9 +32,9 @@ def calls(monkeypatch):
 
 def able():
     """The backends that serve `ARRAYS`, in order."""
-    from fastattn.core.problem import pose
+    from fastattn.core.problem import make_problem
 
-    return [b.name for b in dispatch.BACKENDS if b.unsupported(pose(*ARRAYS)) is None]
+    return [b.name for b in dispatch.BACKENDS if b.unsupported(make_problem(*ARRAYS)) is None]
 
 
 class TestBackend:

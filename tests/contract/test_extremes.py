@@ -11,7 +11,7 @@ from helpers.problems import Shape
 
 import fastattn
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 from fastattn.dispatch import named, unsupported_map
 
 SHAPES = {"few": Shape(1, 2, 3, 70, 16), "many": Shape(1, 2, 50, 70, 16, kv_heads=1)}
@@ -180,7 +180,7 @@ class TestBits:
         wanted = target.attend(*arrays, return_lse=True, causal=True)
         arrays[1][..., -2, 3] = poison
         got = target.attend(*arrays, return_lse=True, causal=True)
-        sees = reference.visible(pose(*arrays, causal=True))[0, 0, :, -2]
+        sees = reference.visible(make_problem(*arrays, causal=True))[0, 0, :, -2]
         assert 0 < sees.sum() < len(sees)
         assert all(
             same_bits(a[:, :, ~sees], b[:, :, ~sees]) for a, b in zip(got, wanted, strict=True)
@@ -206,7 +206,7 @@ def test_infinity_among_values_that_overflow(target, shape, dtype):
 def test_top_keys_of_nan(target):
     """Every weight of the row is NaN, behind the last key too."""
     q, k, v = Shape(1, 1, 3, 4, 8).arrays()
-    reason = unsupported_map(named(target.backend), pose(q, k, v))
+    reason = unsupported_map(named(target.backend), make_problem(q, k, v))
     if reason is not None:
         pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     q[0, 0, 1] = np.nan

@@ -10,7 +10,7 @@ from helpers.problems import DTYPES, Shape, float_type
 import fastattn
 from fastattn.core import foreign
 from fastattn.core.arguments import plain
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 SHAPE = Shape(2, 4, 5, 7, 8, kv_heads=2)
 GRID = np.random.default_rng(1).random((2, 4, 5, 7))
@@ -102,7 +102,7 @@ def test_other_functions(wrap):
                                     lambda x: x[:, :1].expand(-1, 4, -1, -1)])  # fmt: skip
 def test_tensors_are_not_copied(name, change):
     given = [change(torch.randn(2, 4, 5, 8).to(getattr(torch, name))) for _ in range(3)]
-    p = pose(*given)
+    p = make_problem(*given)
     assert not p.copied and p.dtype == float_type(name)
     for x, read in zip(given, (p.q, p.k, p.v), strict=True):
         assert read.ctypes.data == x.data_ptr()

@@ -8,7 +8,7 @@ import pytest
 from helpers.oracles import assert_solves
 from helpers.problems import Shape
 
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves memory")
 
@@ -53,7 +53,7 @@ def test_strides(target, axis, dtype):
     results = target.attend(**far, return_lse=True)
     assert results[0] is far["out"]
     del near["out"]
-    assert_solves(results, pose(**near, return_lse=True))
+    assert_solves(results, make_problem(**near, return_lse=True))
 
 
 OPTIONS = {
@@ -91,7 +91,7 @@ def test_keys(target, option, kind):
     near = {n: x for n, x in options.items() if n != "spans"}
     if "spans" in options:
         near["spans"] = tuple(x - first for x in options["spans"])
-    p = pose(
+    p = make_problem(
         q, last_k, last_v, mask=mask[:, -SEEN:], bias=bias[..., -SEEN:], return_lse=True, **near
     )
     assert_solves(results, p)

@@ -8,7 +8,7 @@ from helpers.oracles import assert_solves, check
 from helpers.problems import Shape
 
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)
 
@@ -39,7 +39,7 @@ class TestLeastNumber:
         bias = np.zeros((70, 90), bias_dtype)
         bias[:, 33:] = np.finfo(bias_dtype).min
         results = check(target, q, k, v, bias=bias)
-        assert_solves(results, pose(q, k, v, return_lse=True, kv_lengths=33))
+        assert_solves(results, make_problem(q, k, v, return_lse=True, kv_lengths=33))
 
     def test_in_causal_rows(self, target, dtype, bias_dtype):
         """As the attention masks of model libraries are made: triangular, plus whole rows."""
@@ -65,7 +65,7 @@ def test_greatest_number_as_bias(target, bias_dtype):
 def test_scores_of_ten_thousand(target, n_queries, batch, dtype):
     """Of both signs, in one row; near ties are rare, so it takes many rows to judge the error."""
     q, k, v = Shape(batch, 4, n_queries, 90, 16, kv_heads=2).arrays(dtype)
-    p = pose(q, k, v)
+    p = make_problem(q, k, v)
     scale = p.scale * 1e4 / np.abs(reference.scores(p)).max()
     out, _ = check(target, q, k, v, scale=scale)
     assert np.isfinite(out).all()

@@ -1,4 +1,4 @@
-"""NaN and Inf, seen and unseen (contract, section 1, "Result")."""
+"""NaN and Inf, seen and hidden (contract, section 1, "Result")."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from helpers.oracles import check
 from helpers.problems import Shape
 
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 # More than one tile both ways, with ragged ends; key 40 is seen by some queries and not by others.
 SHAPE = Shape(2, 4, 70, 90, 64, kv_heads=2)
@@ -21,7 +21,7 @@ def test_unseen_key_touches_nothing(target, hiding, where, poison):
     """Whatever is in its k or v, and whatever other queries see."""
     options = HIDING[hiding]
     q, k, v = SHAPE.arrays()
-    p = pose(q, k, v, **options)
+    p = make_problem(q, k, v, **options)
     sees = np.broadcast_to(reference.visible(p)[..., KEY], p.rows())
     clean, clean_lse = target.attend(q, k, v, return_lse=True, **options)
     if where in ("k", "both"):
@@ -40,12 +40,12 @@ def test_reference_leaves_unseen_keys_out():
     """The oracle of the test above, against itself without the poison."""
     q, k, v = SHAPE.arrays("float64")
     for options in HIDING.values():
-        p = pose(q, k, v, **options)
+        p = make_problem(q, k, v, **options)
         sees = reference.visible(p)[..., KEY]
         clean = reference.attend(p)[0]
         bad_k, bad_v = k.copy(), v.copy()
         bad_k[:, :, KEY], bad_v[:, :, KEY] = np.nan, np.inf
-        got = reference.attend(pose(q, bad_k, bad_v, **options))[0]
+        got = reference.attend(make_problem(q, bad_k, bad_v, **options))[0]
         np.testing.assert_allclose(got[~sees], clean[~sees], rtol=1e-12, atol=1e-13)
         assert np.isnan(got[sees]).all()
 
@@ -116,7 +116,7 @@ class TestSeen:
         j = shape.n_keys - 2  # that the last query and the last but one see
         k[0, 0, j, 7] = np.nan
         out, lse = check(target, q, k, v, **options)
-        sees = reference.visible(pose(q, k, v, **options))[..., j]
+        sees = reference.visible(make_problem(q, k, v, **options))[..., j]
         sees[1:] = False
         sees[:, shape.heads // shape.kv_heads :] = False
         np.testing.assert_array_equal(np.isnan(lse), sees)
@@ -129,7 +129,7 @@ class TestSeen:
         j = shape.n_keys - 2
         v[0, 0, j, 7] = poison
         out, lse = check(target, q, k, v, **options)
-        sees = reference.visible(pose(q, k, v, **options))[..., j]
+        sees = reference.visible(make_problem(q, k, v, **options))[..., j]
         sees[1:] = False
         sees[:, shape.heads // shape.kv_heads :] = False
         np.testing.assert_array_equal(out[sees][:, 7], poison)
@@ -174,7 +174,7 @@ class TestSeen:
 
 @pytest.mark.parametrize("n_queries", [1, 40])
 def test_every_seen_score_minus_infinity(target, n_queries):
-    """``exp(-inf - -inf)`` is NaN: a score of -inf is not an unseen key."""
+    """``exp(-inf - -inf)`` is NaN: a score of -inf is not an hidden key."""
     shape = Shape(1, 1, n_queries, 30, 4)
     q, k, v = (np.abs(x) + 1 for x in shape.arrays())
     out, lse = check(target, q, np.full_like(k, -np.inf), v)

@@ -8,7 +8,7 @@ from helpers.oracles import brute_force, check
 from helpers.problems import INTERVAL_OPTIONS, Shape, options
 
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 NAMES = (*INTERVAL_OPTIONS, "mask", "-inf")
 COMBINATIONS = [names for n in range(len(NAMES) + 1) for names in itertools.combinations(NAMES, n)]
@@ -24,7 +24,7 @@ def test_reference_sees_what_the_contract_says(names):
     q, k, v = shape.arrays("float64")
     for seed in range(8):
         opts = options(names, shape, seed)
-        exact = reference.attend(pose(q, k, v, **opts))
+        exact = reference.attend(make_problem(q, k, v, **opts))
         for got, wanted in zip(exact, brute_force(q, k, v, **opts), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-13, atol=1e-14)
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.problems import Shape
 
 import fastattn
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 from fastattn.dispatch import BACKENDS, ON_HOST, unsupported
 
 ARRAYS = Shape(1, 4, 200, 300, 16).arrays()
@@ -53,7 +53,7 @@ def test_allocates_no_result():
 def test_reasons_of_who_cannot_serve():
     options = {"mask_mod": lambda batch, head, i, j: j <= i}
     found = fastattn.explain(*ARRAYS, **options, backend="reference")
-    reasons = {b.name: unsupported(b, pose(*ARRAYS, **options)) for b in BACKENDS}
+    reasons = {b.name: unsupported(b, make_problem(*ARRAYS, **options)) for b in BACKENDS}
     assert any(reasons.values())  # cython compiles no function of the user's, if it is here
     for name, reason in reasons.items():
         assert found.passed_over[name] == reason or reason is None

@@ -10,7 +10,7 @@ from helpers.problems import Shape, options
 
 import fastattn
 from fastattn.core.block_mask import BlockMask
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="only Numba compiles a function of the user's"
@@ -44,7 +44,7 @@ def check(dtype="float32", shape=SHAPE, return_lse=True, **opts):
     arrays = shape.arrays(dtype)
     results = fastattn.flex(*arrays, return_lse=return_lse, **opts)
     opts.pop("threads", None)
-    assert_solves(results, pose(*arrays, return_lse=return_lse, **opts))
+    assert_solves(results, make_problem(*arrays, return_lse=return_lse, **opts))
     return results
 
 
@@ -65,7 +65,7 @@ class TestFunctions:
         q, k, v = Shape(1, 1, 20, 30, 8).arrays()
         v[..., 25:, :] = np.nan
         out = fastattn.flex(q, k, v, only_past)
-        assert_solves(out, pose(q, k, v, score_mod=only_past))
+        assert_solves(out, make_problem(q, k, v, score_mod=only_past))
         assert np.isfinite(out).all()
 
     @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ class TestFunctions:
     def test_two_dimensional(self):
         q, k, v = (x[0, 0] for x in SHAPE.arrays())
         out = fastattn.flex(q, k, v, relative)
-        assert_solves(out, pose(q, k, v, score_mod=relative))
+        assert_solves(out, make_problem(q, k, v, score_mod=relative))
 
     def test_out(self):
         q, k, v = SHAPE.arrays()
@@ -156,7 +156,7 @@ class TestBlockMask:
         arrays = SHAPE.arrays()
         for mask in ({"block_mask": made}, {"mask_mod": function}):
             out = fastattn.flex(*arrays, **mask, **opts)
-            assert_solves(out, pose(*arrays, mask_mod=function, **opts))
+            assert_solves(out, make_problem(*arrays, mask_mod=function, **opts))
 
     def test_hidden_blocks_are_not_read(self):
         """What is in them would show: a NaN in a key makes every score with it a NaN."""
@@ -182,7 +182,7 @@ class TestBlockMask:
         k[..., document == 2, 3] = v[..., document == 4, 5] = np.nan
         made = fastattn.block_mask(own, n, n)
         results = fastattn.flex(q, k, v, block_mask=made, return_lse=True, return_weights=True)
-        wanted = pose(q, k, v, mask_mod=own, return_lse=True, return_weights=True)
+        wanted = make_problem(q, k, v, mask_mod=own, return_lse=True, return_weights=True)
         assert_solves(results, wanted)
         assert np.isfinite(results[0][:, :, (document != 2) & (document != 4)]).all()
 
@@ -291,4 +291,4 @@ def test_without_numba(monkeypatch):
 
 def test_reference_serves():
     out = fastattn.flex(*ARRAYS, relative, backend="reference")
-    assert_solves(out, pose(*ARRAYS, score_mod=relative))
+    assert_solves(out, make_problem(*ARRAYS, score_mod=relative))

@@ -8,7 +8,7 @@ from helpers.oracles import same_bits
 from helpers.problems import Shape
 
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 SHAPE = Shape(2, 4, 70, 90, 16, kv_heads=2)
 WIDE = SHAPE._replace(head_dim=64, value_dim=64)  # enough for float32 in parts
@@ -24,12 +24,14 @@ def test_key_reaches_only_those_who_see_it(target, hiding, poison):
     options = HIDING[hiding]
     q, k, v = WIDE.arrays()
     clean = check_gradients(target, q, k, v, **options)
-    sees = np.broadcast_to(reference.visible(pose(q, k, v, **options)), (2, 4, 70, 90))[..., KEY]
+    sees = np.broadcast_to(reference.visible(make_problem(q, k, v, **options)), (2, 4, 70, 90))[
+        ..., KEY
+    ]
     k[:, :, KEY, 3], v[:, :, KEY, 5] = poison, poison
     dq, dk, dv, *_ = check_gradients(target, q, k, v, **options)
     np.testing.assert_allclose(dq[~sees], clean[0][~sees], **CLOSE)
     assert sees.any() and not np.isfinite(dq[sees]).all()
-    unrelated = ~(sees[..., None] & reference.visible(pose(q, k, v, **options))).any(axis=2)
+    unrelated = ~(sees[..., None] & reference.visible(make_problem(q, k, v, **options))).any(axis=2)
     unrelated = unrelated.reshape(2, 2, 2, 90).all(axis=2)  # by no query head of the group
     for found, want in ((dk, clean[1]), (dv, clean[2])):
         np.testing.assert_allclose(found[unrelated], want[unrelated], **CLOSE)
@@ -129,7 +131,7 @@ def test_gradient_of_a_query_reaches_only_what_it_sees(target, hiding):
     results, pullback = target.vjp(q, k, v, **options)
     grad = random_like(results)
     clean = pullback(grad)
-    sees = reference.visible(pose(q, k, v, **options))[0, 1, 30]
+    sees = reference.visible(make_problem(q, k, v, **options))[0, 1, 30]
     assert sees.any() and not sees.all()
     grad[0, 1, 30, 2] = np.nan
     dq, dk, dv = pullback(grad)
@@ -184,7 +186,7 @@ def test_rows_of_the_least_number(target, dtype):
     grad = random_like(results)
     found = pullback(grad)
     # Equal scores again, by a bias that is nothing.
-    wanted = exact_gradients(pose(q, k, v, gradients=True), grad)
+    wanted = exact_gradients(make_problem(q, k, v, gradients=True), grad)
     for got, want in zip(found, wanted, strict=True):
         eps = np.finfo(dtype).eps
         np.testing.assert_allclose(got.astype(float), want, rtol=4 * eps, atol=8 * eps)

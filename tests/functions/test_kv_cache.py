@@ -12,7 +12,7 @@ from helpers.problems import DTYPES, Shape, float_type
 
 import fastattn
 from fastattn import KVCache
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 STORED = (*DTYPES, "int8")
 WITHOUT_INT8 = ("cuda",)
@@ -59,7 +59,7 @@ def test_prompt_and_steps(target, dtype, capacity):
         keys.append(stored(k, dtype))
         values.append(stored(v, dtype))
         options = {"causal": True, "return_lse": True}
-        problem = pose(q, joined(keys), joined(values), **options)
+        problem = make_problem(q, joined(keys), joined(values), **options)
         assert_solves(attend(target, cache, q), problem)
     assert (cache.lengths == 198).all() and cache.lengths.dtype == np.int64
 
@@ -76,14 +76,14 @@ def test_queries_of_any_dtype(target, dtype, name, n):
     k, v = (stored(x, dtype, np.float64) for x in (k, v))
     if dtype == "int8":
         out, lse = attend(target, cache, q)
-        wanted = pose(q.astype(np.float64), k, v, causal=True, return_lse=True)
+        wanted = make_problem(q.astype(np.float64), k, v, causal=True, return_lse=True)
         assert out.dtype == q.dtype
         exact, exact_lse, _ = fastattn.reference.attend(wanted)
         eps = {"float64": 1e-15, "float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}[name]
         assert np.abs(out.astype(float) - exact).max() <= 4 * eps * np.abs(exact).max()
         assert np.abs(lse - exact_lse).max() <= (1e-14 if name == "float64" else 1e-5)
     else:
-        problem = pose(q, k, v, causal=True, return_lse=True)
+        problem = make_problem(q, k, v, causal=True, return_lse=True)
         assert_solves(attend(target, cache, q), problem)
 
 
@@ -110,7 +110,9 @@ def test_ragged(target, dtype, n, options):
     for b, count in enumerate(counts):
         whole = (stored(joined([x[b : b + 1, :, :count], y[b : b + 1]]), dtype)
                  for x, y in zip((k, v), last[1:], strict=True))  # fmt: skip
-        problem = pose(last[0][b : b + 1], *whole, **{"causal": True, **options}, return_lse=True)
+        problem = make_problem(
+            last[0][b : b + 1], *whole, **{"causal": True, **options}, return_lse=True
+        )
         assert_solves((out[b : b + 1], lse[b : b + 1]), problem)
 
 
@@ -160,7 +162,9 @@ def test_as_many_queries_as_were_appended(target, options):
         assert (out[b, :, n:] == 0).all() and (lse[b, :, n:] == -np.inf).all()
         whole = (joined([x[b : b + 1, :, :before], y[b : b + 1, :, :n]])
                  for x, y in ((k, more_k), (v, more_v)))  # fmt: skip
-        problem = pose(q[b : b + 1, :, :n], *whole, **{"causal": True, **options}, return_lse=True)
+        problem = make_problem(
+            q[b : b + 1, :, :n], *whole, **{"causal": True, **options}, return_lse=True
+        )
         assert_solves((out[b : b + 1, :, :n], lse[b : b + 1, :, :n]), problem)
 
 
@@ -407,11 +411,12 @@ def test_int8_is_never_an_array_of_floats(target, run_python, n):
 @pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float32", "bfloat16")])
 def test_narrower_keys_and_values_are_not_copied(target, dtypes):
     q, k, v = (x.astype(float_type(n)) for x, n in zip(draw(70), (*dtypes, dtypes[1]), strict=True))
-    assert pose(q, k, v).copied == ()
-    assert pose(q, k.astype(dtypes[0]), v).copied == ()
+    assert make_problem(q, k, v).copied == ()
+    assert make_problem(q, k.astype(dtypes[0]), v).copied == ()
     check(target, q, k, v)
 
 
+@pytest.mark.dtypes("bfloat16")
 @pytest.mark.parametrize("n", [1, 100])
 def test_float32_multiplied_as_bfloat16(target, n):
     """As far off as plain NumPy with the inputs and the weights rounded to bfloat16."""
@@ -422,7 +427,7 @@ def test_float32_multiplied_as_bfloat16(target, n):
     out = target.attend(q, k, v, precision="bfloat16")
     assert out.dtype == np.float32
     rounded = fastattn.reference.attend(
-        pose(*(x.astype(float_type("bfloat16")) for x in (q, k, v)))
+        make_problem(*(x.astype(float_type("bfloat16")) for x in (q, k, v)))
     )
     error = np.sqrt(np.mean((out - exact) ** 2))
     assert error <= 2 * np.sqrt(np.mean((rounded[0] - exact) ** 2))

@@ -10,7 +10,7 @@ from helpers.problems import DTYPES, Shape, options
 
 import fastattn
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 SHAPE = Shape(2, 4, 50, 70, 16, kv_heads=2, value_dim=24)
 DATA = np.array([[1, 2], [3, 4], [5, 6]])
@@ -103,14 +103,14 @@ def test_cosine(target, names):
     opts = options(names, SHAPE)
     results = fastattn.cosine(q, k, v, temperature=0.1, return_lse=True, return_weights=True,
                               backend=target.backend, **opts)  # fmt: skip
-    check(results, pose(q, k, v, **opts), lambda q, k: cosines(q, k, 0.1))
+    check(results, make_problem(q, k, v, **opts), lambda q, k: cosines(q, k, 0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cosine_of_dtypes(target, dtype):
     q, k, v = SHAPE.arrays(dtype)
     results = fastattn.cosine(q, k, v, return_lse=True, backend=target.backend)
-    check(results, pose(q, k, v), cosines)
+    check(results, make_problem(q, k, v), cosines)
 
 
 def test_cosine_of_zero_is_zero(target):
@@ -118,7 +118,7 @@ def test_cosine_of_zero_is_zero(target):
     q[:, :, 3], k[:, :, 5] = 0, 0
     _, weights = fastattn.cosine(q, k, v, return_weights=True, backend=target.backend)
     np.testing.assert_allclose(weights[:, :, 3], 1 / 70, rtol=1e-6)
-    check(fastattn.cosine(q, k, v, return_lse=True), pose(q, k, v), cosines)
+    check(fastattn.cosine(q, k, v, return_lse=True), make_problem(q, k, v), cosines)
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e30, 3e37])
@@ -156,7 +156,7 @@ def test_gaussian(target, names, how):
         opts["q_offset"] = 0
     results = fastattn.gaussian(q, k, v, backend=target.backend, alpha=0.05, return_lse=True,
                    return_weights=True, **how, **opts)  # fmt: skip
-    p = pose(q, k, v, **opts)
+    p = make_problem(q, k, v, **opts)
     i, j = reference.positions(p)
     hidden = i == j if "exclude_self" in how else None
     check(results, p, lambda q, k: distances(q, k, 0.05), hidden=hidden,
@@ -171,7 +171,7 @@ def test_gaussian_far_from_the_origin(target, dtype, offset):
     q, k, v = SHAPE.arrays(dtype)
     q, k = q + q.dtype.type(offset), k + k.dtype.type(offset)
     results = fastattn.gaussian(q, k, v, backend=target.backend, return_lse=True)
-    check(results, pose(q, k, v), distances, offset)
+    check(results, make_problem(q, k, v), distances, offset)
 
 
 def squared_differences(q, k, alpha):
@@ -209,7 +209,7 @@ def test_gaussian_of_a_large_spread(target, case, dtype, how):
     how, offset = how.copy(), {"q_offset": 0}
     results = fastattn.gaussian(q, k, v, alpha=alpha, return_lse=True, backend=target.backend,
                                 **how, **offset)  # fmt: skip
-    p = pose(q, k, v, **offset)
+    p = make_problem(q, k, v, **offset)
     i, j = reference.positions(p)
     hidden = i == j if how.pop("exclude_self", False) else None
     score = functools.partial(squared_differences, alpha=alpha)
@@ -227,7 +227,9 @@ def test_options_of_a_large_spread(target, names):
     k[..., :50, :] = q[:, ::2]
     results = fastattn.gaussian(q, k, v, alpha=0.05, return_lse=True, return_weights=True,
                                 backend=target.backend, **opts)  # fmt: skip
-    check(results, pose(q, k, v, **opts), functools.partial(squared_differences, alpha=0.05))
+    check(
+        results, make_problem(q, k, v, **opts), functools.partial(squared_differences, alpha=0.05)
+    )
 
 
 @pytest.mark.parametrize("alpha", [1e38, 1e300])

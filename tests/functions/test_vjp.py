@@ -7,7 +7,7 @@ from helpers.oracles import same_bits
 from helpers.problems import Shape
 
 import fastattn
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 from fastattn.dispatch import BACKENDS, unsupported_backward
 
 SHAPE = Shape(2, 4, 5, 7, 8, kv_heads=2, value_dim=6)
@@ -150,7 +150,10 @@ def test_a_named_backend_without_gradients_says_so(monkeypatch, origin):
         fastattn.vjp(fastattn.scaled_dot, Q, K, V, **named)
     assert last.name in str(caught.value).split("these can: ")[1]
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
-    assert unsupported_backward(first, pose(Q, K, V, gradients=True)) == "it computes no gradients"
+    assert (
+        unsupported_backward(first, make_problem(Q, K, V, gradients=True))
+        == "it computes no gradients"
+    )
     assert len(backward()) == 3
 
 

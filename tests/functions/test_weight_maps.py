@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.oracles import same_bits
 from helpers.problems import DTYPES, INTERVAL_OPTIONS, SCORE_OPTIONS, Shape, options
-from helpers.weight_maps import call, check_maps, check_top, posed
+from helpers.weight_maps import call, check_maps, check_top, problem_of
 
 import fastattn
 from fastattn import reference
@@ -112,7 +112,7 @@ def test_ties_go_to_the_lower_index(target, n):
     k = k[rng.integers(0, 3, 1000)]
     q = rng.integers(1, 4, (40, 4)).astype(np.float32) * np.float32([1, 8, 64, 512])
     for chosen in ({}, {"causal": True}, {"mask": rng.random((40, 1000)) < 0.5}):
-        wanted, _ = reference.run_top(posed(q, k, **chosen), n)
+        wanted, _ = reference.run_top(problem_of(q, k, **chosen), n)
         indices, _ = call(target, "top_keys", q, k, n, **chosen)
         np.testing.assert_array_equal(indices, wanted[0])
 
@@ -166,7 +166,7 @@ def test_what_is_seen_does(target, value, where):
     arrays[where][..., 50, 3] = value
     for chosen in ({}, {"causal": True}, {"mask": np.arange(90) % 7 > 0}):
         check_maps(target, **arrays, shape=(10, 9), **chosen)
-        wanted = reference.run_top(posed(**arrays, **chosen), 5)
+        wanted = reference.run_top(problem_of(**arrays, **chosen), 5)
         got = call(target, "top_keys", *arrays.values(), 5, **chosen)
         np.testing.assert_array_equal(got[0] < 0, wanted[0] < 0)
         np.testing.assert_allclose(got[1], wanted[1], atol=1e-5)

@@ -4,7 +4,7 @@ import numpy as np
 
 from fastattn.backward import of_its_array
 from fastattn.core.backward import Backward
-from helpers.oracles import assert_exact_enough, plain_measure, plain_numpy, pose, reference
+from helpers.oracles import assert_exact_enough, make_problem, plain_measure, plain_numpy, reference
 
 ARRAY_OPTIONS = ("bias", "alibi", "sinks")
 
@@ -56,14 +56,14 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
 
 def plain_measure_gradients(p, q, k, grad) -> dict[str, np.ndarray]:
     """What goes through the score's measure; finite inputs only."""
-    if p.measure.name == "dot":
+    if p.score_function.name == "dot":
         grad_k = (grad.swapaxes(-1, -2) @ q).astype(p.dtype)
         return {"q": grad @ k, "k": reference.per_key_head(grad_k, p)}
     q, k, grad = q[..., :, None, :], k[..., None, :, :], grad[..., None]
-    weights = p.measure.weights.astype(p.dtype)
-    if p.measure.name.endswith("distance"):
+    weights = p.score_function.weights.astype(p.dtype)
+    if p.score_function.name.endswith("distance"):
         terms = 2 * grad * (q - k)
-        if p.measure.name == "distance":
+        if p.score_function.name == "distance":
             terms = grad * (q - k) / np.sqrt(((q - k) ** 2).sum(axis=-1, keepdims=True))
         return {"q": terms.sum(axis=-2), "k": reference.per_key_head(-terms.sum(axis=-3), p)}
     tanh = np.tanh(q + k)
@@ -102,7 +102,7 @@ def check_gradients(target, q, k, v, *, wrt=None, with_lse=True, grad_size=None,
         grads[0][..., rows, :] *= np.float32(size)
     found = pullback(*grads)
     options.pop("threads", None)
-    p = pose(q, k, v, gradients=True, wrt=wrt, **options)
+    p = make_problem(q, k, v, gradients=True, wrt=wrt, **options)
     real = np.longdouble if p.accumulator == np.float64 else np.float64
     exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)
     assert len(found) == len(p.gradients) == 3 + len(wrt)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from fastattn import reference
-from fastattn.core.problem import Problem, pose
+from fastattn.core.problem import Problem, make_problem
 
 
 def brute_force(
@@ -121,14 +121,14 @@ def plain_numpy(p: Problem, dtype):
 
 def plain_measure(p: Problem, q, k):
     """How queries and keys compare, in the dtype of `q`, with an axis for the dimensions."""
-    if p.measure.name == "dot":
+    if p.score_function.name == "dot":
         return q @ k.swapaxes(-1, -2)
     q, k = q[..., :, None, :], k[..., None, :, :]
-    if p.measure.name == "distance":
+    if p.score_function.name == "distance":
         return np.sqrt(((q - k) ** 2).sum(axis=-1))
-    if p.measure.name == "squared distance":
+    if p.score_function.name == "squared distance":
         return ((q - k) ** 2).sum(axis=-1)
-    return (np.tanh(q + k) * p.measure.weights.astype(q.dtype)).sum(axis=-1)
+    return (np.tanh(q + k) * p.score_function.weights.astype(q.dtype)).sum(axis=-1)
 
 
 # ----------------------------------------------------------------------------------- judgement
@@ -197,7 +197,7 @@ def check(target, q, k, v, *, return_lse=True, **opts):
     results = target.attend(q, k, v, return_lse=return_lse, **opts)
     for name in ("out", "threads"):
         opts.pop(name, None)
-    assert_solves(results, pose(q, k, v, return_lse=return_lse, **opts))
+    assert_solves(results, make_problem(q, k, v, return_lse=return_lse, **opts))
     return results
 
 

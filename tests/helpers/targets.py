@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 import fastattn
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 from fastattn.dispatch import BACKENDS, named, unsupported_backward
 
 # Backends that promise the same bits for any threads and slices (promise 4).
@@ -23,16 +25,33 @@ class Target(NamedTuple):
         return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
 
     @property
+    def first_of_its_backend(self) -> bool:
+        return not self.disabled
+
+    def repeats_another(self, dtypes) -> bool:
+        """Are the kernels for these dtypes those of a faster instruction set, so that every bit of
+        every result is, too?
+        """
+        if self.isa is None:
+            return False
+        tables = kernel_tables()
+        own = tables[self.isa]
+        faster = self.disabled.split()
+        return any(all(own[x] == tables[isa][x] for x in dtypes) for isa in faster)
+
+    @property
     def bitwise(self) -> bool:
         return self.backend in BITWISE
 
     def unsupported(self, q, k, v, **options) -> str | None:
         """Why the backend cannot serve this call, in its own words."""
-        return named(self.backend).unsupported(pose(q, k, v, **options))
+        return named(self.backend).unsupported(make_problem(q, k, v, **options))
 
     def unsupported_backward(self, q, k, v, **options) -> str | None:
         """Why the backend cannot compute the gradients of this call, in its own words."""
-        return unsupported_backward(named(self.backend), pose(q, k, v, gradients=True, **options))
+        return unsupported_backward(
+            named(self.backend), make_problem(q, k, v, gradients=True, **options)
+        )
 
     def attend(self, q, k, v, **options):
         """`fastattn.scaled_dot` on this backend; skips the test where that cannot serve."""
@@ -52,13 +71,26 @@ class Target(NamedTuple):
         return fastattn.vjp(fastattn.scaled_dot, q, k, v, backend=self.backend, **options)
 
 
-def instruction_sets() -> tuple[str, ...]:
-    """Those of the compiled kernels, fastest first; empty where they are not built."""
+@cache
+def kernel_tables() -> dict[str, dict[str, tuple[int, ...]]]:
+    """The compiled kernels by instruction set, fastest first, and dtype; empty if not built."""
     try:
         from fastattn import _kernels
     except ImportError:
-        return ()
-    return tuple(_kernels.instruction_sets())
+        return {}
+    return _kernels.kernel_tables()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of the compiled kernels, fastest first; empty where they are not built."""
+    return tuple(kernel_tables())
+
+
+def multiplied_dtype(problem) -> str:
+    """By whose kernels the compiled backend computes `problem`."""
+    if problem.precision == "bfloat16" and problem.dtype == np.float32:
+        return "bfloat16"
+    return problem.dtype.name
 
 
 def targets():

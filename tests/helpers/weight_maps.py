@@ -7,19 +7,19 @@ import pytest
 
 import fastattn
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 from fastattn.dispatch import named, unsupported_map
 from helpers.oracles import assert_exact_enough, plain_numpy
 
 
-def posed(q, k, **options):
+def problem_of(q, k, **options):
     q, k = np.asarray(q), np.asarray(k)
-    return pose(q, k, k[..., :0], **options)
+    return make_problem(q, k, k[..., :0], **options)
 
 
 def call(target, name, q, k, *args, **options):
     """``fastattn.<name>`` on this backend; skips the test where that makes no maps."""
-    reason = unsupported_map(named(target.backend), posed(q, k, **options))
+    reason = unsupported_map(named(target.backend), problem_of(q, k, **options))
     if reason is not None:
         pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     return getattr(fastattn, name)(q, k, *args, backend=target.backend, **options)
@@ -45,7 +45,7 @@ def cells(weights, rows, columns):
 
 def check_maps(target, q, k, shape, **options):
     """Hold the importance of keys and a map of `shape` to promise 1."""
-    p = posed(q, k, **options)
+    p = problem_of(q, k, **options)
     exact, plain = oracles(p)
     with np.errstate(all="ignore"):
         wanted, yardstick = exact.sum(axis=-2), plain.sum(axis=-2)
@@ -60,7 +60,7 @@ def check_top(target, q, k, n, **options):
     """Hold the strongest keys to promise 1. Keys whose weights differ by as much as plain NumPy
     errs may change places.
     """
-    p = posed(q, k, **options)
+    p = problem_of(q, k, **options)
     (exact, plain), seen = oracles(p), reference.visible(p)
     indices, weights = call(target, "top_keys", q, k, n, **options)
     assert indices.dtype == np.int64

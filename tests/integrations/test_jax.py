@@ -389,20 +389,20 @@ def test_only_gradients_that_are_wanted(monkeypatch):
 
 
 def test_equal_calls_are_traced_once(monkeypatch):
-    posed = []
+    calls = []
 
-    def pose(*args, **words):
-        posed.append(words)
-        return fastattn.core.problem.pose(*args, **words)
+    def make_problem(*args, **words):
+        calls.append(words)
+        return fastattn.core.problem.make_problem(*args, **words)
 
-    monkeypatch.setattr(jax_operators, "pose", pose)
+    monkeypatch.setattr(jax_operators, "make_problem", make_problem)
     operands = [x[:, :17] for x in arrays()]
     loss = jax.grad(lambda *x: ours(*x, is_causal=True, scale=0.3).sum())
     loss(*operands)
-    assert posed
-    posed.clear()
+    assert calls
+    calls.clear()
     loss(*operands)
-    assert not posed
+    assert not calls
 
 
 def test_docstrings():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastattn import reference
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 from fastattn.dispatch import NAMED_ONLY
 
 torch = pytest.importorskip("torch", reason="torch is the other side of these tests")
@@ -45,7 +45,7 @@ def check_against_autograd(target, shape, names, seed):
     grads = random_like(out), random_like(lse, 8)
     found = pullback(*grads)
 
-    p = pose(q, k, v, **chosen)
+    p = make_problem(q, k, v, **chosen)
     tensors = [torch.from_numpy(np.array(x, float)).requires_grad_()
                for x in (q, k, v, *(chosen[name] for name in wrt))]  # fmt: skip
     theirs = formula(p, *tensors[:3], **dict(zip(wrt, tensors[3:], strict=True)))

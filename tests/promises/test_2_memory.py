@@ -7,7 +7,7 @@ import pytest
 from helpers.memory import EXTRA, STATUS
 from helpers.problems import float_type
 
-from fastattn.core.problem import DISTANCE, DOT, pose
+from fastattn.core.problem import DISTANCE, DOT, make_problem
 from fastattn.dispatch import named, unsupported_map
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -117,10 +117,10 @@ def test_operands_of_any_dtypes_are_read_where_they_lie(target, run_python, many
 def test_operands_of_any_dtypes_of_other_functions(target, run_python, function):
     q, k, v = (np.ones((1, 2, 8), x) for x in ("float32", "float16", "float16"))
     if function in ("key_importance", "attention_map", "top_keys"):
-        reason = unsupported_map(named(target.backend), pose(q, k, v))
+        reason = unsupported_map(named(target.backend), make_problem(q, k, v))
     else:
         measure = DISTANCE if function == "euclidean" else DOT
-        reason = target.unsupported(q, k, v, measure=measure)
+        reason = target.unsupported(q, k, v, score_function=measure)
     if reason is not None:
         pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     dtypes = ("float32", "float16", "float16")

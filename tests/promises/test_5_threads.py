@@ -11,7 +11,7 @@ from helpers.oracles import assert_solves, same_bits
 from helpers.problems import Shape, options
 
 from fastattn.core import threads
-from fastattn.core.problem import pose
+from fastattn.core.problem import make_problem
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_bad_setting_reaches_the_caller(target, monkeypatch):
 def test_setting_changes_no_result(target, monkeypatch, setting):
     arrays = BIG.arrays()
     monkeypatch.setenv("FASTATTN_NUM_THREADS", setting)
-    assert_solves(target.attend(*arrays), pose(*arrays))
+    assert_solves(target.attend(*arrays), make_problem(*arrays))
 
 
 @pytest.mark.parametrize("n", [2**31, 2**70])
@@ -154,7 +154,7 @@ def test_threadpool_limits(target):
     before = settings()
     with threadpoolctl.threadpool_limits(1):
         limited = settings()
-        assert_solves(target.attend(*arrays), pose(*arrays))
+        assert_solves(target.attend(*arrays), make_problem(*arrays))
         assert settings() == limited
     target.attend(*arrays, threads=3)
     assert settings() == before

@@ -40,8 +40,8 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for int8 keys and values"
     if problem.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
-    if problem.measure is not DOT:
-        return "its kernels measure by products alone"
+    if problem.score_function is not DOT:
+        return "its kernels compute dot products alone"
     return missing()
 
 

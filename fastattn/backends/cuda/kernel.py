@@ -301,7 +301,7 @@ def compiled(spec: Spec):
                                 for u in range(4):
                                     s[r, c] += a[r, u] * b[u]
 
-                # ---- softcap, bias, alibi, and -inf where unseen
+                # ---- softcap, bias, alibi, and -inf where hidden
                 for r in range(ROWS):
                     row = r * TY + ty
                     i = first_row + row

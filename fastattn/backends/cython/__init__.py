@@ -6,7 +6,7 @@ import numpy as np
 
 from ...core import extension
 from ...core.arguments import broadcast_shapes
-from ...core.cells import nothing_seen
+from ...core.bins import no_top_keys
 from ...core.problem import DOT, SQUARED_DISTANCE, Problem
 from .backward import run_backward
 from .kernel_args import attend, compute_dtype, kernels, threads
@@ -63,7 +63,7 @@ def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
 def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices and weights of each query's strongest keys, (batch, heads, queries, n)."""
     p = problem
-    indices, weights = nothing_seen(p, n)
+    indices, weights = no_top_keys(p, n)
     kept = slice(min(n, p.n_keys))
     attend(
         p, np.empty(p.rows(0), p.accumulator),
@@ -74,7 +74,7 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
-    if problem.measure is not DOT and problem.measure is not SQUARED_DISTANCE:
+    if problem.score_function is not DOT and problem.score_function is not SQUARED_DISTANCE:
         return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
@@ -83,7 +83,7 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    kind = compute_dtype(p), together, p.head_dim, p.value_dim, p.measure is DOT
+    kind = compute_dtype(p), together, p.head_dim, p.value_dim, p.score_function is DOT
     queries, panel, keys = kernels.tile_size(*kind)
     return {
         "kernel": f"{p.dtype}, multiplied as {kernels.matmul_dtype(*kind)}",

@@ -21,7 +21,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     those of `q`, `k`, `v` and of a bias of queries x keys have length 1 where their arrays do.
     """
     b, p = backward, backward.problem
-    if p.measure is not DOT:
+    if p.score_function is not DOT:
         return numpy_backward.run_backward(b)
     arrays = {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}

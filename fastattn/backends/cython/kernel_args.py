@@ -20,7 +20,7 @@ def attend(p: Problem, result, lse=None, weights=None, sums=None, indices=None) 
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
         p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
         lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
-        None if p.measure is DOT else p.measure, sums, indices,
+        None if p.score_function is DOT else p.score_function, sums, indices,
     )  # fmt: skip
 
 
@@ -36,5 +36,5 @@ def compute_dtype(problem: Problem) -> str:
 
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
-    cost = ADDITIVE_FLOPS if problem.measure.name == "additive" else 1
+    cost = ADDITIVE_FLOPS if problem.score_function.name == "additive" else 1
     return worth_threads(problem, kernels.openmp_threads, ONE_THREAD_FLOPS // cost)

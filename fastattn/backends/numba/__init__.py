@@ -78,15 +78,15 @@ class _Call:
     """One call: the record that its tiles start from, and who carries them out."""
 
     def __init__(self, p: Problem, result, lse, weights):
-        from . import hooks, launch, measures, numbers, tile
+        from . import hooks, launch, numbers, score_functions, tile
 
         self.hooks = (
             hooks.score_function(p.score_mod, p.accumulator.itemsize),
             hooks.mask_function(p.mask_mod),
         )
-        self.measure, self.bias = measures.NUMBER[p.measure.name], None
+        self.score_function, self.bias = score_functions.NUMBER[p.score_function.name], None
         self.kernel = launch.launcher(*self.hooks)
-        self.scale = p.accumulator.type(p.scale if p.measure is DOT else 1)
+        self.scale = p.accumulator.type(p.scale if p.score_function is DOT else 1)
         self.threads = threads(p)
         self.sizes = tile.scratch(p.accumulator.itemsize, p.head_dim, p.value_dim)
         self.record = t = np.zeros(1, tile.TILE)
@@ -97,10 +97,12 @@ class _Call:
         t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
         t["scale"], t["softcap"] = p.scale, p.softcap or 0
-        if p.measure is not DOT:
-            unit = power_below(p.measure.weights)  # or their sums might overflow
+        if p.score_function is not DOT:
+            unit = power_below(p.score_function.weights)  # or their sums might overflow
             t["measure_scale"] = np.float64(p.scale) * unit
-            t["measure_weights"] = self.address((p.measure.weights / unit).astype(p.accumulator))
+            t["additive_weights"] = self.address(
+                (p.score_function.weights / unit).astype(p.accumulator)
+            )
         t["tile_rows"] = rows = tile.TILE_BYTES // p.accumulator.itemsize
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
         for operand, x in (("q", p.q), ("k", p.k), ("v", p.v), ("out", result)):
@@ -167,7 +169,9 @@ class _Call:
         share(self.items, self.step, self.threads, self.start)
 
     def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
-        self.kernel(tile.ctypes.data, begin, end, self.scale, self.measure, self.bias, *self.hooks)
+        self.kernel(
+            tile.ctypes.data, begin, end, self.scale, self.score_function, self.bias, *self.hooks
+        )
 
     def start(self) -> Callable[[int, int], None]:
         """A thread's own launch, with a scratch of its own."""

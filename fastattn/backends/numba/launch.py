@@ -29,7 +29,7 @@ def _digest() -> int:
 def _entry():
     digest = _digest()
 
-    def launch(address, begin, end, scale, measure, bias, score_mod, mask_mod):
+    def launch(address, begin, end, scale, score_function, bias, score_mod, mask_mod):
         """Attend from the queries of the tiles begin <= item < end."""
         digest  # noqa: B018  a closure's variables are part of the key of the disk cache
         t = tile_at(address)
@@ -40,7 +40,7 @@ def _entry():
                 if step != WEIGH:
                     start_rows(t, scale)
                 for block in range(t.first // BLOCK_KEYS * BLOCK_KEYS, t.last, BLOCK_KEYS):
-                    score_block(t, block, scale, measure, bias, score_mod, mask_mod)
+                    score_block(t, block, scale, score_function, bias, score_mod, mask_mod)
                     if step == WEIGH:
                         store_weights(t, block, scale)
                     else:
@@ -67,8 +67,9 @@ keep_on_disk(_plain)
 
 
 def launcher(score_mod, mask_mod):
-    """``launch(address, begin, end, scale, measure, bias, score_mod, mask_mod)`` for these, or
-    None: it compiles itself at its first call with numbers of a type, with or without a measure
+    """``launch(address, begin, end, scale, score_function, bias, score_mod, mask_mod)`` for these,
+    or None: it compiles itself at its first call with numbers of a type, with or without a score
+    function
     and a bias.
     """
     return _plain if score_mod is None and mask_mod is None else _with(score_mod, mask_mod)

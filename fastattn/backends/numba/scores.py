@@ -9,7 +9,6 @@ import numpy as np
 from .exponential import tanh
 from .extremes import far_scores, find_nans
 from .hooks import POSITIVE, as_score, for_rows
-from .measures import measure_keys
 from .memory import (
     ahead,
     doubles,
@@ -24,6 +23,7 @@ from .memory import (
     store,
 )
 from .numbers import REAL, bounded, is_finite, read, rounded, widen
+from .score_functions import score_keys
 from .tile import (
     FAR_SCORES,
     FEW_RUN_DIMS,
@@ -71,8 +71,8 @@ far_enough = per_type(2.0**100, 2.0**960)
 
 
 @inlined
-def score_block(t, begin, scale, measure, bias, score_mod, mask_mod):
-    """The scores of the block of keys that begins at `begin`, -inf where unseen."""
+def score_block(t, begin, scale, score_function, bias, score_mod, mask_mod):
+    """The scores of the block of keys that begins at `begin`, -inf where hidden."""
     size = TILE_VECS * lanes(scale)
     for i in range(t.panels * size):
         reals(t.top, scale)[i] = -inf
@@ -96,12 +96,25 @@ def score_block(t, begin, scale, measure, bias, score_mod, mask_mod):
                 piece = ahead(pieces_of(t, p, strip), n * PIECE_FIELDS)
                 if piece[PIECE_VECS] > 0:
                     at = k + (piece[PIECE_FIRST] - first) * k_row
-                    score(t, p, n, piece, begin, at, k_row, k_dim, scale, measure, bias, score_mod)
+                    score(
+                        t,
+                        p,
+                        n,
+                        piece,
+                        begin,
+                        at,
+                        k_row,
+                        k_dim,
+                        scale,
+                        score_function,
+                        bias,
+                        score_mod,
+                    )
                     panel[LIVE] |= piece[PIECE_VECS]
 
 
 @compiled
-def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, bias, score_mod):
+def score(t, p, n, piece, begin, k, k_row, k_dim, scale, score_function, bias, score_mod):
     """The scores of the piece of panel `p` that begins at vector `n`. A bias or a function may hide
     some of its keys, or all: then it has no vectors left.
     """
@@ -117,8 +130,8 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, measure, bias, score_mo
             piece[PIECE_VECS] = 0
             return
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim + lane)
-    if measure is not None:
-        measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale)
+    if score_function is not None:
+        score_keys(t, score_function, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
         run = run_dims(vecs, t.head_dim)
         product(vecs, k, k_row, k_dim, keys, t.head_dim, run, queries, scores, np.int64(0))

@@ -8,7 +8,7 @@ maximum is that of the whole block and O^T is rescaled once per block.
 
 A tile is one record, `TILE`: plain numbers and addresses, so that one compilation serves arrays of
 any layout. The functions take it as `t`; `scale` comes with it because its type is that of the
-numbers. `measure` is None or its number, `bias` None or the format of the bias, and
+numbers. `score_function` is None or its number, `bias` None or the format of the bias, and
 `score_mod` and `mask_mod` are the functions of `fastattn.flex`, or None: what is None in all calls
 of a process is never compiled. A literal argument is a type of its own, and would be another
 version of a function to compile: hence ``np.int64(0)``.
@@ -68,7 +68,7 @@ NUMBERS = (
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
     "q_format", "k_format", "v_format", "out_format",  # see `numbers`
     "bias_swapped", "alibi", "sinks", "q_offset",
-    "measure_weights",  # see `measures`
+    "additive_weights",  # see `score_functions`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
     "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",
     "again",  # how a tile is solved another time, see below

@@ -194,7 +194,7 @@ def all_finite(t, v, v_row, v_dim, keys, scale):
 @compiled
 def add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale):
     """The second product where some row must not meet a NaN or an Inf in some v that it does not
-    see: 0 * NaN is a NaN, so unseen keys are left out lane by lane.
+    see: 0 * NaN is a NaN, so hidden keys are left out lane by lane.
     """
     size = TILE_VECS * lanes(scale)
     for d in range(t.value_dim):
@@ -319,7 +319,7 @@ def mend_panel(t, p, columns, scale):
 
 @compiled
 def store_weights(t, begin, scale):
-    """The weights of a block, from its scores and the rows' sums; unseen ones are 0 already."""
+    """The weights of a block, from its scores and the rows' sums; hidden ones are 0 already."""
     size = TILE_VECS * lanes(scale)
     tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
     for i in range(t.rows):

@@ -13,7 +13,7 @@ from ...core.backward import Backward
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
-from .score_functions import measure_gradients, where_seen
+from .score_functions import score_function_gradients, where_visible
 from .tiles import (
     Heads,
     capped_products,
@@ -96,21 +96,23 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         s, seen = scores(p, h, products, r.queries, keys)
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
         weights = np.exp(s - r.shift[..., None]) / r.total[..., None]
-        weights = where_seen(seen, weights)
+        weights = where_visible(seen, weights)
         grad_s = weights * (r.grad_out @ v.swapaxes(-1, -2) - r.delta[..., None])
-        grad_s = where_seen(seen, grad_s)
+        grad_s = where_visible(seen, grad_s)
         if "bias" in found:
             _add(found["bias"], (*h.where, r.queries, keys), grad_s)
         if "alibi" in found:
             row_sums += _row_sums(weights, grad_s, distances(h, r.queries, keys))
         if p.softcap is not None:
-            grad_s = where_seen(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
+            grad_s = where_visible(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
         of_keys = (*h.kv_where, keys, slice(None))
-        if p.measure is DOT:
+        if p.score_function is DOT:
             grad_q += product(grad_s, seen, k)
             grad_k = product(grad_s.swapaxes(-1, -2), seen_by, r.q)
         else:
-            more_q, grad_k, more_w = measure_gradients(p.measure, r.q, k, seen, grad_s)
+            more_q, grad_k, more_w = score_function_gradients(
+                p.score_function, r.q, k, seen, grad_s
+            )
             grad_q += more_q
             grad_k *= real(p.scale)
             if "w" in found:

@@ -11,22 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from ...core.problem import Measure
+from ...core.problem import ScoreFunction
 
-__all__ = ["measure", "measure_gradients", "where_seen"]
+__all__ = [
+    "score_function_gradients",
+    "score_function_tangents",
+    "unscaled_scores",
+    "where_visible",
+]
 
 # Dimensions that are summed from zero before they join the running sum, which alone would have
 # several times the rounding error of `numpy.sum`.
 CHUNK = 16
 
 
-def measure(how: Measure, q, k) -> np.ndarray:
+def unscaled_scores(fn: ScoreFunction, q, k) -> np.ndarray:
     """(..., queries, keys) from q (..., queries, head_dim) and k (..., keys, head_dim)."""
-    distances = how.name != "additive"
-    total = _sum(_squares(q, k) if distances else _tanhs(how, q, k))
+    distances = fn.name != "additive"
+    total = _sum(_squares(q, k) if distances else _tanhs(fn, q, k))
     if not distances:
         return total
-    if how.name == "squared distance":  # of finite vectors that overflows to the largest number
+    if fn.name == "squared distance":  # of finite vectors that overflows to the largest number
         return _within_range(total, q, k)
     roots, limits, two = np.sqrt(total), np.finfo(q.dtype), q.dtype.type(2)
     # The squares of finite numbers may overflow though the distance does not; and small ones lose
@@ -49,32 +54,55 @@ def _within_range(squares, q, k) -> np.ndarray:
     return squares
 
 
-def measure_gradients(how: Measure, q, k, seen, grad):
-    """``(grad_q, grad_k, grad_w)`` of what `measure` returns, from its gradient `grad`, each with
-    all leading axes of that but for `grad_w`, (head_dim,).
+def score_function_gradients(fn: ScoreFunction, q, k, seen, grad):
+    """``(grad_q, grad_k, grad_w)`` of what `unscaled_scores` returns, from its gradient
+    `grad`, each with all leading axes of that but for `grad_w`, (head_dim,).
     """
     shape = grad.shape[:-2]
     grad_q, grad_k = (np.empty((*shape, *x.shape[-2:]), q.dtype) for x in (q, k))
     grad_w = np.zeros(q.shape[-1], q.dtype)
-    if how.name == "distance":
-        lengths = measure(how, q, k)
+    if fn.name == "distance":
+        lengths = unscaled_scores(fn, q, k)
         grad = np.where(lengths == 0, 0, grad / np.where(lengths == 0, 1, lengths))
-    elif how.name == "squared distance":
+    elif fn.name == "squared distance":
         grad = 2 * grad
     for d in range(q.shape[-1]):
         x, y = q[..., :, None, d], k[..., None, :, d]
-        if how.name != "additive":
+        if fn.name != "additive":
             terms = grad * (x - y)
             sign = -1
         else:
             tanh = np.tanh(x + y)
-            terms = grad * (1 - tanh * tanh) * how.weights[d].astype(q.dtype)
-            grad_w[d] = where_seen(seen, grad * tanh).sum()
+            terms = grad * (1 - tanh * tanh) * fn.weights[d].astype(q.dtype)
+            grad_w[d] = where_visible(seen, grad * tanh).sum()
             sign = 1
-        terms = where_seen(seen, terms)
+        terms = where_visible(seen, terms)
         grad_q[..., d] = terms.sum(axis=-1)
         grad_k[..., d] = sign * terms.sum(axis=-2)
     return grad_q, grad_k, grad_w
+
+
+def score_function_tangents(fn: ScoreFunction, q, k, dq, dk) -> np.ndarray:
+    """The tangent of `unscaled_scores` along `dq` and `dk`, of which one may be None."""
+    total = _sum(_tangent_terms(fn, q, k, dq, dk))
+    if fn.name == "squared distance":
+        return 2 * total
+    if fn.name == "distance":
+        lengths = unscaled_scores(fn, q, k)
+        return np.where(lengths == 0, 0, total / np.where(lengths == 0, 1, lengths))
+    return total
+
+
+def _tangent_terms(fn: ScoreFunction, q, k, dq, dk):
+    sign = 1 if fn.name == "additive" else -1
+    for d in range(q.shape[-1]):
+        x, y = q[..., :, None, d], k[..., None, :, d]
+        dx = 0 if dq is None else dq[..., :, None, d]
+        dy = 0 if dk is None else sign * dk[..., None, :, d]
+        if fn.name == "additive":
+            yield fn.weights[d].astype(q.dtype) * (1 - np.tanh(x + y) ** 2) * (dx + dy)
+        else:
+            yield (x - y) * (dx + dy)
 
 
 def _squares(q, k, unit=None):
@@ -86,8 +114,8 @@ def _squares(q, k, unit=None):
         yield away
 
 
-def _tanhs(how: Measure, q, k):
-    for d, weight in enumerate(how.weights.astype(q.dtype)):
+def _tanhs(fn: ScoreFunction, q, k):
+    for d, weight in enumerate(fn.weights.astype(q.dtype)):
         term = q[..., :, None, d] + k[..., None, :, d]
         np.tanh(term, out=term)
         term *= weight
@@ -103,6 +131,6 @@ def _sum(terms: Iterator[np.ndarray]) -> np.ndarray:
     return total
 
 
-def where_seen(seen, x):
+def where_visible(seen, x):
     """`x` where a key is seen, 0 elsewhere; `seen` is None if all are seen."""
     return x if seen is None else np.where(seen, x, 0)

@@ -13,7 +13,7 @@ import numpy as np
 from ...core.arguments import in_range
 from ...core.dtypes import as_real
 from ...core.problem import DOT, Problem
-from .score_functions import measure
+from .score_functions import unscaled_scores
 
 __all__ = [
     "BLOCK_K",
@@ -111,7 +111,7 @@ def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:
     """Some queries, scaled for products."""
     real = p.accumulator
     q = h.q[:, :, queries].astype(real)
-    return q * real.type(p.scale) if p.measure is DOT else q
+    return q * real.type(p.scale) if p.score_function is DOT else q
 
 
 def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
@@ -136,10 +136,10 @@ def capped_products(
     says which these are, scores of finite vectors are within the range of numbers.
     """
     k = rows_of(h.k, h.k_scales, keys, p.accumulator)
-    if p.measure is DOT:
+    if p.score_function is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
-        s = p.accumulator.type(p.scale) * measure(p.measure, q, k)
+        s = p.accumulator.type(p.scale) * unscaled_scores(p.score_function, q, k)
     if queries is not None and not np.isfinite(s).all():
         s = _products_in_range(p, h.q[:, :, queries], k, s)
     if p.softcap is None:
@@ -156,7 +156,11 @@ def _products_in_range(p: Problem, q, k, s) -> np.ndarray:
         return s
     wide = np.longdouble if p.accumulator == np.float64 else np.float64
     q, k = q.astype(wide), k.astype(wide)
-    exact = q @ k.swapaxes(-1, -2) if p.measure is DOT else measure(p.measure, q, k)
+    exact = (
+        q @ k.swapaxes(-1, -2)
+        if p.score_function is DOT
+        else unscaled_scores(p.score_function, q, k)
+    )
     most = np.finfo(s.dtype).max
     return np.where(lost, np.clip(wide(p.scale) * exact, -most, most), s).astype(s.dtype)
 
@@ -172,7 +176,7 @@ def rescale(old, new) -> np.ndarray:
 
 
 def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
-    """``(s, seen)`` of one tile: the score, -inf where unseen; `seen` is None if all are seen."""
+    """``(s, seen)`` of one tile: the score, -inf where hidden; `seen` is None if all are seen."""
     real = p.accumulator.type
     s, seen = products, None
     if h.bias is not None:
@@ -230,7 +234,7 @@ def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:
 
 
 def product(weight, seen, v):
-    """``weight @ v`` in which an unseen key takes no part, whatever is in its `v`."""
+    """``weight @ v`` in which an hidden key takes no part, whatever is in its `v`."""
     if seen is None or np.isfinite(v).all():
         return weight @ v
     finite = np.isfinite(v)

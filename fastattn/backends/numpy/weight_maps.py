@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...core.cells import covered, nothing_seen
+from ...core.bins import covered, no_top_keys
 from ...core.problem import Problem
-from .score_functions import where_seen
+from .score_functions import where_visible
 from .tiles import Heads, capped_products, key_blocks, queries_of, query_blocks, scores, sums
 
 __all__ = ["run_map", "run_top"]
@@ -29,7 +29,7 @@ def _pool(p: Problem, h: Heads, queries: slice, found) -> None:
     rows, first_queries = covered(queries, p.n_queries, found.shape[-2])
     for keys in key_blocks(p, h, queries):
         s, seen = scores(p, h, capped_products(p, h, q, keys, queries), queries, keys)
-        weights = where_seen(seen, np.exp(s - shift[..., None]) / total[..., None])
+        weights = where_visible(seen, np.exp(s - shift[..., None]) / total[..., None])
         columns, first_keys = covered(keys, p.n_keys, found.shape[-1])
         weights = np.add.reduceat(weights, first_queries, axis=-2, dtype=np.float64)
         weights = np.add.reduceat(weights, first_keys, axis=-1)
@@ -39,7 +39,7 @@ def _pool(p: Problem, h: Heads, queries: slice, found) -> None:
 def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices and weights of each query's strongest keys, (batch, heads, queries, n)."""
     p = problem
-    indices, weights = nothing_seen(p, n)
+    indices, weights = no_top_keys(p, n)
     kept = min(n, p.n_keys)
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):

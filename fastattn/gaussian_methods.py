@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .attention import answer
+from .attention import solve
+from .chunks import Chunk, Union, entries, runs
 from .core.arguments import broadcast_shapes
 from .core.backward import Backward
-from .core.problem import SQUARED_DISTANCE, Problem, pose
-from .parts import Part, Union, entries, runs
+from .core.problem import SQUARED_DISTANCE, Problem, make_problem
 
 __all__ = [
     "Attended", "Call", "Lifted", "difference_gradients", "differences", "extents", "lifted",
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The softmax of a part, without sinks."""
+    """The softmax of a chunk, without sinks."""
 
     out: np.ndarray
     lse: np.ndarray
@@ -67,7 +67,7 @@ def extents(p: Problem, seen) -> tuple[np.ndarray, np.ndarray]:
     return centre, reach
 
 
-def _finite(p: Problem, entry: Part, seen) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _finite(p: Problem, entry: Chunk, seen) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``(keys, used)`` of each run: 0 where a key is not used, neither seen by all nor finite."""
     for run in runs(p, entry):
         x = run.of(p.k, "gj.")
@@ -80,16 +80,16 @@ def _squares(x):
     return (x * x).sum(axis=-1)
 
 
-def lifted(call: Call, part: Part) -> Lifted:
-    """The part's queries."""
+def lifted(call: Call, chunk: Chunk) -> Lifted:
+    """The chunk's queries."""
     p = call.problem
-    centre = np.repeat(part.of(call.centre, "g.."), p.group, axis=-3)
-    found = _moved(part.of(p.q, "hq."), centre)
+    centre = np.repeat(chunk.of(call.centre, "g.."), p.group, axis=-3)
+    found = _moved(chunk.of(p.q, "hq."), centre)
     found.vectors[..., -1] = 1
     return found
 
 
-def _lifted_keys(call: Call, run: Part) -> np.ndarray:
+def _lifted_keys(call: Call, run: Chunk) -> np.ndarray:
     k, squares = _moved(run.of(call.problem.k, "gj."), run.of(call.centre, "g.."))
     far = np.isinf(squares)  # a score of -inf, whatever the query: not Inf - Inf
     if far.any():
@@ -105,31 +105,31 @@ def _moved(x, centre) -> Lifted:
     return Lifted(moved, _squares(vectors))
 
 
-def product(call: Call, part: Part, queries: Lifted) -> Attended:
+def product(call: Call, chunk: Chunk, queries: Lifted) -> Attended:
     """Attend by the product; `queries` are those of `lifted`."""
-    p, found = call.problem, Union(part)
-    for run in runs(p, part):
+    p, found = call.problem, Union(chunk)
+    for run in runs(p, chunk):
         k, v = _lifted_keys(call, run), _of_sums(p, run.of(p.v, "gj."))
         for one in call.sets:
             options = run.options(one) | {"scale": 2 * call.alpha}
-            stated = pose(queries.vectors, k, v, return_lse=True,
+            stated = make_problem(queries.vectors, k, v, return_lse=True,
                           return_weights=p.return_weights, **options)  # fmt: skip
-            found.add(run.keys, *answer(stated, call.backend, None))
+            found.add(run.keys, *solve(stated, call.backend, None))
     lse = found.lse - call.alpha * queries.squares
     return Attended(found.out, lse, found.weights, found.lse)
 
 
-def differences(call: Call, part: Part, value_dim: int | None = None) -> Attended:
+def differences(call: Call, chunk: Chunk, value_dim: int | None = None) -> Attended:
     """Attend by differences, to values of the first `value_dim` dimensions."""
-    p, found = call.problem, Union(part)
-    q = _of_sums(p, part.of(p.q, "hq."))
-    for run in runs(p, part):
+    p, found = call.problem, Union(chunk)
+    q = _of_sums(p, chunk.of(p.q, "hq."))
+    for run in runs(p, chunk):
         k, v = (_of_sums(p, run.of(x, "gj.")) for x in (p.k, p.v[..., :value_dim]))
         for one in call.sets:
             options = run.options(one) | {"scale": -call.alpha}
-            stated = pose(q, k, v, measure=SQUARED_DISTANCE, return_lse=True,
+            stated = make_problem(q, k, v, score_function=SQUARED_DISTANCE, return_lse=True,
                           return_weights=p.return_weights, **options)  # fmt: skip
-            found.add(run.keys, *answer(stated, call.backend, None))
+            found.add(run.keys, *solve(stated, call.backend, None))
     return Attended(found.out, found.lse, found.weights, found.lse)
 
 
@@ -137,9 +137,9 @@ def _of_sums(p: Problem, x):
     return x.astype(p.accumulator, copy=False)
 
 
-def product_gradients(call: Call, b: Backward, run: Part, queries: Lifted) -> Iterator[dict]:
-    """The gradients by name, of one set of keys after another, of the part `run`. `b` is about the
-    softmax, of whose lse the distance of a query from the centre is a part.
+def product_gradients(call: Call, b: Backward, run: Chunk, queries: Lifted) -> Iterator[dict]:
+    """The gradients by name, of one set of keys after another, of the chunk `run`. `b` is about the
+    softmax, of whose lse the distance of a query from the centre is a chunk.
     """
     p, grad_lse = call.problem, b.grad_lse
     assert grad_lse is not None
@@ -156,7 +156,7 @@ def product_gradients(call: Call, b: Backward, run: Part, queries: Lifted) -> It
         yield {"q": -np.where(outward == 0, 0, outward * q[..., :-1])}
 
 
-def difference_gradients(call: Call, b: Backward, run: Part) -> Iterator[dict]:
+def difference_gradients(call: Call, b: Backward, run: Chunk) -> Iterator[dict]:
     """Likewise."""
     p = call.problem
     q = _of_sums(p, run.of(p.q, "hq."))

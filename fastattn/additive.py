@@ -1,65 +1,21 @@
-"""Attention by other measures than a product: the distance, and the additive score."""
+"""Attention by the additive score of Bahdanau et al. (2015)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .attention import answer
+from .attention import solve
 from .backward import of_its_array
-from .core.arguments import plain, vector
+from .core.arguments import flag, plain, vector
 from .core.dtypes import float_dtype, widest
 from .core.linear import project, rows
 from .core.options import check_wrt
-from .core.problem import DISTANCE, Measure, Problem, gradient_of, pose
-from .similarity import positive, refuse
+from .core.problem import Problem, ScoreFunction, gradient_of, make_problem
+from .jvp import has_tangents, pushed_forward, without_weights
+from .similarity import refuse
 from .vjp import differentiated, differentiates, without_out
 
-__all__ = ["additive", "euclidean"]
-
-
-def euclidean(q, k, v, *, scale=1.0, out=None, backend=None, **options):
-    """Exact softmax attention by distance: the score is ``-scale * |q_i - k_j|``, not squared.
-
-    Parameters
-    ----------
-    q, k, v : array_like, (..., Hq, Sq, D), (..., Hkv, Sk, D) and (..., Hkv, Sk, Dv)
-        As of `fastattn.scaled_dot`.
-    scale : float, default 1.0
-        Finite and > 0.
-    out, backend, **options
-        As of `fastattn.scaled_dot`; the ``cuda`` backend cannot.
-
-    Returns
-    -------
-    out, lse, weights
-        As of `fastattn.scaled_dot`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As of `fastattn.scaled_dot`, and if `scale` is out of range.
-
-    See Also
-    --------
-    gaussian : By the squared distance; in many dimensions about as fast as `scaled_dot`.
-
-    Notes
-    -----
-    The differences are squared and summed as they stand, so the result is as exact far from the
-    origin as near it. A distance of 0 has no gradient; `fastattn.vjp` takes 0, as ``torch.cdist``
-    does.
-
-    Examples
-    --------
-    >>> import fastattn
-    >>> data = [[1, 2], [4, 6]]
-    >>> out, weights = fastattn.euclidean(data, data, data, scale=0.2, return_weights=True)
-    >>> weights.round(3)  # exp(-0.2 * 5) beside 1
-    array([[0.731, 0.269],
-           [0.269, 0.731]])
-    """
-    p = _distances(q, k, v, scale, out=out, **options)
-    return answer(p, backend, out)
+__all__ = ["additive"]
 
 
 def additive(q, k, v, *, w_q, w_k, w, b=None, out=None, backend=None, **options):
@@ -111,11 +67,7 @@ def additive(q, k, v, *, w_q, w_k, w, b=None, out=None, backend=None, **options)
     """
     inputs, parameters = _additive_arrays(q, k, v, w_q, w_k, w, b)
     p = _projected(inputs, parameters, options, out=out)
-    return answer(p, backend, out)
-
-
-def _distances(q, k, v, scale, **options) -> Problem:
-    return pose(q, k, v, scale=-positive("scale", scale), measure=DISTANCE, **options)
+    return solve(p, backend, out)
 
 
 def _additive_arrays(q, k, v, w_q, w_k, w, b):
@@ -147,18 +99,11 @@ def _projected(inputs, parameters, options, **more) -> Problem:
         np.empty_like(inputs[name], dtype, shape=(*inputs[name].shape[:-1], hidden), subok=False)
         for name in "qk"
     )
-    measure = Measure("additive", parameters["w"])
-    p = pose(q, k, inputs["v"], scale=1.0, measure=measure, **more, **options)
+    score_function = ScoreFunction("additive", parameters["w"])
+    p = make_problem(q, k, inputs["v"], scale=1.0, score_function=score_function, **more, **options)
     project(inputs["q"], parameters["w_q"], parameters.get("b"), dtype, out=q)
     project(inputs["k"], parameters["w_k"], None, dtype, out=k)
     return p
-
-
-@differentiates(euclidean)
-def _euclidean(q, k, v, *, wrt, scale=1.0, backend=None, return_lse=False, **options):
-    without_out(options)
-    p = _distances(q, k, v, scale, gradients=True, wrt=wrt, return_lse=True, **options)
-    return differentiated(p, backend, return_lse)
 
 
 @differentiates(additive)
@@ -198,3 +143,19 @@ def _of_weights(x, grad, dtype):
     """
     x, grad = rows(x), rows(grad)
     return project(np.where((grad != 0).any(axis=-1)[:, None], x, 0).T, grad, None, dtype)
+
+
+@has_tangents(additive)
+def _additive_tangents(
+    arrays, tangents, *, w_q, w_k, w, b=None, backend=None, return_lse=False, **options
+):
+    without_out(options)
+    without_weights(options)
+    inputs, parameters = _additive_arrays(*arrays, w_q, w_k, w, b)
+    p = _projected(inputs, parameters, options, return_lse=True)
+    dq, dk, dv = tangents
+    dq, dk = (
+        None if t is None else project(t, parameters[name], None, p.accumulator)
+        for t, name in ((dq, "w_q"), (dk, "w_k"))
+    )
+    return pushed_forward(p, (dq, dk, dv), backend, flag("return_lse", return_lse))

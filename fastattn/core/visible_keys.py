@@ -7,13 +7,13 @@ import numpy as np
 from .arguments import broadcast_shapes
 from .problem import Problem
 
-__all__ = ["seen_keys"]
+__all__ = ["keys_visible_to_any"]
 
 # How many queries' rows of a mask or a bias are looked at together.
 _ROWS = 16
 
 
-def seen_keys(p: Problem) -> np.ndarray:
+def keys_visible_to_any(p: Problem) -> np.ndarray:
     """Does a query see the key? bool, broadcastable to (batch, kv_heads, keys)."""
     intervals = p.key_range.bounds()
     if p.mask is None and p.bias is None:
@@ -23,7 +23,7 @@ def seen_keys(p: Problem) -> np.ndarray:
     else:
         seen = np.zeros((1, p.n_keys), bool)
         for first in range(0, p.n_queries, _ROWS):
-            seen = seen | _seen_by(p, intervals, slice(first, first + _ROWS))
+            seen = seen | _visible_to_rows(p, intervals, slice(first, first + _ROWS))
     seen = np.broadcast_to(seen, (*seen.shape[:-2], p.heads, p.n_keys))
     by_group = seen.reshape(*seen.shape[:-2], p.kv_heads, p.group, p.n_keys)
     return np.logical_or.reduce(by_group, axis=-2)
@@ -42,8 +42,8 @@ def _covered(start, stop, n_keys) -> np.ndarray:
     return seen.reshape(*(lead or [1]), n_keys)
 
 
-def _seen_by(p: Problem, intervals, rows: slice) -> np.ndarray:
-    """`seen_keys` by some of the queries: broadcastable to (batch, heads, keys)."""
+def _visible_to_rows(p: Problem, intervals, rows: slice) -> np.ndarray:
+    """`keys_visible_to_any` by some of the queries: broadcastable to (batch, heads, keys)."""
 
     def these(x):
         """`x` for these rows, with axes of length 1 for those along which it is broadcast."""

@@ -5,7 +5,7 @@ import pytest
 from helpers.gradients import exact_gradients, plain_gradients, random_like
 from helpers.oracles import assert_exact_enough, same_bits
 from helpers.problems import Shape, options
-from test_measures import parameters, posed
+from test_score_functions import parameters, problem_of
 
 import fastattn
 from fastattn.dispatch import named, unsupported_backward
@@ -29,7 +29,7 @@ def arguments(name, shape=SHAPE, dtype="float64"):
 def vjp(target, name, arrays, given, wrt=(), **opts):
     """On this backend; skips the test where that cannot serve."""
     inner = tuple(n for n in wrt if n in ("bias", "alibi", "sinks"))
-    p = posed(name, *arrays, **given, **opts, gradients=True, wrt=inner)
+    p = problem_of(name, *arrays, **given, **opts, gradients=True, wrt=inner)
     reason = unsupported_backward(named(target.backend), p)
     if reason is not None:
         pytest.skip(f"{target.backend} cannot serve this call: {reason}")
@@ -57,7 +57,7 @@ def test_promise_1(target, name, dtype, shape):
         results, pullback = vjp(target, name, (q, k, v), given, wrt + own, **opts)
         grads = [random_like(x, seed) for seed, x in enumerate(results)]
         grads[1] = np.where(np.isfinite(results[1]), grads[1], 0)
-        p = posed(name, q, k, v, **given, **opts, gradients=True, wrt=wrt + own)
+        p = problem_of(name, q, k, v, **given, **opts, gradients=True, wrt=wrt + own)
         real = np.longdouble if dtype == "float64" else np.float64
         exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)
         for got, truth, yardstick, g in zip(

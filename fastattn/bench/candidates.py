@@ -1,6 +1,6 @@
-"""The contestants of the ranking: fastattn's backends, NumPy as users write it, and the peers.
+"""The candidates of the ranking: fastattn's backends, NumPy as users write it, and the peers.
 
-Every contestant gets what it runs best on: its own layout, its own compiled graph or session, the
+Every candidate gets what it runs best on: its own layout, its own compiled graph or session, the
 same number of threads, all made in `prepare` and not timed.
 """
 
@@ -16,17 +16,17 @@ import numpy as np
 import fastattn
 
 from ..backends import cuda
-from ..core.problem import pose
+from ..core.problem import make_problem
 from ..dispatch import BACKENDS, unsupported_backward
-from .base import Contestant, Prepared
+from .base import Candidate, Prepared
 from .cases import Case
 from .machine import default_threads, threadpoolctl
 from .peers import PEERS, Jax, TorchCuda
 
-__all__ = ["CONTESTANTS", "named"]
+__all__ = ["CANDIDATES", "named"]
 
 
-class Fastattn(Contestant):
+class Fastattn(Candidate):
     """`fastattn.scaled_dot` on one backend."""
 
     ours = functions = True
@@ -42,7 +42,8 @@ class Fastattn(Contestant):
         if case.inside:
             return f"is not called inside {case.inside}"
         tiny = case._replace(batch=1, n_queries=1, n_keys=1)
-        problem = pose(*tiny.arrays(), causal=case.causal, window=case.window, gradients=True,
+        problem = make_problem(*tiny.arrays(), causal=case.causal, window=case.window,
+                               gradients=True,
                        **case.functions(np.asarray))  # fmt: skip
         reason = self.backend.unsupported(problem)
         if reason is None and case.work != "forward":
@@ -114,7 +115,7 @@ class FastattnJax(Jax):
         return dot_product_attention
 
 
-class PlainNumpy(Contestant):
+class PlainNumpy(Candidate):
     """The formula, written with care: one array of scores, changed in place."""
 
     name = "numpy-formula"
@@ -162,9 +163,9 @@ def cannot_limit_blas(threads: int) -> str | None:
 
 
 OURS = (FastattnCuda(b) if b is cuda else Fastattn(b) for b in BACKENDS)
-CONTESTANTS: tuple[Contestant, ...] = (*OURS, FastattnJax(), PlainNumpy(), *PEERS)
+CANDIDATES: tuple[Candidate, ...] = (*OURS, FastattnJax(), PlainNumpy(), *PEERS)
 
 
-def named(name: str) -> Contestant:
-    """The contestant of that name."""
-    return next(c for c in CONTESTANTS if c.name == name)
+def named(name: str) -> Candidate:
+    """The candidate of that name."""
+    return next(c for c in CANDIDATES if c.name == name)

@@ -9,7 +9,7 @@ from test_similarity import SPREADS, spread
 
 import fastattn
 from fastattn import MultiHeadAttention
-from fastattn.core.problem import SQUARED_DISTANCE, pose
+from fastattn.core.problem import SQUARED_DISTANCE, make_problem
 
 SHAPE = Shape(2, 4, 6, 9, 5, kv_heads=2, value_dim=3)
 RNG = np.random.default_rng(2)
@@ -110,7 +110,7 @@ def test_gradients_of_a_large_spread(target, case, dtype):
     """Promise 1, beside squares of differences."""
     q, k, v, alpha = spread(case, dtype)
     out, pullback = fastattn.vjp(fastattn.gaussian, q, k, v, alpha=alpha, backend=target.backend)
-    p = pose(q, k, v, scale=-alpha, measure=SQUARED_DISTANCE, gradients=True)
+    p = make_problem(q, k, v, scale=-alpha, score_function=SQUARED_DISTANCE, gradients=True)
     grads = random_like(out), np.zeros((1, len(q)))
     real = np.longdouble if dtype == "float64" else np.float64
     exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)

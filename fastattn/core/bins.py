@@ -6,10 +6,10 @@ import numpy as np
 
 from .problem import Problem
 
-__all__ = ["cell_starts", "covered", "nothing_seen"]
+__all__ = ["bin_starts", "covered", "no_top_keys"]
 
 
-def cell_starts(n: int, cells: int) -> np.ndarray:
+def bin_starts(n: int, cells: int) -> np.ndarray:
     """Where each of `cells` runs of nearly equal length begins that split `n` elements."""
     return np.arange(cells) * n // max(1, cells)
 
@@ -18,9 +18,9 @@ def covered(part: slice, n: int, cells: int) -> tuple[slice, np.ndarray]:
     """The cells that a part of the elements is in, and where in the part each of them begins."""
     first, last = (((i + 1) * cells - 1) // n for i in (part.start, part.stop - 1))
     touched = slice(first, last + 1)
-    return touched, np.maximum(cell_starts(n, cells)[touched] - part.start, 0)
+    return touched, np.maximum(bin_starts(n, cells)[touched] - part.start, 0)
 
 
-def nothing_seen(p: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
+def no_top_keys(p: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices and weights of the `n` strongest keys of queries that see none."""
     return np.full(p.rows(n), -1), np.zeros(p.rows(n), p.accumulator)

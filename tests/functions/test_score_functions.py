@@ -11,7 +11,7 @@ from helpers.problems import DTYPES, Shape, options
 
 import fastattn
 from fastattn import reference
-from fastattn.core.problem import DISTANCE, Measure, pose
+from fastattn.core.problem import DISTANCE, ScoreFunction, make_problem
 from fastattn.dispatch import named
 
 HIDDEN = 24
@@ -32,23 +32,23 @@ def parameters(width, key_width=None, hidden=HIDDEN, dtype="float32", size=1.0) 
     }
 
 
-def posed(name, q, k, v, w_q=None, w_k=None, w=None, b=None, scale=1.0, **opts):
+def problem_of(name, q, k, v, w_q=None, w_k=None, w=None, b=None, scale=1.0, **opts):
     """What the kernels are given: the problem, of an additive score after the projections."""
     if name == "euclidean":
-        return pose(q, k, v, scale=-scale, measure=DISTANCE, **opts)
+        return make_problem(q, k, v, scale=-scale, score_function=DISTANCE, **opts)
     real = np.float64 if v.dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):
         q, k = (
             (x.astype(real) @ y.astype(real) + c).astype(v.dtype)
             for x, y, c in ((q, w_q, b.astype(real)), (k, w_k, real(0)))
         )
-    return pose(q, k, v, scale=1.0, measure=Measure("additive", w), **opts)
+    return make_problem(q, k, v, scale=1.0, score_function=ScoreFunction("additive", w), **opts)
 
 
 def call(target, name, *arrays, **opts):
     """On this backend; skips the test where that cannot serve."""
     given = {n: x for n, x in opts.items() if n not in ("threads", "out")}
-    reason = named(target.backend).unsupported(posed(name, *map(np.asarray, arrays), **given))
+    reason = named(target.backend).unsupported(problem_of(name, *map(np.asarray, arrays), **given))
     if reason is not None:
         pytest.skip(f"{target.backend} cannot serve this call: {reason}")
     return getattr(fastattn, name)(*arrays, backend=target.backend, **opts)
@@ -57,7 +57,7 @@ def call(target, name, *arrays, **opts):
 def check(target, name, *arrays, **opts):
     opts = {"return_lse": True, **opts}
     results = call(target, name, *arrays, **opts)
-    assert_solves(results, posed(name, *arrays, **opts))
+    assert_solves(results, problem_of(name, *arrays, **opts))
     return results
 
 
@@ -139,7 +139,7 @@ def test_projections(dtype):
     arrays, given = arguments("additive", dtype=dtype)
     q, k, v = arrays
     results = fastattn.additive(q, k, v, return_lse=True, return_weights=True, **given)
-    p = posed("additive", q, k, v, **given)
+    p = problem_of("additive", q, k, v, **given)
     real = np.longdouble if dtype == "float64" else np.float64
     wide = {name: x.astype(real) for name, x in given.items()}
     exact = reference.attend(
@@ -147,7 +147,7 @@ def test_projections(dtype):
             p,
             q=q.astype(real) @ wide["w_q"] + wide["b"],
             k=k.astype(real) @ wide["w_k"],
-            measure=Measure("additive", wide["w"]),
+            score_function=ScoreFunction("additive", wide["w"]),
         ),
         real,
     )
@@ -263,7 +263,7 @@ def test_infinite_and_nan_keys(target):
     k[:, :, 5] = np.inf
     with np.errstate(invalid="ignore"):
         results = call(target, "additive", q, k, v, return_lse=True, **given)
-        assert_solves(results, posed("additive", q, k, v, return_lse=True, **given))
+        assert_solves(results, problem_of("additive", q, k, v, return_lse=True, **given))
     q, k, v = SHAPE.arrays()
     wanted = call(target, "euclidean", q, k, v, mask=np.arange(70) != 5)
     k[:, :, 5, 2] = -np.inf

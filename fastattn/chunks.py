@@ -1,4 +1,4 @@
-"""A call in parts, so that what is made of its queries, keys and values takes a few MiB.
+"""A call in chunks, so that what is made of its queries, keys and values takes a few MiB.
 
 Entries and heads that are small are taken together. How the queries and the keys of one head are
 split depends on the sizes of one head alone, so that slices of a call agree with the whole of it.
@@ -12,22 +12,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backward import of_its_array, pull_back
+from .backward import of_its_array, solve_backward
 from .core.backward import Backward
-from .core.problem import DOT, Gradient, Problem, pose
+from .core.problem import DOT, Gradient, Problem, make_problem
 from .merge import merge
 
 __all__ = [
-    "Gradients", "Part", "Union", "blocks", "entries", "fill", "narrowed", "runs", "singles",
+    "Chunk",
+    "Gradients",
+    "Union",
+    "blocks",
+    "entries",
+    "fill",
+    "narrowed",
+    "runs",
+    "singles",
 ]  # fmt: skip
 
-# What one operand of a part takes at most, once it is copied. Queries and keys that are split are
+# What one operand of a chunk takes at most, once it is copied. Queries and keys that are split are
 # split in whole tiles and blocks of the kernels.
-PART_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
 QUERIES, KEYS = 384, 512
 
 
-class Part(NamedTuple):
+class Chunk(NamedTuple):
     """Some batch entries, heads, queries and keys of a problem."""
 
     batch: tuple[slice, ...]
@@ -37,7 +45,7 @@ class Part(NamedTuple):
     keys: slice
 
     def of(self, x, axes: str):
-        """The part's view of an array of (batch, *axes): h, g, q and j stand for heads, key heads,
+        """The chunk's view of an array of (batch, *axes): h, g, q and j stand for heads, key heads,
         queries and keys, a point for an axis of its own. Axes of length 1 broadcast and stay.
         """
         sides = {"h": self.heads, "g": self.kv_heads, "q": self.queries, "j": self.keys}
@@ -46,8 +54,8 @@ class Part(NamedTuple):
         return x[tuple(slice(None) if n == 1 else s for n, s in zip(x.shape, where, strict=True))]
 
     def options(self, p: Problem) -> dict[str, Any]:
-        """The options of `p`, as `pose` takes them for the part's own queries and keys. Sinks come
-        with the first keys.
+        """The options of `p` as `make_problem` takes them, for the chunk's own queries and keys.
+        Sinks come with the first keys.
         """
         first = self.keys.start
         shift = self.queries.start - first
@@ -69,7 +77,7 @@ class Part(NamedTuple):
         return found
 
     def backward(self, b: Backward) -> Backward:
-        """`b` for the part's queries."""
+        """`b` for the chunk's queries."""
         grad_lse = None if b.grad_lse is None else self.of(b.grad_lse, "hq")
         return b._replace(
             out=self.of(b.out, "hq."), lse=self.of(b.lse, "hq"),
@@ -77,7 +85,7 @@ class Part(NamedTuple):
         )  # fmt: skip
 
     def gradients(
-        self, b: Backward, q, k, v, options, backend, measure=DOT
+        self, b: Backward, q, k, v, options, backend, score_function=DOT
     ) -> dict[str, np.ndarray]:
         """By their names those of `q`, `k`, `v` and of the options; `b` has its queries only."""
         p = b.problem
@@ -85,8 +93,10 @@ class Part(NamedTuple):
         for g in p.gradients[3:]:
             if g.name == "bias":
                 options["bias"] = self.of(narrowed(p.bias, g.shape), "hqj")
-        stated = pose(q, k, v, gradients=True, wrt=wrt, measure=measure, **options)
-        found = pull_back(stated, backend, b.grad_out, b.out, b.lse, b.grad_lse)
+        stated = make_problem(
+            q, k, v, gradients=True, wrt=wrt, score_function=score_function, **options
+        )
+        found = solve_backward(stated, backend, b.grad_out, b.out, b.lse, b.grad_lse)
         return dict(zip(("q", "k", "v", *wrt), found, strict=True))
 
 
@@ -94,7 +104,7 @@ _AXES = {"q": "hq.", "k": "gj.", "v": "gj.", "bias": "hqj", "alibi": "h", "sinks
 
 
 class Gradients:
-    """Those of a problem, summed up part by part, in the accumulator's dtype: with the axes that
+    """Those of a problem, summed up chunk by chunk, in the accumulator's dtype: with the axes that
     their arrays have, of length 1 where these broadcast.
     """
 
@@ -104,60 +114,60 @@ class Gradients:
             shape = getattr(p, g.name).shape if g.name in "qkv" else g.shape
             self.found[g.name] = np.zeros(shape, p.accumulator)
 
-    def add(self, part: Part, found: dict[str, np.ndarray]) -> None:
+    def add(self, chunk: Chunk, found: dict[str, np.ndarray]) -> None:
         with np.errstate(all="ignore"):
             for name, x in found.items():
                 total, axes = self.found[name], _AXES[name]
-                own = total[part.heads] if axes == "h" else part.of(total, axes[-total.ndim :])
+                own = total[chunk.heads] if axes == "h" else chunk.of(total, axes[-total.ndim :])
                 own += of_its_array(x, Gradient(name, own.shape, own.dtype))
 
 
-def entries(p: Problem) -> Iterator[Part]:
+def entries(p: Problem) -> Iterator[Chunk]:
     """As many batch entries and heads as fit at a time, with all queries and keys."""
     batch = tuple(slice(0, n) for n in p.batch)
     heads, kv_heads = slice(0, p.heads), slice(0, p.kv_heads)
-    whole = Part(batch, heads, kv_heads, slice(0, p.n_queries), slice(0, p.n_keys))
-    return _split(p, whole, PART_BYTES)
+    whole = Chunk(batch, heads, kv_heads, slice(0, p.n_queries), slice(0, p.n_keys))
+    return _split(p, whole, CHUNK_BYTES)
 
 
-def singles(p: Problem, part: Part) -> Iterator[Part]:
-    """Each batch entry and key head of the part by itself."""
-    return _split(p, part, 0)
+def singles(p: Problem, chunk: Chunk) -> Iterator[Chunk]:
+    """Each batch entry and key head of the chunk by itself."""
+    return _split(p, chunk, 0)
 
 
-def _split(p: Problem, part: Part, most: int) -> Iterator[Part]:
-    halves = _halves(p, part) if _bytes(p, part) > most else ()
+def _split(p: Problem, chunk: Chunk, most: int) -> Iterator[Chunk]:
+    halves = _halves(p, chunk) if _bytes(p, chunk) > most else ()
     if not halves:
-        yield part
+        yield chunk
     for half in halves:
         yield from _split(p, half, most)
 
 
-def _bytes(p: Problem, part: Part) -> int:
+def _bytes(p: Problem, chunk: Chunk) -> int:
     """Of the largest operand, without axes that broadcast."""
     rows = max(
-        _length(part.heads) * _length(part.queries), _length(part.kv_heads) * _length(part.keys)
+        _length(chunk.heads) * _length(chunk.queries), _length(chunk.kv_heads) * _length(chunk.keys)
     )
     row = max(p.head_dim, p.value_dim) * p.accumulator.itemsize
-    return math.prod(map(_length, part.batch)) * rows * row
+    return math.prod(map(_length, chunk.batch)) * rows * row
 
 
 def _length(side: slice) -> int:
     return side.stop - side.start
 
 
-def _halves(p: Problem, part: Part) -> tuple[Part, ...]:
-    """The part split along its batch or its heads; nothing if it is one entry and one key head."""
-    for axis, side in enumerate(part.batch):
+def _halves(p: Problem, chunk: Chunk) -> tuple[Chunk, ...]:
+    """The chunk split along its batch or its heads; nothing if it is one entry and one key head."""
+    for axis, side in enumerate(chunk.batch):
         if _length(side) > 1:
             batches = (
-                (*part.batch[:axis], half, *part.batch[axis + 1 :]) for half in _halved(side)
+                (*chunk.batch[:axis], half, *chunk.batch[axis + 1 :]) for half in _halved(side)
             )
-            return tuple(part._replace(batch=batch) for batch in batches)
-    if _length(part.kv_heads) > 1:
+            return tuple(chunk._replace(batch=batch) for batch in batches)
+    if _length(chunk.kv_heads) > 1:
         return tuple(
-            part._replace(kv_heads=half, heads=slice(half.start * p.group, half.stop * p.group))
-            for half in _halved(part.kv_heads)
+            chunk._replace(kv_heads=half, heads=slice(half.start * p.group, half.stop * p.group))
+            for half in _halved(chunk.kv_heads)
         )
     return ()
 
@@ -167,56 +177,56 @@ def _halved(side: slice) -> tuple[slice, slice]:
     return slice(side.start, middle), slice(middle, side.stop)
 
 
-def blocks(p: Problem, part: Part) -> Iterator[Part]:
-    """The part's queries, as many as fit at a time."""
+def blocks(p: Problem, chunk: Chunk) -> Iterator[Chunk]:
+    """The chunk's queries, as many as fit at a time."""
     row = p.group * max(p.head_dim, p.value_dim) * p.accumulator.itemsize
-    for side in _cut(part.queries, row, QUERIES):
-        yield part._replace(queries=side)
+    for side in _cut(chunk.queries, row, QUERIES):
+        yield chunk._replace(queries=side)
 
 
-def runs(p: Problem, part: Part) -> Iterator[Part]:
-    """The part's keys, as many as fit at a time."""
+def runs(p: Problem, chunk: Chunk) -> Iterator[Chunk]:
+    """The chunk's keys, as many as fit at a time."""
     row = max(p.head_dim, p.value_dim) * p.accumulator.itemsize
-    for side in _cut(part.keys, row, KEYS):
-        yield part._replace(keys=side)
+    for side in _cut(chunk.keys, row, KEYS):
+        yield chunk._replace(keys=side)
 
 
 def _cut(side: slice, row: int, multiple: int) -> Iterator[slice]:
-    step = max(multiple, PART_BYTES // row // multiple * multiple)
+    step = max(multiple, CHUNK_BYTES // row // multiple * multiple)
     for first in range(side.start, side.stop, step) or (side.start,):
         yield slice(first, min(first + step, side.stop))
 
 
-def fill(p: Problem, result, found: Iterable[tuple[Part, tuple]]):
+def fill(p: Problem, result, found: Iterable[tuple[Chunk, tuple]]):
     """What a backend's `run` fills and returns, from ``(out, lse, weights)`` of each block."""
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
-    for part, results in found:
+    for chunk, results in found:
         for target, x, axes in zip((result, lse, weights), results, ("hq.", "hq", "hqj"),
                                    strict=True):  # fmt: skip
             if target is not None:
                 with np.errstate(all="ignore"):
-                    part.of(target, axes)[...] = x
+                    chunk.of(target, axes)[...] = x
     return lse, weights
 
 
 class Union:
     """Attention of a block to sets of keys that have none in common, one set after another."""
 
-    def __init__(self, part: Part):
-        self.part = part
+    def __init__(self, chunk: Chunk):
+        self.chunk = chunk
         self.out: Any = None
         self.lse: Any = None
         self.weights: Any = None
 
     def add(self, keys: slice, out, lse, weights=None) -> None:
-        """The results of attention to some of the part's keys, of `keys`."""
+        """The results of attention to some of the chunk's keys, of `keys`."""
         if self.out is None:
             self.out, self.lse = out, lse
-            if weights is not None and keys == self.part.keys:
+            if weights is not None and keys == self.chunk.keys:
                 self.weights = weights
             elif weights is not None:
-                shape = (*lse.shape, _length(self.part.keys))
+                shape = (*lse.shape, _length(self.chunk.keys))
                 self.weights = np.zeros(shape, weights.dtype)
                 self._of(keys)[...] = weights
             return
@@ -234,7 +244,7 @@ class Union:
         return np.where(lse == -np.inf, 0, np.exp(lse - self.lse))[..., None].astype(dtype)
 
     def _of(self, keys: slice):
-        first = self.part.keys.start
+        first = self.chunk.keys.start
         return self.weights[..., keys.start - first : keys.stop - first]
 
 

@@ -1,4 +1,4 @@
-"""Cosine and Gaussian attention in parts: as exact as in one, in memory that does not grow."""
+"""Cosine and Gaussian attention in chunks: as exact as in one, in memory that does not grow."""
 
 import sys
 
@@ -11,43 +11,43 @@ from helpers.problems import Shape, options
 from test_similarity import OPTIONS, SHAPE, check, cosines, distances
 
 import fastattn
-from fastattn import parts, reference
-from fastattn.core.problem import pose
+from fastattn import chunks, reference
+from fastattn.core.problem import make_problem
 
 FUNCTIONS = {
     "cosine": (fastattn.cosine, {"temperature": 0.1}, lambda q, k: cosines(q, k, 0.1)),
     "product": (fastattn.gaussian, {"alpha": 0.05}, lambda q, k: distances(q, k, 0.05)),
     "differences": (fastattn.gaussian, {"alpha": 2.0}, lambda q, k: distances(q, k, 2.0)),
 }
-PARTS = {"PART_BYTES": 2048, "QUERIES": 8, "KEYS": 16}
+PARTS = {"CHUNK_BYTES": 2048, "QUERIES": 8, "KEYS": 16}
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
+def small_chunks(monkeypatch):
     for name, n in PARTS.items():
-        monkeypatch.setattr(parts, name, n)
+        monkeypatch.setattr(chunks, name, n)
 
 
 @pytest.mark.parametrize("names", OPTIONS, ids="-".join)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_options(small_parts, name, names):
+def test_options(small_chunks, name, names):
     function, how, score = FUNCTIONS[name]
     q, k, v = SHAPE.arrays()
     opts = options(names, SHAPE)
-    p = pose(q, k, v, **opts)
-    part = next(parts.entries(p))
-    assert len(list(parts.runs(p, part))) > 1 and len(list(parts.blocks(p, part))) > 1
+    p = make_problem(q, k, v, **opts)
+    part = next(chunks.entries(p))
+    assert len(list(chunks.runs(p, part))) > 1 and len(list(chunks.blocks(p, part))) > 1
     results = function(q, k, v, return_lse=True, return_weights=True, **how, **opts)
     check(results, p, score)
 
 
 @pytest.mark.parametrize("how", [{}, {"normalize": False}], ids=str)
 @pytest.mark.parametrize("alpha", [0.05, 2.0])
-def test_excluded_self(small_parts, alpha, how):
+def test_excluded_self(small_chunks, alpha, how):
     q, k, v = SHAPE.arrays()
     results = fastattn.gaussian(q, k, v, alpha=alpha, exclude_self=True, return_lse=True,
                                 return_weights=True, **how)  # fmt: skip
-    i, j = reference.positions(p := pose(q, k, v))
+    i, j = reference.positions(p := make_problem(q, k, v))
     check(results, p, lambda q, k: distances(q, k, alpha), hidden=i == j,
           normalize=how.get("normalize", True))  # fmt: skip
 
@@ -65,7 +65,7 @@ def test_gradients(monkeypatch, name, names):
     found = []
     for sizes in ({}, PARTS):
         for key, n in sizes.items():
-            monkeypatch.setattr(parts, key, n)
+            monkeypatch.setattr(chunks, key, n)
         (out, lse), pullback = fastattn.vjp(function, q, k, v, wrt=wrt, return_lse=True, **how,
                                             **opts, backend="numpy")  # fmt: skip
         grads = random_like(out), np.where(np.isfinite(lse), random_like(lse, 8), 0)
@@ -77,7 +77,7 @@ def test_gradients(monkeypatch, name, names):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_slices_agree(target, small_parts, name):
+def test_slices_agree(target, small_chunks, name):
     """One head is spread wide, so that not all are computed in one way; promise 4."""
     if not target.bitwise:
         pytest.skip(f"{target.backend} does not promise the same bits")
@@ -122,7 +122,7 @@ print(status("VmHWM") - max(before, top) + (top - before if status("VmHWM") > to
 @pytest.mark.parametrize("case", ["keys", "halves", "queries"])
 @pytest.mark.parametrize("name, alpha", [("cosine", 1), ("gaussian", 0.01), ("gaussian", 100)])
 def test_no_copy_of_an_operand(target, run_python, name, alpha, case):
-    """131072 vectors are 32 MiB in float32; parts of 4 MiB and what is made of them, 24."""
+    """131072 vectors are 32 MiB in float32; chunks of 4 MiB and what is made of them, 24."""
     used = run_python(PROGRAM, target.backend, name, case, str(alpha))
     assert float(used) < 24
 

@@ -1,6 +1,7 @@
 """Scores that are no products: distances, and sums of tanh.
 
-As in ``csrc/measures.h``, sums of CHUNK_DIMS dimensions join a running sum, which alone would have
+As in ``csrc/distances-inl.h``, sums of CHUNK_DIMS dimensions join a running sum, which alone would
+have
 several times NumPy's rounding error. Four keys at a time hide each other's latency.
 """
 
@@ -25,7 +26,7 @@ from .vectors import (
     square_root,
 )
 
-__all__ = ["NUMBER", "measure_keys"]
+__all__ = ["NUMBER", "score_keys"]
 
 DISTANCE, ADDITIVE, SQUARED_DISTANCE = 1, 2, 3
 NUMBER = {
@@ -43,21 +44,21 @@ least_square = per_type(2.0**-100, 2.0**-960)
 
 
 @compiled
-def measure_keys(t, measure, vecs, k, k_row, k_dim, keys, queries, scores, scale):
+def score_keys(t, score_function, vecs, k, k_row, k_dim, keys, queries, scores, scale):
     """scores[key][lane] of queries[d][lane]."""
     size = TILE_VECS * lanes(scale)
     for j in range(0, keys, 4):
         for n in range(0, vecs * lanes(scale), lanes(scale)):
             four = ahead(scores, j * size + n)
             at, column = k + j * k_row, ahead(queries, n)
-            measure_four(t, measure, at, k_row, k_dim, keys - j, column, four, scale)
+            score_four_keys(t, score_function, at, k_row, k_dim, keys - j, column, four, scale)
 
 
 @compiled
-def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
+def score_four_keys(t, score_function, k, k_row, k_dim, keys, column, scores, scale):
     """Of the next four keys, or as many as there are, and one vector of queries."""
     size = TILE_VECS * lanes(scale)
-    zero, weights = splat(constant(0.0, scale)), reals(t.measure_weights, scale)
+    zero, weights = splat(constant(0.0, scale)), reals(t.additive_weights, scale)
     second, third, fourth = min(1, keys - 1), min(2, keys - 1), min(3, keys - 1)
     all_a, all_b, all_c, all_d = zero, zero, zero, zero
     for first in range(0, t.head_dim, CHUNK_DIMS):
@@ -68,7 +69,7 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
             y = splat(reals(at + second * k_row, scale)[0])
             z = splat(reals(at + third * k_row, scale)[0])
             u = splat(reals(at + fourth * k_row, scale)[0])
-            if measure != ADDITIVE:
+            if score_function != ADDITIVE:
                 x, y, z, u = q - x, q - y, q - z, q - u
                 a, b = multiply_add(x, x, a), multiply_add(y, y, b)
                 c, d = multiply_add(z, z, c), multiply_add(u, u, d)
@@ -77,12 +78,12 @@ def measure_four(t, measure, k, k_row, k_dim, keys, column, scores, scale):
                 a, b = multiply_add(weight, tanh(q + x), a), multiply_add(weight, tanh(q + y), b)
                 c, d = multiply_add(weight, tanh(q + z), c), multiply_add(weight, tanh(q + u), d)
         all_a, all_b, all_c, all_d = all_a + a, all_b + b, all_c + c, all_d + d
-    if measure == SQUARED_DISTANCE:
+    if score_function == SQUARED_DISTANCE:
         all_a = negated_square(t, all_a, k, k_dim, column, scale)
         all_b = negated_square(t, all_b, k + second * k_row, k_dim, column, scale)
         all_c = negated_square(t, all_c, k + third * k_row, k_dim, column, scale)
         all_d = negated_square(t, all_d, k + fourth * k_row, k_dim, column, scale)
-    elif measure == DISTANCE:
+    elif score_function == DISTANCE:
         all_a = root(t, all_a, k, k_dim, column, scale)
         all_b = root(t, all_b, k + second * k_row, k_dim, column, scale)
         all_c = root(t, all_c, k + third * k_row, k_dim, column, scale)
