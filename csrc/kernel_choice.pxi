@@ -10,22 +10,6 @@ for _i in range(N_INSTRUCTION_SETS):
         break
 
 
-# Queries of one key head. Up to MAX_FMA_ROWS, packing keys for bfloat16 hardware costs more than it
-# saves. From MIN_BF16X3_ROWS on, three bfloat16 terms are faster for float32: they take 1.5 times
-# as long as multiply-adds for 32 queries, as long for 112, and 0.8 times as long for 384.
-cdef enum:
-    MAX_FMA_ROWS = 16
-    MIN_BF16X3_ROWS = 128
-
-# Split-KV: up to MAX_SPLIT_ROWS queries a key head would be one work item, which may leave threads
-# idle, so its keys are split, in a way that depends on their number alone. At most MAX_SPLITS,
-# because each needs room for a partial result, and time even if all its keys are hidden.
-cdef enum:
-    MAX_SPLIT_ROWS = 32
-    SPLIT_KEYS = 2048
-    MAX_SPLITS = 64
-
-
 # What a call multiplies in: the dtype of its arrays, or what the user allows in its place.
 cdef enum ComputeDtype:
     FLOAT64
@@ -82,6 +66,24 @@ cdef bint worth_bf16x3(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil
     """
     cdef Py_ssize_t padded = (head_dim + 31) // 32 * 32 + (value_dim + 15) // 16 * 16
     return 4 * (head_dim + value_dim) - 3 * padded > (75 if value_dim else 37)
+
+
+def tile_sizes():
+    """The sizes of tile_sizes.h that are the same for every kernel, and WEIGHT_UNIT, by name."""
+    return {
+        "BLOCK_K": BLOCK_K,
+        "SUB_BLOCK_K": SUB_BLOCK_K,
+        "MAX_BLOCK_Q": MAX_BLOCK_Q,
+        "FMA_BLOCK_Q_BYTES": FMA_BLOCK_Q_BYTES,
+        "BLOCK_D": BLOCK_D,
+        "METRIC_BLOCK_D": METRIC_BLOCK_D,
+        "MAX_FMA_ROWS": MAX_FMA_ROWS,
+        "MIN_BF16X3_ROWS": MIN_BF16X3_ROWS,
+        "MAX_SPLIT_ROWS": MAX_SPLIT_ROWS,
+        "SPLIT_KEYS": SPLIT_KEYS,
+        "MAX_SPLITS": MAX_SPLITS,
+        "WEIGHT_UNIT": int(WEIGHT_UNIT),
+    }
 
 
 def tile_size(

@@ -6,7 +6,7 @@ def peak_flops(dtype, int threads, Py_ssize_t rounds=2_000_000):
     """
     kind = np.dtype(dtype).char
     cdef const TileKernels *kernels = kernels_for(
-        kind, 1 if kind == "f" else MAX_QUERIES, 0, 0, True
+        kind, 1 if kind == "f" else MAX_BLOCK_Q, 0, 0, True
     )
     cdef double flops = 0, start = seconds()
     cdef int i, at_once = 1 if inherits_pool() else available_threads(threads)

@@ -1,9 +1,5 @@
 # Part of kernels.pyx: reductions of the weights, to sums over bins or to the top k of each query.
 
-cdef enum:
-    WIDEST_LANES = 16  # of float32; a vector of sums may reach this far beyond the last column
-
-
 cdef int bind_reduction(CallParams *params, cnp.ndarray sums, cnp.ndarray indices) except -1:
     """Read `sums` and `indices`, (batch, heads, ...) or None, once the other parameters are set."""
     cdef WeightReduction *reduction = &params.reduction
@@ -26,7 +22,7 @@ cdef Py_ssize_t reduction_bytes(const CallParams *params) noexcept nogil:
     cdef Py_ssize_t bytes = 0
     cdef Py_ssize_t queries = min(params.kernels.block_q, params.group * params.n_queries)
     if reduction.sums is not NULL:
-        bytes = reduction.slots * (reduction.columns + WIDEST_LANES) * <Py_ssize_t>sizeof(double)
+        bytes = reduction.slots * (reduction.columns + MAX_LANES) * <Py_ssize_t>sizeof(double)
     if reduction.top_k:
         bytes = queries * reduction.top_k * <Py_ssize_t>sizeof(Candidate)
     return (bytes + 63) // 64 * 64
@@ -35,7 +31,7 @@ cdef Py_ssize_t reduction_bytes(const CallParams *params) noexcept nogil:
 cdef void init_tile_reduction(const CallParams *params, Tile *tile, char *room) noexcept nogil:
     """What all tiles of a thread have in common; `room` has reduction_bytes."""
     tile.bins = <double *>room
-    tile.bin_row = params.reduction.columns + WIDEST_LANES
+    tile.bin_row = params.reduction.columns + MAX_LANES
     tile.columns, tile.n_keys = params.reduction.columns, params.n_keys
     tile.heaps = <Candidate *>room
     tile.top_k = params.reduction.top_k
@@ -48,7 +44,7 @@ cdef void set_tile_reduction(const CallParams *params, Tile *tile, WorkItem work
     cdef char *indices
     if reduction.sums is not NULL:
         first = bin_of(work.first // params.group, params.n_queries, reduction.rows)
-        for i in range(MAX_QUERIES):
+        for i in range(MAX_BLOCK_Q):
             tile.slot[i] = -1
             if i < tile.n_queries:
                 query, head = (work.first + i) // params.group, (work.first + i) % params.group
