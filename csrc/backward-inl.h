@@ -213,7 +213,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Accumulated sums = {0};
     bool any = false;
     lay_out_backward(t, &g);
-    BEGIN_TILES();
+    BEGIN_MATMULS();
     begin_queries(t, &g);
     if (t->wants_sums) memset(t->row_sums, 0, sizeof *t->row_sums * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += SUB_BLOCK_K) {
@@ -235,7 +235,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         add_sub_block_grad(t->head_dim, key, keys, g.sub_grad_k, g.grad_k);
         add_sub_block_grad(t->value_dim, key, keys, g.sub_grad_v, g.grad_v);
     }
-    END_TILES();
+    END_MATMULS();
     for (int p = 0; p < t->micropanels; p++)
         if (!sums.q[p])
             memset(g.grad_q + p * MR * g.q_rows_padded, 0, sizeof(real) * MR * (size_t)t->head_dim);

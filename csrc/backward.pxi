@@ -1,27 +1,29 @@
 # Part of kernels.pyx: the backward pass.
 
 cdef struct Tickets:
-    # Key heads whose operand broadcasts add to one gradient. They do so in the order of their items, so
-    # that the sum does not depend on the threads.
-    Py_ssize_t sharers  # of each gradient
-    Py_ssize_t blocks  # of each gradient, each with tickets of its own
-    int64_t *gradient  # (key heads): which gradient is theirs
-    int64_t *before  # (key heads): how many come before them
-    int64_t *count  # (gradients, blocks): the next ticket
+    # Key heads that share an operand by broadcasting add to one gradient, in the order of their
+    # work items, as tickets say, so that the sum does not depend on the threads.
+    Py_ssize_t sharers  # the most key heads of one gradient
+    Py_ssize_t blocks  # of each gradient; each has a ticket counter
+    int64_t *gradient  # (key heads): the index of their gradient
+    int64_t *before  # (key heads): how many add to the same gradient earlier
+    int64_t *count  # (gradients, blocks): the ticket to be served next
 
 
 cdef struct BackwardParams:
-    # The parameters of a backward pass; `out` of the call is the gradient of q.
+    # The parameters of a backward pass; `call.out` is the gradient of q.
     CallParams call
     Operand grad_out, result, lse, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
-    double coarse  # the size from which on an lse has lost digits that its row's weights show
-    const int64_t *key_heads  # as many of them as `sharers` are one item after another
+    double coarse  # an lse of this size or more is too inexact to recompute weights from
+    const int64_t *key_heads  # in groups of `sharers`, each of which is one item per block of keys
     Py_ssize_t sharers, blocks  # of keys
-    Tickets q_tickets, k_tickets, v_tickets  # blocks: tiles of queries, blocks of keys
+    Tickets q_tickets, k_tickets, v_tickets  # their blocks: tiles of queries, and blocks of keys
 
 
-cdef Py_ssize_t gradient_index(const CallParams *params, const Operand *grad, Py_ssize_t head) noexcept nogil:
-    """Which of the gradients is that of a key head."""
+cdef Py_ssize_t gradient_index(
+    const CallParams *params, const Operand *grad, Py_ssize_t head
+) noexcept nogil:
+    """The index of the gradient that a key head adds to."""
     cdef Py_ssize_t batch = head // params.kv_heads, index = 0, step = 1
     cdef int axis
     for axis in range(params.n_batch - 1, -1, -1):
@@ -33,9 +35,10 @@ cdef Py_ssize_t gradient_index(const CallParams *params, const Operand *grad, Py
 
 
 cdef int64_t *assign_tickets(
-    BackwardParams *backward, Tickets *tickets, const Operand *grad, Py_ssize_t blocks, int64_t *room
+    BackwardParams *backward, Tickets *tickets, const Operand *grad, Py_ssize_t blocks,
+    int64_t *room,
 ) noexcept nogil:
-    """Assign the tickets. Returns what is left of the room, which is 0 before."""
+    """Assign the tickets in `room`, which is zeroed. Return the end of what they take."""
     cdef const CallParams *params = &backward.call
     cdef Py_ssize_t n, head, heads = params.key_heads
     tickets.sharers, tickets.blocks = 1, blocks
@@ -50,12 +53,16 @@ cdef int64_t *assign_tickets(
     return tickets.count + heads * max(blocks, 1)
 
 
-cdef inline int64_t *ticket_counter(const Tickets *tickets, Py_ssize_t head, Py_ssize_t block) noexcept nogil:
+cdef inline int64_t *ticket_counter(
+    const Tickets *tickets, Py_ssize_t head, Py_ssize_t block
+) noexcept nogil:
     return tickets.count + tickets.gradient[head] * tickets.blocks + block
 
 
-cdef inline bint wait_for_ticket(const int64_t *counter, int64_t ticket, bint *stopped) noexcept nogil:
-    """False if the call was stopped."""
+cdef inline bint wait_for_ticket(
+    const int64_t *counter, int64_t ticket, bint *stopped
+) noexcept nogil:
+    """Wait until it is the ticket's turn. False if the call was stopped."""
     while load_acquire(counter) < ticket:
         if stopped[0]:
             return False
@@ -64,12 +71,12 @@ cdef inline bint wait_for_ticket(const int64_t *counter, int64_t ticket, bint *s
 
 
 cdef struct Row:
-    # What a row of scores brings along; weights are exp(score - lse - lse_rest).
-    double lse, lse_rest, mean  # of the weights' gradients
+    # A row of scores: its weights are exp(score - lse - lse_rest), their gradients have that mean.
+    double lse, lse_rest, mean
 
 
 cdef inline double real_at(const CallParams *params, const char *at) noexcept nogil:
-    """A number of the dtype of sums."""
+    """A number of the dtype that the kernels sum in."""
     return (<double *>at)[0] if params.kernels.real_bytes == sizeof(double) else (<float *>at)[0]
 
 
@@ -78,11 +85,14 @@ cdef bint is_coarse(const BackwardParams *backward, double lse) noexcept nogil:
 
 
 cdef bint prepare_tile(
-    const BackwardParams *backward, Tile *tile, WorkItem work, bint listen, double *last_look, bint *stopped
+    const BackwardParams *backward, Tile *tile, WorkItem work, bint listen, double *last_look,
+    bint *stopped,
 ) noexcept nogil:
-    """Fill the rows of a tile. Where the lse of one is coarse it is what the kernels find themselves;
-    but one that stands for more keys than this call sees stays, unless no digit of it is left for
-    their number. False if the call was stopped.
+    """Fill the rows of a tile. False if the call was stopped.
+
+    A coarse lse is replaced by the one that the kernels compute, if they agree to rounding. If they
+    do not, the given lse stands for more keys than this call has (as after a merge) and is kept,
+    unless it is too large for any of its digits to tell their number.
     """
     cdef const CallParams *params = &backward.call
     cdef char *grad_out = batch_ptr(params, &backward.grad_out, work.batch)
@@ -112,7 +122,9 @@ cdef bint prepare_tile(
         return True
     tile.value_dim = 0
     params.kernels.begin(tile)
-    if not each_block(params.kernels.attend, params.kernels.block_k, tile, listen, last_look, stopped):
+    if not each_block(
+        params.kernels.attend, params.kernels.block_k, tile, listen, last_look, stopped
+    ):
         return False
     params.kernels.backward.normalize(tile)
     tile.value_dim = value_dim
@@ -131,9 +143,10 @@ cdef bint prepare_tile(
 cdef bint prepare_item(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """The rows of one tile: an Item of a BackwardParams."""
+    """Prepare the rows of one tile: an Item of BackwardParams."""
     cdef const BackwardParams *backward = <const BackwardParams *>call
-    return prepare_tile(backward, tile, work_item_of(&backward.call, item), listen, last_look, stopped)
+    cdef WorkItem work = work_item_of(&backward.call, item)
+    return prepare_tile(backward, tile, work, listen, last_look, stopped)
 
 
 cdef bint differentiate_tile(
@@ -147,10 +160,12 @@ cdef bint differentiate_tile(
     cdef char *grad_lse = batch_ptr(params, &backward.grad_lse, work.batch)
     cdef char *rows = batch_ptr(params, &backward.rows, work.batch)
     cdef Row *row
+    cdef double *sums
     cdef char *grad_bias = batch_ptr(params, &backward.grad_bias, work.batch)
     cdef char *row_sums = batch_ptr(params, &backward.row_sums, work.batch)
     cdef Py_ssize_t key_head = work.batch * params.kv_heads + work.kv_head
-    cdef int64_t *counter = ticket_counter(&backward.q_tickets, key_head, work.first // params.kernels.block_q)
+    cdef Py_ssize_t q_block = work.first // params.kernels.block_q
+    cdef int64_t *counter = ticket_counter(&backward.q_tickets, key_head, q_block)
     cdef int64_t ticket = block * backward.q_tickets.sharers + backward.q_tickets.before[key_head]
     cdef bint shared = backward.q_tickets.sharers > 1, some = False
     set_tile(params, tile, work)
@@ -177,18 +192,20 @@ cdef bint differentiate_tile(
         for i in range(tile.n_queries if row_sums is not NULL else 0):
             head = work.kv_head * params.group + (work.first + i) % params.group
             query = (work.first + i) // params.group
+            sums = <double *>row_ptr(&backward.row_sums, row_sums, head, query)
             for n in range(4):
-                (<double *>row_ptr(&backward.row_sums, row_sums, head, query))[n] += tile.row_sums[i][n]
+                sums[n] += tile.row_sums[i][n]
     store_release(counter, ticket + 1)
     return True
 
 
 cdef bint differentiate_block(
-    const BackwardParams *backward, Tile *tile, Py_ssize_t head, Py_ssize_t block, bint listen, double *last_look,
-    bint *stopped,
+    const BackwardParams *backward, Tile *tile, Py_ssize_t head, Py_ssize_t block, bint listen,
+    double *last_look, bint *stopped,
 ) noexcept nogil:
     """One block of keys of one key head. False if a signal came in between."""
     cdef const CallParams *params = &backward.call
+    cdef WorkItem work
     cdef Py_ssize_t n
     cdef Py_ssize_t begin = block * params.kernels.block_k
     cdef Py_ssize_t end = min(begin + params.kernels.block_k, params.n_keys)
@@ -205,7 +222,8 @@ cdef bint differentiate_block(
     for n in range(params.num_tiles):
         if stopped[0] or (listen and interrupted(last_look)):
             return False
-        if not differentiate_tile(backward, tile, work_item_of(params, head * params.num_tiles + n), block, stopped):
+        work = work_item_of(params, head * params.num_tiles + n)
+        if not differentiate_tile(backward, tile, work, block, stopped):
             return False
     if not wait_for_ticket(k_counter, backward.k_tickets.before[head], stopped):
         return False
@@ -220,12 +238,14 @@ cdef bint differentiate_block(
 cdef bint differentiate_item(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """One block of keys of key heads that share a bias, in their order: an Item of a BackwardParams."""
+    """One block of keys, of all key heads that share a bias, in their order: an Item of
+    BackwardParams.
+    """
     cdef const BackwardParams *backward = <const BackwardParams *>call
     cdef Py_ssize_t groups = backward.call.key_heads // backward.sharers
     cdef Py_ssize_t group = item // backward.blocks, block = item % backward.blocks, i
     cdef const int64_t *heads
-    if backward.q_tickets.sharers > 1:  # who waits for a ticket waits for items before it
+    if backward.q_tickets.sharers > 1:  # so that an item waits only for items before it
         group, block = item % groups, item // groups
     heads = backward.key_heads + group * backward.sharers
     for i in range(backward.sharers):
@@ -235,10 +255,11 @@ cdef bint differentiate_item(
 
 
 cdef int run_backward(const BackwardParams *backward, int threads, Tile *tiles) except -1:
+    cdef Py_ssize_t tiles_to_prepare = backward.call.key_heads * backward.call.num_tiles
     cdef Py_ssize_t items = backward.call.key_heads // backward.sharers * backward.blocks
     with nogil:
-        # In the order of their numbers: a block waits only for those before it.
-        if parallel_for(prepare_item, backward, tiles, backward.call.key_heads * backward.call.num_tiles, threads):
+        # Items start in order: a block waits only for blocks before it.
+        if parallel_for(prepare_item, backward, tiles, tiles_to_prepare, threads):
             parallel_for(differentiate_item, backward, tiles, items, threads)
     if PyErr_Occurred() is not NULL:
         return -1
@@ -255,24 +276,25 @@ def differentiate(
     str compute_dtype, int threads,
     cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None,
 ):
-    """Add to `grad_q`, (batch, heads, queries, head_dim), which must be 0 before, and fill `grad_k`
-    and `grad_v`, (batch, kv_heads, keys, dim): of the dtype of sums, without gaps between the dims.
-    Along axes of length 1 that the call has more of they are summed; where there are none `grad_k` and
-    `grad_v` may also be of half precision.
+    """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
+    `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
+    in, and their dims are contiguous. They are summed along axes of length 1 that the call
+    broadcasts; without any, `grad_k` and `grad_v` may also be of half precision.
 
-    `lse` and `grad_lse`, (batch, heads, queries), are of the dtype of sums. An lse beyond `coarse` is
-    found once more by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
-    filled: the lse, what is missing in it, and the mean of the weights' gradients. What is not None of `grad_bias` and `row_sums` is added to: one broadcasts to the scores, of the dtype of
-    sums, or float64 if it broadcasts along the queries, and without gaps between the keys; the other
-    is float64 (batch, heads, queries, 4) and contiguous, as the Tile explains. `key_heads`, int64
-    (items, sharers), are all the flattened key heads, those side by side whose `grad_bias` is one.
-    The rest as for `attend`.
+    `lse` and `grad_lse`, (batch, heads, queries), have the dtype of sums. An lse beyond `coarse` is
+    computed again by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
+    filled with the lse, the rest that its rounding lost, and the mean of the weights' gradients.
+    `grad_bias` and `row_sums` are added to unless None. `grad_bias` broadcasts to the scores; it
+    has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
+    `row_sums` is float64 (batch, heads, queries, 4) and contiguous: see `Tile.row_sums`.
+    `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
+    `grad_bias`. The rest is as for `attend`.
     """
     cdef BackwardParams backward
     cdef Tile *tiles
     cdef char *scratch = NULL
     cdef int64_t *tickets
-    cdef Py_ssize_t scratch_bytes, total_bytes, counts
+    cdef Py_ssize_t scratch_bytes, total_bytes, counts, n
     cdef CallParams *params = &backward.call
     bind_params(
         params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
@@ -292,8 +314,8 @@ def differentiate(
     params.kernels = backward_kernels_for(
         compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
     )
-    params.num_tiles = (params.group * params.n_queries + params.kernels.block_q - 1) // params.kernels.block_q
-    backward.blocks = (params.n_keys + params.kernels.block_k - 1) // params.kernels.block_k
+    params.num_tiles = ceil_div(params.group * params.n_queries, params.kernels.block_q)
+    backward.blocks = ceil_div(params.n_keys, params.kernels.block_k)
     if params.key_heads * backward.blocks == 0:
         grad_k.fill(0)
         grad_v.fill(0)
@@ -314,16 +336,20 @@ def differentiate(
         tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
         tiles.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
         scratch_bytes = params.kernels.backward.scratch_bytes(tiles)
-        counts = params.key_heads * (6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)) * sizeof(int64_t)
+        counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
+        counts *= params.key_heads * <Py_ssize_t>sizeof(int64_t)
         total_bytes = threads * scratch_bytes + counts + 64
         scratch = <char *>malloc(total_bytes)
         if scratch is NULL:
             raise MemoryError(f"{total_bytes} bytes of scratch")
         tickets = <int64_t *>divide_scratch(tiles, threads, scratch, scratch_bytes)
         memset(tickets, 0, counts)
-        tickets = assign_tickets(&backward, &backward.q_tickets, &params.out, params.num_tiles, tickets)
-        tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, backward.blocks, tickets)
-        assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, backward.blocks, tickets)
+        n = backward.blocks
+        tickets = assign_tickets(
+            &backward, &backward.q_tickets, &params.out, params.num_tiles, tickets
+        )
+        tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, n, tickets)
+        assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
         run_backward(&backward, threads, tiles)
     finally:
         free(tiles)

@@ -12,8 +12,6 @@
  * exception. */
 #ifdef BF16_TERMS
 #define REAL_MICROPANELS 1
-/* What so many micropanels give a sub-block's keys is kept pending, to be one product. */
-#define PENDING_MICROPANELS (BF16_TERMS == 1 ? 4 : 2)
 #else
 #define REAL_MICROPANELS MICROPANELS
 #endif

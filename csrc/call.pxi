@@ -1,20 +1,24 @@
-# Part of kernels.pyx: what the tiles of a call share, and which work item is which.
+# Part of kernels.pyx: the parameters of a call, and the tile of each work item.
 
 cdef struct Operand:
-    # An array of (batch, heads, rows, dims), by base pointer and byte strides; NULL: not given.
+    # An array of (batch, heads, rows, dims): base pointer and byte strides. NULL if not given.
     char *data
     Py_ssize_t head, row, dim
     Py_ssize_t batch[64]  # one stride per batch axis, 0 where it broadcasts
 
 
-# As a side of a window; the sum of it and a position is no overflow.
+# An unbounded side of a window. Adding a position to it does not overflow.
 cdef Py_ssize_t UNBOUNDED = <Py_ssize_t>1 << 62
 
 
+cdef inline Py_ssize_t ceil_div(Py_ssize_t n, Py_ssize_t d) noexcept nogil:
+    return (n + d - 1) // d
+
+
 cdef struct KeyRange:
-    # fastattn.core.visibility.KeyRange as it is read for each tile. Arrays that were not given are NULL.
+    # fastattn.core.visibility.KeyRange, as each tile reads it. Arrays are NULL if not given.
     Py_ssize_t left, right, offset
-    Operand offsets, lengths, start, stop  # offsets in place of the one offset
+    Operand offsets, lengths, start, stop  # `offsets` replaces `offset`
 
 
 cdef struct WeightReduction:
@@ -37,19 +41,19 @@ cdef struct CallParams:
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
     Py_ssize_t key_heads  # of all batch entries
-    Py_ssize_t num_tiles, num_splits, split_keys  # of each key head's queries, of its keys
+    Py_ssize_t num_tiles, num_splits, split_keys  # of each key head: its queries, its keys
     char *partial  # (batch, kv_heads, splits): the partial result of each
     Py_ssize_t partial_bytes
     NumberFormat out_format
-    const int64_t *order  # of the batch entries; NULL: as they stand
-    const double *alibi  # per head; NULL: not given
+    const int64_t *order  # of the batch entries; NULL: as stored
+    const double *alibi  # per head; NULL if not given
     const double *sinks
     WeightReduction reduction
 
 
 cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, int rank) except -1:
-    """Read an array of (batch..., heads, rows, dims), or of the first `rank` of these behind the
-    batch; axes of length 1 broadcast. None is not given.
+    """Read an array of (batch..., heads, rows, dims), or with only the first `rank` of the axes
+    after the batch. Axes of length 1 broadcast. `array` may be None.
     """
     cdef int lead, missing, axis
     cdef Py_ssize_t *strides[3]
@@ -69,8 +73,10 @@ cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, i
     return 0
 
 
-cdef char *batch_ptr(const CallParams *params, const Operand *operand, Py_ssize_t batch) noexcept nogil:
-    """Where the batch entry of that flattened index begins."""
+cdef char *batch_ptr(
+    const CallParams *params, const Operand *operand, Py_ssize_t batch
+) noexcept nogil:
+    """The start of a batch entry, by its flattened index."""
     cdef char *at = operand.data
     cdef int axis
     if at is not NULL:
@@ -87,19 +93,19 @@ cdef inline char *row_ptr(
 
 
 cdef struct WorkItem:
-    # Which queries and keys an item of work is.
+    # The queries of one key head from `first` on, and one split of its keys.
     Py_ssize_t batch, kv_head, first, split
 
 
 cdef WorkItem work_item_of(const CallParams *params, Py_ssize_t item) noexcept nogil:
     cdef WorkItem work
     if params.reduction.sums is not NULL:
-        # The tiles of a head wait for each other, so neighbours are of different heads.
+        # The tiles of a head wait for each other, so successive items have different heads.
         item = item % params.key_heads * params.num_tiles + item // params.key_heads
     work.split = item % params.num_splits
     item //= params.num_splits
-    # The last queries first: under a causal mask they have the most to do, and a run that ends in
-    # small pieces leaves no thread waiting for another.
+    # The last queries first: under a causal mask they have the most keys, and when the items that
+    # run last are small, threads finish at about the same time.
     work.first = (params.num_tiles - 1 - item % params.num_tiles) * params.kernels.block_q
     item //= params.num_tiles
     work.kv_head = item % params.kv_heads
@@ -109,12 +115,16 @@ cdef WorkItem work_item_of(const CallParams *params, Py_ssize_t item) noexcept n
     return work
 
 
-cdef char *partial_ptr(const CallParams *params, Py_ssize_t batch, Py_ssize_t kv_head) noexcept nogil:
-    return params.partial + (batch * params.kv_heads + kv_head) * params.num_splits * params.partial_bytes
+cdef char *partial_ptr(
+    const CallParams *params, Py_ssize_t batch, Py_ssize_t kv_head, Py_ssize_t split
+) noexcept nogil:
+    """The partial result of one split of a key head."""
+    cdef Py_ssize_t index = (batch * params.kv_heads + kv_head) * params.num_splits + split
+    return params.partial + index * params.partial_bytes
 
 
 cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept nogil:
-    """Point a tile at its queries, and at the keys that they read."""
+    """Point a tile at its queries and at the keys that they attend to."""
     cdef const KeyRange *keys = &params.keys
     cdef Py_ssize_t offset = keys.offset, i, query, head, first_key = 0, last_key = params.n_keys
     cdef Py_ssize_t position, first, last
@@ -142,11 +152,11 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
     if params.num_splits > 1:
         first_key = work.split * params.split_keys
         last_key = min(first_key + params.split_keys, params.n_keys)
-        partial = partial_ptr(params, work.batch, work.kv_head) + work.split * params.partial_bytes
+        partial = partial_ptr(params, work.batch, work.kv_head, work.split)
         partial += tile.n_queries * sizeof(double)
     if keys.lengths.data is not NULL:
         last_key = min(last_key, (<int64_t *>batch_ptr(params, &keys.lengths, work.batch))[0])
-    # The heads of a group lie side by side, so that a tile's queries are neighbours in position.
+    # The heads of a group come one after another, so that a tile's queries have similar positions.
     query = work.first // params.group
     head = work.kv_head * params.group + work.first % params.group
     for i in range(tile.n_queries):
@@ -182,10 +192,12 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
 cdef void store_lse(
     const CallParams *params, char *to, WorkItem work, Py_ssize_t row, double lse
 ) noexcept nogil:
-    """`to` is the entry of the batch."""
+    """Store the lse of a tile's row; `to` is where that of its batch entry begins."""
+    cdef Py_ssize_t head
     row += work.first
     if to is not NULL:
-        to = row_ptr(&params.lse, to, work.kv_head * params.group + row % params.group, row // params.group)
+        head = work.kv_head * params.group + row % params.group
+        to = row_ptr(&params.lse, to, head, row // params.group)
         if params.lse_bytes == sizeof(double):
             (<double *>to)[0] = lse
         else:
@@ -206,9 +218,9 @@ cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
         for i in range(rows):
             head = work.kv_head * params.group + i % params.group
             store_lse(params, lse, work, i, params.kernels.combine_splits(
-                partial_ptr(params, work.batch, work.kv_head), params.num_splits, params.partial_bytes, rows, i,
-                tile.value_dim, row_ptr(&params.out, out, head, i // params.group), dim,
-                params.out_format,
+                partial_ptr(params, work.batch, work.kv_head, 0), params.num_splits,
+                params.partial_bytes, rows, i, tile.value_dim,
+                row_ptr(&params.out, out, head, i // params.group), dim, params.out_format,
             ))
 
 
@@ -247,7 +259,7 @@ cdef int bind_params(
     Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
     key_range, cnp.ndarray mask, cnp.ndarray bias,
 ) except -1:
-    """What both directions need of a call; each key head is one tile's queries, one split."""
+    """The parameters of either direction, with one tile and one split per key head."""
     cdef int i
     params.n_batch = len(batch)
     params.key_heads = params.kv_heads = kv_heads
@@ -277,8 +289,8 @@ cdef int bind_params(
 
 
 cdef int init_tile(
-    const CallParams *params, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out,
-    double scale, double softcap, cnp.ndarray bias,
+    const CallParams *params, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
+    cnp.ndarray out, double scale, double softcap, cnp.ndarray bias,
 ) except -1:
     """What all tiles of a call have in common."""
     tile.k_scales = tile.v_scales = NULL
@@ -312,7 +324,7 @@ cdef int init_tile(
 cdef char *divide_scratch(
     Tile *tiles, int threads, char *scratch, Py_ssize_t scratch_bytes
 ) noexcept nogil:
-    """Make all tiles like the first, with scratch of their own. Returns what is left of it."""
+    """Copy the first tile to all, each with scratch of its own. Return the end of that."""
     cdef int i
     scratch += (-<uintptr_t>scratch) % 64
     for i in range(threads):

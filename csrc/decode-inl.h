@@ -56,18 +56,6 @@ static void pack_decode_queries(const Tile *t, const Scratch *s) {
     }
 }
 
-/* How many queries and keys, or queries and vectors of dims, share what is loaded: as many as the
- * registers hold sums of. */
-#define DECODE_QUERIES 4
-#define DECODE_KEYS (LANES < 4 ? LANES : NR * MR_VECS < 24 ? 2 : 4)
-
-/* Rows are fetched while others are multiplied: of four queries that share a key, and two threads,
- * a third of the time. */
-#define DECODE_PREFETCH_ROWS 32
-
-/* Dims that are summed from zero, so many steps of a lane, before they join the running sum. */
-#define DECODE_BLOCK_D (64 * LANES)
-
 /* scores[key][query] of LANES keys. */
 INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, int keys,
                                ptrdiff_t dims, const float *scales, real *scores,

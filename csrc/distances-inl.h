@@ -2,7 +2,7 @@
  *
  * As in the product of queries and keys, an element of the left operand, read where it lies, meets
  * the lanes of the right one: with many queries a key's element those of the queries, with few a
- * query's those of some keys. Sums of CHUNK_DIMS dimensions join a running sum, which alone would
+ * query's those of some keys. Sums of METRIC_BLOCK_D dimensions join a running sum, which alone would
  * have several times NumPy's rounding error.
  */
 #ifndef FASTATTN_DISTANCES_INL_H
@@ -11,8 +11,6 @@
 #include "decode-inl.h"
 
 #ifndef BF16_TERMS
-#define CHUNK_DIMS 16
-
 /* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
  * those of finite numbers may overflow, and NEAR_SQUARES of differences GROW times as long, because
  * those of small ones lose their digits, as sums below NEAR may have; tanh of the sum, times a
@@ -43,8 +41,8 @@ typedef struct {
 /* c[row][lane] = the sum of the terms over all dimensions. */
 INLINE void metric_tile(const ScoreTerm terms, const int rows, const int vecs,
                         const MetricOperands *x, ptrdiff_t first_row, real *c) {
-    for (ptrdiff_t begin = 0; begin < x->dims; begin += CHUNK_DIMS) {
-        ptrdiff_t end = begin + fewer(x->dims - begin, CHUNK_DIMS);
+    for (ptrdiff_t begin = 0; begin < x->dims; begin += METRIC_BLOCK_D) {
+        ptrdiff_t end = begin + fewer(x->dims - begin, METRIC_BLOCK_D);
         vec sum[NR][MR_VECS];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)

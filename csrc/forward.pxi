@@ -5,7 +5,7 @@ ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
 cdef bint each_block(
     Step step, Py_ssize_t keys, Tile *tile, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """Take every block of keys that the tile sees. False if a signal came in between."""
+    """Take each block of keys that the tile attends to. False if a signal came in between."""
     cdef Py_ssize_t key = tile.first // keys * keys
     while key < tile.last:
         if stopped[0] or (listen and interrupted(last_look)):
@@ -18,13 +18,13 @@ cdef bint each_block(
 cdef bint attend_tile(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
-    """Attend from the queries of one tile, an Item of a CallParams."""
+    """Attend from the queries of one tile: an Item of CallParams."""
     cdef const CallParams *params = <const CallParams *>call
     cdef Py_ssize_t keys = params.kernels.block_k, i
     cdef WorkItem work = work_item_of(params, item)
     cdef char *lse = batch_ptr(params, &params.lse, work.batch)
     cdef double *partial
-    cdef Step second_pass = NULL  # what is made of the scores once their sums are known
+    cdef Step second_pass = NULL  # over the scores, once their sums are known
     cdef bint done
     if params.reduction.sums is not NULL:
         second_pass = params.kernels.accumulate_bins
@@ -49,9 +49,7 @@ cdef bint attend_tile(
             break
         tile.margin = log(2 * params.n_keys * WEIGHT_UNIT)
     if params.num_splits > 1:
-        partial = <double *>(
-            partial_ptr(params, work.batch, work.kv_head) + work.split * params.partial_bytes
-        )
+        partial = <double *>partial_ptr(params, work.batch, work.kv_head, work.split)
         memcpy(partial, tile.lse, tile.n_queries * sizeof(double))
         return True
     for i in range(tile.n_queries if lse is not NULL else 0):
@@ -61,8 +59,10 @@ cdef bint attend_tile(
     return True
 
 
-cdef int run_forward(const CallParams *params, Py_ssize_t items, int threads, Tile *tiles) except -1:
-    """Attend to all tiles. An interruption leaves the rest undone and raises."""
+cdef int run_forward(
+    const CallParams *params, Py_ssize_t items, int threads, Tile *tiles
+) except -1:
+    """Run all tiles. An interruption skips the rest and raises."""
     with nogil:
         if parallel_for(attend_tile, params, tiles, items, threads) and params.num_splits > 1:
             combine_splits(params, tiles)
@@ -79,22 +79,22 @@ def attend(
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
     score_function, cnp.ndarray sums, cnp.ndarray indices,
 ):
-    """Fill `out`, (batch, heads, queries, value_dim), and what else is not None.
+    """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
-    `q`, `k` and `v` have a dtype each: float16, bfloat16, float32, or float64 where the kernels sum
-    that. Or `k` and `v` are int8 with `k_scales` and `v_scales`, float32 (batch, kv_heads, keys)
-    without gaps between the keys.
-    `lse`, (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys),
-    must be 0 before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64.
-    `order`, int64, is that in which the flattened batch entries are taken. A `softcap` of 0 is none.
-    `compute_dtype` is what they are multiplied in, as in `compute_dtype_of`. `score_function` is that of the
-    Problem if other than DOT. All must have
-    been validated: nothing is checked here.
+    `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
+    kernels sum in that. `k` and `v` may also be int8, with `k_scales` and `v_scales`, float32
+    (batch, kv_heads, keys) with contiguous keys. `lse`, (batch, heads, queries), is float32 or
+    float64; `weights`, (batch, heads, queries, keys), must be zero before. `key_range` is a
+    `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
+    is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
+    character: see `compute_dtype_of`. `score_function` is None for dot products, else a pair of its
+    name and its weights. All arguments must have been validated: nothing is checked here.
 
-    To `sums`, float64 (batch, heads, rows, columns) and contiguous, the weights of each bin of
-    queries x keys are added. Or `indices`, int64 (batch, heads, queries, n) without gaps along the
-    last axis, and `weights` of the same shape are those of each query's n top keys, and for hidden
-    keys -1 and 0. For either `out` has a value_dim of 0 and the dtype of sums.
+    With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
+    bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last
+    axis, and `weights` of that shape, these are the n largest weights of each query; a query with
+    fewer visible keys gets -1 and 0 for the rest. For either, `out` has a value_dim of 0 and the
+    dtype of sums.
     """
     cdef CallParams params
     cdef Tile *tiles
@@ -113,14 +113,14 @@ def attend(
         compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         score_function is None,
     )
-    params.num_tiles = (params.group * params.n_queries + params.kernels.block_q - 1) // params.kernels.block_q
+    params.num_tiles = ceil_div(params.group * params.n_queries, params.kernels.block_q)
     bind_reduction(&params, sums, indices)
     if (
         params.group * params.n_queries <= MAX_SPLIT_ROWS and params.n_keys >= 2 * SPLIT_KEYS
         and weights is None and sums is None
     ):
         params.split_keys = (params.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
-        params.num_splits = (params.n_keys + params.split_keys - 1) // params.split_keys
+        params.num_splits = ceil_div(params.n_keys, params.split_keys)
     items = params.key_heads * params.num_tiles * params.num_splits
     if items == 0:
         return

@@ -1,28 +1,13 @@
-# Part of kernels.pyx: which instruction set's kernels serve what.
+# Part of kernels.pyx: which instruction set's kernels serve a call.
 
-FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")  # the names that may be disabled, on any machine
+# The features that may be disabled, on any machine.
+FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")
 
 cdef const InstructionSet *fastest = NULL
 for _i in range(N_INSTRUCTION_SETS):
     if INSTRUCTION_SETS[_i].runs_here():
         fastest = &INSTRUCTION_SETS[_i]
         break
-
-
-# Queries of one key head up to which packing keys for the other kernels would cost more than it saves,
-# and from which on splitting float32 keys in bfloat16 terms costs less: they take 1.5 times as long as
-# multiply-adds for 32 queries, as long for 112, and 0.8 of it for 384.
-cdef enum:
-    MAX_FMA_ROWS = 16
-    MIN_BF16X3_ROWS = 128
-
-# With no more queries than these a key head is one item of work, which may leave threads idle, so
-# its keys are split between them, into splits that depend on their number alone. No more than so many,
-# because each takes room for its partial result, and time even where every key of it is hidden.
-cdef enum:
-    MAX_SPLIT_ROWS = 32
-    SPLIT_KEYS = 2048
-    MAX_SPLITS = 64
 
 
 # What a call multiplies in: the dtype of its arrays, or what the user allows in its place.
@@ -65,26 +50,46 @@ cdef const TileKernels *kernels_for(
 cdef const TileKernels *backward_kernels_for(
     str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
 ) except NULL:
-    """The kernels of gradients: those that made the results, so that scores are the same bit for bit,
-    or where these have no gradients those of float32.
+    """The kernels for gradients: those of the forward pass, so that the scores are the same bit for
+    bit, or the float32 multiply-adds if these have no gradients.
     """
     cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, True)
     return chosen().fma if kernels.backward is NULL else kernels
 
 
 cdef bint worth_bf16x3(Py_ssize_t head_dim, Py_ssize_t value_dim) noexcept nogil:
-    """Do three bfloat16 terms multiply so many dims of float32 sooner than multiply-adds? They take 3/4 of the time
-    a dim, but dims in whole chunks of 32 and of 16, and longer for what comes with every key: at 32,
-    48 and 56 both take as long, at 64 terms are 15 % faster, and 20 % at 96 and 128.
+    """Are three bfloat16 terms faster than float32 multiply-adds for these dims?
+
+    They take 3/4 of the time per dim, but dims are padded to multiples of 32 and 16, and the cost
+    per key is higher. At 32, 48 and 56 dims both take as long, at 64 terms are 15 % faster, and
+    20 % at 96 and 128.
     """
     cdef Py_ssize_t padded = (head_dim + 31) // 32 * 32 + (value_dim + 15) // 16 * 16
     return 4 * (head_dim + value_dim) - 3 * padded > (75 if value_dim else 37)
 
 
+def tile_sizes():
+    """The sizes of tile_sizes.h that are the same for every kernel, and WEIGHT_UNIT, by name."""
+    return {
+        "BLOCK_K": BLOCK_K,
+        "SUB_BLOCK_K": SUB_BLOCK_K,
+        "MAX_BLOCK_Q": MAX_BLOCK_Q,
+        "FMA_BLOCK_Q_BYTES": FMA_BLOCK_Q_BYTES,
+        "BLOCK_D": BLOCK_D,
+        "METRIC_BLOCK_D": METRIC_BLOCK_D,
+        "MAX_FMA_ROWS": MAX_FMA_ROWS,
+        "MIN_BF16X3_ROWS": MIN_BF16X3_ROWS,
+        "MAX_SPLIT_ROWS": MAX_SPLIT_ROWS,
+        "SPLIT_KEYS": SPLIT_KEYS,
+        "MAX_SPLITS": MAX_SPLITS,
+        "WEIGHT_UNIT": int(WEIGHT_UNIT),
+    }
+
+
 def tile_size(
     str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):
-    """How many of the queries of one key head a tile and a micropanel take, and how many keys a block."""
+    """The queries of one key head in a tile and in a micropanel, and the keys in a block."""
     cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
     return min(queries, kernels.block_q), min(queries, kernels.mr), kernels.block_k
 
@@ -92,7 +97,7 @@ def tile_size(
 def matmul_dtype(
     str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ):
-    """What the kernels for such a call multiply, in words."""
+    """The numbers that the kernels for such a call multiply, in words."""
     cdef const InstructionSet *isa = chosen()
     cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
     if kernels is isa.float64:
@@ -137,7 +142,7 @@ def instruction_set():
 
 
 cdef const InstructionSet *chosen() except NULL:
-    # Read at every call, and from C, where it costs next to nothing.
+    # Read at every call: getenv of C costs next to nothing.
     cdef const char *setting = c_getenv("FASTATTN_DISABLE_CPU_FEATURES")
     if setting is NULL or setting[0] == 0:
         return fastest
@@ -145,7 +150,8 @@ cdef const InstructionSet *chosen() except NULL:
     for name in disabled:
         if name not in FEATURES:
             raise ValueError(
-                f"FASTATTN_DISABLE_CPU_FEATURES: {name!r} given, some of {' '.join(FEATURES)} wanted"
+                f"FASTATTN_DISABLE_CPU_FEATURES: expected some of {' '.join(FEATURES)}, "
+                f"got {name!r}"
             )
     for i in range(N_INSTRUCTION_SETS):
         needs = INSTRUCTION_SETS[i].features.decode().split()

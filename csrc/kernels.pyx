@@ -1,8 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """The macro-kernel: the loop over the tiles of a problem, on several threads.
 
-What happens inside a tile is ``tile.c``; which instruction set's copy of it runs is
-``instruction_sets.c``.
+``tile.c`` computes a tile; ``instruction_sets.c`` lists its copies, one for each instruction set.
 """
 
 import numpy as np
@@ -20,14 +19,26 @@ from libc.string cimport memcpy, memset
 cnp.import_array()
 
 cdef extern from "Python.h":
-    # Without `except`: the exception stays set until the call is over.
+    # Without `except`: the exception stays set until the call ends.
     int PyErr_CheckSignals() noexcept
     void *PyErr_Occurred() noexcept
 
-cdef extern from "tile.h" nogil:
+cdef extern from "tile_sizes.h" nogil:
     enum:
+        BLOCK_K
         SUB_BLOCK_K
-        MAX_QUERIES
+        MAX_BLOCK_Q
+        FMA_BLOCK_Q_BYTES
+        BLOCK_D
+        MAX_LANES
+        METRIC_BLOCK_D
+        MAX_FMA_ROWS
+        MIN_BF16X3_ROWS
+        MAX_SPLIT_ROWS
+        SPLIT_KEYS
+        MAX_SPLITS
+
+cdef extern from "tile.h" nogil:
     const double WEIGHT_UNIT
 
     ctypedef struct NumberFormat:
@@ -45,8 +56,8 @@ cdef extern from "tile.h" nogil:
     Py_ssize_t bin_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t bins)
 
     ctypedef struct Tile:
-        const char *q[MAX_QUERIES]
-        char *out[MAX_QUERIES]
+        const char *q[MAX_BLOCK_Q]
+        char *out[MAX_BLOCK_Q]
         const char *k
         const char *v
         const float *k_scales
@@ -57,45 +68,45 @@ cdef extern from "tile.h" nogil:
         double scale, margin
         ScoreFunction score_function
         const double *dim_weights
-        Py_ssize_t start[MAX_QUERIES]
-        Py_ssize_t stop[MAX_QUERIES]
+        Py_ssize_t start[MAX_BLOCK_Q]
+        Py_ssize_t stop[MAX_BLOCK_Q]
         double softcap
         bint has_mask, has_bias, has_alibi, has_sinks
-        const char *mask[MAX_QUERIES]
-        const char *bias[MAX_QUERIES]
+        const char *mask[MAX_BLOCK_Q]
+        const char *bias[MAX_BLOCK_Q]
         Py_ssize_t mask_key, bias_key
         NumberFormat bias_format
-        double slope[MAX_QUERIES]
-        double sink[MAX_QUERIES]
-        Py_ssize_t position[MAX_QUERIES]
-        char *weights[MAX_QUERIES]
+        double slope[MAX_BLOCK_Q]
+        double sink[MAX_BLOCK_Q]
+        Py_ssize_t position[MAX_BLOCK_Q]
+        char *weights[MAX_BLOCK_Q]
         Py_ssize_t weights_key
         bint want_lse
-        double lse[MAX_QUERIES]
-        double lse_rest[MAX_QUERIES]
+        double lse[MAX_BLOCK_Q]
+        double lse_rest[MAX_BLOCK_Q]
         void *scratch
         bint differentiating
-        const char *grad_out[MAX_QUERIES]
-        const char *result[MAX_QUERIES]
+        const char *grad_out[MAX_BLOCK_Q]
+        const char *result[MAX_BLOCK_Q]
         NumberFormat grad_out_format
         Py_ssize_t grad_out_dim, result_dim
-        double mean[MAX_QUERIES]
-        double delta[MAX_QUERIES]
+        double mean[MAX_BLOCK_Q]
+        double delta[MAX_BLOCK_Q]
         char *grad_k
         char *grad_v
         NumberFormat grad_k_format, grad_v_format
         Py_ssize_t grad_k_key, grad_v_key
         bint adds_k, adds_v
         bint wants_bias, wants_sums, rows_share_bias
-        char *grad_bias[MAX_QUERIES]
-        double row_sums[MAX_QUERIES][4]
+        char *grad_bias[MAX_BLOCK_Q]
+        double row_sums[MAX_BLOCK_Q][4]
         double *bins
-        int slot[MAX_QUERIES]
+        int slot[MAX_BLOCK_Q]
         Py_ssize_t bin_row, columns, n_keys
         Candidate *heaps
         Py_ssize_t top_k
-        double top_k_threshold[MAX_QUERIES]
-        int64_t *keys[MAX_QUERIES]
+        double top_k_threshold[MAX_BLOCK_Q]
+        int64_t *keys[MAX_BLOCK_Q]
         Py_ssize_t first, last
 
     ctypedef struct BackwardKernels:
@@ -160,7 +171,7 @@ cdef extern from "unistd.h" nogil:
 
 
 def getenv(str name):
-    """The environment variable `name`, or None; as `os.getenv`, but fast."""
+    """The environment variable `name`, or None: `os.getenv`, but faster."""
     cdef const char *value = c_getenv(PyUnicode_AsUTF8(name))
     return None if value is NULL else value.decode("utf-8", "surrogateescape")
 

@@ -18,8 +18,6 @@
 
 #include "matmul_fma-inl.h"
 
-/* Keys and values are packed anew for each tile: many queries make that cheap. */
-#define BLOCK_Q MAX_QUERIES
 #define MICROPANELS (BLOCK_Q / MR)
 #define ROW_MULTIPLE CHUNK
 #define EXACT_QUERIES (BF16_TERMS < 3)
@@ -260,7 +258,7 @@ typedef struct {
     ptrdiff_t term, chunk;
 } Lanes;
 
-#ifdef HAS_TILES
+#ifdef HAS_AMX
 /* Eight tile registers of 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows, 6 and 7 lanes. */
 static const struct {
     uint8_t palette, start_row, reserved[14];
@@ -268,8 +266,8 @@ static const struct {
     uint8_t rows[16];
 } TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-#define BEGIN_TILES() _tile_loadconfig(&TILES)
-#define END_TILES() _tile_release()
+#define BEGIN_MATMULS() _tile_loadconfig(&TILES)
+#define END_MATMULS() _tile_release()
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of terms i and j with
  * i + j <= order, smaller ones first. */
@@ -312,7 +310,7 @@ INLINE void multiply_rows(const int order, const int row_groups, const int vecs,
 }
 
 static double peak(ptrdiff_t rounds) {
-    BEGIN_TILES();
+    BEGIN_MATMULS();
     _tile_zero(4);
     _tile_zero(5);
     for (ptrdiff_t i = 0; i < rounds; i++) {
@@ -321,13 +319,13 @@ static double peak(ptrdiff_t rounds) {
         _tile_dpbf16ps(2, 4, 5);
         _tile_dpbf16ps(3, 4, 5);
     }
-    END_TILES();
+    END_MATMULS();
     return 2.0 * 4 * 16 * LANES * CHUNK * (double)rounds;
 }
 
 #else
-#define BEGIN_TILES()
-#define END_TILES()
+#define BEGIN_MATMULS()
+#define END_MATMULS()
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,

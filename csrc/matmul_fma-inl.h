@@ -147,14 +147,10 @@ static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
     return (View){s->values + key % BLOCK_K * t->value_dim, t->value_dim, 1};
 }
 
-/* float: 96 queries in a tile, double: 48, a whole number of micropanels for every instruction set.
- * Twice as many as fill the widest registers, because each tile reads all of K and V: 48 floats
- * lost 5 % to the third-level cache at 4096 keys. */
-#define BLOCK_Q ((int)(384 / sizeof(real)))
 #define MICROPANELS (BLOCK_Q / MR)
 #define ROW_MULTIPLE 1 /* keys that a product takes at once */
-#define BEGIN_TILES()
-#define END_TILES()
+#define BEGIN_MATMULS()
+#define END_MATMULS()
 #define EXACT_QUERIES 0 /* must queries be multiplied as they are, unscaled? */
 
 static void pack_queries(Tile *t, const Scratch *s, int p) {

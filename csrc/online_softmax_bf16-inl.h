@@ -8,9 +8,6 @@
 
 #include "matmul_bf16-inl.h"
 
-/* Weights may be 2**RESCALE_THRESHOLD times what the maximum's is. */
-#define RESCALE_THRESHOLD 8
-
 typedef struct {
     ivec lanes[MR_VECS]; /* where scores are far above the maximum */
     bool any;

@@ -20,13 +20,8 @@ typedef struct {
     ptrdiff_t end;
 } PackedSubBlocks;
 
-/* Head dims whose products are summed from zero before they join the running sum, as keys of a
- * block do. */
-#define BLOCK_D 256
-
 /* What belongs to queries is [micropanel][row][MR], so that a micropanel is contiguous, or that of
  * the micropanel under way. Rows of scores and of sums are padded to a multiple of ROW_PAD. */
-#define ROW_PAD 16
 typedef struct Scratch {
     struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
     real *row_max, *row_sum; /* [micropanel][MR] */
@@ -58,10 +53,6 @@ typedef struct Scratch {
     PackedSubBlocks *packed;
     ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' terms */
 } Scratch;
-
-/* With queries in the lanes a key costs as much for one as for LANES of them: about ten times what
- * it costs one query whose dimensions are in the lanes. */
-#define MAX_DECODE_ROWS (LANES < 8 ? LANES : 8)
 
 #ifndef BF16_TERMS
 /* May keys or values be multiplied where they lie? */

@@ -20,34 +20,6 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__AMX_TILE__) || defined(__AMXTILE__) /* Clang's name until version 15 */
-#define HAS_TILES
-#endif
-
-/* NR x MR_VECS accumulators, MR_VECS operands and one broadcast value fill the register
- * file of 32 or 16 vectors; two of AMX's tiles go side by side. */
-#if defined(HAS_TILES)
-#define VEC_BYTES 64
-#define NR 8
-#define MR_VECS 2
-#elif defined(__AVX512F__)
-#define VEC_BYTES 64
-#define NR 8
-#define MR_VECS 3
-#elif defined(__AVX2__)
-#define VEC_BYTES 32
-#define NR 6
-#define MR_VECS 2
-#elif defined(__aarch64__)
-#define VEC_BYTES 16
-#define NR 8
-#define MR_VECS 3
-#else
-#define VEC_BYTES 16
-#define NR 6
-#define MR_VECS 2
-#endif
-
 /* LANES is written out because the preprocessor chooses by it. */
 #ifdef REAL_IS_DOUBLE
 typedef double real;

@@ -10,17 +10,7 @@
  */
 #include "simd-inl.h"
 
-/* Keys that all micropanels read in turn while they are in the cache, and whose values are summed
- * from zero before they join the running sum. One run over all keys would have 3 to 25 times
- * NumPy's rounding error; blocks of 128 make too many partial sums. */
-#define BLOCK_K 512
-#ifdef BF16_TERMS
-#define CHUNK 32 /* head dims or keys that one step of a matmul in bfloat16 terms sums up */
-#define SCORE_KEYS SUB_BLOCK_K /* whose scores are kept: see online_softmax_bf16-inl.h */
-#else
-#define SCORE_KEYS BLOCK_K
-#endif
-#if !defined(BF16_TERMS) || defined(HAS_TILES)
+#if !defined(BF16_TERMS) || defined(HAS_AMX)
 #define HAS_BACKWARD /* terms without AMX leave gradients to float32 */
 #endif
 
@@ -29,6 +19,10 @@
 #ifdef BF16_TERMS
 #include "matmul_bf16-inl.h"
 #endif
+
+_Static_assert(LANES <= MAX_LANES, "MAX_LANES bounds every vector");
+_Static_assert(BLOCK_Q <= MAX_BLOCK_Q && BLOCK_Q % MR == 0, "a tile is whole micropanels");
+_Static_assert(MICROPANELS <= MAX_MICROPANELS && MR <= 64, "a micropanel's queries are 64 bits");
 
 static int micropanels_for(ptrdiff_t queries) { return (int)((queries + MR - 1) / MR); }
 
@@ -269,10 +263,10 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
 
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
-    BEGIN_TILES();
+    BEGIN_MATMULS();
     *s.packed = (PackedSubBlocks){.end = end};
     for (int p = 0; p < t->micropanels; p++) attend_block(t, &s, p, begin, end);
-    END_TILES();
+    END_MATMULS();
 }
 
 /* Results of the rows and columns that a second run is for. */
@@ -341,7 +335,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock
 static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
                            void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
     Scratch s = scratch_of(t);
-    BEGIN_TILES();
+    BEGIN_MATMULS();
     *s.packed = (PackedSubBlocks){.end = end};
     for (int p = 0; p < t->micropanels; p++) {
         BlockState b;
@@ -349,7 +343,7 @@ static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
         for (int i = 0; i < sub_blocks; i++)
             if (score(t, &s, p, &b.sub_blocks[i], b.top)) use(t, &s, p, &b.sub_blocks[i]);
     }
-    END_TILES();
+    END_MATMULS();
 }
 
 static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
@@ -394,14 +388,32 @@ static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, p
 #include "backward-inl.h"
 
 static const BackwardKernels BACKWARD_KERNELS = {
-    backward_scratch_bytes, prepare, normalize, begin_keys, differentiate, add_grad_q, store_keys};
-#define BACKWARD &BACKWARD_KERNELS
-#else
-#define BACKWARD NULL
+    .scratch_bytes = backward_scratch_bytes,
+    .prepare = prepare,
+    .normalize = normalize,
+    .begin_keys = begin_keys,
+    .differentiate = differentiate,
+    .add = add_grad_q,
+    .store_keys = store_keys,
+};
 #endif
 
-const TileKernels TABLE = {BLOCK_Q,       MR,         BLOCK_K,
-                           scratch_bytes, begin,      attend,
-                           finish,        weights,    accumulate_bins,
-                           collect_top_k, rank_top_k, combine_splits,
-                           sizeof(real),  BACKWARD,   peak};
+const TileKernels TABLE = {
+    .block_q = BLOCK_Q,
+    .mr = MR,
+    .block_k = BLOCK_K,
+    .scratch_bytes = scratch_bytes,
+    .begin = begin,
+    .attend = attend,
+    .finish = finish,
+    .weights = weights,
+    .accumulate_bins = accumulate_bins,
+    .collect_top_k = collect_top_k,
+    .rank_top_k = rank_top_k,
+    .combine_splits = combine_splits,
+    .real_bytes = sizeof(real),
+#ifdef HAS_BACKWARD
+    .backward = &BACKWARD_KERNELS,
+#endif
+    .peak = peak,
+};

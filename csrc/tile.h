@@ -9,12 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define MAX_QUERIES 384    /* in a tile of any kernel */
-#define MAX_MICROPANELS 12 /* of 32 queries (AMX), or of 8 of 96 (SSE2) */
-
-/* Keys whose weights stay in the first-level cache between the softmax and the second product.
- * Blocks and sub-blocks begin at multiples of their sizes, whatever a query sees. */
-#define SUB_BLOCK_K 64
+#include "tile_sizes.h"
 
 /* The weight of a row's largest score. A power of 2, so that nothing is rounded, and large, because
  * sums of small weights would be subnormal and take a hundred times as long. */
@@ -38,8 +33,8 @@ typedef struct {
 
 typedef struct {
     /* What the tile reads and writes; all strides count bytes. */
-    const char *q[MAX_QUERIES]; /* one row per query */
-    char *out[MAX_QUERIES];
+    const char *q[MAX_BLOCK_Q]; /* one row per query */
+    char *out[MAX_BLOCK_Q];
     const char *k, *v;                /* of the one key head that these queries read */
     const float *k_scales, *v_scales; /* one per key that its numbers are multiplied by; or NULL */
     NumberFormat q_format, k_format, v_format, out_format; /* out_format also of weights */
@@ -55,32 +50,32 @@ typedef struct {
     double margin;
     int check_range; /* set by begin: scores may be out of range, and are looked at one by one */
 
-    ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */
+    ptrdiff_t start[MAX_BLOCK_Q], stop[MAX_BLOCK_Q]; /* query i sees start[i] <= j < stop[i] */
 
     /* Options, each by itself; a row of keys per query where they are dense. */
     double softcap; /* 0: none */
     int has_mask, has_bias, has_alibi, has_sinks;
-    const char *mask[MAX_QUERIES], *bias[MAX_QUERIES];
+    const char *mask[MAX_BLOCK_Q], *bias[MAX_BLOCK_Q];
     ptrdiff_t mask_key, bias_key;
     NumberFormat bias_format;
-    double slope[MAX_QUERIES], sink[MAX_QUERIES];
-    ptrdiff_t position[MAX_QUERIES]; /* of query i on the key axis */
+    double slope[MAX_BLOCK_Q], sink[MAX_BLOCK_Q];
+    ptrdiff_t position[MAX_BLOCK_Q]; /* of query i on the key axis */
 
-    char *weights[MAX_QUERIES]; /* filled by weights() where a key is visible; 0 before */
+    char *weights[MAX_BLOCK_Q]; /* filled by weights() where a key is visible; 0 before */
     ptrdiff_t weights_key;
     int want_lse;
-    double lse[MAX_QUERIES];      /* filled by finish, where wanted */
-    double lse_rest[MAX_QUERIES]; /* for gradients: what is missing in `lse` */
+    double lse[MAX_BLOCK_Q];      /* filled by finish, where wanted */
+    double lse_rest[MAX_BLOCK_Q]; /* for gradients: what is missing in `lse` */
     void *scratch;                /* scratch_bytes of it, 64-byte aligned */
 
     /* For gradients: those of the results, and what the weights' mean takes off every score's.
      * Those of queries go to `out`, all of type `real` with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_QUERIES], *result[MAX_QUERIES];
+    const char *grad_out[MAX_BLOCK_Q], *result[MAX_BLOCK_Q];
     NumberFormat grad_out_format; /* of both */
     ptrdiff_t grad_out_dim, result_dim;
-    double mean[MAX_QUERIES]; /* of the weights' gradients, filled by prepare */
-    double delta[MAX_QUERIES];
+    double mean[MAX_BLOCK_Q]; /* of the weights' gradients, filled by prepare */
+    double delta[MAX_BLOCK_Q];
     char *grad_k, *grad_v; /* of the key head, without gaps between the dims */
     NumberFormat grad_k_format, grad_v_format;
     ptrdiff_t grad_k_key, grad_v_key;
@@ -88,23 +83,23 @@ typedef struct {
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
      * share it. */
     int wants_bias, wants_sums, rows_share_bias;
-    char *grad_bias[MAX_QUERIES];
+    char *grad_bias[MAX_BLOCK_Q];
     /* Of each query, filled by differentiate where wanted: its weights and the gradients of its
      * scores summed, and both times the distance of the key, which is 0 without alibi. */
-    double row_sums[MAX_QUERIES][4];
+    double row_sums[MAX_BLOCK_Q][4];
 
     /* For maps of the weights: accumulate_bins adds those of a query to its row of `bins`, a column
      * for each of the runs that the keys are split into, as bin_of says. */
     double *bins;          /* [slot][bin_row], with room for a vector behind the last column */
-    int slot[MAX_QUERIES]; /* of the query; less than 0 behind the last */
+    int slot[MAX_BLOCK_Q]; /* of the query; less than 0 behind the last */
     ptrdiff_t bin_row, columns, n_keys;
 
     /* For the top k keys: collect_top_k() keeps top_k of them for each query, and rank_top_k()
      * writes them to `keys` and, of out_format, `weights`. */
     Candidate *heaps; /* [query][top_k], a heap with the least at its root */
     ptrdiff_t top_k;
-    double top_k_threshold[MAX_QUERIES]; /* no score below it is among theirs */
-    int64_t *keys[MAX_QUERIES];
+    double top_k_threshold[MAX_BLOCK_Q]; /* no score below it is among theirs */
+    int64_t *keys[MAX_BLOCK_Q];
 
     /* Set by begin. Some query of the tile, or of one micropanel of it, sees first <= j < last;
      * every query of the micropanel sees inner_first <= j < inner_last. */

@@ -1,19 +1,15 @@
-# Part of kernels.pyx: what the tiles of a call know of the reduction of its weights, and how their sums join.
-
-cdef enum:
-    WIDEST_LANES = 16  # a vector of sums may reach so far beyond the last column
-
+# Part of kernels.pyx: reductions of the weights, to sums over bins or to the top k of each query.
 
 cdef int bind_reduction(CallParams *params, cnp.ndarray sums, cnp.ndarray indices) except -1:
-    """Both of (batch, heads, ...), or None; after the rest of the params."""
+    """Read `sums` and `indices`, (batch, heads, ...) or None, once the other parameters are set."""
     cdef WeightReduction *reduction = &params.reduction
-    cdef Py_ssize_t queries
+    cdef Py_ssize_t queries, rows
     if sums is not None and params.n_queries > 0:
         reduction.sums = <double *>cnp.PyArray_DATA(sums)
         reduction.rows, reduction.columns = sums.shape[sums.ndim - 2], sums.shape[sums.ndim - 1]
         queries = min(params.n_queries, (params.kernels.block_q - 1) // params.group + 2)
-        reduction.slots = min(reduction.rows, (queries - 1) * reduction.rows // params.n_queries + 2)
-        reduction.slots *= params.group
+        rows = (queries - 1) * reduction.rows // params.n_queries + 2
+        reduction.slots = min(reduction.rows, rows) * params.group
     bind_operand(params, &reduction.indices, indices, 3)
     if indices is not None:
         reduction.top_k = indices.shape[indices.ndim - 1]
@@ -21,33 +17,34 @@ cdef int bind_reduction(CallParams *params, cnp.ndarray sums, cnp.ndarray indice
 
 
 cdef Py_ssize_t reduction_bytes(const CallParams *params) noexcept nogil:
-    """How much scratch the reduction takes in each thread."""
+    """The scratch that the reduction takes in each thread."""
     cdef const WeightReduction *reduction = &params.reduction
-    cdef Py_ssize_t queries = min(params.kernels.block_q, params.group * params.n_queries), bytes = 0
+    cdef Py_ssize_t bytes = 0
+    cdef Py_ssize_t queries = min(params.kernels.block_q, params.group * params.n_queries)
     if reduction.sums is not NULL:
-        bytes = reduction.slots * (reduction.columns + WIDEST_LANES) * <Py_ssize_t>sizeof(double)
+        bytes = reduction.slots * (reduction.columns + MAX_LANES) * <Py_ssize_t>sizeof(double)
     if reduction.top_k:
         bytes = queries * reduction.top_k * <Py_ssize_t>sizeof(Candidate)
     return (bytes + 63) // 64 * 64
 
 
 cdef void init_tile_reduction(const CallParams *params, Tile *tile, char *room) noexcept nogil:
-    """What all tiles of a thread have in common; `room` is reduction_bytes of scratch."""
+    """What all tiles of a thread have in common; `room` has reduction_bytes."""
     tile.bins = <double *>room
-    tile.bin_row = params.reduction.columns + WIDEST_LANES
+    tile.bin_row = params.reduction.columns + MAX_LANES
     tile.columns, tile.n_keys = params.reduction.columns, params.n_keys
     tile.heaps = <Candidate *>room
     tile.top_k = params.reduction.top_k
 
 
 cdef void set_tile_reduction(const CallParams *params, Tile *tile, WorkItem work) noexcept nogil:
-    """What the queries of a tile, which is set, need for a reduction."""
+    """Prepare a tile for a reduction, after `set_tile`."""
     cdef const WeightReduction *reduction = &params.reduction
     cdef Py_ssize_t i, first, query, head
     cdef char *indices
     if reduction.sums is not NULL:
         first = bin_of(work.first // params.group, params.n_queries, reduction.rows)
-        for i in range(MAX_QUERIES):
+        for i in range(MAX_BLOCK_Q):
             tile.slot[i] = -1
             if i < tile.n_queries:
                 query, head = (work.first + i) // params.group, (work.first + i) % params.group
@@ -64,8 +61,8 @@ cdef void set_tile_reduction(const CallParams *params, Tile *tile, WorkItem work
             )
 
 
-cdef void add_pooled(const CallParams *params, const Tile *tile, WorkItem work) noexcept nogil:
-    """Add the bins of a tile to the sums of all."""
+cdef void add_bins(const CallParams *params, const Tile *tile, WorkItem work) noexcept nogil:
+    """Add the bins of a tile to the sums."""
     cdef const WeightReduction *reduction = &params.reduction
     cdef Py_ssize_t slot, head, row, column, first, last
     cdef const double *bins
@@ -82,15 +79,18 @@ cdef void add_pooled(const CallParams *params, const Tile *tile, WorkItem work) 
         if row == reduction.rows:
             break
         bins = tile.bins + slot * tile.bin_row
-        sums = reduction.sums + ((head + slot % params.group) * reduction.rows + row) * reduction.columns
+        sums = reduction.sums + reduction.columns * (
+            (head + slot % params.group) * reduction.rows + row
+        )
         for column in range(first, last + 1):
             sums[column] += bins[column]
 
 
 cdef bint ordered_add(
-    const CallParams *params, const Tile *tile, WorkItem work, bint listen, double *last_look, bint *stopped
+    const CallParams *params, const Tile *tile, WorkItem work, bint listen, double *last_look,
+    bint *stopped,
 ) noexcept nogil:
-    """The tiles of a key head are added in their order, so that no sum depends on the threads.
+    """Add the bins of a key head's tiles in order, so that the sums do not depend on the threads.
     False if a signal came in between.
     """
     cdef int64_t *counter = params.reduction.tickets + work.batch * params.kv_heads + work.kv_head
@@ -99,6 +99,6 @@ cdef bint ordered_add(
         if stopped[0] or (listen and interrupted(last_look)):
             return False
         sched_yield()
-    add_pooled(params, tile, work)
+    add_bins(params, tile, work)
     store_release(counter, ticket + 1)
     return True

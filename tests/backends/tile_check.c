@@ -36,7 +36,7 @@ static real *rows_of(int n) { /* n numbers between -1 and 1 */
     return x;
 }
 
-static double bias[MAX_QUERIES][N_KEYS]; /* as it will be read: -2 to 2, or -INFINITY */
+static double bias[MAX_BLOCK_Q][N_KEYS]; /* as it will be read: -2 to 2, or -INFINITY */
 
 static void write_number(double x, NumberFormat format, char *at) {
     static const unsigned short half[] = {0xc000, 0xbc00, 0, 0x3c00, 0x4000, 0xfc00};
@@ -138,7 +138,7 @@ static double farthest(const double *wanted, const real *found, int n) {
 
 /* The largest error of the means and, of rows normalized anew, of lse and lse_rest together. */
 static double prepare(Tile *t) {
-    double worst = 0, lse[MAX_QUERIES];
+    double worst = 0, lse[MAX_BLOCK_Q];
     memcpy(lse, t->lse, sizeof lse);
     kernels.backward->prepare(t);
     t->value_dim = 0;
@@ -159,10 +159,10 @@ static double prepare(Tile *t) {
 /* The largest error of the gradients of queries, keys and values, after `run`, with a gradient of the result
  * that arrives and a delta of nothing in particular. */
 static double run_gradients(Tile *t) {
-    static double grad_q[MAX_QUERIES][HEAD_DIM], grad_k[N_KEYS][HEAD_DIM], grad_v[N_KEYS][VALUE_DIM];
+    static double grad_q[MAX_BLOCK_Q][HEAD_DIM], grad_k[N_KEYS][HEAD_DIM], grad_v[N_KEYS][VALUE_DIM];
     const real *k = (const real *)t->k, *v = (const real *)t->v;
     real *found_k = rows_of(N_KEYS * HEAD_DIM), *found_v = rows_of(N_KEYS * VALUE_DIM);
-    char *out[MAX_QUERIES];
+    char *out[MAX_BLOCK_Q];
     double worst = 0;
     memset(grad_q, 0, sizeof grad_q), memset(grad_k, 0, sizeof grad_k), memset(grad_v, 0, sizeof grad_v);
     for (int i = 0; i < t->n_queries; i++) {
