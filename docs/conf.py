@@ -10,6 +10,7 @@ sys.path.insert(0, str(HERE))  # the modules beside this one
 os.environ["MPLBACKEND"] = "Agg"
 
 import gallery  # noqa: E402
+import pictures  # noqa: E402
 import tables  # noqa: E402
 
 import fastattn  # noqa: E402
@@ -38,6 +39,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"fastattn {release}"
 html_static_path = ["_static"]
 html_css_files = ["fastattn.css"]
+html_favicon = "_static/favicon.svg"
+html_context = {"default_mode": "auto"}
 html_show_sourcelink = False
 html_theme_options = {
     "navigation_with_keys": False,
@@ -86,6 +89,7 @@ sphinx_gallery_conf = {
     "reset_argv": "gallery.arguments",
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
+    "default_thumb_file": str(HERE / "generated" / "thumbnail.png"),
     "show_signature": False,
     "show_memory": False,
     "plot_gallery": "True",
@@ -94,4 +98,6 @@ sphinx_gallery_conf = {
 
 
 def setup(app):
-    app.connect("builder-inited", lambda app: tables.write(HERE / "generated"))
+    """What is made of data and by drawing is there before the pages are read."""
+    tables.write(HERE / "generated")
+    pictures.thumbnail(HERE / "generated" / "thumbnail.png")

@@ -13,32 +13,45 @@ import fastattn
 
 SEEN, HIDDEN, INK = "#0072B2", "#E8ECEF", "#333333"
 HIGHLIGHT = "#E69F00"
+CELL = 0.21  # inches
 
 
 def masks(*options: str, n_queries: int = 8, n_keys: int = 8, batch: int = 1) -> None:
-    """A panel for each call of `scaled_dot`: its options in words, and which keys they show.
+    """A picture for each call of `scaled_dot`: its options in words, and which keys they show.
 
     The squares are the weights of equal scores as fastattn returns them.
     """
-    figure, panels = pyplot.subplots(
-        1, len(options) * batch, figsize=(2.7 * len(options) * batch, 3.4), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
     q, k = np.zeros((batch, 1, n_queries, 1)), np.zeros((batch, 1, n_keys, 1))
-    axes = iter(panels[0])
+    names = {"np": np, "document_spans": fastattn.document_spans}
+    names |= {"i": np.arange(n_queries)[:, None], "j": np.arange(n_keys)}
     for text in options:
-        words = eval(f"dict({text})", {"np": np, "fastattn": fastattn})
+        words = eval(f"dict({text})", names)
         _, weights = fastattn.scaled_dot(q, k, k, return_weights=True, **words)
         for b in range(batch):
-            squares(next(axes), weights[b, 0] > 0, text if batch == 1 else f"sequence {b}")
-    if batch > 1:
-        figure.suptitle(text, fontsize=8.5, family="monospace", color=INK)
+            squares(weights[b, 0], text if batch == 1 else f"sequence {b}")
 
 
-def squares(ax, seen: np.ndarray, title: str) -> None:
-    """One square for each query (row) and key (column)."""
-    n, m = seen.shape
+def alibi() -> None:
+    """The weights of equal scores under three slopes."""
+    slopes = [0.0, 0.25, 1.0]
+    x = np.zeros((3, 8, 1))
+    _, weights = fastattn.scaled_dot(x, x, x, causal=True, alibi=slopes, return_weights=True)
+    for slope, shown in zip(slopes, weights, strict=True):
+        squares(shown, f"alibi[h] = {slope}", shades="Blues")
+
+
+def squares(weights: np.ndarray, title: str, shades: str | None = None) -> None:
+    """One square for each query (row) and key (column), dark if it is seen or by its weight."""
+    title = re.sub(r", (?=\w+=)", ",\n", title)
+    n, m = weights.shape
+    left, below, above = 0.45, 0.45, 0.2 + 0.16 * title.count("\n")  # inches, beside the squares
+    width, height = left + m * CELL + 0.15, below + n * CELL + above
+    figure = pyplot.figure(figsize=(width, height))
+    ax = figure.add_axes((left / width, below / height, m * CELL / width, n * CELL / height))
+    seen = weights > 0
     ax.imshow(seen, cmap=ListedColormap([HIDDEN, SEEN]), vmin=0, vmax=1)
+    if shades is not None:
+        ax.imshow(np.where(seen, weights, np.nan), cmap=shades, vmin=0, vmax=1)
     ax.set_xticks(np.arange(m + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(n + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="white", linewidth=1.5)
@@ -48,19 +61,21 @@ def squares(ax, seen: np.ndarray, title: str) -> None:
     ax.set_xlabel("key $j$", fontsize=9, color=INK)
     ax.set_ylabel("query $i$", fontsize=9, color=INK)
     ax.spines[:].set_visible(False)
-    ax.set_title(re.sub(r", (?=\w+=)", ",\n", title), fontsize=8.5, family="monospace", color=INK)
+    figure.text(0.5, 1 - 0.04 / height, title, ha="center", va="top", fontsize=7.5, color=INK,
+                family="monospace")  # fmt: skip
 
 
-def alibi() -> None:
-    """The weights of equal scores under three slopes."""
-    slopes = [0.0, 0.25, 1.0]
-    _, panels = pyplot.subplots(1, 3, figsize=(8.4, 3.1), layout="constrained")
-    x = np.zeros((3, 8, 1))
-    _, weights = fastattn.scaled_dot(x, x, x, causal=True, alibi=slopes, return_weights=True)
-    for ax, slope, shown in zip(panels, slopes, weights, strict=True):
-        squares(ax, shown > 0, f"alibi[h] = {slope}")
-        ax.images[0].remove()
-        ax.imshow(np.where(shown > 0, shown, np.nan), cmap="Blues", vmin=0, vmax=1, zorder=-1)
+def thumbnail(path) -> None:
+    """For the examples that draw nothing: a causal mask."""
+    figure = pyplot.figure(figsize=(4, 2.8))
+    ax = figure.add_axes((0, 0.1, 1, 0.8))
+    ax.imshow(np.tri(6), cmap=ListedColormap([HIDDEN, SEEN]))
+    ax.set_xticks(np.arange(7) - 0.5, minor=True)
+    ax.set_yticks(np.arange(7) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=2)
+    ax.set_axis_off()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def loop_nest() -> None:

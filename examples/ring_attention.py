@@ -13,8 +13,8 @@ gradients that they collect on the way, and end where they began: Liu, Zaharia a
     pip install fastattn
     python examples/ring_attention.py
 
-With mpi4py, ``ring.pass_on(x)`` is ``comm.sendrecv(x, (rank + 1) % size, source=(rank - 1) % size)``
-and the rest stays. It ends with an error if results or gradients are not those of one process.
+With mpi4py, ``ring.pass_on(x)`` is ``comm.sendrecv(x, after, source=before)`` with the ranks of the
+neighbours. It ends with an error if results or gradients are not those of one process.
 """
 
 import multiprocessing
@@ -60,8 +60,8 @@ def attend(ring, q, k, v):
 
 
 # %%
-# Backward. `fastattn.scaled_dot_backward` takes the result and the lse of the whole, and the keys of
-# one shard. It returns that shard's share of the gradient of the queries, and what these queries
+# Backward. `fastattn.scaled_dot_backward` takes the result and the lse of the whole, and the keys
+# of one shard. It returns that shard's share of the gradient of the queries, and what these queries
 # give to the gradients of its keys and values.
 
 
