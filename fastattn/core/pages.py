@@ -45,7 +45,7 @@ def usable_table(table: np.ndarray, n_pages: int, page: int, visible: KeyRange) 
     wrong: np.ndarray = (table < 0) | (table >= n_pages)
     if not wrong.any():
         return table
-    needed: np.ndarray = _needed(visible, table.shape[1], page)
+    needed = _needed(visible, table.shape[1], page)
     if table.shape[0] == 1:
         needed = needed.any(axis=0, keepdims=True)
     for b, n in np.argwhere(wrong & needed):

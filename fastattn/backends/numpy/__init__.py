@@ -16,8 +16,8 @@ from .backward import run_backward, unsupported_backward
 from .tangents import run_forward_mode
 from .tiles import (
     BLOCK_K,
-    BLOCK_Q,
     Heads,
+    block_q,
     capped_products,
     key_blocks,
     product,
@@ -71,7 +71,7 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     return {
         "kernel": f"NumPy in {problem.accumulator}",
-        "tile": f"{BLOCK_Q} queries, {BLOCK_K} keys a block",
+        "tile": f"{block_q(problem)} queries, {BLOCK_K} keys a block",
         "threads": "as many as NumPy's BLAS takes",
     }
 

@@ -18,8 +18,8 @@ from .score_functions import unscaled_scores
 
 __all__ = [
     "BLOCK_K",
-    "BLOCK_Q",
     "Heads",
+    "block_q",
     "capped_products",
     "capped_products_of",
     "distances",
@@ -34,9 +34,10 @@ __all__ = [
     "sums",
 ]
 
-# One tile of scores is BLOCK_Q x BLOCK_K for as many heads as fit TILE_ELEMENTS. Blocks of 512 keys
-# balance the rounding of the sum within a block against that of the sum over blocks.
-BLOCK_Q = 256
+# One tile of scores is BLOCK_K keys by at least MIN_BLOCK_Q queries, for as many heads as fit
+# TILE_ELEMENTS. Blocks of 512 keys balance the rounding of the sum within a block against that of
+# the sum over blocks.
+MIN_BLOCK_Q = 256
 BLOCK_K = 512
 TILE_ELEMENTS = 1 << 20
 
@@ -67,17 +68,32 @@ class Heads(NamedTuple):
     q_offset: int
 
 
+def block_q(p: Problem) -> int:
+    """How many queries a tile takes.
+
+    The threads of a BLAS meet after every product, so few large ones are quicker, many times on a
+    busy machine. Where queries see different keys, smaller tiles are what lets some be skipped.
+    """
+    r = p.key_range
+    if r.left is not None or r.spans is not None or p.mask is not None:
+        return MIN_BLOCK_Q
+    rows = TILE_ELEMENTS // (min(BLOCK_K, max(1, p.n_keys)) * p.group)
+    if r.right is not None:
+        rows = min(rows, max(p.n_queries // 4, MIN_BLOCK_Q))
+    return max(MIN_BLOCK_Q, rows // MIN_BLOCK_Q * MIN_BLOCK_Q)
+
+
 def query_blocks(p: Problem) -> Iterator[tuple[Heads, slice]]:
     """Every block of queries, with the operands of as many heads as share a tile."""
-    block_q = min(BLOCK_Q, p.n_queries)
-    tile = max(1, block_q * min(BLOCK_K, p.n_keys) * p.group)
+    step = block_q(p)
+    tile = max(1, min(step, p.n_queries) * min(BLOCK_K, p.n_keys) * p.group)
     kv_step = max(1, TILE_ELEMENTS // tile)
     intervals = p.key_range.bounds()
     for batch in np.ndindex(p.batch):
         for kv in range(0, p.kv_heads, kv_step):
             heads = _operands(p, intervals, batch, slice(kv, min(kv + kv_step, p.kv_heads)))
-            for first in range(0, p.n_queries, BLOCK_Q):
-                yield heads, slice(first, min(first + BLOCK_Q, p.n_queries))
+            for first in range(0, p.n_queries, step):
+                yield heads, slice(first, min(first + step, p.n_queries))
 
 
 def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
