@@ -177,7 +177,7 @@ static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, Su
                                     Accumulated *sums) {
     const Scratch *s = &g->forward;
     vec top[MR_VECS];
-    multiply_keys(t, s, p, sub, NULL);
+    s->engine->multiply_keys(t, s, p, sub, NULL);
     for (int j = 0; j < sub->keys && t->softcap > 0; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             vec raw = load(sub->scores + j * MR + n * LANES);
@@ -213,7 +213,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Accumulated sums = {0};
     bool any = false;
     lay_out_backward(t, &g);
-    BEGIN_MATMULS();
+    begin_matmuls();
     begin_queries(t, &g);
     if (t->wants_sums) memset(t->row_sums, 0, sizeof *t->row_sums * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += SUB_BLOCK_K) {
@@ -225,7 +225,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
             if (key >= t->micropanel[p].last || key + keys <= t->micropanel[p].first) continue;
             sub.visibility = classify(t, p, &sub);
             if (sub.visibility == EMPTY) continue;
-            ensure_packed(t, &g.forward, key, &g.forward.packed->keys, pack_keys);
+            ensure_packed(t, &g.forward, key, &g.forward.packed->keys, g.forward.engine->pack_keys);
             ensure_packed(t, &g.forward, key, &g.forward.packed->values, pack_for_gradients);
             differentiate_sub_block(t, &g, p, &sub, &sums);
         }
@@ -235,7 +235,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         add_sub_block_grad(t->head_dim, key, keys, g.sub_grad_k, g.grad_k);
         add_sub_block_grad(t->value_dim, key, keys, g.sub_grad_v, g.grad_v);
     }
-    END_MATMULS();
+    end_matmuls();
     for (int p = 0; p < t->micropanels; p++)
         if (!sums.q[p])
             memset(g.grad_q + p * MR * g.q_rows_padded, 0, sizeof(real) * MR * (size_t)t->head_dim);

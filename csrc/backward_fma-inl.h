@@ -6,7 +6,13 @@
 #ifndef FASTATTN_BACKWARD_FMA_INL_H
 #define FASTATTN_BACKWARD_FMA_INL_H
 
+#include "convert-inl.h"
+#include "masking-inl.h"
+#include "matmul.h"
+#include "register_tile-inl.h"
+#ifndef BF16_TERMS
 #include "matmul_fma-inl.h"
+#endif
 
 /* The micropanels whose queries are packed as real numbers: one at a time where that is the
  * exception. */
@@ -25,7 +31,7 @@ static ptrdiff_t dim_micropanels(ptrdiff_t dims) {
     return (dims + dim_vecs(dims) * LANES - 1) / (dim_vecs(dims) * LANES);
 }
 
-typedef struct {
+struct BackwardScratch {
     Scratch forward;
     ptrdiff_t q_rows_padded;       /* in grad_q */
     real *grad_q;                  /* [micropanel][head_dim][MR], of the block */
@@ -46,11 +52,12 @@ typedef struct {
     uint64_t *special_queries,
         *special_keys; /* [micropanel], [sub-block]: bits of those that terms cannot express */
 #endif
-} BackwardScratch;
+};
 
 static size_t lay_out_backward(const Tile *t, BackwardScratch *g) {
     char *base = t->scratch;
     size_t bytes = lay_out(t, MICROPANELS, base, &g->forward);
+    g->forward.engine = choose_engine(t);
     ptrdiff_t row = MICROPANELS * MR, real_row = REAL_MICROPANELS * MR;
     ptrdiff_t k = dim_micropanels(t->head_dim) * MR, v = dim_micropanels(t->value_dim) * MR;
     g->q_rows_padded = round_up(t->head_dim, ROW_PAD);
@@ -97,11 +104,11 @@ static size_t backward_scratch_bytes(const Tile *t) {
 }
 
 /* What the sums hold already. */
-typedef struct {
+struct Accumulated {
     bool q[MICROPANELS], keys; /* of each micropanel's queries, of the sub-block's keys */
     uint32_t pending; /* bits of the micropanels whose shares of the sub-block's keys are to be
                          added yet */
-} Accumulated;
+};
 
 /* rows[dim micropanel][query][MR dims], 0 behind the last dim. Returns whether all are finite. */
 static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
@@ -206,7 +213,7 @@ static void begin_micropanel(const Tile *t, const BackwardScratch *g, int p) {
 }
 
 static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    pack_values(t, s, begin, end);
+    fma_pack_values(t, s, begin, end);
 }
 
 static bool multiply_values(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,

@@ -8,15 +8,12 @@
 #ifndef FASTATTN_DECODE_INL_H
 #define FASTATTN_DECODE_INL_H
 
-#include "score_options-inl.h"
-
-#ifndef BF16_TERMS
-
-/* Gradients make the same scores, bit for bit: their weights are exp(score - lse). */
-static bool dims_in_lanes(const Tile *t) { return t->n_queries <= MAX_DECODE_ROWS; }
-
-/* Do products with dimensions in the lanes read keys and values where they lie? */
-static bool decodes_in_place(const Tile *t) { return dims_in_lanes(t) && !t->differentiating; }
+#include "convert-inl.h"
+#include "distances-inl.h"
+#include "masking-inl.h"
+#include "matmul.h"
+#include "matmul_fma-inl.h"
+#include "online_softmax_fma-inl.h"
 
 /* x[l] summed over its lanes, for each l in lane l. */
 INLINE vec sum_lanes(vec x[LANES]) {
@@ -46,7 +43,8 @@ static DecodeRows decode_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, Numb
 }
 
 /* q[query][dims], padded by 0. */
-static void pack_decode_queries(const Tile *t, const Scratch *s) {
+static void decode_pack_queries(Tile *t, const Scratch *s, int p) {
+    (void)p;
     ptrdiff_t padded = round_up(t->head_dim, LANES);
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         real *q = s->q + i * padded;
@@ -54,6 +52,12 @@ static void pack_decode_queries(const Tile *t, const Scratch *s) {
         widen(t->q[i], 0, t->q_dim, t->q_format, NULL, 1, t->head_dim, q);
         for (ptrdiff_t d = 0; d < t->head_dim; d++) q[d] *= (real)t->q_scale;
     }
+    if (t->score_function == ADDITIVE) pack_dim_weights(t, s);
+}
+
+/* Keys and values are widened in the registers. */
+static void decode_pack_nothing(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    (void)t, (void)s, (void)begin, (void)end;
 }
 
 /* scores[key][query] of LANES keys. */
@@ -210,5 +214,81 @@ static void transpose_decode_sums(const Tile *t, const Scratch *s, real *out) {
             out[d * MR + i] = s->decode_sums[i * padded + d];
     }
 }
-#endif
+
+/* A Metric with MR keys at a time in the lanes: metrics[query][key]. */
+static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                          ScoreTerm terms, View k, real *to) {
+    (void)p, (void)k;
+    ptrdiff_t padded = round_up(t->head_dim, LANES);
+    real metrics[MAX_DECODE_ROWS * MR] __attribute__((aligned(64)));
+    for (int first = 0; first < sub->keys; first += MR) {
+        int keys = fewer(sub->keys - first, MR), vecs = (keys + LANES - 1) / LANES;
+        const char *rows[MR];
+        for (int j = 0; j < keys; j++) rows[j] = t->k + (sub->key + first + j) * t->k_key;
+        for (int n = 0; n < vecs; n++)
+            load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
+                         s->key_columns + n * LANES);
+        MetricOperands x = {.a = s->q,
+                            .row = padded,
+                            .dim = 1,
+                            .b = s->key_columns,
+                            .weights = s->weights,
+                            .dims = t->head_dim};
+        metric_matrix(terms, vecs, &x, t->n_queries, metrics);
+        for (int j = 0; j < keys; j++) {
+            store(to + (first + j) * MR, splat(1)); /* as good as any for a lane without a query */
+            for (ptrdiff_t i = 0; i < t->n_queries; i++)
+                to[(first + j) * MR + i] = metrics[i * MR + j];
+        }
+    }
+}
+
+static void decode_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                                 vec *top) {
+    if (t->score_function == DOT)
+        WITH_FORMAT(decode_format(t->k_dim, t->k_format), decode_scores, t, s, sub);
+    else metric_scores(t, s, p, sub, (View){0}, decode_metric);
+    take_max(1, sub, top);
+}
+
+static void decode_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks,
+                              real *out) {
+    (void)p;
+    memset(s->decode_sums, 0,
+           sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
+    for (int i = 0; i < sub_blocks; i++) {
+        const SubBlock *sub = &b->sub_blocks[i];
+        if (sub->visibility == EMPTY) continue;
+        weigh(1, t->exponent, sub, b->top, b->sum);
+        WITH_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
+    }
+    transpose_decode_sums(t, s, out);
+}
+
+static void decode_attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
+    attend_whole_block(t, s, p, begin, end, decode_sum_values);
+}
+
+static const MatmulEngine DECODE_ENGINE = {
+    .pack_queries = decode_pack_queries,
+    .pack_keys = decode_pack_nothing,
+    .pack_values = decode_pack_nothing,
+    .multiply_keys = decode_multiply_keys,
+    .attend_block = decode_attend_block,
+};
+
+/* Gradients recompute the weights as exp(score - lse), so their scores must be the same bit for
+ * bit. The other matmuls have queries in the lanes. */
+static const MatmulEngine DECODE_SCORES_ENGINE = {
+    .pack_queries = decode_pack_queries,
+    .pack_keys = fma_pack_keys,
+    .pack_values = fma_pack_values,
+    .multiply_keys = decode_multiply_keys,
+    .attend_block = decode_attend_block,
+};
+
+static const MatmulEngine *choose_engine(const Tile *t) {
+    if (t->n_queries > MAX_DECODE_ROWS) return &FMA_ENGINE;
+    return t->differentiating ? &DECODE_SCORES_ENGINE : &DECODE_ENGINE;
+}
 #endif

@@ -16,11 +16,12 @@
 
 #include <immintrin.h>
 
-#include "matmul_fma-inl.h"
+#include "convert-inl.h"
+#include "masking-inl.h"
+#include "matmul.h"
+#include "register_tile-inl.h"
+#include "score_options-inl.h"
 
-#define MICROPANELS (BLOCK_Q / MR)
-#define ROW_MULTIPLE CHUNK
-#define EXACT_QUERIES (BF16_TERMS < 3)
 #define PAIRS (CHUNK / 2)
 #define WEIGHT_TERM (BLOCK_K / 2 * MR)
 
@@ -105,7 +106,7 @@ INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims
     return x;
 }
 
-static void pack_queries(Tile *t, const Scratch *s, int p) {
+static void bf16_pack_queries(Tile *t, const Scratch *s, int p) {
     ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, term = t->micropanels * pairs * MR;
     t->micropanel[p].special = 0;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -155,7 +156,7 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     s->special_keys[begin % BLOCK_K / SUB_BLOCK_K] = special;
 }
 
-static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+static void bf16_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
@@ -231,7 +232,7 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
 
 /* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. A number that terms cannot
  * express is 0. */
-static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t term = s->out_rows * s->key_rows, dims = s->out_rows;
     uint64_t *sub_special = s->special_values + begin % BLOCK_K / SUB_BLOCK_K;
     *sub_special = 0;
@@ -266,8 +267,8 @@ static const struct {
     uint8_t rows[16];
 } TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-#define BEGIN_MATMULS() _tile_loadconfig(&TILES)
-#define END_MATMULS() _tile_release()
+static void begin_matmuls(void) { _tile_loadconfig(&TILES); }
+static void end_matmuls(void) { _tile_release(); }
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of terms i and j with
  * i + j <= order, smaller ones first. */
@@ -310,7 +311,7 @@ INLINE void multiply_rows(const int order, const int row_groups, const int vecs,
 }
 
 static double peak(ptrdiff_t rounds) {
-    BEGIN_MATMULS();
+    begin_matmuls();
     _tile_zero(4);
     _tile_zero(5);
     for (ptrdiff_t i = 0; i < rounds; i++) {
@@ -319,13 +320,13 @@ static double peak(ptrdiff_t rounds) {
         _tile_dpbf16ps(2, 4, 5);
         _tile_dpbf16ps(3, 4, 5);
     }
-    END_MATMULS();
+    end_matmuls();
     return 2.0 * 4 * 16 * LANES * CHUNK * (double)rounds;
 }
 
 #else
-#define BEGIN_MATMULS()
-#define END_MATMULS()
+static void begin_matmuls(void) {}
+static void end_matmuls(void) {}
 
 /* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
@@ -418,7 +419,8 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
     }
 }
 
-static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, vec *top) {
+static void bf16_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                               vec *top) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
     Rows k = {s->key_terms + sub->key % BLOCK_K * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_terms + p * dims / 2 * MR, t->micropanels * dims / 2 * MR, PAIRS * MR};

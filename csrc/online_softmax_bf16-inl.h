@@ -6,7 +6,9 @@
 #ifndef FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
 #define FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
 
+#include "block-inl.h"
 #include "matmul_bf16-inl.h"
+#include "top_k-inl.h"
 
 typedef struct {
     ivec lanes[MR_VECS]; /* where scores are far above the maximum */
@@ -43,8 +45,7 @@ static void rescale_lanes(const Tile *t, int vecs, const MaxUpdate *update, cons
     }
 }
 
-/* One micropanel's attention to one block. */
-static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
+static void bf16_attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     BlockState b;
     int vecs = t->micropanel[p].vecs,
         first = 0; /* of the sub-blocks whose values are still to be summed */
@@ -76,7 +77,7 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
             continue;
         }
         weigh(vecs, t->exponent, sub, b.top, b.sum, weights_of(s, sub), WEIGHT_TERM);
-        ensure_packed(t, s, sub->key, &s->packed->values, pack_values);
+        ensure_packed(t, s, sub->key, &s->packed->values, s->engine->pack_values);
         if (bits_of(s->special_values, sub)) {
             sum_sub_blocks(t, s, p, &b, first, i + 1, block_out, &accumulate);
             add_special_values(t, s, p, &b, sub, block_out);
@@ -87,5 +88,19 @@ static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrd
     sum_sub_blocks(t, s, p, &b, first, sub_blocks, block_out, &accumulate);
     combine_block(&b, vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
     t->micropanel[p].has_output = 1;
+}
+
+static const MatmulEngine BF16_ENGINE = {
+    .exact_queries = BF16_TERMS < 3,
+    .pack_queries = bf16_pack_queries,
+    .pack_keys = bf16_pack_keys,
+    .pack_values = bf16_pack_values,
+    .multiply_keys = bf16_multiply_keys,
+    .attend_block = bf16_attend_block,
+};
+
+static const MatmulEngine *choose_engine(const Tile *t) {
+    (void)t;
+    return &BF16_ENGINE;
 }
 #endif

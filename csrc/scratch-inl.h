@@ -7,6 +7,7 @@
 /* A sub-block's keys as bits, in words as wide as a lane, so that lanes can test their own. */
 #define SUB_BLOCKS (BLOCK_K / SUB_BLOCK_K)
 #define MASK_WORDS (SUB_BLOCK_K / LANE_BITS)
+#define MICROPANELS (BLOCK_Q / MR)
 
 static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
@@ -22,6 +23,8 @@ typedef struct {
 
 /* What belongs to queries is [micropanel][row][MR], so that a micropanel is contiguous, or that of
  * the micropanel under way. Rows of scores and of sums are padded to a multiple of ROW_PAD. */
+typedef struct MatmulEngine MatmulEngine; /* see matmul.h */
+
 typedef struct Scratch {
     struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
     real *row_max, *row_sum; /* [micropanel][MR] */
@@ -51,6 +54,7 @@ typedef struct Scratch {
     lane_int *special_queries, *special_keys;
 #endif
     PackedSubBlocks *packed;
+    const MatmulEngine *engine;
     ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' terms */
 } Scratch;
 
@@ -147,4 +151,7 @@ typedef struct {
     bool any_visible; /* is any key visible? */
     vec top[MR_VECS], sum[MR_VECS], rescale[MR_VECS];
 } BlockState;
+
+/* The scratch of a tile that has begun. */
+static Scratch scratch_of(const Tile *t) { return *(const Scratch *)t->scratch; }
 #endif

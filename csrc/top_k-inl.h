@@ -4,6 +4,7 @@
 #ifndef FASTATTN_TOP_K_INL_H
 #define FASTATTN_TOP_K_INL_H
 
+#include "range-inl.h"
 #include "score_options-inl.h"
 
 static void clear_heaps(const Tile *t) {
