@@ -30,10 +30,12 @@ typedef struct {
     ptrdiff_t key;
 } Candidate;
 
+/* What is said of "query i" is an array with an element for each query: lay_out_rows allocates
+ * them. */
 typedef struct {
     /* Operands and results. All strides are in bytes. */
-    const char *q[MAX_BLOCK_Q]; /* one row per query */
-    char *out[MAX_BLOCK_Q];
+    const char **q; /* one row per query */
+    char **out;
     const char *k, *v;                                     /* of the key head */
     const float *k_scales, *v_scales;                      /* a factor for each key; or NULL */
     NumberFormat q_format, k_format, v_format, out_format; /* out_format is also that of weights */
@@ -48,33 +50,33 @@ typedef struct {
     double margin;
     int check_range; /* set by begin: scores may be out of range, so check each */
 
-    ptrdiff_t start[MAX_BLOCK_Q], stop[MAX_BLOCK_Q]; /* keys start[i] <= j < stop[i] are visible */
+    ptrdiff_t *start, *stop; /* keys start[i] <= j < stop[i] are visible */
 
     /* Options. Those of queries x keys have a row of keys for each query. */
     double softcap; /* 0: none */
     int has_mask, has_bias, has_alibi, has_sinks;
-    const char *mask[MAX_BLOCK_Q], *bias[MAX_BLOCK_Q];
+    const char **mask, **bias;
     ptrdiff_t mask_key, bias_key;
     NumberFormat bias_format;
-    double slope[MAX_BLOCK_Q], sink[MAX_BLOCK_Q];
-    ptrdiff_t position[MAX_BLOCK_Q]; /* of query i on the key axis */
+    double *slope, *sink;
+    ptrdiff_t *position; /* of query i on the key axis */
 
-    char *weights[MAX_BLOCK_Q]; /* filled by weights() where a key is visible; zero before */
+    char **weights; /* filled by weights() where a key is visible; zero before */
     ptrdiff_t weights_key;
     int want_lse;
-    double lse[MAX_BLOCK_Q];      /* filled by finish if want_lse */
-    double lse_rest[MAX_BLOCK_Q]; /* for gradients: what the rounding of lse lost */
-    void *scratch;                /* of scratch_bytes, 64-byte aligned */
+    double *lse;      /* filled by finish if want_lse */
+    double *lse_rest; /* for gradients: what the rounding of lse lost */
+    void *scratch;    /* of scratch_bytes, 64-byte aligned */
 
     /* For gradients: the results and their gradients, and `delta`, which is subtracted from the
      * gradients of the weights. The gradients of the queries are added to `out`, of type `real`
      * with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_BLOCK_Q], *result[MAX_BLOCK_Q];
+    const char **grad_out, **result;
     NumberFormat grad_out_format; /* also of `result` */
     ptrdiff_t grad_out_dim, result_dim;
-    double mean[MAX_BLOCK_Q]; /* of the gradients of the weights, filled by prepare */
-    double delta[MAX_BLOCK_Q];
+    double *mean; /* of the gradients of the weights, filled by prepare */
+    double *delta;
     char *grad_k, *grad_v; /* of the key head, with contiguous dims */
     NumberFormat grad_k_format, grad_v_format;
     ptrdiff_t grad_k_key, grad_v_key;
@@ -82,24 +84,24 @@ typedef struct {
     /* The gradient of the bias is added to: a `real` row of keys for each query, or a `double` one
      * if queries share it. */
     int wants_bias, wants_sums, rows_share_bias;
-    char *grad_bias[MAX_BLOCK_Q];
+    char **grad_bias;
     /* If wants_sums, filled by differentiate for each query: the sums of its weights and of the
      * gradients of its scores, and both sums weighted with the distance of the key, which is 0
      * without alibi. */
-    double row_sums[MAX_BLOCK_Q][4];
+    double (*row_sums)[4];
 
     /* For weight maps: accumulate_bins adds the weights of a query to its row of `bins`, in a
      * column for each of the runs that the keys are split into: see bin_of. */
-    double *bins;          /* [slot][bin_row], with room for a vector after the last column */
-    int slot[MAX_BLOCK_Q]; /* of the query; -1 after the last query */
+    double *bins; /* [slot][bin_row], with room for a vector after the last column */
+    int *slot;    /* of the query; -1 after the last query */
     ptrdiff_t bin_row, columns, n_keys;
 
     /* For the top k: collect_top_k keeps top_k keys of each query, and rank_top_k writes them to
      * `keys` and their weights to `weights`. */
     Candidate *heaps; /* [query][top_k], heaps with the least score at the root */
     ptrdiff_t top_k;
-    double top_k_threshold[MAX_BLOCK_Q]; /* no score below it is among the top k */
-    int64_t *keys[MAX_BLOCK_Q];
+    double *top_k_threshold; /* no score below it is among the top k */
+    int64_t **keys;
 
     /* Set by begin: some key of first <= j < last is visible to some query of the tile, or of a
      * micropanel; keys inner_first <= j < inner_last are in the key ranges of all queries of it. */
@@ -118,6 +120,38 @@ typedef struct {
      * metric, which includes metric_scale. A weight is 2**(exponent * (score - row_max)). */
     double q_scale, metric_scale, score_scale, exponent;
 } Tile;
+
+/* Lay out the arrays of a tile at `base`, for as many queries as `rows`: those of whole
+ * micropanels. Returns their size in bytes. */
+static inline size_t lay_out_rows(Tile *t, ptrdiff_t rows, char *base) {
+    size_t bytes = 0;
+#define TAKE(field)                                                                                \
+    t->field = (void *)((uintptr_t)base + bytes);                                                  \
+    bytes += (sizeof *t->field * (size_t)rows + 63) / 64 * 64;
+    TAKE(q)
+    TAKE(out)
+    TAKE(start)
+    TAKE(stop)
+    TAKE(mask)
+    TAKE(bias)
+    TAKE(slope)
+    TAKE(sink)
+    TAKE(position)
+    TAKE(weights)
+    TAKE(lse)
+    TAKE(lse_rest)
+    TAKE(grad_out)
+    TAKE(result)
+    TAKE(mean)
+    TAKE(delta)
+    TAKE(grad_bias)
+    TAKE(row_sums)
+    TAKE(slot)
+    TAKE(top_k_threshold)
+    TAKE(keys)
+#undef TAKE
+    return bytes;
+}
 
 /* The bin of element i, if n elements are split into bins of nearly equal length: bin b begins at b
  * * n / bins. */
