@@ -226,6 +226,8 @@ def kernels():
             depends=[*HEADERS, str(CSRC / "tile.c")],
         ),
         build_dir=str(Path("build") / made_with),
+        # No state is shared but what OpenMP itself guards: a Python without a GIL stays so.
+        compiler_directives={"freethreading_compatible": True},
     )
 
 
