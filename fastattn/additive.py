@@ -11,6 +11,7 @@ from .core.dtypes import float_dtype, widest
 from .core.linear import project, rows
 from .core.options import check_wrt
 from .core.problem import Problem, ScoreFunction, gradient_of, make_problem
+from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, without_weights
 from .similarity import refuse
 from .vjp import differentiated, differentiates, without_out
@@ -18,6 +19,7 @@ from .vjp import differentiated, differentiates, without_out
 __all__ = ["additive"]
 
 
+@attention
 def additive(q, k, v, *, w_q, w_k, w, b=None, out=None, backend=None, **options):
     """Exact softmax attention by the additive score, ``w @ tanh(q_i @ w_q + k_j @ w_k + b)``.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from .core.device_array import DeviceArray
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .dispatch import select
 
 __all__ = ["scaled_dot", "solve"]
 
 
+@attention
 def scaled_dot(
     q, k, v, *,
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,

@@ -17,7 +17,7 @@ def scaled_dot_backward(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     block_table=None,
     backend=None, threads=None, precision=None,
-):  # fmt: skip
+) -> tuple[np.ndarray, ...]:  # fmt: skip
     """The gradients of `scaled_dot` from its results and theirs, in O(S) memory.
 
     `vjp` is the convenient half; this one keeps nothing between the passes but what it is given.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import solve
 from .core.problem import DISTANCE, Problem, make_problem
+from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, tangents_of
 from .similarity import positive
 from .vjp import differentiated, differentiates, without_out
@@ -11,6 +12,7 @@ from .vjp import differentiated, differentiates, without_out
 __all__ = ["euclidean"]
 
 
+@attention
 def euclidean(q, k, v, *, scale=1.0, out=None, backend=None, **options):
     """Exact softmax attention by distance: the score is ``-scale * |q_i - k_j|``, not squared.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import scaled_dot, solve
 from .core.problem import make_problem
+from .core.signatures import attention
 
 __all__ = ["flex"]
 
@@ -11,6 +12,7 @@ __all__ = ["flex"]
 OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - {"backend"}
 
 
+@attention
 def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=None, **options):
     """Exact softmax attention whose scores and mask are functions of the user's.
 

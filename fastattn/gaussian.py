@@ -14,6 +14,7 @@ from .chunks import Chunk, Gradients, blocks, entries, fill, runs, singles
 from .core.arguments import flag, plain
 from .core.backward import Backward
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .core.visible_keys import keys_visible_to_any
 from .gaussian_methods import (
     Attended,
@@ -37,6 +38,7 @@ FEW_DIMS = 16
 FEW_QUERIES = 16
 
 
+@attention
 def gaussian(
     q, k, v, *, alpha=1.0, normalize=True, exclude_self=False,
     return_lse=False, return_weights=False, out=None, **options,

@@ -31,7 +31,7 @@ def has_tangents(function) -> Callable[[Callable], Callable]:
     return register
 
 
-def jvp(function, arrays, tangents, **options):
+def jvp(function, arrays, tangents, **options) -> tuple[Any, Any]:
     """Call a function of fastattn and get its derivative along tangents of its arrays.
 
     Parameters

@@ -11,6 +11,7 @@ from .core.arguments import count, integers, plain
 from .core.dtypes import FLOATS, float_type, is_float
 from .core.options import span_sides
 from .core.problem import make_problem
+from .core.signatures import attention
 
 __all__ = ["KVCache"]
 
@@ -91,7 +92,7 @@ class KVCache:
     def __init__(
         self, batch, kv_heads, head_dim, *, value_dim=None, capacity=256, max_tokens=None,
         dtype="float32",
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self._heads = count("batch", batch), count("kv_heads", kv_heads)
         head_dim = count("head_dim", head_dim)
         value_dim = head_dim if value_dim is None else count("value_dim", value_dim)
@@ -140,7 +141,7 @@ class KVCache:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         arrays, *rest = self._state
-        other._state = _State([x.copy() for x in arrays], *rest)
+        other._state = _State([x.copy() for x in arrays], *rest)  # type: ignore[arg-type]
         return other
 
     def append(self, k, v, counts=None) -> None:
@@ -202,6 +203,7 @@ class KVCache:
                     stored[b, :, first:last] = x[b, :, : last - first]
         self._state = after
 
+    @attention
     def attend(self, q, counts=None, causal=True, *, backend=None, out=None, **options):
         """Attention of the last positions of each sequence to all that it has.
 

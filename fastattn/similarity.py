@@ -13,6 +13,7 @@ from .core.backward import Backward
 from .core.dtypes import float_dtype
 from .core.options import check_wrt
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .jvp import has_tangents, jvp
 from .vjp import differentiated, differentiates, vjp, without_out
 
@@ -22,6 +23,7 @@ __all__ = ["cosine", "dot", "pool"]
 _SHORT = 1e-15
 
 
+@attention
 def dot(q, k, v, **options):
     """Exact softmax attention by the plain dot product, ``softmax(q @ k.T) @ v``.
 
@@ -58,6 +60,7 @@ def dot(q, k, v, **options):
     return scaled_dot(q, k, v, scale=1.0, **options)
 
 
+@attention
 def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     """Exact softmax attention by the cosine of the angle between query and key.
 
@@ -100,6 +103,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     return solve(p, backend, out, partial(_run_cosine, backend=backend))
 
 
+@attention
 def pool(
     x, w, *, b=0.0, kv_lengths=None, mask=None,
     return_lse=False, return_weights=False, backend=None, threads=None,

@@ -12,6 +12,7 @@ from .core.arguments import flag, integers, plain
 from .core.options import window_sides
 from .core.output import destination, empty_like
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .documents import document_lengths
 from .jvp import has_tangents, pushed_forward, tangents_of
 from .vjp import differentiated, differentiates, without_out
@@ -24,6 +25,7 @@ _WITHOUT = {"bias", "block_table", "kv_lengths", "mask", "return_weights", "span
 OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - _OWN - _WITHOUT - {"backend", "out"}
 
 
+@attention
 def varlen(
     q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, *, lengths=None, lengths_k=None,
     causal=False, window=None, q_offset=None, out=None, backend=None, **options,

@@ -32,7 +32,7 @@ def differentiates(function) -> Callable[[Callable], Callable]:
     return register
 
 
-def vjp(function, *arrays, wrt=(), **options):
+def vjp(function, *arrays, wrt=(), **options) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     """Call a function of fastattn and get its gradients as a function of those of its result.
 
     Parameters

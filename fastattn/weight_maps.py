@@ -17,7 +17,7 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def key_importance(q, k, *, backend=None, **options):
+def key_importance(q, k, *, backend=None, **options) -> np.ndarray:
     """How much attention each key gets: the softmax weights summed over the queries.
 
     Parameters
@@ -61,7 +61,7 @@ def key_importance(q, k, *, backend=None, **options):
     return _deliver(p, sums.sum(axis=-2))
 
 
-def attention_map(q, k, shape, *, backend=None, **options):
+def attention_map(q, k, shape, *, backend=None, **options) -> np.ndarray:
     """A small picture of the weights: summed over the keys of a cell, averaged over its queries.
 
     Parameters
@@ -110,7 +110,7 @@ def attention_map(q, k, shape, *, backend=None, **options):
     return _deliver(p, sums / queries[:, None])
 
 
-def top_keys(q, k, n, *, backend=None, **options):
+def top_keys(q, k, n, *, backend=None, **options) -> tuple[np.ndarray, np.ndarray]:
     """The `n` keys to which each query attends most, and their weights.
 
     Parameters
