@@ -1,5 +1,6 @@
 """Exact softmax attention for NumPy at the speed limit of the machine."""
 
+from . import plot
 from .attention import scaled_dot
 from .backward import scaled_dot_backward
 from .block_mask import block_mask
@@ -33,6 +34,7 @@ __all__ = [
     "gaussian",
     "key_importance",
     "merge",
+    "plot",
     "pool",
     "scaled_dot",
     "scaled_dot_backward",
