@@ -1,5 +1,6 @@
 """Exact softmax attention for NumPy at the speed limit of the machine."""
 
+from . import plot
 from .additive import additive
 from .attention import scaled_dot
 from .backward import scaled_dot_backward
@@ -37,6 +38,7 @@ __all__ = [
     "jvp",
     "key_importance",
     "merge",
+    "plot",
     "pool",
     "scaled_dot",
     "scaled_dot_backward",
