@@ -12,6 +12,7 @@ from .gaussian import gaussian
 from .kv_cache import KVCache
 from .merge import merge
 from .multihead import MultiHeadAttention
+from .relative_bias import t5_relative_bias
 from .similarity import cosine, dot, pool
 from .vjp import vjp
 from .weight_maps import attention_map, key_importance, top_keys
@@ -38,6 +39,7 @@ __all__ = [
     "scaled_dot",
     "scaled_dot_backward",
     "show_config",
+    "t5_relative_bias",
     "top_keys",
     "vjp",
 ]
