@@ -1,164 +1,166 @@
-/* A tile: the queries that share one pass over the keys, and the kernels that carry it out.
+/* A tile, the queries that share one pass over the keys, and the interface of its kernels.
  *
- * The queries of a tile lie in the lanes of vectors, so keys and values are read one element
- * broadcast to all queries at a time, and softmax has no horizontal step.
- */
+ * The queries of a tile are in the lanes of vectors: each element of K and V is broadcast to all
+ * queries, and the softmax has no horizontal step. The head of tile.c has the loop nest and a
+ * glossary. */
 #ifndef FASTATTN_TILE_H
 #define FASTATTN_TILE_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#define MAX_QUERIES 384 /* in a tile of any kernel */
-#define MAX_PANELS 12   /* of 32 queries (AMX), or of 8 of 96 (SSE2) */
+#include "tile_sizes.h"
 
-/* Keys whose weights stay in the first-level cache between the softmax and the second product.
- * Blocks and strips begin at multiples of their sizes, whatever a query sees. */
-#define STRIP_KEYS 64
-
-/* The weight of a row's largest score. A power of 2, so that nothing is rounded, and large, because
- * sums of small weights would be subnormal and take a hundred times as long. */
+/* The weight of a row's largest score. A power of 2, which rounds nothing, and large, because sums
+ * of small weights would be subnormal, and a hundred times as slow. */
 #define WEIGHT_UNIT 16777216.0
 
-/* How a real number lies in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. */
+/* The format of a number in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. */
 typedef struct {
     char kind;
     int bytes, swapped;
 } NumberFormat;
 
-/* How a query and a key compare: by q . k, |q - k|, the weighted sum of tanh(q + k), or |q - k|^2. */
-typedef enum { DOT, DISTANCE, ADDITIVE, SQUARED_DISTANCE } Measure;
+/* The score of a query and a key: q . k, |q - k|, the weighted sum of tanh(q + k), or |q - k|^2. */
+typedef enum { DOT, DISTANCE, ADDITIVE, SQUARED_DISTANCE } ScoreFunction;
 
-/* A key that may be one of a query's strongest. */
+/* A key that may be one of a query's top k. */
 typedef struct {
     double score;
     ptrdiff_t key;
 } Candidate;
 
 typedef struct {
-    /* What the tile reads and writes; all strides count bytes. */
-    const char *q[MAX_QUERIES]; /* one row per query */
-    char *out[MAX_QUERIES];
-    const char *k, *v; /* of the one key head that these queries read */
-    const float *k_scales, *v_scales; /* one per key that its numbers are multiplied by; or NULL */
-    NumberFormat q_format, k_format, v_format, out_format; /* out_format also of weights */
+    /* Operands and results. All strides are in bytes. */
+    const char *q[MAX_BLOCK_Q]; /* one row per query */
+    char *out[MAX_BLOCK_Q];
+    const char *k, *v;                                     /* of the key head */
+    const float *k_scales, *v_scales;                      /* a factor for each key; or NULL */
+    NumberFormat q_format, k_format, v_format, out_format; /* out_format is also that of weights */
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
-    ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
+    ptrdiff_t block_k; /* keys in a block, at most those of the call */
     double scale;
-    Measure measure;
-    const double *measure_weights; /* of ADDITIVE, one per dimension */
-    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact, but
-     * in a second run, for the results that overflowed in the first: those of huge values, and of
-     * scores out of range. */
+    ScoreFunction score_function;
+    const double *dim_weights; /* of ADDITIVE, one per dim */
+    /* Added to row_max. It is 0, so that the largest weight is exact, except in the rerun of a tile
+     * whose results overflowed. */
     double margin;
-    int careful; /* set by begin: scores may be out of range, and are looked at one by one */
+    int check_range; /* set by begin: scores may be out of range, so check each */
 
-    ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */
+    ptrdiff_t start[MAX_BLOCK_Q], stop[MAX_BLOCK_Q]; /* keys start[i] <= j < stop[i] are visible */
 
-    /* Options, each by itself; a row of keys per query where they are dense. */
+    /* Options. Those of queries x keys have a row of keys for each query. */
     double softcap; /* 0: none */
     int has_mask, has_bias, has_alibi, has_sinks;
-    const char *mask[MAX_QUERIES], *bias[MAX_QUERIES];
+    const char *mask[MAX_BLOCK_Q], *bias[MAX_BLOCK_Q];
     ptrdiff_t mask_key, bias_key;
     NumberFormat bias_format;
-    double slope[MAX_QUERIES], sink[MAX_QUERIES];
-    ptrdiff_t position[MAX_QUERIES]; /* of query i on the key axis */
+    double slope[MAX_BLOCK_Q], sink[MAX_BLOCK_Q];
+    ptrdiff_t position[MAX_BLOCK_Q]; /* of query i on the key axis */
 
-    char *weights[MAX_QUERIES]; /* filled by weights() where a key is seen; 0 before */
+    char *weights[MAX_BLOCK_Q]; /* filled by weights() where a key is visible; zero before */
     ptrdiff_t weights_key;
     int want_lse;
-    double lse[MAX_QUERIES]; /* filled by finish, where wanted */
-    double lse_rest[MAX_QUERIES]; /* for gradients: what is missing in `lse` */
-    void *scratch;           /* scratch_bytes of it, 64-byte aligned */
+    double lse[MAX_BLOCK_Q];      /* filled by finish if want_lse */
+    double lse_rest[MAX_BLOCK_Q]; /* for gradients: what the rounding of lse lost */
+    void *scratch;                /* of scratch_bytes, 64-byte aligned */
 
-    /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
-     * of queries go to `out`, all of type `real` with contiguous rows. */
+    /* For gradients: the results and their gradients, and `delta`, which is subtracted from the
+     * gradients of the weights. The gradients of the queries are added to `out`, of type `real`
+     * with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_QUERIES], *result[MAX_QUERIES];
-    NumberFormat grad_out_format; /* of both */
+    const char *grad_out[MAX_BLOCK_Q], *result[MAX_BLOCK_Q];
+    NumberFormat grad_out_format; /* also of `result` */
     ptrdiff_t grad_out_dim, result_dim;
-    double mean[MAX_QUERIES]; /* of the weights' gradients, filled by prepare */
-    double delta[MAX_QUERIES];
-    char *grad_k, *grad_v; /* of the key head, without gaps between the dims */
+    double mean[MAX_BLOCK_Q]; /* of the gradients of the weights, filled by prepare */
+    double delta[MAX_BLOCK_Q];
+    char *grad_k, *grad_v; /* of the key head, with contiguous dims */
     NumberFormat grad_k_format, grad_v_format;
     ptrdiff_t grad_k_key, grad_v_key;
-    int adds_k, adds_v; /* to what is there, or fills it? */
-    /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
-     * share it. */
+    int adds_k, adds_v; /* add to the gradients of keys and values, or overwrite them? */
+    /* The gradient of the bias is added to: a `real` row of keys for each query, or a `double` one
+     * if queries share it. */
     int wants_bias, wants_sums, rows_share_bias;
-    char *grad_bias[MAX_QUERIES];
-    /* Of each query, filled by differentiate where wanted: its weights and the gradients of its scores
-     * summed, and both times the distance of the key, which is 0 without alibi. */
-    double row_sums[MAX_QUERIES][4];
+    char *grad_bias[MAX_BLOCK_Q];
+    /* If wants_sums, filled by differentiate for each query: the sums of its weights and of the
+     * gradients of its scores, and both sums weighted with the distance of the key, which is 0
+     * without alibi. */
+    double row_sums[MAX_BLOCK_Q][4];
 
-    /* For maps of the weights: pool adds those of a query to its row of `pooled`, a column for each of
-     * the runs that the keys are split into, as cell_of says. */
-    double *pooled; /* [slot][pooled_row], with room for a vector behind the last column */
-    int slot[MAX_QUERIES]; /* of the query; less than 0 behind the last */
-    ptrdiff_t pooled_row, columns, n_keys;
+    /* For weight maps: accumulate_bins adds the weights of a query to its row of `bins`, in a
+     * column for each of the runs that the keys are split into: see bin_of. */
+    double *bins;          /* [slot][bin_row], with room for a vector after the last column */
+    int slot[MAX_BLOCK_Q]; /* of the query; -1 after the last query */
+    ptrdiff_t bin_row, columns, n_keys;
 
-    /* For the strongest keys: collect() keeps n_best of them for each query, and rank() writes them to
-     * `keys` and, of out_format, `weights`. */
-    Candidate *best; /* [query][n_best], a heap with the weakest at its root */
-    ptrdiff_t n_best;
-    double least[MAX_QUERIES]; /* no score below it is among theirs */
-    int64_t *keys[MAX_QUERIES];
+    /* For the top k: collect_top_k keeps top_k keys of each query, and rank_top_k writes them to
+     * `keys` and their weights to `weights`. */
+    Candidate *heaps; /* [query][top_k], heaps with the least score at the root */
+    ptrdiff_t top_k;
+    double top_k_threshold[MAX_BLOCK_Q]; /* no score below it is among the top k */
+    int64_t *keys[MAX_BLOCK_Q];
 
-    /* Set by begin. Some query of the tile, or of one panel of it, sees first <= j < last; every
-     * query of the panel sees inner_first <= j < inner_last. */
+    /* Set by begin: some key of first <= j < last is visible to some query of the tile, or of a
+     * micropanel; keys inner_first <= j < inner_last are in the key ranges of all queries of it. */
     ptrdiff_t first, last;
     struct {
         ptrdiff_t first, last, inner_first, inner_last;
-        int vecs;         /* vectors in use */
-        int started;      /* has it attended to a block? */
-        uint64_t outside; /* bits of the queries that the products cannot take */
-        /* Set by finish: bits of the queries that a second run is for, and among these of those whose
-         * scores it makes again, not only sums of values. */
-        uint64_t again, late;
-    } panel[MAX_PANELS];
-    int panels;
-    /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
-     * another measure finds, measure_scale included; weights are 2**(exponent * (score - maximum)). */
-    double q_scale, measure_scale, score_scale, exponent;
+        int vecs;         /* in use */
+        int has_output;   /* has a block been added to `out`? */
+        uint64_t special; /* bits of the queries that the engine cannot represent */
+        /* Set by finish: bits of the queries to rerun, and of those among them whose scores are to
+         * be computed again too, not only sums of values. */
+        uint64_t rerun, rerun_scores;
+    } micropanel[MAX_MICROPANELS];
+    int micropanels;
+    /* Queries are multiplied by q_scale. A score is score_scale times the dot product, or times the
+     * metric, which includes metric_scale. A weight is 2**(exponent * (score - row_max)). */
+    double q_scale, metric_scale, score_scale, exponent;
 } Tile;
 
-/* Which of `cells` runs of nearly equal length has element i of n: run c begins at c * n / cells. */
-static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
-    return ((i + 1) * cells - 1) / n;
+/* The bin of element i, if n elements are split into bins of nearly equal length: bin b begins at b
+ * * n / bins. */
+static inline ptrdiff_t bin_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t bins) {
+    return ((i + 1) * bins - 1) / n;
 }
 
-/* Gradients: `prepare` each tile of queries; after `begin` and a forward pass of no values `normalize` fills
- * lse and lse_rest. For a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
- * then add to the gradients of the queries, and `close` it. */
+/* The kernels of the backward pass, in the order of their calls. */
 typedef struct {
     size_t (*scratch_bytes)(const Tile *);
-    void (*prepare)(Tile *);
+    void (*prepare)(Tile *); /* each tile: fills `mean` */
+    /* A tile whose lse is to be computed again, after `begin` and `attend` with a value_dim of 0:
+     * fills lse and lse_rest. */
     void (*normalize)(Tile *);
-    void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
-    int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: nobody sees anybody */
-    void (*add)(Tile *);
-    void (*close)(Tile *, ptrdiff_t begin, ptrdiff_t end);
-} GradientKernels;
+    /* Each block of keys, before and after its tiles. */
+    void (*begin_keys)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+    void (*store_keys)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+    /* Each tile of a block, after `begin`; returns 0 if no key is visible. */
+    int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+    void (*add)(Tile *); /* then, unless it is 0: to the gradients of the queries */
+} BackwardKernels;
 
-/* One instruction set's kernels for one dtype. */
+/* The kernels of one instruction set and dtype. */
 typedef struct {
-    int queries, panel, pass_keys; /* the most that a tile, a panel and one call of attend take */
+    int block_q, mr, block_k; /* queries in a tile and in a micropanel, keys in a block */
     size_t (*scratch_bytes)(const Tile *, ptrdiff_t queries);
     void (*begin)(Tile *);
-    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
-    int (*finish)(Tile *); /* 0: something overflowed; begin again with a margin after all below */
-    void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
-    void (*pool)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
-    void (*collect)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
-    void (*rank)(Tile *);                                    /* after collect */
-    /* One row of attention to all keys from `parts` of them, each at partial + part * bytes: an lse
-     * for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of all. */
-    double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
-                   ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format);
+    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* one block of keys; in order */
+    int (*finish)(Tile *); /* returns 0 if results overflowed: after the kernels below, begin again
+                              with a margin */
+    void (*weights)(Tile *, ptrdiff_t begin,
+                    ptrdiff_t end); /* after finish, for each block as attend */
+    void (*accumulate_bins)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
+    void (*collect_top_k)(Tile *, ptrdiff_t begin, ptrdiff_t end);   /* likewise */
+    void (*rank_top_k)(Tile *);                                      /* after collect_top_k */
+    /* Combine the partial results of one row. Each split is at partial + split * bytes: the lse of
+     * `rows` rows, then their `real` results. Overwrites these lse; returns that of all keys. */
+    double (*combine_splits)(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows,
+                             ptrdiff_t row, ptrdiff_t value_dim, char *out, ptrdiff_t out_dim,
+                             NumberFormat format);
     int real_bytes;
-    const GradientKernels *gradient; /* NULL: take those of another table */
-    /* Independent multiply-adds only: flops done, for measuring what the machine can do. */
+    const BackwardKernels *backward; /* NULL: use those of another table */
+    /* For the peak FLOP/s: see matmul.h. */
     double (*peak)(ptrdiff_t rounds);
 } TileKernels;
 

@@ -9,11 +9,13 @@ from .euclidean import euclidean
 from .explain import available_backends, explain, show_config
 from .flex import flex
 from .gaussian import gaussian
+from .jvp import jvp
 from .kv_cache import KVCache
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .relative_bias import t5_relative_bias
 from .similarity import cosine, dot, pool
+from .varlen import varlen
 from .vjp import vjp
 from .weight_maps import attention_map, key_importance, top_keys
 
@@ -33,6 +35,7 @@ __all__ = [
     "explain",
     "flex",
     "gaussian",
+    "jvp",
     "key_importance",
     "merge",
     "pool",
@@ -41,5 +44,6 @@ __all__ = [
     "show_config",
     "t5_relative_bias",
     "top_keys",
+    "varlen",
     "vjp",
 ]

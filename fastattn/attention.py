@@ -13,6 +13,7 @@ def scaled_dot(
     q, k, v, *,
     scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    block_table=None,
     return_lse=False, return_max=False, return_weights=False, out=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
@@ -63,8 +64,18 @@ def scaled_dot(
     spans : (start, stop), optional
         Show the keys ``start[i] <= j < stop[i]`` only; ints broadcastable to ``(..., Hq, Sq)``,
         clipped to ``0..Sk``.
-    mask : array_like of bool, optional
-        Hide the keys where it is False; broadcastable to ``(..., Hq, Sq, Sk)``.
+    mask : array_like of bool, or CSR array of scipy.sparse, optional
+        Hide the keys where it is False; broadcastable to ``(..., Hq, Sq, Sk)``. A CSR array or
+        matrix of shape ``(Sq, Sk)`` shows what it has an entry for that is not zero, to all heads;
+        a sequence has one for each entry of the last leading axis. Time and memory follow the
+        number of entries.
+    block_table : array_like of int, (batch, pages), optional
+        The keys lie in pages: `q` is ``(batch, Hq, Sq, D)``, `k` ``(n_pages, Hkv, page, D)`` and
+        `v` ``(n_pages, Hkv, page, Dv)`` are a pool, and key ``j`` of entry ``b`` is row
+        ``j % page`` of page ``block_table[b, j // page]``. The first axis may be 1, pages may be
+        shared, ``Sk = pages * page`` is the key axis of all other options, and `kv_lengths` is
+        required. An entry that no query of its sequence can need, beyond its length or hidden by
+        `causal`, `window` or `spans` from all of them, may be any number.
     return_lse : bool, default False
         Also return the logarithm of the softmax's denominator.
     return_max : bool, default False
@@ -112,8 +123,13 @@ def scaled_dot(
     relative_bias, alibi. A query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A
     key that a query does not see never touches its result, whatever NaN or Inf it holds. Numbers
     beyond the range in which sums are kept (of the options, or a score) act as its largest finite
-    number; a bias of ``inf`` makes its row NaN, and a sink of ``inf`` takes all the weight. There is no dropout: it belongs
-    to training losses that this function does not know; drop whole heads or positions outside it.
+    number; a bias of ``inf`` makes its row NaN, and a sink of ``inf`` takes all the weight. There
+    is no dropout: it belongs to training losses that this function does not know; drop whole heads
+    or positions outside it.
+
+    The indices of a CSR array may be in any order, and an entry stored twice counts once: it is
+    seen if any of its values is not zero. With them the keys of a query are gathered one by one, so
+    a mask with more than some percent of entries is faster as a dense one.
 
     `q`, `k` and `v` are read where they lie, each in a dtype of its own; copies are made only of
     integers and bools, and of what is byte-swapped or misaligned.
@@ -125,11 +141,13 @@ def scaled_dot(
     computed, and what is done next on the same stream waits.
 
     Attention is Vaswani et al. (2017), "Attention Is All You Need", equation 1; grouped heads are
-    Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3. It is computed block
-    by block as in Dao et al. (2022), "FlashAttention", algorithm 1. Learned biases of clipped
-    distances are Shaw et al. (2018), "Self-Attention with Relative Position Representations",
-    section 3.1, with numbers for their vectors, as in Raffel et al. (2020), "Exploring the Limits
-    of Transfer Learning with a Unified Text-to-Text Transformer", section 2.1.
+    Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3; block tables are Kwon
+    et al. (2023), "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", section 4.1. It is computed block by block as in Dao et al. (2022),
+    "FlashAttention", algorithm 1. Learned biases of clipped distances are Shaw et al. (2018),
+    "Self-Attention with Relative Position Representations", section 3.1, with numbers for their
+    vectors, as in Raffel et al. (2020), "Exploring the Limits of Transfer Learning with a Unified
+    Text-to-Text Transformer", section 2.1.
 
     Examples
     --------
@@ -154,7 +172,7 @@ def scaled_dot(
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, out, threads, precision,
+        return_lse, return_weights, out, threads, precision, block_table=block_table,
         relative_bias=relative_bias, return_max=return_max,
     )  # fmt: skip
     return solve(problem, backend, out)

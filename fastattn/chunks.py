@@ -15,6 +15,7 @@ import numpy as np
 from .backward import of_its_array, solve_backward
 from .core.backward import Backward
 from .core.problem import DOT, Gradient, Problem, make_problem
+from .core.sparse_mask import SparseMask
 from .merge import merge
 
 __all__ = [
@@ -69,7 +70,9 @@ class Chunk(NamedTuple):
         )
         for name in ("bias", "relative_bias", "mask", "alibi", "sinks"):
             x = getattr(p, name)
-            if x is not None and not (name == "sinks" and first > 0):
+            if isinstance(x, SparseMask):
+                found[name] = x.part(self.batch, self.queries, self.keys)
+            elif x is not None and not (name == "sinks" and first > 0):
                 found[name] = self.of(x, _AXES[name])
         if r.lengths is not None:
             lengths = self.of(r.lengths, "") - first

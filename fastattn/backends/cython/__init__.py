@@ -9,7 +9,7 @@ from ...core.arguments import broadcast_shapes
 from ...core.bins import no_top_keys
 from ...core.problem import DOT, SQUARED_DISTANCE, Problem
 from .backward import run_backward
-from .kernel_args import attend, kernels, product, threads
+from .kernel_args import attend, compute_dtype, kernels, threads
 
 __all__ = [
     "broken", "name", "plan", "run", "run_backward", "run_map", "run_top", "unsupported",
@@ -29,10 +29,14 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if extension.missing is not None:
         return extension.missing
+    if p.is_sparse:
+        return "no kernel for a sparse mask"
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
         return "no kernel for a relative bias, the largest scores, or a scale for each head"
+    if p.block_table is not None:
+        return "no kernel for keys in pages"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -85,12 +89,12 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    kind = product(p), together, p.head_dim, p.value_dim, p.score_function is DOT
+    kind = compute_dtype(p), together, p.head_dim, p.value_dim, p.score_function is DOT
     queries, panel, keys = kernels.tile_size(*kind)
     return {
-        "kernel": f"{p.dtype}, multiplied as {kernels.multiplied_as(*kind)}",
+        "kernel": f"{p.dtype}, multiplied as {kernels.matmul_dtype(*kind)}",
         "instruction set": kernels.instruction_set(),
-        "tile": f"{queries} queries, {keys} keys a pass",
+        "tile": f"{queries} queries, {keys} keys a block",
         "threads": str(threads(p)),
         "skipped": f"{_share_skipped(p, panel):.0%} of the tiles"
         + (", and those that the mask hides" if p.mask is not None else ""),

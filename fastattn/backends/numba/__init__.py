@@ -59,8 +59,12 @@ def unsupported(problem: Problem) -> str | None:
         return missing
     if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
         return "no kernel for a relative bias, the largest scores, or a scale for each head"
+    if p.is_sparse:
+        return "no kernel for a sparse mask"
     from .numbers import format_of
 
+    if p.block_table is not None:
+        return "no kernel for keys in pages"
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
     return None

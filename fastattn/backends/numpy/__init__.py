@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ...core.problem import Problem
+from . import sparse
 from .backward import run_backward, unsupported_backward
+from .tangents import run_forward_mode
 from .tiles import (
     BLOCK_K,
     BLOCK_Q,
@@ -33,6 +35,7 @@ __all__ = [
     "plan",
     "run",
     "run_backward",
+    "run_forward_mode",
     "run_map",
     "run_top",
     "unsupported",
@@ -54,6 +57,10 @@ def run(problem: Problem, result):
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
+    if p.is_sparse:
+        weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
+        sparse.run(p, result, lse, row_max, weights)
+        return lse, row_max, weights
     weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):

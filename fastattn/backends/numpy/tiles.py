@@ -12,6 +12,7 @@ import numpy as np
 
 from ...core.arguments import in_range
 from ...core.dtypes import as_real
+from ...core.pages import rows_in_pages
 from ...core.problem import DOT, Problem
 from .score_functions import unscaled_scores
 
@@ -20,6 +21,7 @@ __all__ = [
     "BLOCK_Q",
     "Heads",
     "capped_products",
+    "capped_products_of",
     "distance_index",
     "distances",
     "key_blocks",
@@ -29,6 +31,7 @@ __all__ = [
     "rescale",
     "scores",
     "shift_of",
+    "sum_in_range",
     "sums",
 ]
 
@@ -39,6 +42,13 @@ BLOCK_K = 512
 TILE_ELEMENTS = 1 << 20
 
 
+class Paged(NamedTuple):
+    """Keys or values of one batch entry that lie in a pool of pages."""
+
+    pool: np.ndarray  # (n_pages, kv_heads, page, ...)
+    pages: np.ndarray  # those of the entry, in order
+
+
 class Heads(NamedTuple):
     """The operands of some key heads of one batch entry, axes (kv_heads, group, length, ...)."""
 
@@ -46,10 +56,10 @@ class Heads(NamedTuple):
     kv_where: tuple  # that of the key heads
     shape: tuple[int, int]  # (kv_heads, group)
     q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    k_scales: np.ndarray | None
-    v_scales: np.ndarray | None
+    k: np.ndarray | Paged
+    v: np.ndarray | Paged
+    k_scales: np.ndarray | Paged | None
+    v_scales: np.ndarray | Paged | None
     scale: np.ndarray  # () or (kv_heads, group, 1, 1), float64
     bias: np.ndarray | None
     relative_bias: np.ndarray | None  # (kv_heads, group, 2 R + 1), of the dtype of sums
@@ -81,6 +91,9 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
     def shared(x, rest=2):
         if x is None:
             return None
+        if p.block_table is not None:
+            pool = np.broadcast_to(x, (len(x), p.kv_heads, *x.shape[2:]))[:, kv]
+            return Paged(pool, p.block_table[batch if len(p.block_table) > 1 else 0])
         return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-rest:]))[batch][kv][:, None]
 
     def per_head(x, dtype=p.accumulator):
@@ -110,8 +123,14 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
 
 
 def rows_of(x, scales, keys: slice, real) -> np.ndarray:
-    """Some keys or values in the dtype `real`."""
-    return as_real(x[:, :, keys], None if scales is None else scales[:, :, keys], real)
+    """Some keys or values in the dtype `real`, (kv_heads, 1, keys, dim)."""
+    return as_real(_some(x, keys), None if scales is None else _some(scales, keys), real)
+
+
+def _some(x: np.ndarray | Paged, keys: slice) -> np.ndarray:
+    if isinstance(x, Paged):
+        return rows_in_pages(x.pool, x.pages, keys.start, keys.stop)[:, None]
+    return x[:, :, keys]
 
 
 def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:
@@ -143,12 +162,19 @@ def capped_products(
     says which these are, scores of finite vectors are within the range of numbers.
     """
     k = rows_of(h.k, h.k_scales, keys, p.accumulator)
+    return capped_products_of(p, h.scale, q, k, None if queries is None else h.q[:, :, queries])
+
+
+def capped_products_of(p: Problem, scale, q, k, unscaled=None) -> np.ndarray:
+    """`capped_products` of vectors (..., queries, head_dim) and (..., keys, head_dim). `unscaled`
+    are the queries as they were given.
+    """
     if p.score_function is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
-        s = h.scale.astype(p.accumulator) * unscaled_scores(p.score_function, q, k)
-    if queries is not None and not np.isfinite(s).all():
-        s = _products_in_range(p, h.scale, h.q[:, :, queries], k, s)
+        s = scale.astype(p.accumulator) * unscaled_scores(p.score_function, q, k)
+    if unscaled is not None and not np.isfinite(s).all():
+        s = _products_in_range(p, scale, unscaled, k, s)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
@@ -190,10 +216,10 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
         rounded = in_range(bias, real).astype(real)
         if (rounded == -np.inf).any():
             seen = bias != -np.inf if seen is None else seen & (bias != -np.inf)
-        s = _sum_in_range(s + rounded, s, rounded)
+        s = sum_in_range(s + rounded, s, rounded)
     if h.alibi is not None:
         far = h.alibi[..., None] * distances(h, queries, keys).astype(real)
-        s = _sum_in_range(s - far, s, h.alibi[..., None])
+        s = sum_in_range(s - far, s, h.alibi[..., None])
     if h.spans is not None:
         start, stop = (side[:, :, queries, None] for side in h.spans)
         inside = (start <= keys.start).all() and (keys.stop <= stop).all()
@@ -217,7 +243,7 @@ def _biases(h: Heads, queries: slice, keys: slice) -> Iterator[np.ndarray]:
         yield h.relative_bias[:, :, distance_index(h, queries, keys)]
 
 
-def _sum_in_range(total, a, b) -> np.ndarray:
+def sum_in_range(total, a, b) -> np.ndarray:
     """`total` without what overflowed though `a` and `b`, which it was made of, are finite."""
     if np.isfinite(total).all():
         return total

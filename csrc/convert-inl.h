@@ -1,0 +1,215 @@
+/* Numbers of any format in memory, to lanes of `real` and back.
+ *
+ * Queries, keys and values may be float32, float16, bfloat16 (and float64 if `real` is), each of
+ * its own format; keys and values may also be int8. Results are `real`, or halves if that is
+ * float32. A bias may be of any real dtype and byte order. */
+#ifndef FASTATTN_CONVERT_INL_H
+#define FASTATTN_CONVERT_INL_H
+
+#include <string.h>
+
+#include "simd-inl.h"
+
+INLINE float as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+INLINE uint32_t as_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static double half_to_double(uint16_t x) {
+    int exponent = x >> 10 & 31, fraction = x & 1023;
+    double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                 : ldexp(exponent ? fraction + 1024 : fraction,
+                                         exponent ? exponent - 25 : -24);
+    return x >> 15 ? -size : size;
+}
+
+/* To the nearest float16, ties to even. */
+static uint16_t float_to_half(float x) {
+    uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 rounds to infinity */
+    if (size < 0x38800000) /* subnormal: adding 1/2 leaves it in the lowest bits */
+        return (uint16_t)(sign | (as_bits(as_float(size) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
+/* To the nearest bfloat16, ties to even. */
+static uint16_t float_to_bfloat(float x) {
+    uint32_t bits = as_bits(x);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* One number of any format as a double. */
+static double read_number(const char *at, NumberFormat format) {
+    union {
+        char bytes[16];
+        int8_t i8;
+        int16_t i16;
+        int32_t i32;
+        int64_t i64;
+        uint8_t u8;
+        uint16_t u16;
+        uint32_t u32;
+        uint64_t u64;
+        float f32;
+        double f64;
+        long double f80;
+    } x;
+    memset(&x, 0, sizeof x);
+    for (int i = 0; i < format.bytes; i++)
+        x.bytes[i] = at[format.swapped ? format.bytes - 1 - i : i];
+    switch (format.kind) {
+    case 'i':
+        return format.bytes == 1   ? x.i8
+               : format.bytes == 2 ? x.i16
+               : format.bytes == 4 ? x.i32
+                                   : (double)x.i64;
+    case 'u':
+        return format.bytes == 1   ? x.u8
+               : format.bytes == 2 ? x.u16
+               : format.bytes == 4 ? x.u32
+                                   : (double)x.u64;
+    case 'b': /* bfloat16 is the upper half of a float */ return as_float((uint32_t)x.u16 << 16);
+    }
+    if (format.bytes == 4) return x.f32;
+    if (format.bytes == 8) return x.f64;
+    if (format.bytes == 16) {
+        double y = (double)x.f80; /* a finite number stays finite */
+        return isinf(y) && !isinf(x.f80) ? copysign(DBL_MAX, y) : y;
+    }
+    return half_to_double(x.u16);
+}
+
+/* A finite number stays finite, however large. */
+static real as_real(double x) {
+    if (x > REAL_MAX) return x == INFINITY ? INFINITY : REAL_MAX;
+    if (x < -REAL_MAX) return x == -INFINITY ? -INFINITY : -REAL_MAX;
+    return (real)x;
+}
+
+INLINE bool is_real(NumberFormat format) {
+    return format.kind == 'f' && format.bytes == sizeof(real) && !format.swapped;
+}
+
+/* LANES contiguous numbers. */
+INLINE vec load_numbers(const char *at, NumberFormat format) {
+    if (is_real(format)) return load_unaligned((const real *)at);
+    if (format.kind == 'b') return load_bfloats(at);
+    if (format.kind == 'i' && format.bytes == 1) return load_bytes(at);
+#ifdef REAL_IS_DOUBLE
+    if (format.kind == 'f' && format.bytes == 4 && !format.swapped) return load_floats(at);
+#endif
+#ifdef HAS_HALF
+    if (format.kind == 'f' && format.bytes == 2) return load_halves(at);
+#endif
+    vec x = {0};
+    for (int i = 0; i < LANES; i++) x[i] = (real)read_number(at + i * format.bytes, format);
+    return x;
+}
+
+/* The first `n` of LANES contiguous numbers, then 0. Reads no more than these. */
+INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
+    if (n >= LANES) return load_numbers(at, format);
+    char some[LANES * sizeof(real)] __attribute__((aligned(64))) = {0};
+    memcpy(some, at, (size_t)(n * format.bytes));
+    return load_numbers(some, format);
+}
+
+INLINE void write_number(char *at, NumberFormat format, real x) {
+    if (is_real(format)) {
+        memcpy(at, &x, sizeof x);
+    } else {
+        uint16_t bits = format.kind == 'b' ? float_to_bfloat((float)x) : float_to_half((float)x);
+        memcpy(at, &bits, sizeof bits);
+    }
+}
+
+/* The inverse of load_numbers, rounded to nearest. */
+INLINE void store_numbers(char *at, NumberFormat format, vec x) {
+    if (is_real(format)) {
+        store_unaligned((real *)at, x);
+        return;
+    }
+#ifndef REAL_IS_DOUBLE
+    if (format.kind == 'b') {
+        store_bfloats(at, x);
+        return;
+    }
+#ifdef HAS_HALF
+    if (format.kind == 'f') {
+        store_halves(at, x);
+        return;
+    }
+#endif
+#endif
+    for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
+}
+
+/* Rows of numbers with any strides to contiguous rows of `real`, times a factor for each row unless
+ * `scales` is NULL. */
+INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
+                  const float *scales, int rows, ptrdiff_t dims, real *to) {
+    for (int j = 0; j < rows; j++, at += row, to += dims) {
+        real scale = scales ? (real)scales[j] : 1;
+        ptrdiff_t d = 0;
+        if (dim == format.bytes) {
+            for (; d + LANES <= dims; d += LANES) {
+                vec x = load_numbers(at + d * dim, format);
+                store_unaligned(to + d, scales ? x * scale : x);
+            }
+            if (d < dims) {
+                vec x = load_some(at + d * dim, dims - d, format) * scale;
+                memcpy(to + d, &x, sizeof(real) * (size_t)(dims - d));
+            }
+            continue;
+        }
+        for (; d < dims; d++) to[d] = (real)read_number(at + d * dim, format) * scale;
+    }
+}
+
+/* Call `function` with a constant format as its last argument; otherwise the format would be tested
+ * for each vector. */
+#define WITH_FORMAT(format, function, ...)                                                         \
+    do {                                                                                           \
+        const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_FLOAT = {'f', 4, 0},               \
+                           AS_HALF = {'f', 2, 0}, AS_BFLOAT = {'b', 2, 0}, AS_BYTE = {'i', 1, 0};  \
+        if (is_real(format)) function(__VA_ARGS__, AS_REAL);                                       \
+        else if (sizeof(real) > 4 && (format).bytes == 4) function(__VA_ARGS__, AS_FLOAT);         \
+        else if ((format).kind == 'b') function(__VA_ARGS__, AS_BFLOAT);                           \
+        else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                             \
+        else function(__VA_ARGS__, AS_HALF);                                                       \
+    } while (0)
+
+INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t dims, vec factor,
+                            real *columns, NumberFormat format) {
+    ptrdiff_t d = 0;
+    if (dim == format.bytes)
+        for (; d + LANES <= dims; d += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(columns + (d + i) * MR, x[i] * factor);
+        }
+    for (; d < dims; d++)
+        for (int i = 0; i < LANES; i++)
+            columns[d * MR + i] = (real)read_number(rows[i] + d * dim, format) * factor[0];
+}
+
+/* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */
+static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
+                         ptrdiff_t n_rows, double factor, ptrdiff_t first, real *columns) {
+    const char *rows[LANES];
+    for (int i = 0; i < LANES; i++) /* lanes without a row repeat the last one */
+        rows[i] = at[first + i < n_rows ? first + i : n_rows - 1];
+    WITH_FORMAT(format, load_columns_as, rows, dim, dims, splat((real)factor), columns);
+}
+#endif
