@@ -14,6 +14,7 @@ from .jvp import jvp
 from .kv_cache import KVCache
 from .merge import merge
 from .multihead import MultiHeadAttention
+from .relative_bias import t5_relative_bias
 from .similarity import cosine, dot, pool
 from .varlen import varlen
 from .vjp import vjp
@@ -43,6 +44,7 @@ __all__ = [
     "scaled_dot",
     "scaled_dot_backward",
     "show_config",
+    "t5_relative_bias",
     "top_keys",
     "varlen",
     "vjp",

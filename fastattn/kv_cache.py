@@ -226,7 +226,7 @@ class KVCache:
 
         Returns
         -------
-        out, lse, weights
+        out, lse, row_max, weights
             As of `fastattn.scaled_dot`: the dtype is the widest of `q` and what is stored, that of
             `q` with int8.
 

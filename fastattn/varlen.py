@@ -54,8 +54,9 @@ def varlen(
     out : ndarray, (total_q, Hq, Dv), optional
         Filled and returned.
     backend, **options
-        As of `fastattn.scaled_dot`: scale, softcap, alibi, sinks and what concerns how it is
-        computed and returned. Distances of `alibi` are counted within each sequence.
+        As of `fastattn.scaled_dot`: scale, softcap, relative_bias, alibi, sinks and what concerns
+        how it is computed and returned. Distances of `relative_bias` and `alibi` are counted within
+        each sequence.
 
     Returns
     -------

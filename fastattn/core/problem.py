@@ -25,6 +25,8 @@ from .options import (
     mask_array,
     per_head,
     query_offset,
+    relative_bias_array,
+    score_scale,
     span_arrays,
     window_sides,
 )
@@ -95,15 +97,17 @@ class Problem:
     n_keys: int
     head_dim: int
     value_dim: int
-    scale: float
+    scale: float | np.ndarray  # (heads,), float64
     softcap: float | None
     bias: np.ndarray | None  # (batch, heads, queries, keys), any real dtype, any byte order
+    relative_bias: np.ndarray | None  # (heads, 2 R + 1), float64, from the distance -R on
     alibi: np.ndarray | None  # (heads,), float64
     sinks: np.ndarray | None  # (heads,), float64
     q_offset: int | np.ndarray  # (batch), int64
     key_range: KeyRange
     mask: Any  # ndarray (batch, heads, queries, keys), bool, or a SparseMask, or None
     return_lse: bool
+    return_max: bool
     return_weights: bool
     out: np.ndarray | None  # the caller's, with an axis of heads, where a backend may fill it
     one_head: bool  # all operands were two-dimensional: drop the head axis on return; on a
@@ -170,7 +174,8 @@ def make_problem(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    k_scales=None, v_scales=None, score_function=DOT, block_table=None,
+    k_scales=None, v_scales=None, score_function=DOT, block_table=None, relative_bias=None,
+    return_max=False,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
@@ -189,7 +194,10 @@ def make_problem(
         k, v = operand("k", k, q), operand("v", v, q)
     arguments = None
     if gradients:
-        arguments = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
+        arguments = {
+            "q": q, "k": k, "v": v, "scale": scale, "bias": bias, "relative_bias": relative_bias,
+            "alibi": alibi, "sinks": sinks,
+        }  # fmt: skip
         if score_function.name == "additive":
             arguments["w"] = score_function.weights
     one_head = False
@@ -247,7 +255,10 @@ def make_problem(
 
     rows = (*batch, heads, n_queries)
     real = FLOAT64 if dtype is FLOAT64 else FLOAT32
-    scale = head_dim**-0.5 if scale is None else _within(number("scale", scale), real)
+    if scale is None:
+        scale = head_dim**-0.5
+    else:
+        scale = _within(scale, real) if type(scale) is float else score_scale(scale, heads, real)
     if softcap is not None:
         softcap = number("softcap", softcap)
         if not 0 < softcap < np.inf:
@@ -257,6 +268,8 @@ def make_problem(
         bias = bias_array(bias, (*rows, n_keys), q)
     if mask is not None:
         mask = mask_array(mask, (*rows, n_keys), q)
+    if relative_bias is not None:
+        relative_bias = relative_bias_array(relative_bias, heads, real)
     if alibi is not None:
         alibi = per_head("alibi", alibi, heads, real)
     if sinks is not None:
@@ -269,16 +282,21 @@ def make_problem(
         causal = flag("causal", causal)
     if return_lse is not False:
         return_lse = flag("return_lse", return_lse)
+    if return_max is not False:
+        return_max = flag("return_max", return_max)
     if return_weights is not False:
         return_weights = flag("return_weights", return_weights)
     window = (None, None) if window is None else window_sides(window)
     if kv_lengths is not None:
         kv_lengths = key_lengths(kv_lengths, batch, n_keys)
-        positional = causal or alibi is not None or window != (None, None)
+        positional = (
+            causal or window != (None, None) or alibi is not None or relative_bias is not None
+        )
         if q_offset is None and positional:
             raise ValueError(
-                "q_offset: expected a value with kv_lengths and causal, window or alibi, got None; "
-                "pass 0 for a padded batch of whole sequences, kv_lengths - n_queries for a cache"
+                "q_offset: expected a value with kv_lengths and causal, window, alibi or "
+                "relative_bias, got None; pass 0 for a padded batch of whole sequences, "
+                "kv_lengths - n_queries for a cache"
             )
     q_offset = n_keys - n_queries if q_offset is None else query_offset(q_offset, batch)
     if spans is not None:
@@ -308,8 +326,9 @@ def make_problem(
         q=q, k=k, v=v, block_table=block_table, k_scales=k_scales, v_scales=v_scales, dtype=dtype,
         batch=batch, heads=heads, kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys,
         head_dim=head_dim, value_dim=value_dim, scale=scale, softcap=softcap, bias=bias,
-        alibi=alibi, sinks=sinks, q_offset=q_offset, key_range=visible, mask=mask,
-        return_lse=return_lse, return_weights=return_weights, out=out, one_head=one_head, threads=threads,
+        relative_bias=relative_bias, alibi=alibi, sinks=sinks, q_offset=q_offset,
+        key_range=visible, mask=mask, return_lse=return_lse, return_max=return_max,
+        return_weights=return_weights, out=out, one_head=one_head, threads=threads,
         precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
         mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
     )  # fmt: skip

@@ -33,6 +33,8 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for a sparse mask"
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
+    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
+        return "no kernel for a relative bias, the largest scores, or a scale for each head"
     if p.block_table is not None:
         return "no kernel for keys in pages"
     if p.bias is not None and not _readable(p.bias.dtype):
@@ -48,12 +50,12 @@ _BIAS_FLOATS = ("float16", "bfloat16", "float32", "float64", np.dtype(np.longdou
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     attend(p, result, lse, weights)
-    return lse, weights
+    return lse, None, weights
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:

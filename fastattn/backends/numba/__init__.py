@@ -57,6 +57,8 @@ def unsupported(problem: Problem) -> str | None:
     missing = _missing()
     if missing is not None:
         return missing
+    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
+        return "no kernel for a relative bias, the largest scores, or a scale for each head"
     if p.is_sparse:
         return "no kernel for a sparse mask"
     from .numbers import format_of
@@ -69,13 +71,13 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
         _Call(p, result, lse, weights).run()
-    return lse, weights
+    return lse, None, weights
 
 
 class _Call:

@@ -92,7 +92,7 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
         mean += product(weight, seen, v)
         if moving.q or moving.k:
             dk = rows_of(along.k, None, keys, real) if moving.k else None
-            ds = _score_tangents(p, q, k, dq, dk)
+            ds = _score_tangents(p, h.scale, q, k, dq, dk)
             if p.softcap is not None:
                 ds *= 1 - (products / real.type(p.softcap)) ** 2
             ds = where_visible(seen, weight * ds)
@@ -107,10 +107,10 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
     return moved / total - slope[..., None] * (mean / total), slope
 
 
-def _score_tangents(p: Problem, q, k, dq, dk) -> np.ndarray:
+def _score_tangents(p: Problem, scale, q, k, dq, dk) -> np.ndarray:
     """Those of the scores before softcap; `q` and `dq` are those of `queries_of`."""
     if p.score_function is not DOT:
-        return p.accumulator.type(p.scale) * score_function_tangents(p.score_function, q, k, dq, dk)
+        return scale.astype(p.accumulator) * score_function_tangents(p.score_function, q, k, dq, dk)
     if dk is None:
         return dq @ k.swapaxes(-1, -2)
     ds = q @ dk.swapaxes(-1, -2)

@@ -22,6 +22,7 @@ __all__ = [
     "block_q",
     "capped_products",
     "capped_products_of",
+    "distance_index",
     "distances",
     "key_blocks",
     "product",
@@ -60,7 +61,9 @@ class Heads(NamedTuple):
     v: np.ndarray | Paged
     k_scales: np.ndarray | Paged | None
     v_scales: np.ndarray | Paged | None
+    scale: np.ndarray  # () or (kv_heads, group, 1, 1), float64
     bias: np.ndarray | None
+    relative_bias: np.ndarray | None  # (kv_heads, group, 2 R + 1), of the dtype of sums
     mask: np.ndarray | None
     alibi: np.ndarray | None
     sinks: np.ndarray | None
@@ -109,10 +112,12 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
             return Paged(pool, p.block_table[batch if len(p.block_table) > 1 else 0])
         return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-rest:]))[batch][kv][:, None]
 
-    def per_head(x):
-        return None if x is None else x.astype(p.accumulator).reshape(p.kv_heads, p.group, 1)[kv]
+    def per_head(x, dtype=p.accumulator):
+        if x is None:
+            return None
+        return x.astype(dtype).reshape(p.kv_heads, p.group, *x.shape[1:] or (1,))[kv]
 
-    full = (p.n_queries, p.n_keys)
+    full, scale = (p.n_queries, p.n_keys), np.asarray(p.scale)
     return Heads(
         where=(*batch, slice(kv.start * p.group, kv.stop * p.group)),
         kv_where=(*batch, kv),
@@ -122,7 +127,9 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         v=shared(p.v),
         k_scales=shared(p.k_scales, 1),
         v_scales=shared(p.v_scales, 1),
+        scale=per_head(scale, np.float64)[..., None] if scale.ndim else scale,
         bias=None if p.bias is None else grouped(p.bias, *full),
+        relative_bias=per_head(p.relative_bias),
         mask=None if p.mask is None else grouped(p.mask, *full),
         alibi=per_head(p.alibi),
         sinks=per_head(p.sinks),
@@ -146,7 +153,7 @@ def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:
     """Some queries, scaled for products."""
     real = p.accumulator
     q = h.q[:, :, queries].astype(real)
-    return q * real.type(p.scale) if p.score_function is DOT else q
+    return q * h.scale.astype(real) if p.score_function is DOT else q
 
 
 def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
@@ -160,7 +167,7 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
     for begin in range(first // BLOCK_K * BLOCK_K, last, BLOCK_K):
         keys = slice(begin, min(begin + BLOCK_K, p.n_keys))
         masked = h.mask is not None and not h.mask[:, :, queries, keys].any()
-        if not masked and (h.bias is None or (h.bias[:, :, queries, keys] != -np.inf).any()):
+        if not masked and not any((x == -np.inf).all() for x in _biases(h, queries, keys)):
             yield keys
 
 
@@ -171,30 +178,30 @@ def capped_products(
     says which these are, scores of finite vectors are within the range of numbers.
     """
     k = rows_of(h.k, h.k_scales, keys, p.accumulator)
-    return capped_products_of(p, q, k, None if queries is None else h.q[:, :, queries])
+    return capped_products_of(p, h.scale, q, k, None if queries is None else h.q[:, :, queries])
 
 
-def capped_products_of(p: Problem, q, k, unscaled=None) -> np.ndarray:
+def capped_products_of(p: Problem, scale, q, k, unscaled=None) -> np.ndarray:
     """`capped_products` of vectors (..., queries, head_dim) and (..., keys, head_dim). `unscaled`
     are the queries as they were given.
     """
     if p.score_function is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
-        s = p.accumulator.type(p.scale) * unscaled_scores(p.score_function, q, k)
+        s = scale.astype(p.accumulator) * unscaled_scores(p.score_function, q, k)
     if unscaled is not None and not np.isfinite(s).all():
-        s = _products_in_range(p, unscaled, k, s)
+        s = _products_in_range(p, scale, unscaled, k, s)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
     return cap * np.tanh(s / cap)
 
 
-def _products_in_range(p: Problem, q, k, s) -> np.ndarray:
+def _products_in_range(p: Problem, scale, q, k, s) -> np.ndarray:
     """`s` without what overflowed though its vectors are finite; other bits stay as they are."""
     finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
-    lost = finite & ~np.isfinite(s)
-    if not lost.any() or not np.isfinite(p.scale):
+    lost = finite & ~np.isfinite(s) & np.isfinite(scale)
+    if not lost.any():
         return s
     wide = np.longdouble if p.accumulator == np.float64 else np.float64
     q, k = q.astype(wide), k.astype(wide)
@@ -204,7 +211,7 @@ def _products_in_range(p: Problem, q, k, s) -> np.ndarray:
         else unscaled_scores(p.score_function, q, k)
     )
     most = np.finfo(s.dtype).max
-    return np.where(lost, np.clip(wide(p.scale) * exact, -most, most), s).astype(s.dtype)
+    return np.where(lost, np.clip(scale.astype(wide) * exact, -most, most), s).astype(s.dtype)
 
 
 def shift_of(top, margin=0.0) -> np.ndarray:
@@ -221,13 +228,11 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     """``(s, seen)`` of one tile: the score, -inf where hidden; `seen` is None if all are seen."""
     real = p.accumulator.type
     s, seen = products, None
-    if h.bias is not None:
-        bias = h.bias[:, :, queries, keys]
+    for bias in _biases(h, queries, keys):
         rounded = in_range(bias, real).astype(real)
-        s = products + rounded
         if (rounded == -np.inf).any():
-            seen = bias != -np.inf
-        s = sum_in_range(s, products, rounded)
+            seen = bias != -np.inf if seen is None else seen & (bias != -np.inf)
+        s = sum_in_range(s + rounded, s, rounded)
     if h.alibi is not None:
         far = h.alibi[..., None] * distances(h, queries, keys).astype(real)
         s = sum_in_range(s - far, s, h.alibi[..., None])
@@ -244,6 +249,14 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     if seen is not None:
         s = np.where(seen, s, -np.inf)
     return s, seen
+
+
+def _biases(h: Heads, queries: slice, keys: slice) -> Iterator[np.ndarray]:
+    """What is added to the scores of one tile, in order."""
+    if h.bias is not None:
+        yield h.bias[:, :, queries, keys]
+    if h.relative_bias is not None:
+        yield h.relative_bias[:, :, distance_index(h, queries, keys)]
 
 
 def sum_in_range(total, a, b) -> np.ndarray:
@@ -267,6 +280,13 @@ def sums(p: Problem, h: Heads, q, queries: slice):
         total = total * rescale(old, shift) + np.exp(s - shift[..., None]).sum(axis=-1)
     # Inf beside which others weigh nothing; with a NaN the top is NaN too.
     return shift_of(top), np.where(top == np.inf, top.dtype.type(1), total)
+
+
+def distance_index(h: Heads, queries: slice, keys: slice) -> np.ndarray:
+    """Where the distance of each key from each query stands in a row of the relative bias."""
+    reach = h.relative_bias.shape[-1] // 2
+    i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
+    return np.clip(np.arange(keys.start, keys.stop) - i, -reach, reach) + reach
 
 
 def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:
