@@ -44,7 +44,9 @@ HEADERS = [str(path) for path in sorted(CSRC.glob("*.h"))]
 
 
 class BuildKernels(build_ext):
-    """Compiles tile.c once per instruction set and dtype, and links all into the extension."""
+    """Compiles tile.c and sparse.c once per instruction set and dtype, and links all into the
+    extension.
+    """
 
     def build_extension(self, ext):
         self.check_compiler()
@@ -57,13 +59,18 @@ class BuildKernels(build_ext):
                 ext.extra_compile_args.append(f"-DWITHOUT_{isa}")
                 continue
             for dtype, defines in kernels.items():
-                ext.extra_objects += self.compiler.compile(
-                    [str(CSRC / "tile.c")],
-                    output_dir=str(Path(self.build_temp) / f"{isa}_{dtype}"),
-                    extra_postargs=[*OPTIMIZE, *flags, *defines, f"-DTABLE={isa}_{dtype}"],
-                    depends=[*HEADERS, str(CSRC / "tile.c")],
-                )
+                self.add_kernels(ext, "tile.c", f"{isa}_{dtype}", [*flags, *defines])
+            for dtype, defines in FULL.items() if kernels is FULL else ():
+                self.add_kernels(ext, "sparse.c", f"{isa}_sparse_{dtype}", [*flags, *defines])
         super().build_extension(ext)
+
+    def add_kernels(self, ext, source, table, flags):
+        ext.extra_objects += self.compiler.compile(
+            [str(CSRC / source)],
+            output_dir=str(Path(self.build_temp) / table),
+            extra_postargs=[*OPTIMIZE, *flags, f"-DTABLE={table}"],
+            depends=[*HEADERS, str(CSRC / source)],
+        )
 
     def check_compiler(self):
         if not self.compiles([]):
@@ -108,7 +115,7 @@ def kernels():
             [str(CSRC / "kernels.pyx"), str(CSRC / "instruction_sets.c")],
             include_dirs=[str(CSRC), numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-            depends=[*HEADERS, str(CSRC / "tile.c")],
+            depends=[*HEADERS, str(CSRC / "tile.c"), str(CSRC / "sparse.c")],
         ),
         build_dir=str(Path("build") / made_with),
     )
