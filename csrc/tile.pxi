@@ -115,6 +115,57 @@ cdef extern from "tile.h" nogil:
         const BackwardKernels *backward
         double (*peak)(Py_ssize_t) noexcept nogil
 
+cdef extern from "sparse.h" nogil:
+    ctypedef struct SparseLists:
+        const int64_t *starts
+        const char *items
+        int item_bytes
+
+    ctypedef struct SparseRow:
+        pass
+
+    ctypedef struct SparseHead:
+        const char *q
+        const char *k
+        const char *v
+        const char *bias
+        Py_ssize_t q_row, bias_row
+        const float *k_scales
+        const float *v_scales
+        Py_ssize_t left, right, offset, length
+        const char *start
+        const char *stop
+        Py_ssize_t start_row, stop_row
+        double slope, sink
+        char *out
+        char *weights
+        char *lse
+        Py_ssize_t out_row, weights_row, lse_row
+        const char *grad_out
+        const char *result
+        const char *grad_lse
+        Py_ssize_t grad_out_row, result_row, grad_lse_row
+        double coarse
+        SparseRow *rows
+        double (*row_sums)[4]
+        char *grad_bias
+        Py_ssize_t grad_bias_row, grad_bias_key
+        char *grad_k
+        char *grad_v
+
+    ctypedef struct SparseKernels:
+        int real_bytes
+        size_t (*scratch_bytes)(const Tile *) noexcept nogil
+        void (*attend)(
+            Tile *, const SparseHead *, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+        void (*differentiate_queries)(
+            Tile *, const SparseHead *, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+        void (*differentiate_keys)(
+            Tile *, const SparseHead *, Py_ssize_t, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+
 cdef extern from "instruction_sets.h" nogil:
     ctypedef struct InstructionSet:
         const char *name
@@ -125,6 +176,8 @@ cdef extern from "instruction_sets.h" nogil:
         const TileKernels *float16
         const TileKernels *bfloat16
         const TileKernels *fma
+        const SparseKernels *sparse_float64
+        const SparseKernels *sparse_float32
 
     const InstructionSet INSTRUCTION_SETS[]
     const int N_INSTRUCTION_SETS

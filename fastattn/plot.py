@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["attention", "heads", "importance"]
+__all__ = ["attention", "heads", "importance", "neighbourhood"]
 
 # From paper to ink in one hue: the same in print and to colour-blind eyes.
 COLORMAP = "Blues"
 COLOR, LEVEL = "#0072B2", "#E69F00"  # blue and orange of Okabe and Ito's colours
+# The heaviest line of a neighbourhood, in points.
+WIDEST_LINE = 7.0
 # Heights of its letters that a label takes up along an axis, and the width of one letter.
 LINE, LETTER = 1.3, 0.6
 # Where one side is that many times the other, cells need not be squares.
@@ -212,6 +214,67 @@ def importance(values, keys=None, *, ax=None, **options) -> Axes:
     ax.set_ylabel("weight")
     ax.spines[["top", "right"]].set_visible(False)
     columns.label(ax.xaxis, "key")
+    return ax
+
+
+def neighbourhood(node, neighbours, weights, *, ax=None, **options) -> Axes:
+    """Draw what one node of a graph attends to: its neighbours around it, the wider the heavier.
+
+    Parameters
+    ----------
+    node : str or int
+        Label of the node.
+    neighbours : sequence of str or int
+        Labels of its neighbours: the keys that a row of `fastattn.top_keys` names, or the indices
+        of a row of a CSR mask. Integers less than 0 stand for none, and are left out.
+    weights : array_like, (neighbours,)
+        Theirs.
+    ax : matplotlib.axes.Axes, optional
+        Drawn on; those of a new figure by default.
+    **options
+        Of `matplotlib.axes.Axes.plot`, for the lines: ``color``, ``alpha``, ...
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib, which ``pip install 'fastattn[plot]'`` brings.
+    TypeError, ValueError
+        The message begins with the argument's name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> from fastattn import plot
+    >>> x = np.random.default_rng(0).standard_normal((30, 4))
+    >>> neighbours, weights = fastattn.top_keys(x, x, 8)
+    >>> ax = plot.neighbourhood("node 7", neighbours[7], weights[7])
+    """
+    weights = _numbers("weights", weights, 1)
+    names = list(neighbours)
+    if len(names) != len(weights):
+        raise ValueError(f"neighbours: expected {len(weights)} labels, got {len(names)}")
+    there = [n for n, name in enumerate(names) if isinstance(name, str) or name >= 0]
+    weights, names = weights[there], [str(names[n]) for n in there]
+    ax = _axes(ax)
+    widest = weights.max(initial=0) or 1.0
+    angles = np.pi / 2 - 2 * np.pi * np.arange(len(names)) / max(1, len(names))
+    defaults: dict[str, Any] = {"color": COLOR, "solid_capstyle": "round"}
+    for name, weight, angle in zip(names, weights, angles, strict=True):
+        x, y = np.cos(angle), np.sin(angle)
+        width = {"linewidth": 0.5 + WIDEST_LINE * weight / widest}
+        ax.plot([0.2 * x, x], [0.2 * y, y], **defaults | width | options)
+        side = "left" if x > 0.1 else "right" if x < -0.1 else "center"
+        level = "center" if abs(y) < 0.9 else "bottom" if y > 0 else "top"
+        label = f"{name}\n{weight:.2f}"
+        ax.text(1.08 * x, 1.08 * y, label, ha=side, va=level, fontsize="small")
+    ax.text(0, 0, str(node), ha="center", va="center", weight="bold")
+    ax.set(xlim=(-1.7, 1.7), ylim=(-1.4, 1.4), aspect="equal")
+    ax.set_axis_off()
     return ax
 
 
