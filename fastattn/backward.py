@@ -15,6 +15,7 @@ def scaled_dot_backward(
     grad_out, q, k, v, out, lse, *, grad_lse=None, wrt=(),
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    dropout=None, dropout_offset=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
     """Gradients of `scaled_dot`, from its results and their gradients, in O(S) memory.
@@ -38,6 +39,8 @@ def scaled_dot_backward(
         array itself; one that broadcasts stays as small as it is.
     scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask
         As they were given to `scaled_dot`.
+    dropout, dropout_offset
+        Likewise: the same weights are dropped again.
     backend, threads, precision
         As in `scaled_dot`; a backend that has no backward pass is passed over, or an error if it
         is named.
@@ -64,6 +67,9 @@ def scaled_dot_backward(
     with ``dp = scale * ds * (1 - (capped / softcap)**2)`` ``dq = dp @ k`` and ``dk = dp.T @ q``:
     Dao et al. (2022), "FlashAttention", appendix B.2.
 
+    With dropout the weights of ``dv = w.T @ grad_out`` are those that were kept, divided by
+    ``1 - rate``, and ``grad_out @ v.T`` is 0 where one was dropped and divided likewise elsewhere.
+
     A key that no query sees gets a gradient of exactly 0, a query that sees no key too, and what
     they hold reaches no other gradient, NaN or not.
 
@@ -86,6 +92,7 @@ def scaled_dot_backward(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         threads=threads, precision=precision, gradients=True, wrt=wrt,
+        dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
     return solve_backward(problem, backend, grad_out, out, lse, grad_lse)
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arguments import FAR, broadcast, in_range, integer, integers, operand, plain
+from .arguments import FAR, broadcast, in_range, integer, integers, number, operand, plain
 from .block_mask import BlockMask
+from .dropout import Dropout
 from .dtypes import is_real
 
 __all__ = [
-    "bias_array", "check_block_mask", "check_wrt", "key_lengths", "mask_array", "per_head",
+    "bias_array", "check_block_mask", "check_wrt", "dropout_of", "key_lengths", "mask_array",
+    "per_head",
     "query_offset", "span_arrays", "span_sides", "window_sides",
     "wrt_names",
 ]  # fmt: skip
@@ -100,6 +102,37 @@ def _span(value, rows, n_keys) -> np.ndarray:
     x = value if quick else integers("spans", value)
     x = np.minimum(np.maximum(x, 0), n_keys)  # np.clip takes four times as long for a few
     return broadcast("spans", x, rows, "(..., heads, queries)")
+
+
+def dropout_of(value, offset) -> Dropout | None:
+    """What is to be dropped; None for a rate of 0."""
+    place = (0, 0, 0, 0) if offset is None else _four("dropout_offset", offset)
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"dropout: expected (rate, seed), got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"dropout: expected (rate, seed), got {len(value)} numbers")
+    rate, seed = number("dropout", value[0]), integer("dropout", value[1])
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout: expected a rate of at least 0 and below 1, got {rate}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"dropout: expected a seed in 0..2**64 - 1, got {seed}")
+    return Dropout(rate, seed, place) if rate > 0 else None
+
+
+def _four(name, value) -> tuple[int, int, int, int]:
+    try:
+        items = tuple(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected (b, h, i, j), got {type(value).__name__}") from None
+    if len(items) != 4:
+        raise ValueError(f"{name}: expected (b, h, i, j), got {len(items)} numbers")
+    b, h, i, j = (integer(name, item) for item in items)
+    for x in (b, h, i, j):
+        if not 0 <= x < 1 << 63:
+            raise ValueError(f"{name}: expected numbers in 0..2**63 - 1, got {x}")
+    return b, h, i, j
 
 
 def check_block_mask(value, mask_mod, grid) -> None:

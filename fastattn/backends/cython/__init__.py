@@ -33,6 +33,8 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
+    if p.dropout is not None:
+        return "its kernels have no dropout"
     return None
 
 

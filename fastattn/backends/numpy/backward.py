@@ -18,6 +18,8 @@ from .tiles import (
     Heads,
     capped_products,
     distances,
+    dropped,
+    kept,
     key_blocks,
     product,
     queries_of,
@@ -97,7 +99,9 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
         weights = np.exp(s - r.shift[..., None]) / r.total[..., None]
         weights = where_visible(seen, weights)
-        grad_s = weights * (r.grad_out @ v.swapaxes(-1, -2) - r.delta[..., None])
+        keep = kept(p, h, r.queries, keys)
+        grad_weights = dropped(p, r.grad_out @ v.swapaxes(-1, -2), keep)
+        grad_s = weights * (grad_weights - r.delta[..., None])
         grad_s = where_visible(seen, grad_s)
         if "bias" in found:
             _add(found["bias"], (*h.where, r.queries, keys), grad_s)
@@ -117,7 +121,8 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             grad_k *= real(p.scale)
             if "w" in found:
                 found["w"] += more_w * real(p.scale)
-        grad_v = product(weights.swapaxes(-1, -2), seen_by, r.grad_out)
+        used = dropped(p, weights, keep).swapaxes(-1, -2)
+        grad_v = product(used, seen_by, r.grad_out)
         for name, x in (("k", grad_k), ("v", grad_v)):
             _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
     grad_q *= real(p.scale)
