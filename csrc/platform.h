@@ -17,7 +17,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #else
-static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_max_threads(void) { return 0; } /* which OpenMP never says */
 static inline int omp_get_num_procs(void) { return 0; }
 static inline int omp_get_num_places(void) { return 0; }
 static inline int omp_get_place_num_procs(int place) { return 0; }

@@ -13,6 +13,7 @@ def scaled_dot(
     q, k, v, *,
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    block_table=None,
     dropout=None, dropout_offset=None,
     return_lse=False, return_weights=False, out=None,
     backend=None, threads=None, precision=None,
@@ -58,8 +59,18 @@ def scaled_dot(
     spans : (start, stop), optional
         Show the keys ``start[i] <= j < stop[i]`` only; ints broadcastable to ``(..., Hq, Sq)``,
         clipped to ``0..Sk``.
-    mask : array_like of bool, optional
-        Hide the keys where it is False; broadcastable to ``(..., Hq, Sq, Sk)``.
+    mask : array_like of bool, or CSR array of scipy.sparse, optional
+        Hide the keys where it is False; broadcastable to ``(..., Hq, Sq, Sk)``. A CSR array or
+        matrix of shape ``(Sq, Sk)`` shows what it has an entry for that is not zero, to all heads;
+        a sequence has one for each entry of the last leading axis. Time and memory follow the
+        number of entries.
+    block_table : array_like of int, (batch, pages), optional
+        The keys lie in pages: `q` is ``(batch, Hq, Sq, D)``, `k` ``(n_pages, Hkv, page, D)`` and
+        `v` ``(n_pages, Hkv, page, Dv)`` are a pool, and key ``j`` of entry ``b`` is row
+        ``j % page`` of page ``block_table[b, j // page]``. The first axis may be 1, pages may be
+        shared, ``Sk = pages * page`` is the key axis of all other options, and `kv_lengths` is
+        required. An entry that no query of its sequence can need, beyond its length or hidden by
+        `causal`, `window` or `spans` from all of them, may be any number.
     dropout : (rate, seed), optional
         After the softmax drop each weight with the probability `rate`, ``0 <= rate < 1``, and
         divide the others by ``1 - rate``. The seed, in ``0..2**64 - 1``, and the place of a weight
@@ -123,6 +134,10 @@ def scaled_dot(
     2**-32. No backend, number of threads, block or slice changes it. A key that is dropped still
     counts as seen: a NaN in its value makes NaN of its column.
 
+    The indices of a CSR array may be in any order, and an entry stored twice counts once: it is
+    seen if any of its values is not zero. With them the keys of a query are gathered one by one, so
+    a mask with more than some percent of entries is faster as a dense one.
+
     `q`, `k` and `v` are read where they lie, each in a dtype of its own; copies are made only of
     integers and bools, and of what is byte-swapped or misaligned.
 
@@ -133,8 +148,10 @@ def scaled_dot(
     computed, and what is done next on the same stream waits.
 
     Attention is Vaswani et al. (2017), "Attention Is All You Need", equation 1; grouped heads are
-    Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3. It is computed block
-    by block as in Dao et al. (2022), "FlashAttention", algorithm 1.
+    Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3; block tables are Kwon
+    et al. (2023), "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", section 4.1. It is computed block by block as in Dao et al. (2022),
+    "FlashAttention", algorithm 1.
 
     Examples
     --------
@@ -159,7 +176,7 @@ def scaled_dot(
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, out, threads, precision,
+        return_lse, return_weights, out, threads, precision, block_table=block_table,
         dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
     return solve(problem, backend, out)

@@ -59,15 +59,28 @@ class Dropout(NamedTuple):
     def kept(self, batch, head, query, keys: slice) -> np.ndarray:
         """Is the weight kept? bool, of the shape to which the indices broadcast and the keys."""
         key = (word[..., None] for word in self.key_of(batch, head))
+        rows = (word[..., None] for word in _words(query, self.offset[2]))
         first = self.offset[3] + keys.start
         blocks = np.arange((keys.stop - keys.start + first % KEYS + KEYS - 1) // KEYS)
-        rows = (word[..., None] for word in _words(query, self.offset[2]))
-        words = philox((*_words(blocks, first // KEYS), *rows), tuple(key))
-        exchanged = ((word << _HALF | word >> _HALF) & _LOW for word in words)
-        numbers = [x for pair in zip(words, exchanged, strict=True) for x in pair]
+        numbers = _numbers((*_words(blocks, first // KEYS), *rows), key)
         kept = np.stack([x >= np.uint64(self.threshold) for x in numbers], axis=-1)
         kept = kept.reshape(*kept.shape[:-2], -1)
         return kept[..., first % KEYS :][..., : keys.stop - keys.start]
+
+    def kept_of(self, batch, head, query, key) -> np.ndarray:
+        """Likewise of single weights, (n,), one head's."""
+        j = np.asarray(key, np.uint64) + np.uint64(self.offset[3])
+        counter = (*_words(j // np.uint64(KEYS)), *_words(query, self.offset[2]))
+        numbers = np.stack(_numbers(counter, self.key_of(batch, head)))
+        own = np.take_along_axis(numbers, (j % np.uint64(KEYS)).astype(np.intp)[None], axis=0)
+        return own[0] >= np.uint64(self.threshold)
+
+
+def _numbers(counter, key) -> list[np.ndarray]:
+    """Of each key of a block the number that says whether its weight is kept."""
+    words = philox(counter, key)
+    exchanged = ((word << _HALF | word >> _HALF) & _LOW for word in words)
+    return [x for pair in zip(words, exchanged, strict=True) for x in pair]
 
 
 def philox(counter, key, rounds: int = ROUNDS) -> tuple[np.ndarray, ...]:

@@ -10,9 +10,10 @@ from .arguments import FAR, broadcast, in_range, integer, integers, number, oper
 from .block_mask import BlockMask
 from .dropout import Dropout
 from .dtypes import is_real
+from .sparse_mask import is_sparse, sparse_mask
 
 __all__ = [
-    "bias_array", "check_block_mask", "check_wrt", "dropout_of", "key_lengths", "mask_array",
+    "bias_array", "check_block_mask", "check_wrt", "dropout_of", "dropout_start", "key_lengths", "mask_array",
     "per_head",
     "query_offset", "span_arrays", "span_sides", "window_sides",
     "wrt_names",
@@ -31,6 +32,8 @@ def bias_array(value, shape, q):
 
 
 def mask_array(value, shape, q):
+    if is_sparse(value):
+        return sparse_mask(value, shape[:-3], *shape[-2:])
     x = operand("mask", value, q)
     if x.dtype.kind != "b":
         hint = "scores to add go into bias="
@@ -106,7 +109,7 @@ def _span(value, rows, n_keys) -> np.ndarray:
 
 def dropout_of(value, offset) -> Dropout | None:
     """What is to be dropped; None for a rate of 0."""
-    place = (0, 0, 0, 0) if offset is None else _four("dropout_offset", offset)
+    place = dropout_start(offset)
     if value is None:
         return None
     if not isinstance(value, (tuple, list)):
@@ -121,17 +124,22 @@ def dropout_of(value, offset) -> Dropout | None:
     return Dropout(rate, seed, place) if rate > 0 else None
 
 
-def _four(name, value) -> tuple[int, int, int, int]:
+def dropout_start(value) -> tuple[int, int, int, int]:
+    """The (b, h, i, j) of a call's first weight in a whole."""
+    if value is None:
+        return 0, 0, 0, 0
     try:
         items = tuple(value)
     except TypeError:
-        raise TypeError(f"{name}: expected (b, h, i, j), got {type(value).__name__}") from None
+        raise TypeError(
+            f"dropout_offset: expected (b, h, i, j), got {type(value).__name__}"
+        ) from None
     if len(items) != 4:
-        raise ValueError(f"{name}: expected (b, h, i, j), got {len(items)} numbers")
-    b, h, i, j = (integer(name, item) for item in items)
+        raise ValueError(f"dropout_offset: expected (b, h, i, j), got {len(items)} numbers")
+    b, h, i, j = (integer("dropout_offset", item) for item in items)
     for x in (b, h, i, j):
         if not 0 <= x < 1 << 63:
-            raise ValueError(f"{name}: expected numbers in 0..2**63 - 1, got {x}")
+            raise ValueError(f"dropout_offset: expected numbers in 0..2**63 - 1, got {x}")
     return b, h, i, j
 
 

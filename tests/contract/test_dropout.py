@@ -306,6 +306,47 @@ def test_a_cache():
     np.testing.assert_allclose(found, fastattn.scaled_dot(q, k, v, dropout=DROPOUT), atol=1e-6)
 
 
+def test_a_sparse_mask():
+    sparse = pytest.importorskip("scipy.sparse")
+    q, k, v = Shape(2, 4, 30, 40, 8, kv_heads=2).arrays("float64")
+    mask = np.random.default_rng(1).random((30, 40)) < 0.3
+    results = []
+    for given in (mask, sparse.csr_array(mask)):
+        out, pullback = fastattn.vjp(
+            fastattn.scaled_dot, q, k, v, mask=given, dropout=DROPOUT, dropout_offset=(1, 2, 3, 4)
+        )
+        results.append((out, *pullback(out)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_packed_sequences():
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((60, heads, 8)) for heads in (4, 2, 2))
+    starts, starts_k = [0, 13, 20, 60], [0, 30, 33, 60]
+    out = fastattn.varlen(q, k, v, starts, starts_k, causal=True, dropout=DROPOUT)
+    for n in range(3):
+        i, j = slice(*starts[n : n + 2]), slice(*starts_k[n : n + 2])
+        own = fastattn.scaled_dot(
+            *(x.swapaxes(0, 1) for x in (q[i], k[j], v[j])),
+            causal=True, dropout=DROPOUT, dropout_offset=(0, 0, i.start, j.start),
+        )  # fmt: skip
+        np.testing.assert_allclose(out[i].swapaxes(0, 1), own, atol=1e-12)
+
+
+def test_forward_mode():
+    arrays = Shape(1, 2, 6, 11, 4).arrays("float64")
+    moves = [np.random.default_rng(4).standard_normal(x.shape) for x in arrays]
+    out, tangent = fastattn.jvp(fastattn.scaled_dot, arrays, moves, dropout=DROPOUT)
+    ends = [
+        fastattn.scaled_dot(
+            *(x + step * m for x, m in zip(arrays, moves, strict=True)), dropout=DROPOUT
+        )
+        for step in (1e-6, -1e-6)
+    ]
+    np.testing.assert_allclose(tangent, (ends[0] - ends[1]) / 2e-6, atol=1e-8)
+
+
 def test_weight_maps_refuse_it():
     q, k, _ = Shape().arrays()
     for call in (fastattn.key_importance, lambda *a, **o: fastattn.top_keys(*a, 2, **o)):

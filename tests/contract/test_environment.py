@@ -170,7 +170,7 @@ q = np.ones((3, 4), np.float32)
 def printed(function, *arguments):
     with contextlib.redirect_stdout(io.StringIO()) as told:
         function(*arguments)
-    return told.getvalue()
+    return " ".join(told.getvalue().split())  # folded as it is
 
 assert name not in fastattn.available_backends()
 try:

@@ -13,6 +13,7 @@ from ...core.backward import Backward
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
+from . import sparse
 from .score_functions import score_function_gradients, where_visible
 from .tiles import (
     Heads,
@@ -24,6 +25,7 @@ from .tiles import (
     product,
     queries_of,
     query_blocks,
+    rows_of,
     scores,
     sums,
 )
@@ -41,14 +43,18 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     and with the axes of the problem, of length 1 where its array broadcasts.
     """
     b, p = backward, backward.problem
-    found = {}
-    for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
+    found: dict[str, np.ndarray] = {}
+    shared = {} if p.block_table is not None else {"k": p.k, "v": p.v}
+    for name, x in {"q": p.q, **shared}.items():
         found[name] = empty_like(x, p.with_axes(x.shape), p.accumulator)
         found[name].fill(0)
     for gradient in p.gradients[3:]:
         shape = gradient.shape
         shape = p.with_axes(shape) if gradient.name == "bias" else shape
         found[gradient.name] = np.zeros(shape, p.accumulator)
+    if p.is_sparse:
+        sparse.run_backward(b, found)
+        return found
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):
             _differentiate(b, heads, _rows(b, heads, queries), found)
@@ -93,7 +99,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
     grad_q = np.zeros_like(r.q)
     row_sums = np.zeros((4, *r.delta.shape))
     for keys in key_blocks(p, h, r.queries):
-        k, v = (x[:, :, keys].astype(real) for x in (h.k, h.v))
+        k, v = (rows_of(x, None, keys, real) for x in (h.k, h.v))
         products = capped_products(p, h, r.q, keys)
         s, seen = scores(p, h, products, r.queries, keys)
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
@@ -123,7 +129,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
                 found["w"] += more_w * real(p.scale)
         used = dropped(p, weights, keep).swapaxes(-1, -2)
         grad_v = product(used, seen_by, r.grad_out)
-        for name, x in (("k", grad_k), ("v", grad_v)):
+        for name, x in (("k", grad_k), ("v", grad_v)) if "k" in found else ():
             _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
     grad_q *= real(p.scale)
     _add(found["q"], (*h.where, r.queries, slice(None)), grad_q)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...core.arguments import in_range
 from ...core.dtypes import as_real
+from ...core.pages import rows_in_pages
 from ...core.problem import DOT, Problem
 from .score_functions import unscaled_scores
 
@@ -20,6 +21,7 @@ __all__ = [
     "BLOCK_Q",
     "Heads",
     "capped_products",
+    "capped_products_of",
     "distances",
     "dropped",
     "kept",
@@ -30,6 +32,7 @@ __all__ = [
     "rescale",
     "scores",
     "shift_of",
+    "sum_in_range",
     "sums",
 ]
 
@@ -40,6 +43,13 @@ BLOCK_K = 512
 TILE_ELEMENTS = 1 << 20
 
 
+class Paged(NamedTuple):
+    """Keys or values of one batch entry that lie in a pool of pages."""
+
+    pool: np.ndarray  # (n_pages, kv_heads, page, ...)
+    pages: np.ndarray  # those of the entry, in order
+
+
 class Heads(NamedTuple):
     """The operands of some key heads of one batch entry, axes (kv_heads, group, length, ...)."""
 
@@ -47,10 +57,10 @@ class Heads(NamedTuple):
     kv_where: tuple  # that of the key heads
     shape: tuple[int, int]  # (kv_heads, group)
     q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    k_scales: np.ndarray | None
-    v_scales: np.ndarray | None
+    k: np.ndarray | Paged
+    v: np.ndarray | Paged
+    k_scales: np.ndarray | Paged | None
+    v_scales: np.ndarray | Paged | None
     bias: np.ndarray | None
     mask: np.ndarray | None
     alibi: np.ndarray | None
@@ -80,6 +90,9 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
     def shared(x, rest=2):
         if x is None:
             return None
+        if p.block_table is not None:
+            pool = np.broadcast_to(x, (len(x), p.kv_heads, *x.shape[2:]))[:, kv]
+            return Paged(pool, p.block_table[batch if len(p.block_table) > 1 else 0])
         return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-rest:]))[batch][kv][:, None]
 
     def per_head(x):
@@ -105,8 +118,14 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
 
 
 def rows_of(x, scales, keys: slice, real) -> np.ndarray:
-    """Some keys or values in the dtype `real`."""
-    return as_real(x[:, :, keys], None if scales is None else scales[:, :, keys], real)
+    """Some keys or values in the dtype `real`, (kv_heads, 1, keys, dim)."""
+    return as_real(_some(x, keys), None if scales is None else _some(scales, keys), real)
+
+
+def _some(x: np.ndarray | Paged, keys: slice) -> np.ndarray:
+    if isinstance(x, Paged):
+        return rows_in_pages(x.pool, x.pages, keys.start, keys.stop)[:, None]
+    return x[:, :, keys]
 
 
 def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:
@@ -138,12 +157,19 @@ def capped_products(
     says which these are, scores of finite vectors are within the range of numbers.
     """
     k = rows_of(h.k, h.k_scales, keys, p.accumulator)
+    return capped_products_of(p, q, k, None if queries is None else h.q[:, :, queries])
+
+
+def capped_products_of(p: Problem, q, k, unscaled=None) -> np.ndarray:
+    """`capped_products` of vectors (..., queries, head_dim) and (..., keys, head_dim). `unscaled`
+    are the queries as they were given.
+    """
     if p.score_function is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
         s = p.accumulator.type(p.scale) * unscaled_scores(p.score_function, q, k)
-    if queries is not None and not np.isfinite(s).all():
-        s = _products_in_range(p, h.q[:, :, queries], k, s)
+    if unscaled is not None and not np.isfinite(s).all():
+        s = _products_in_range(p, unscaled, k, s)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
@@ -187,10 +213,10 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
         s = products + rounded
         if (rounded == -np.inf).any():
             seen = bias != -np.inf
-        s = _sum_in_range(s, products, rounded)
+        s = sum_in_range(s, products, rounded)
     if h.alibi is not None:
         far = h.alibi[..., None] * distances(h, queries, keys).astype(real)
-        s = _sum_in_range(s - far, s, h.alibi[..., None])
+        s = sum_in_range(s - far, s, h.alibi[..., None])
     if h.spans is not None:
         start, stop = (side[:, :, queries, None] for side in h.spans)
         inside = (start <= keys.start).all() and (keys.stop <= stop).all()
@@ -206,7 +232,7 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     return s, seen
 
 
-def _sum_in_range(total, a, b) -> np.ndarray:
+def sum_in_range(total, a, b) -> np.ndarray:
     """`total` without what overflowed though `a` and `b`, which it was made of, are finite."""
     if np.isfinite(total).all():
         return total
