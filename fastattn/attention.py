@@ -16,6 +16,7 @@ def scaled_dot(
     scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     block_table=None,
+    dropout=None, dropout_offset=None,
     return_lse=False, return_max=False, return_weights=False, out=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
@@ -78,6 +79,15 @@ def scaled_dot(
         shared, ``Sk = pages * page`` is the key axis of all other options, and `kv_lengths` is
         required. An entry that no query of its sequence can need, beyond its length or hidden by
         `causal`, `window` or `spans` from all of them, may be any number.
+    dropout : (rate, seed), optional
+        After the softmax drop each weight with the probability `rate`, ``0 <= rate < 1``, and
+        divide the others by ``1 - rate``. The seed, in ``0..2**64 - 1``, and the place of a weight
+        alone say whether it is dropped: see Notes. `lse` and `weights` are those without dropout; a
+        rate of 0 is none.
+    dropout_offset : (b, h, i, j), optional
+        Where in a larger call this one starts, of the flattened leading axes, the query heads, the
+        queries and the keys: it drops what the whole drops there. In ``0..2**63 - 1``; zeros by
+        default.
     return_lse : bool, default False
         Also return the logarithm of the softmax's denominator.
     return_max : bool, default False
@@ -125,9 +135,17 @@ def scaled_dot(
     relative_bias, alibi. A query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A
     key that a query does not see never touches its result, whatever NaN or Inf it holds. Numbers
     beyond the range in which sums are kept (of the options, or a score) act as its largest finite
-    number; a bias of ``inf`` makes its row NaN, and a sink of ``inf`` takes all the weight. There
-    is no dropout: it belongs to training losses that this function does not know; drop whole heads
-    or positions outside it.
+    number; a bias of ``inf`` makes its row NaN, and a sink of ``inf`` takes all the weight.
+
+    Dropout is by Philox4x32-7, a generator of counters: Salmon et al. (2011), "Parallel Random
+    Numbers: As Easy as 1, 2, 3". Of the flattened leading index ``b`` of the result, the query head
+    ``h``, the query ``i`` and the key ``j``, `dropout_offset` included, the first two words of the
+    counter ``(b, b >> 32, h, h >> 32)`` under the key ``(seed, seed >> 32)`` are the key under
+    which the counter ``(j // 8, j // 8 >> 32, i, i >> 32)`` gives four words of 32 bits for eight
+    keys (words lowest first). Key ``j`` has word ``j % 8 // 2``, an odd one with the halves of its
+    word exchanged, and is dropped if that is below ``rate * 2**32``, rounded: the rate has steps of
+    2**-32. No backend, number of threads, block or slice changes it. A key that is dropped still
+    counts as seen: a NaN in its value makes NaN of its column.
 
     The indices of a CSR array may be in any order, and an entry stored twice counts once: it is
     seen if any of its values is not zero. With them the keys of a query are gathered one by one, so
@@ -176,6 +194,7 @@ def scaled_dot(
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, out, threads, precision, block_table=block_table,
         relative_bias=relative_bias, return_max=return_max,
+        dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
     return solve(problem, backend, out)
 

@@ -16,6 +16,7 @@ def scaled_dot_backward(
     scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     block_table=None,
+    dropout=None, dropout_offset=None,
     backend=None, threads=None, precision=None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """The gradients of `scaled_dot` from its results and theirs, in O(S) memory.
@@ -41,6 +42,8 @@ def scaled_dot_backward(
     scale, softcap, bias, relative_bias, alibi, sinks
     causal, window, q_offset, kv_lengths, spans, mask, block_table
         As they were given to `scaled_dot`.
+    dropout, dropout_offset
+        Likewise: the same weights are dropped again.
     backend, threads, precision
         As in `scaled_dot`; a backend that has no backward pass is passed over, or an error if it
         is named.
@@ -69,6 +72,9 @@ def scaled_dot_backward(
     ``dp = scale * ds * (1 - (capped / softcap)**2)`` ``dq = dp @ k``, ``dk = dp.T @ q`` and
     ``dscale = sum(dp * (q @ k.T)) / scale``: Dao et al. (2022), "FlashAttention", appendix B.2.
 
+    With dropout the weights of ``dv = w.T @ grad_out`` are those that were kept, divided by
+    ``1 - rate``, and ``grad_out @ v.T`` is 0 where one was dropped and divided likewise elsewhere.
+
     A key that no query sees gets a gradient of exactly 0, a query that sees no key too, and what
     they hold reaches no other gradient, NaN or not.
 
@@ -92,6 +98,7 @@ def scaled_dot_backward(
         causal, window, q_offset, kv_lengths, spans, mask,
         threads=threads, precision=precision, gradients=True, wrt=wrt, block_table=block_table,
         relative_bias=relative_bias,
+        dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
     return solve_backward(problem, backend, grad_out, out, lse, grad_lse)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from .backward import of_its_array, solve_backward
 from .core.backward import Backward
+from .core.dropout import Dropout
 from .core.problem import DOT, Gradient, Problem, make_problem
 from .core.sparse_mask import SparseMask
 from .merge import merge
@@ -68,6 +69,8 @@ class Chunk(NamedTuple):
         found["q_offset"] = shift + (
             self.of(p.q_offset, "") if isinstance(p.q_offset, np.ndarray) else p.q_offset
         )
+        if p.dropout is not None:
+            found |= self._dropout(p, p.dropout)
         for name in ("bias", "relative_bias", "mask", "alibi", "sinks"):
             x = getattr(p, name)
             if isinstance(x, SparseMask):
@@ -80,6 +83,13 @@ class Chunk(NamedTuple):
         if r.spans is not None:
             found["spans"] = tuple(self.of(x, "hq") - first for x in r.spans)
         return found
+
+    def _dropout(self, p: Problem, dropout: Dropout) -> dict[str, Any]:
+        # Its batch entries are a run of the flattened ones: axes are split from the first one on.
+        first = tuple(side.start for side in self.batch)
+        entry = int(np.ravel_multi_index(first, p.batch)) if first else 0
+        own = dropout.shifted(entry, self.heads.start, self.queries.start, self.keys.start)
+        return {"dropout": (own.rate, own.seed), "dropout_offset": own.offset}
 
     def backward(self, b: Backward) -> Backward:
         """`b` for the chunk's queries."""

@@ -69,7 +69,9 @@ def attend(problem: Problem, real=np.float64):
         v = per_query_head(as_stored(problem.v, problem.v_scales, problem, real), problem)
         # A mean of the largest numbers may be rounded up.
         out = drawn_in(
-            weighted_sum(weights, seen, v), np.isfinite(v).all(axis=-2)[..., None, :], real
+            weighted_sum(dropped(weights, problem), seen, v),
+            np.isfinite(v).all(axis=-2)[..., None, :],
+            real,
         )
     return out, lse, weights
 
@@ -134,16 +136,16 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         if b.grad_lse is not None:
             delta = delta - b.grad_lse.astype(real)
 
-        grad_weights = grad_out @ v.swapaxes(-1, -2)
+        grad_weights = dropped(grad_out @ v.swapaxes(-1, -2), p)
         grad_s = np.where(seen, weights * (grad_weights - delta[..., None]), 0)
         slope = 1.0 if p.softcap is None else 1 - (capped / p.softcap) ** 2
         grad_scaled = np.where(seen, grad_s * slope, 0)
         grad_measured = np.where(seen, scale_of(p, real) * grad_scaled, 0)
 
-        seen_by = seen.swapaxes(-1, -2)
+        seen_by, used = seen.swapaxes(-1, -2), dropped(weights, p)
         found = {
             **score_function_gradients(p, q, k, seen, grad_measured),
-            "v": per_key_head(weighted_sum(weights.swapaxes(-1, -2), seen_by, grad_out), p),
+            "v": per_key_head(weighted_sum(used.swapaxes(-1, -2), seen_by, grad_out), p),
             "bias": grad_s,
         }
         leading = tuple(range(len(p.batch)))
@@ -327,6 +329,16 @@ def recomputed(s, seen, lse, b: Backward):
     sinks = np.broadcast_to(p.sinks.astype(s.dtype)[:, None], lse.shape)
     alone = np.isneginf(sinks)  # takes no part, though nothing else may be seen
     return weights, np.where(alone, 0, np.exp(sinks - np.where(far, own_lse, lse)))
+
+
+def dropped(x, p: Problem) -> np.ndarray:
+    """`x`, (batch, heads, queries, keys), after dropout."""
+    if p.dropout is None:
+        return x
+    entries = np.arange(math.prod(p.batch)).reshape(*p.batch, 1, 1)
+    heads, queries = np.arange(p.heads)[:, None], np.arange(p.n_queries)
+    kept = p.dropout.kept(entries, heads, queries, slice(0, p.n_keys))
+    return np.where(kept, x / (1 - p.dropout.rate), 0)
 
 
 def weighted_sum(weights, seen, x):

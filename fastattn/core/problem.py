@@ -16,11 +16,13 @@ import numpy as np
 from .arguments import broadcast_shapes, count, flag, function, in_range, number, operand, vector
 from .block_mask import BlockMask
 from .device_array import DeviceArray
+from .dropout import Dropout
 from .dtypes import FLOAT32, FLOAT64, float_dtype, wider, widest
 from .options import (
     bias_array,
     check_block_mask,
     check_wrt,
+    dropout_of,
     key_lengths,
     mask_array,
     per_head,
@@ -120,6 +122,7 @@ class Problem:
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
     block_mask: BlockMask | None  # of that mask_mod
     score_function: ScoreFunction
+    dropout: Dropout | None
 
     @property
     def is_flex(self) -> bool:
@@ -175,7 +178,7 @@ def make_problem(
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
     k_scales=None, v_scales=None, score_function=DOT, block_table=None, relative_bias=None,
-    return_max=False,
+    return_max=False, dropout=None, dropout_offset=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
@@ -304,6 +307,8 @@ def make_problem(
     visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
     if block_table is not None:
         block_table = usable_table(block_table, k_shape[0], k_shape[2], visible)
+    if dropout is not None or dropout_offset is not None:
+        dropout = dropout_of(dropout, dropout_offset)
     if threads is not None:
         threads = count("threads", threads)
     if precision is not None and not (isinstance(precision, str) and precision == "bfloat16"):
@@ -331,6 +336,7 @@ def make_problem(
         return_weights=return_weights, out=out, one_head=one_head, threads=threads,
         precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
         mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
+        dropout=dropout,
     )  # fmt: skip
 
 

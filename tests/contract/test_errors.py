@@ -97,6 +97,22 @@ TABLE = [
     ({"kv_lengths": 5, "window": (2, None)}, ValueError, "q_offset", ["0", "kv_lengths - "]),
     ({"kv_lengths": 5, "alibi": array(4)}, ValueError, "q_offset", ["0", "kv_lengths - "]),
     ({"kv_lengths": 5, "relative_bias": array(4, 3)}, ValueError, "q_offset", ["relative_bias"]),
+    # dropout
+    ({"dropout": 0.1}, TypeError, "dropout", ["(rate, seed)", "float"]),
+    ({"dropout": (0.1,)}, ValueError, "dropout", ["(rate, seed)", "1"]),
+    ({"dropout": (0.1, 1, 2)}, ValueError, "dropout", ["(rate, seed)", "3"]),
+    ({"dropout": ("0.1", 1)}, TypeError, "dropout", ["number", "<U3"]),
+    ({"dropout": (1.0, 1)}, ValueError, "dropout", ["below 1", "1.0"]),
+    ({"dropout": (-0.1, 1)}, ValueError, "dropout", ["at least 0", "-0.1"]),
+    ({"dropout": (float("nan"), 1)}, ValueError, "dropout", ["nan"]),
+    ({"dropout": (0.1, 0.5)}, TypeError, "dropout", ["integer", "float"]),
+    ({"dropout": (0.1, -1)}, ValueError, "dropout", ["0..2**64 - 1", "-1"]),
+    ({"dropout": (0.0, 2**64)}, ValueError, "dropout", [str(2**64)]),
+    ({"dropout_offset": 3}, TypeError, "dropout_offset", ["(b, h, i, j)", "int"]),
+    ({"dropout_offset": (0, 0, 0)}, ValueError, "dropout_offset", ["(b, h, i, j)", "3"]),
+    ({"dropout_offset": (0, 0, 0, 1.5)}, TypeError, "dropout_offset", ["integer", "float"]),
+    ({"dropout_offset": (0, -1, 0, 0)}, ValueError, "dropout_offset", ["-1"]),
+    ({"dropout_offset": (0, 0, 0, 2**63)}, ValueError, "dropout_offset", [str(2**63)]),
     # how
     ({"causal": "yes"}, TypeError, "causal", ["str", "bool"]),
     ({"return_lse": "yes"}, TypeError, "return_lse", ["str", "bool"]),
@@ -156,11 +172,6 @@ def test_words_of_the_contract(no_backend):
         attend(Q, K, V, mask=array(5, 7).astype(int))
 
 
-def test_no_dropout():
-    with pytest.raises(TypeError, match="dropout"):
-        fastattn.scaled_dot(Q, K, V, dropout=0.1)
-
-
 def test_options_are_keywords_only():
     with pytest.raises(TypeError):
         fastattn.scaled_dot(Q, K, V, 0.5)
@@ -187,6 +198,13 @@ ALLOWED = [
     {"threads": 1000},
     {"threads": 2**70},
     {"causal": np.True_},
+    {"dropout": (0.5, 2**64 - 1)},
+    {"dropout": [np.float32(0.5), np.uint64(2**63)]},
+    {"dropout": (0, 0)},
+    {"dropout": (np.nextafter(1, 0), 0)},
+    {"dropout": (0.1, 1), "dropout_offset": (2**63 - 1,) * 4},
+    {"dropout": (0.1, 1), "dropout_offset": np.arange(4)},
+    {"dropout_offset": (1, 2, 3, 4)},
 ]
 
 

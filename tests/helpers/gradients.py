@@ -30,7 +30,9 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
         delta = (grad_out * out).sum(axis=-1)
         if grad_lse is not None:
             delta = delta - with_heads(grad_lse, p).astype(real)
-        grad_s = weights * ((grad_out @ v.swapaxes(-1, -2)).astype(real) - delta[..., None])
+        grad_weights = (grad_out @ v.swapaxes(-1, -2)).astype(real)
+        grad_weights, used = (reference.dropped(x, p).astype(real) for x in (grad_weights, weights))
+        grad_s = weights * (grad_weights - delta[..., None])
         grad_s = np.where(seen, grad_s, np.zeros((), real))
         slope, scale = np.ones((), real), np.asarray(p.scale).astype(real)[..., None, None]
         if p.softcap is not None:
@@ -40,7 +42,7 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
         steps = (grad_out, delta)
         found = {
             **plain_measure_gradients(p, q, k, scaled),
-            "v": reference.per_key_head((weights.swapaxes(-1, -2) @ steps[0]).astype(real), p),
+            "v": reference.per_key_head((used.swapaxes(-1, -2) @ steps[0]).astype(real), p),
             "bias": grad_s,
         }
         leading = tuple(range(len(p.batch)))

@@ -18,6 +18,7 @@ from fastattn.core.problem import Problem, make_problem
 def brute_force(
     q, k, v, *, scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    dropout=None,
 ):  # fmt: skip
     """``(out, lse, weights)`` key by key, straight from the contract; finite inputs only."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -79,8 +80,34 @@ def brute_force(
         for j in s:
             weights[*row, j] = math.exp(s[j] - lse[row])
             v_j = at(v, (*batch, kv_heads, n_keys, value_dim), (*kv_index, j))
-            out[row] += weights[*row, j] * v_j
+            rate, seed = (0, 0) if dropout is None else dropout
+            entry = int(np.ravel_multi_index(b, batch)) if b else 0
+            if not is_dropped(rate, seed, entry, h, i, j):
+                out[row] += weights[*row, j] / (1 - rate) * v_j
     return out, lse, weights
+
+
+def is_dropped(rate: float, seed: int, b: int, h: int, i: int, j: int) -> bool:
+    """Does dropout take that weight? In Python's integers, as `scaled_dot` documents it."""
+
+    def words(x):
+        return x & 0xFFFFFFFF, x >> 32
+
+    key = philox((*words(b), *words(h)), words(seed))[:2]
+    word = philox((*words(j // 8), *words(i)), key)[j % 8 // 2]
+    number = word if j % 2 == 0 else (word << 16 | word >> 16) & 0xFFFFFFFF
+    return number < round(rate * 2**32)
+
+
+def philox(counter, key, rounds=7):
+    """Philox4x32 as in Salmon et al. (2011), section 3.3."""
+    (l0, r0, l1, r1), (k0, k1) = counter, key
+    for n in range(rounds):
+        m0, m1 = 0xD2511F53 * l0, 0xCD9E8D57 * l1
+        bump0, bump1 = (k0 + n * 0x9E3779B9) % 2**32, (k1 + n * 0xBB67AE85) % 2**32
+        l0, r0 = m1 >> 32 ^ r0 ^ bump0, m1 % 2**32
+        l1, r1 = m0 >> 32 ^ r1 ^ bump1, m0 % 2**32
+    return l0, r0, l1, r1
 
 
 def plain_numpy(p: Problem, dtype):
@@ -124,7 +151,7 @@ def plain_numpy(p: Problem, dtype):
         if p.sinks is not None:
             total = total + np.exp(sinks - shift)
         weights = weights / np.where(total == 0, np.ones((), real), total)
-        out = (weights @ v).astype(real)
+        out = (reference.dropped(weights, p).astype(real) @ v).astype(real)
         return out, (shift + np.log(total))[..., 0], weights
 
 

@@ -46,6 +46,8 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if problem.score_function is not DOT:
         return "its kernels compute dot products alone"
+    if problem.dropout is not None:
+        return "its kernels have no dropout"
     return missing()
 
 

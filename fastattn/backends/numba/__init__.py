@@ -67,6 +67,8 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for keys in pages"
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
+    if p.dropout is not None:
+        return "its kernels have no dropout"
     return None
 
 

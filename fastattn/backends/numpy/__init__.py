@@ -19,6 +19,8 @@ from .tiles import (
     Heads,
     block_q,
     capped_products,
+    dropped,
+    kept,
     key_blocks,
     product,
     queries_of,
@@ -148,6 +150,7 @@ def _sums(p: Problem, h: Heads, q, queries: slice, margin=0.0) -> _Sums:
         factor = np.where(none, 0, rescale(old_shift, shift))
         total = total * factor + weight.sum(axis=-1)
         values = rows_of(h.v, h.v_scales, keys, real)
+        weight = dropped(p, weight, kept(p, h, queries, keys))
         out = out * factor[..., None] + product(weight, seen, values)
         some |= True if seen is None else seen.any(axis=-1)
     return _Sums(out, total, top, row_max, some)

@@ -20,6 +20,8 @@ from .tiles import (
     capped_products,
     distance_index,
     distances,
+    dropped,
+    kept,
     key_blocks,
     product,
     queries_of,
@@ -109,7 +111,9 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
         weights = np.exp(s - r.shift[..., None]) / r.total[..., None]
         weights = where_visible(seen, weights)
-        grad_s = weights * (r.grad_out @ v.swapaxes(-1, -2) - r.delta[..., None])
+        keep = kept(p, h, r.queries, keys)
+        grad_weights = dropped(p, r.grad_out @ v.swapaxes(-1, -2), keep)
+        grad_s = weights * (grad_weights - r.delta[..., None])
         grad_s = where_visible(seen, grad_s)
         if "bias" in found:
             _add(found["bias"], (*h.where, r.queries, keys), grad_s)
@@ -135,7 +139,8 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             grad_q += more_q
             if "w" in found:
                 found["w"] += more_w
-        grad_v = product(weights.swapaxes(-1, -2), seen_by, r.grad_out)
+        used = dropped(p, weights, keep).swapaxes(-1, -2)
+        grad_v = product(used, seen_by, r.grad_out)
         for name, x in (("k", grad_k), ("v", grad_v)) if "k" in found else ():
             _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
     if p.score_function is DOT:

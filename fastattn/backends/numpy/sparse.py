@@ -18,7 +18,7 @@ from ...core.dtypes import as_real
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
 from .score_functions import score_function_gradients, unscaled_scores
-from .tiles import capped_products_of, sum_in_range
+from .tiles import capped_products_of, dropped, sum_in_range
 
 __all__ = ["run", "run_backward", "run_map", "run_top"]
 
@@ -62,7 +62,7 @@ def run(p: Problem, result, lse, row_max, weights) -> None:
         for h, e in _blocks(p):
             s = _scores(p, h, e)
             w, row_lse = _softmax(p, h, e, s)
-            result[h.where][e.queries] = _mean(p, h, e, w)
+            result[h.where][e.queries] = _mean(p, h, e, dropped(p, w, _kept(p, h, e)))
             if lse is not None:
                 lse[h.where][e.queries] = row_lse
             if row_max is not None:
@@ -214,6 +214,15 @@ def _distance_index(h: Head, e: Entries) -> np.ndarray:
     return np.clip(e.keys - (e.rows + (e.queries.start + h.q_offset)), -reach, reach) + reach
 
 
+def _kept(p: Problem, h: Head, e: Entries) -> np.ndarray | None:
+    """Which weights dropout keeps; None without it."""
+    if p.dropout is None:
+        return None
+    *batch, head = h.where
+    entry = np.ravel_multi_index(batch, p.batch) if batch else 0
+    return p.dropout.kept_of(entry, head, e.queries.start + e.rows, e.keys)
+
+
 def _distances(h: Head, e: Entries) -> np.ndarray:
     return np.abs(e.rows + (e.queries.start + h.q_offset) - e.keys)
 
@@ -323,10 +332,12 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
     s = _added(p, h, e, products)
     shift, total = _settled(b, h, e, s, lse)
     w = np.exp(s - shift[e.rows]) / total[e.rows]
-    grad_s = np.empty_like(w)
+    along = np.empty_like(w)
     for piece in _pieces(e):
-        along = (grad_out[e.rows[piece]] * _values(p, h, e, piece)).sum(axis=-1)
-        grad_s[piece] = w[piece] * (along - delta[e.rows[piece]])
+        along[piece] = (grad_out[e.rows[piece]] * _values(p, h, e, piece)).sum(axis=-1)
+    kept = _kept(p, h, e)
+    grad_s = w * (dropped(p, along, kept) - delta[e.rows])
+    used = dropped(p, w, kept)
     sink = np.zeros(())
     if h.sink is not None:
         sink = np.where(h.sink == -np.inf, 0, np.exp(h.sink - shift) / total)
@@ -357,7 +368,7 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
         more_q, more_k, more_w = _of_products(p, h, e, piece, grad_s[piece] * h.scale.astype(real))
         _add_sums(grad_q, rows, more_q)
         _add_scattered(grad_k, keys, more_k)
-        _add_scattered(grad_v, keys, w[piece, None] * grad_out[rows])
+        _add_scattered(grad_v, keys, used[piece, None] * grad_out[rows])
         if "w" in found:
             found["w"] += more_w
     _broadcast_view(found["q"], h.where)[e.queries] += grad_q

@@ -13,6 +13,8 @@ from .score_functions import score_function_tangents, where_visible
 from .tiles import (
     Heads,
     capped_products,
+    dropped,
+    kept,
     key_blocks,
     product,
     queries_of,
@@ -89,7 +91,9 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
         k, v = (rows_of(x, None, keys, real) for x in (h.k, h.v))
         total = total * factor + weight.sum(axis=-1)
         slope, mean, moved = slope * factor, mean * factor[..., None], moved * factor[..., None]
-        mean += product(weight, seen, v)
+        keep = kept(p, h, queries, keys)
+        used = dropped(p, weight, keep)
+        mean += product(used, seen, v)
         if moving.q or moving.k:
             dk = rows_of(along.k, None, keys, real) if moving.k else None
             ds = _score_tangents(p, h.scale, q, k, dq, dk)
@@ -97,9 +101,9 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
                 ds *= 1 - (products / real.type(p.softcap)) ** 2
             ds = where_visible(seen, weight * ds)
             slope += ds.sum(axis=-1)
-            moved += product(ds, seen, v)
+            moved += product(dropped(p, ds, keep), seen, v)
         if moving.v:
-            moved += product(weight, seen, rows_of(along.v, None, keys, real))
+            moved += product(used, seen, rows_of(along.v, None, keys, real))
     empty = total == 0
     total = np.where(empty, 1, total)
     slope /= total

@@ -24,6 +24,8 @@ __all__ = [
     "capped_products_of",
     "distance_index",
     "distances",
+    "dropped",
+    "kept",
     "key_blocks",
     "product",
     "queries_of",
@@ -265,6 +267,23 @@ def sum_in_range(total, a, b) -> np.ndarray:
         return total
     most = np.finfo(total.dtype).max
     return np.where(np.isfinite(a) & np.isfinite(b), np.clip(total, -most, most), total)
+
+
+def kept(p: Problem, h: Heads, queries: slice, keys: slice) -> np.ndarray | None:
+    """Which weights of one tile dropout keeps; None without it."""
+    if p.dropout is None:
+        return None
+    *batch, heads = h.where
+    entry = np.ravel_multi_index(batch, p.batch) if batch else 0
+    head = np.arange(heads.start, heads.stop).reshape(*h.shape, 1)
+    return p.dropout.kept(entry, head, np.arange(queries.start, queries.stop), keys)
+
+
+def dropped(p: Problem, x, kept) -> np.ndarray:
+    """One tile after dropout of all but those `kept`."""
+    if p.dropout is None:
+        return x
+    return np.where(kept, x * x.dtype.type(p.dropout.factor), x.dtype.type(0))
 
 
 def sums(p: Problem, h: Heads, q, queries: slice):
