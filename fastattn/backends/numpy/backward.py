@@ -19,12 +19,13 @@ from .tiles import (
     capped_products,
     distances,
     key_blocks,
+    keys_of,
     product,
     queries_of,
     query_blocks,
-    rows_of,
     scores,
     sums,
+    values_of,
 )
 
 __all__ = ["run_backward", "unsupported_backward"]
@@ -93,7 +94,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
     grad_q = np.zeros_like(r.q)
     row_sums = np.zeros((4, *r.delta.shape))
     for keys in key_blocks(p, h, r.queries):
-        k, v = (rows_of(x, None, keys, real) for x in (h.k, h.v))
+        k, v = keys_of(p, h, keys), values_of(p, h, keys)
         products = capped_products(p, h, r.q, keys)
         s, seen = scores(p, h, products, r.queries, keys)
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
