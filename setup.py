@@ -19,9 +19,13 @@ AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma",
 X86_64 = {
     "amx": (
         [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-        {"float32": ["-DPARTS=3"], "float16": ["-DPARTS=2"], "bfloat16": ["-DPARTS=1"]},
+        {
+            "float32": ["-DBF16_TERMS=3"],
+            "float16": ["-DBF16_TERMS=2"],
+            "bfloat16": ["-DBF16_TERMS=1"],
+        },
     ),
-    "avx512_bf16": ([*AVX512, "-mavx512bf16"], {"bfloat16": ["-DPARTS=1"]}),
+    "avx512_bf16": ([*AVX512, "-mavx512bf16"], {"bfloat16": ["-DBF16_TERMS=1"]}),
     "avx512": (AVX512, FULL),
     "avx2": (["-mavx2", "-mfma", "-mf16c"], FULL),
     "baseline": ([], FULL),

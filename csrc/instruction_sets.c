@@ -1,12 +1,13 @@
 #include "instruction_sets.h"
 
-/* setup.py compiles tile.c once for each of these, with the flags that belong to the name, and defines
- * WITHOUT_<name> where the compiler lacks them. */
+/* setup.py compiles tile.c once for each table, with the flags of its instruction set, and defines
+ * WITHOUT_<instruction set> if the compiler lacks them. */
 #define DECLARE(name) extern const TileKernels name##_float32, name##_float64;
 
-/* float16 and bfloat16 are widened as they are read. */
-#define KERNELS(name)                                                                             \
-    &name##_float64, &name##_float32, &name##_float32, &name##_float32, &name##_float32
+/* Without bfloat16 hardware float16 and bfloat16 are widened to float32 as they are read. */
+#define MULTIPLY_ADD_KERNELS(name)                                                                 \
+    .float64 = &name##_float64, .float32 = &name##_float32, .float16 = &name##_float32,            \
+    .bfloat16 = &name##_float32, .fma = &name##_float32
 
 static int always(void) { return 1; }
 
@@ -59,27 +60,68 @@ static int has_amx(void) {
 
 const InstructionSet INSTRUCTION_SETS[] = {
 #ifndef WITHOUT_amx
-    {"amx", "avx2 avx512 avx512_bf16 amx", has_amx, &avx512_float64, &amx_float32, &amx_float16,
-     &amx_bfloat16, &avx512_float32},
+    {
+        .name = "amx",
+        .features = "avx2 avx512 avx512_bf16 amx",
+        .runs_here = has_amx,
+        .float64 = &avx512_float64,
+        .float32 = &amx_float32,
+        .float16 = &amx_float16,
+        .bfloat16 = &amx_bfloat16,
+        .fma = &avx512_float32,
+    },
 #endif
 #ifndef WITHOUT_avx512_bf16
-    {"avx512_bf16", "avx2 avx512 avx512_bf16", has_avx512_bf16, &avx512_float64, &avx512_float32,
-     &avx512_float32, &avx512_bf16_bfloat16, &avx512_float32},
+    {
+        .name = "avx512_bf16",
+        .features = "avx2 avx512 avx512_bf16",
+        .runs_here = has_avx512_bf16,
+        .float64 = &avx512_float64,
+        .float32 = &avx512_float32,
+        .float16 = &avx512_float32,
+        .bfloat16 = &avx512_bf16_bfloat16,
+        .fma = &avx512_float32,
+    },
 #endif
-    {"avx512", "avx2 avx512", has_avx512, KERNELS(avx512)},
-    {"avx2", "avx2", has_avx2, KERNELS(avx2)},
-    {"baseline", "", always, KERNELS(baseline)},
+    {
+        .name = "avx512",
+        .features = "avx2 avx512",
+        .runs_here = has_avx512,
+        MULTIPLY_ADD_KERNELS(avx512),
+    },
+    {
+        .name = "avx2",
+        .features = "avx2",
+        .runs_here = has_avx2,
+        MULTIPLY_ADD_KERNELS(avx2),
+    },
+    {
+        .name = "baseline",
+        .features = "",
+        .runs_here = always,
+        MULTIPLY_ADD_KERNELS(baseline),
+    },
 };
 
 #elif defined(__aarch64__)
 
 DECLARE(neon)
-const InstructionSet INSTRUCTION_SETS[] = {{"neon", "", always, KERNELS(neon)}};
+const InstructionSet INSTRUCTION_SETS[] = {{
+    .name = "neon",
+    .features = "",
+    .runs_here = always,
+    MULTIPLY_ADD_KERNELS(neon),
+}};
 
 #else
 
 DECLARE(baseline)
-const InstructionSet INSTRUCTION_SETS[] = {{"baseline", "", always, KERNELS(baseline)}};
+const InstructionSet INSTRUCTION_SETS[] = {{
+    .name = "baseline",
+    .features = "",
+    .runs_here = always,
+    MULTIPLY_ADD_KERNELS(baseline),
+}};
 
 #endif
 

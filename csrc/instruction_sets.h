@@ -6,10 +6,11 @@
 
 typedef struct {
     const char *name;
-    const char *features; /* what it needs, by the names of FASTATTN_DISABLE_CPU_FEATURES */
+    const char *features; /* that it needs, as FASTATTN_DISABLE_CPU_FEATURES names them */
     int (*runs_here)(void);
-    /* By the dtype of the result, and for queries that do not fill a vector of 16 (but float64). */
-    const TileKernels *float64, *float32, *float16, *bfloat16, *few;
+    /* The kernels by compute dtype; `fma` multiplies float32 by multiply-adds, whatever the
+     * hardware: kernel_choice.pxi says when. */
+    const TileKernels *float64, *float32, *float16, *bfloat16, *fma;
 } InstructionSet;
 
 extern const InstructionSet INSTRUCTION_SETS[]; /* ends in the one that always runs */

@@ -1,7 +1,7 @@
 # Part of kernels.pyx: OpenMP's threads, a fork and Ctrl-C.
 
 def _is_forked():
-    """Was this process, which imports us now, forked without an exec since? Linux alone tells."""
+    """Was this process forked without an exec since? Only Linux tells."""
     cdef int FORKED_WITHOUT_EXEC = 0x40  # PF_FORKNOEXEC of include/linux/sched.h
     try:
         with open("/proc/self/stat", "rb") as file:
@@ -10,25 +10,25 @@ def _is_forked():
         return False
 
 
-# The threads of OpenMP's pool do not survive a fork, and GNU's runtime does not notice: a region of the
-# thread that forked, whose pool it is, would wait for them for ever. Whoever started it: all libraries
-# of a process share it, so a child is never to use it.
+# The threads of OpenMP's pool do not survive a fork, and GNU's runtime does not notice: a parallel
+# region of the forked thread, which owns the pool, would wait for them forever. All libraries of a
+# process share the pool, so a child must not use it, no matter which library started it.
 cdef bint was_forked = _is_forked()
 cdef int own_process = getpid()
 
 
 cdef bint inherits_pool() noexcept nogil:
-    """Is the pool of the calling thread, if it has one, its parent's?"""
+    """Does the calling thread's pool, if any, stem from before a fork?"""
     return (was_forked or getpid() != own_process) and is_first_thread()
 
 
-cdef int ready_threads(int wanted) noexcept:
-    """How many threads, at most so many, `each_item` can have. With the GIL held, so that what one call
-    has found it can create no other call takes.
+cdef int available_threads(int most) noexcept:
+    """How many threads `parallel_for` can have, at most `most`. Call it with the GIL held, so that
+    no other call takes the threads that this one has found it can create.
     """
-    if wanted <= 1:
+    if most <= 1:
         return 1
-    return creatable_threads(wanted) if inherits_pool() else grow_pool(wanted)
+    return creatable_threads(most) if inherits_pool() else grow_pool(most)
 
 
 def openmp_threads():
@@ -37,18 +37,18 @@ def openmp_threads():
 
 
 def cpus_in_places():
-    """How many CPUs it may use are in OpenMP's places; 0 where it has none to bind threads to."""
+    """The number of usable CPUs in OpenMP's places; 0 if it has no places to bind threads to."""
     cdef int place
     cdef cnp.ndarray cpus
-    found = set()
+    total = set()
     for place in range(omp_get_num_places()):
         cpus = np.empty(omp_get_place_num_procs(place), np.intc)
         omp_get_place_proc_ids(place, <int *>cnp.PyArray_DATA(cpus))
-        found.update(cpus.tolist())
-    return min(len(found), omp_get_num_procs())
+        total.update(cpus.tolist())
+    return min(len(total), omp_get_num_procs())
 
 
-# The caller's thread looks for Ctrl-C this often.
+# How often the caller's thread looks for Ctrl-C, in seconds.
 cdef double SIGNAL_INTERVAL = 0.05
 
 
@@ -62,8 +62,8 @@ cdef bint interrupted(double *last_look) noexcept nogil:
         return PyErr_CheckSignals() < 0
 
 
-# One item of a call, with the tile of a thread. False if `stopped`, or if a signal came in between,
-# which only the caller's thread is to `listen` for.
+# Run one item of a call with a thread's tile. False if `stopped`, or if a signal came in between,
+# which only the caller's thread listens for.
 ctypedef bint (*Item)(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil
@@ -87,17 +87,19 @@ cdef inline void run_item(Region *region, Py_ssize_t item, int thread) noexcept 
 
 cdef void run_in_parallel(Region *region) noexcept nogil:
     cdef Py_ssize_t item
-    # In the order of their numbers: some items wait for those before them.
+    # Items start in order: some wait for items before them.
     for item in prange(
         region.items, num_threads=region.threads, schedule="dynamic", chunksize=1
     ):
         run_item(region, item, threadid())
 
 
-cdef bint each_item(
+cdef bint parallel_for(
     Item run, const void *call, Tile *tiles, Py_ssize_t items, int threads
 ) noexcept nogil:
-    """Run all items on as many `ready_threads`. False if a signal stopped it, whose exception is set."""
+    """Run all items on `threads` of the `available_threads`. False if a signal handler raised: its
+    exception is set.
+    """
     cdef Py_ssize_t item
     cdef Region region
     region.run, region.call, region.tiles = run, call, tiles
@@ -107,7 +109,7 @@ cdef bint each_item(
         for item in range(items):
             run_item(&region, item, 0)
     elif inherits_pool():
-        # A nested region has threads of its own, which end with it.
+        # A nested region has its own threads, which end with it.
         with parallel(num_threads=1):
             run_in_parallel(&region)
     else:

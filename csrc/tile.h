@@ -9,12 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define MAX_QUERIES 384 /* in a tile of any kernel */
-#define MAX_PANELS 12   /* of 32 queries (AMX), or of 8 of 96 (SSE2) */
-
-/* Keys whose weights stay in the first-level cache between the softmax and the second product.
- * Blocks and strips begin at multiples of their sizes, whatever a query sees. */
-#define STRIP_KEYS 64
+#include "tile_sizes.h"
 
 /* The weight of a row's largest score. A power of 2, so that nothing is rounded, and large, because
  * sums of small weights would be subnormal and take a hundred times as long. */
@@ -26,8 +21,9 @@ typedef struct {
     int bytes, swapped;
 } NumberFormat;
 
-/* How a query and a key compare: by q . k, |q - k|, the weighted sum of tanh(q + k), or |q - k|^2. */
-typedef enum { DOT, DISTANCE, ADDITIVE, SQUARED_DISTANCE } Measure;
+/* How a query and a key compare: by q . k, |q - k|, the weighted sum of tanh(q + k), or |q - k|^2.
+ */
+typedef enum { DOT, DISTANCE, ADDITIVE, SQUARED_DISTANCE } ScoreFunction;
 
 /* A key that may be one of a query's strongest. */
 typedef struct {
@@ -37,49 +33,49 @@ typedef struct {
 
 typedef struct {
     /* What the tile reads and writes; all strides count bytes. */
-    const char *q[MAX_QUERIES]; /* one row per query */
-    char *out[MAX_QUERIES];
-    const char *k, *v; /* of the one key head that these queries read */
+    const char *q[MAX_BLOCK_Q]; /* one row per query */
+    char *out[MAX_BLOCK_Q];
+    const char *k, *v;                /* of the one key head that these queries read */
     const float *k_scales, *v_scales; /* one per key that its numbers are multiplied by; or NULL */
     NumberFormat q_format, k_format, v_format, out_format; /* out_format also of weights */
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
     ptrdiff_t n_queries, head_dim, value_dim;
-    ptrdiff_t pass_keys; /* the most keys of one pass: no more than there are */
+    ptrdiff_t block_k; /* the most keys of one block: no more than there are */
     double scale;
-    Measure measure;
-    const double *measure_weights; /* of ADDITIVE, one per dimension */
-    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact, but
-     * in a second run, for the results that overflowed in the first: those of huge values, and of
-     * scores out of range. */
+    ScoreFunction score_function;
+    const double *dim_weights; /* of ADDITIVE, one per dimension */
+    /* Added to the maximum that weights are relative to. 0, so that the largest weight is exact,
+     * but in a second run, for the results that overflowed in the first: those of huge values, and
+     * of scores out of range. */
     double margin;
-    int careful; /* set by begin: scores may be out of range, and are looked at one by one */
+    int check_range; /* set by begin: scores may be out of range, and are looked at one by one */
 
-    ptrdiff_t start[MAX_QUERIES], stop[MAX_QUERIES]; /* query i sees start[i] <= j < stop[i] */
+    ptrdiff_t start[MAX_BLOCK_Q], stop[MAX_BLOCK_Q]; /* query i sees start[i] <= j < stop[i] */
 
     /* Options, each by itself; a row of keys per query where they are dense. */
     double softcap; /* 0: none */
     int has_mask, has_bias, has_alibi, has_sinks;
-    const char *mask[MAX_QUERIES], *bias[MAX_QUERIES];
+    const char *mask[MAX_BLOCK_Q], *bias[MAX_BLOCK_Q];
     ptrdiff_t mask_key, bias_key;
     NumberFormat bias_format;
-    double slope[MAX_QUERIES], sink[MAX_QUERIES];
-    ptrdiff_t position[MAX_QUERIES]; /* of query i on the key axis */
+    double slope[MAX_BLOCK_Q], sink[MAX_BLOCK_Q];
+    ptrdiff_t position[MAX_BLOCK_Q]; /* of query i on the key axis */
 
-    char *weights[MAX_QUERIES]; /* filled by weights() where a key is seen; 0 before */
+    char *weights[MAX_BLOCK_Q]; /* filled by weights() where a key is visible; 0 before */
     ptrdiff_t weights_key;
     int want_lse;
-    double lse[MAX_QUERIES]; /* filled by finish, where wanted */
-    double lse_rest[MAX_QUERIES]; /* for gradients: what is missing in `lse` */
-    void *scratch;           /* scratch_bytes of it, 64-byte aligned */
+    double lse[MAX_BLOCK_Q];      /* filled by finish, where wanted */
+    double lse_rest[MAX_BLOCK_Q]; /* for gradients: what is missing in `lse` */
+    void *scratch;                /* scratch_bytes of it, 64-byte aligned */
 
-    /* For gradients: those of the results, and what the weights' mean takes off every score's. Those
-     * of queries go to `out`, all of type `real` with contiguous rows. */
+    /* For gradients: those of the results, and what the weights' mean takes off every score's.
+     * Those of queries go to `out`, all of type `real` with contiguous rows. */
     int differentiating;
-    const char *grad_out[MAX_QUERIES], *result[MAX_QUERIES];
+    const char *grad_out[MAX_BLOCK_Q], *result[MAX_BLOCK_Q];
     NumberFormat grad_out_format; /* of both */
     ptrdiff_t grad_out_dim, result_dim;
-    double mean[MAX_QUERIES]; /* of the weights' gradients, filled by prepare */
-    double delta[MAX_QUERIES];
+    double mean[MAX_BLOCK_Q]; /* of the weights' gradients, filled by prepare */
+    double delta[MAX_BLOCK_Q];
     char *grad_k, *grad_v; /* of the key head, without gaps between the dims */
     NumberFormat grad_k_format, grad_v_format;
     ptrdiff_t grad_k_key, grad_v_key;
@@ -87,77 +83,81 @@ typedef struct {
     /* That of the bias is added to: a `real` row of keys per query, or a `double` one where queries
      * share it. */
     int wants_bias, wants_sums, rows_share_bias;
-    char *grad_bias[MAX_QUERIES];
-    /* Of each query, filled by differentiate where wanted: its weights and the gradients of its scores
-     * summed, and both times the distance of the key, which is 0 without alibi. */
-    double row_sums[MAX_QUERIES][4];
+    char *grad_bias[MAX_BLOCK_Q];
+    /* Of each query, filled by differentiate where wanted: its weights and the gradients of its
+     * scores summed, and both times the distance of the key, which is 0 without alibi. */
+    double row_sums[MAX_BLOCK_Q][4];
 
-    /* For maps of the weights: pool adds those of a query to its row of `pooled`, a column for each of
-     * the runs that the keys are split into, as cell_of says. */
-    double *pooled; /* [slot][pooled_row], with room for a vector behind the last column */
-    int slot[MAX_QUERIES]; /* of the query; less than 0 behind the last */
-    ptrdiff_t pooled_row, columns, n_keys;
+    /* For maps of the weights: accumulate_bins adds those of a query to its row of `bins`, a column
+     * for each of the runs that the keys are split into, as bin_of says. */
+    double *bins;          /* [slot][bin_row], with room for a vector behind the last column */
+    int slot[MAX_BLOCK_Q]; /* of the query; less than 0 behind the last */
+    ptrdiff_t bin_row, columns, n_keys;
 
-    /* For the strongest keys: collect() keeps n_best of them for each query, and rank() writes them to
-     * `keys` and, of out_format, `weights`. */
-    Candidate *best; /* [query][n_best], a heap with the weakest at its root */
-    ptrdiff_t n_best;
-    double least[MAX_QUERIES]; /* no score below it is among theirs */
-    int64_t *keys[MAX_QUERIES];
+    /* For the top k keys: collect_top_k() keeps top_k of them for each query, and rank_top_k()
+     * writes them to `keys` and, of out_format, `weights`. */
+    Candidate *heaps; /* [query][top_k], a heap with the least at its root */
+    ptrdiff_t top_k;
+    double top_k_threshold[MAX_BLOCK_Q]; /* no score below it is among theirs */
+    int64_t *keys[MAX_BLOCK_Q];
 
-    /* Set by begin. Some query of the tile, or of one panel of it, sees first <= j < last; every
-     * query of the panel sees inner_first <= j < inner_last. */
+    /* Set by begin. Some query of the tile, or of one micropanel of it, sees first <= j < last;
+     * every query of the micropanel sees inner_first <= j < inner_last. */
     ptrdiff_t first, last;
     struct {
         ptrdiff_t first, last, inner_first, inner_last;
         int vecs;         /* vectors in use */
-        int started;      /* has it attended to a block? */
-        uint64_t outside; /* bits of the queries that the products cannot take */
-        /* Set by finish: bits of the queries that a second run is for, and among these of those whose
-         * scores it makes again, not only sums of values. */
-        uint64_t again, late;
-    } panel[MAX_PANELS];
-    int panels;
+        int has_output;   /* does `out` hold the sum of a block? */
+        uint64_t special; /* bits of the queries that the products cannot take */
+        /* Set by finish: bits of the queries that a second run is for, and among these of those
+         * whose scores it makes again, not only sums of values. */
+        uint64_t rerun, rerun_scores;
+    } micropanel[MAX_MICROPANELS];
+    int micropanels;
     /* Queries are multiplied by q_scale; a score is score_scale times the product, or times what
-     * another measure finds, measure_scale included; weights are 2**(exponent * (score - maximum)). */
-    double q_scale, measure_scale, score_scale, exponent;
+     * another score function gives, metric_scale included; weights are 2**(exponent * (score -
+     * maximum)). */
+    double q_scale, metric_scale, score_scale, exponent;
 } Tile;
 
-/* Which of `cells` runs of nearly equal length has element i of n: run c begins at c * n / cells. */
-static inline ptrdiff_t cell_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t cells) {
-    return ((i + 1) * cells - 1) / n;
+/* Which of `bins` runs of nearly equal length has element i of n: run b begins at b * n / bins. */
+static inline ptrdiff_t bin_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t bins) {
+    return ((i + 1) * bins - 1) / n;
 }
 
-/* Gradients: `prepare` each tile of queries; after `begin` and a forward pass of no values `normalize` fills
- * lse and lse_rest. For a block of keys, `open` it, `differentiate` each tile of queries after `begin` and
- * then add to the gradients of the queries, and `close` it. */
+/* Gradients: `prepare` each tile of queries; after `begin` and a forward pass of no values
+ * `normalize` fills lse and lse_rest. For a block of keys, `begin_keys`, `differentiate` each tile
+ * of queries after `begin` and then add to the gradients of the queries, and `store_keys`. */
 typedef struct {
     size_t (*scratch_bytes)(const Tile *);
     void (*prepare)(Tile *);
     void (*normalize)(Tile *);
-    void (*open)(Tile *, ptrdiff_t begin, ptrdiff_t end);
-    int (*differentiate)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* 0: nobody sees anybody */
+    void (*begin_keys)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+    int (*differentiate)(Tile *, ptrdiff_t begin,
+                         ptrdiff_t end); /* 0: no key is visible to any query */
     void (*add)(Tile *);
-    void (*close)(Tile *, ptrdiff_t begin, ptrdiff_t end);
-} GradientKernels;
+    void (*store_keys)(Tile *, ptrdiff_t begin, ptrdiff_t end);
+} BackwardKernels;
 
 /* One instruction set's kernels for one dtype. */
 typedef struct {
-    int queries, panel, pass_keys; /* the most that a tile, a panel and one call of attend take */
+    int block_q, mr, block_k; /* the most that a tile, a micropanel and one call of attend take */
     size_t (*scratch_bytes)(const Tile *, ptrdiff_t queries);
     void (*begin)(Tile *);
-    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one pass, in order */
+    void (*attend)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* keys of one block, in order */
     int (*finish)(Tile *); /* 0: something overflowed; begin again with a margin after all below */
-    void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* after finish, as attend */
-    void (*pool)(Tile *, ptrdiff_t begin, ptrdiff_t end);    /* likewise */
-    void (*collect)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
-    void (*rank)(Tile *);                                    /* after collect */
-    /* One row of attention to all keys from `parts` of them, each at partial + part * bytes: an lse
-     * for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of all. */
-    double (*join)(char *partial, ptrdiff_t parts, ptrdiff_t bytes, ptrdiff_t rows, ptrdiff_t row,
-                   ptrdiff_t value_dim, char *out, ptrdiff_t out_dim, NumberFormat format);
+    void (*weights)(Tile *, ptrdiff_t begin, ptrdiff_t end);         /* after finish, as attend */
+    void (*accumulate_bins)(Tile *, ptrdiff_t begin, ptrdiff_t end); /* likewise */
+    void (*collect_top_k)(Tile *, ptrdiff_t begin, ptrdiff_t end);   /* likewise */
+    void (*rank_top_k)(Tile *);                                      /* after collect_top_k */
+    /* One row of attention to all keys from `splits` of them, each at partial + split * bytes: an
+     * lse for each of `rows` rows, then their `real` results. Overwrites the lse; returns that of
+     * all. */
+    double (*combine_splits)(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows,
+                             ptrdiff_t row, ptrdiff_t value_dim, char *out, ptrdiff_t out_dim,
+                             NumberFormat format);
     int real_bytes;
-    const GradientKernels *gradient; /* NULL: take those of another table */
+    const BackwardKernels *backward; /* NULL: take those of another table */
     /* Independent multiply-adds only: flops done, for measuring what the machine can do. */
     double (*peak)(ptrdiff_t rounds);
 } TileKernels;

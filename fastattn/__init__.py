@@ -9,10 +9,12 @@ from .euclidean import euclidean
 from .explain import available_backends, explain, show_config
 from .flex import flex
 from .gaussian import gaussian
+from .jvp import jvp
 from .kv_cache import KVCache
 from .merge import merge
 from .multihead import MultiHeadAttention
 from .similarity import cosine, dot, pool
+from .varlen import varlen
 from .vjp import vjp
 from .weight_maps import attention_map, key_importance, top_keys
 
@@ -32,6 +34,7 @@ __all__ = [
     "explain",
     "flex",
     "gaussian",
+    "jvp",
     "key_importance",
     "merge",
     "pool",
@@ -39,5 +42,6 @@ __all__ = [
     "scaled_dot_backward",
     "show_config",
     "top_keys",
+    "varlen",
     "vjp",
 ]

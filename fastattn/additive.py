@@ -6,11 +6,12 @@ import numpy as np
 
 from .attention import solve
 from .backward import of_its_array
-from .core.arguments import plain, vector
+from .core.arguments import flag, plain, vector
 from .core.dtypes import float_dtype, widest
 from .core.linear import project, rows
 from .core.options import check_wrt
 from .core.problem import Problem, ScoreFunction, gradient_of, make_problem
+from .jvp import has_tangents, pushed_forward, without_weights
 from .similarity import refuse
 from .vjp import differentiated, differentiates, without_out
 
@@ -142,3 +143,19 @@ def _of_weights(x, grad, dtype):
     """
     x, grad = rows(x), rows(grad)
     return project(np.where((grad != 0).any(axis=-1)[:, None], x, 0).T, grad, None, dtype)
+
+
+@has_tangents(additive)
+def _additive_tangents(
+    arrays, tangents, *, w_q, w_k, w, b=None, backend=None, return_lse=False, **options
+):
+    without_out(options)
+    without_weights(options)
+    inputs, parameters = _additive_arrays(*arrays, w_q, w_k, w, b)
+    p = _projected(inputs, parameters, options, return_lse=True)
+    dq, dk, dv = tangents
+    dq, dk = (
+        None if t is None else project(t, parameters[name], None, p.accumulator)
+        for t, name in ((dq, "w_q"), (dk, "w_k"))
+    )
+    return pushed_forward(p, (dq, dk, dv), backend, flag("return_lse", return_lse))

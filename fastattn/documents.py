@@ -6,7 +6,7 @@ import numpy as np
 
 from .core.arguments import FAR, integers
 
-__all__ = ["document_spans"]
+__all__ = ["document_lengths", "document_spans"]
 
 
 def document_spans(lengths_q, lengths_k=None, causal=False):
@@ -39,8 +39,8 @@ def document_spans(lengths_q, lengths_k=None, causal=False):
     >>> start, stop
     (array([0, 0, 2, 2, 2]), array([1, 2, 3, 4, 5]))
     """
-    queries = _lengths("lengths_q", lengths_q)
-    keys = queries if lengths_k is None else _lengths("lengths_k", lengths_k)
+    queries = document_lengths("lengths_q", lengths_q)
+    keys = queries if lengths_k is None else document_lengths("lengths_k", lengths_k)
     if keys.shape != queries.shape:
         raise ValueError(f"lengths_k: expected {queries.size} documents, got {keys.size}")
     if not isinstance(causal, (bool, np.bool_)):
@@ -53,7 +53,8 @@ def document_spans(lengths_q, lengths_k=None, causal=False):
     return start, stop
 
 
-def _lengths(name, value) -> np.ndarray:
+def document_lengths(name, value) -> np.ndarray:
+    """The lengths of documents as int64, or an error that names the argument."""
     lengths = integers(name, value)
     if lengths.ndim != 1:
         raise ValueError(f"{name}: expected 1 axis, got {lengths.ndim}")

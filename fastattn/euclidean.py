@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import solve
 from .core.problem import DISTANCE, Problem, make_problem
+from .jvp import has_tangents, pushed_forward, tangents_of
 from .similarity import positive
 from .vjp import differentiated, differentiates, without_out
 
@@ -66,3 +67,10 @@ def _euclidean(q, k, v, *, wrt, scale=1.0, backend=None, return_lse=False, **opt
     without_out(options)
     p = _distances(q, k, v, scale, gradients=True, wrt=wrt, return_lse=True, **options)
     return differentiated(p, backend, return_lse)
+
+
+@has_tangents(euclidean)
+def _euclidean_tangents(arrays, tangents, *, scale=1.0, **options):
+    scale = -positive("scale", scale)
+    p, backend, return_lse = tangents_of(arrays, options, scale=scale, score_function=DISTANCE)
+    return pushed_forward(p, tangents, backend, return_lse)

@@ -13,6 +13,7 @@ from .core.backward import Backward
 from .core.dtypes import float_dtype
 from .core.options import check_wrt
 from .core.problem import Problem, make_problem
+from .jvp import has_tangents, jvp
 from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]
@@ -316,3 +317,26 @@ def _pooled(results, single: bool):
     axes = (first, first + 1) if single else (first,)
     pooled = tuple(x.squeeze(axes) for x in given)
     return pooled if isinstance(results, tuple) else pooled[0]
+
+
+@has_tangents(dot)
+def _dot_tangents(arrays, tangents, **options):
+    refuse("dot", options, "scale")
+    return jvp(scaled_dot, arrays, tangents, scale=1.0, **options)
+
+
+@has_tangents(pool)
+def _pool_tangents(
+    arrays, tangents, *, b=0.0, kv_lengths=None, mask=None, return_lse=False, **options
+):  # fmt: skip
+    refuse("pool", options, *(options.keys() - {"backend", "return_weights", "threads"}))
+    x, w = arrays
+    dx, dw = tangents
+    x, w, own = _pooling(x, w, b, kv_lengths, mask)
+    dx = None if dx is None else dx[..., None, :, :]
+    dw = None if dw is None else np.atleast_2d(dw.T)
+    results = jvp(
+        scaled_dot, (np.atleast_2d(w.T), x, x), (dw, dx, dx), return_lse=return_lse, **own,
+        **options,
+    )  # fmt: skip
+    return tuple(_pooled(moved, w.ndim == 1) for moved in results)

@@ -12,7 +12,7 @@ from .core.arguments import flag
 from .core.problem import Problem, make_problem
 from .dispatch import select, unsupported_backward
 
-__all__ = ["differentiated", "differentiates", "vjp"]
+__all__ = ["differentiated", "differentiates", "rule_of", "vjp", "without_out"]
 
 _RULES: dict[Any, Callable] = {}
 
@@ -38,7 +38,7 @@ def vjp(function, *arrays, wrt=(), **options):
     Parameters
     ----------
     function : callable
-        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, or a
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, `varlen`, or a
         `MultiHeadAttention`.
     *arrays : array_like
         Its positional arguments.
@@ -90,19 +90,20 @@ def vjp(function, *arrays, wrt=(), **options):
     >>> [gradient.shape for gradient in pullback(out)]
     [(2, 50, 8), (2, 50, 8), (2, 50, 8), (2,)]
     """
-    return _rule(function)(*arrays, wrt=wrt, **options)
+    return rule_of(function, _RULES)(*arrays, wrt=wrt, **options)
 
 
-def _rule(function) -> Callable:
+def rule_of(function, rules: dict[Any, Callable]) -> Callable:
+    """The rule for `function`, or for the class that it is an instance of."""
     try:
-        rule = _RULES.get(function)
+        rule = rules.get(function)
     except TypeError:  # not hashable
         rule = None
-    if rule is None and type(function) in _RULES:
-        rule = partial(_RULES[type(function)], function)
+    if rule is None and type(function) in rules:
+        rule = partial(rules[type(function)], function)
     if rule is None:
         name = getattr(function, "__name__", repr(function))
-        able = ", ".join(known.__name__ for known in _RULES)
+        able = ", ".join(known.__name__ for known in rules)
         raise TypeError(f"function: expected one of {able}, got {name}")
     return rule
 

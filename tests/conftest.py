@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import pytest
 from helpers import simulator
+from helpers.problems import DTYPES
 from helpers.subprocesses import child_environment
-from helpers.targets import Target, targets
+from helpers.targets import Target, multiplied_dtype, targets
 from hypothesis import HealthCheck, settings
 
 import fastattn
+from fastattn.backends import cython
 
 # The same examples in every run; `pytest --hypothesis-profile=long` draws many new ones.
 settings.register_profile(
@@ -40,12 +43,55 @@ def compile_numba_kernels():
             fastattn.scaled_dot(q, q, q, bias=bias, backend="numba")
 
 
+# A test runs for each target, less those that could find nothing new. Instruction sets may share
+# the kernels of a dtype: then the slower one does not repeat a test of that dtype. A test's dtypes
+# are its parameters, or those of its mark, and otherwise float32 and float64.
+MARKS = {
+    "dtypes(*names)": "the dtypes, besides those of its parameters, that a test computes with",
+    "one_instruction_set": "what it tests is the same code on every instruction set",
+}
+
+
+def dtypes_of(item) -> set[str]:
+    """The dtypes whose kernels a test calls, or more."""
+    found = {name for mark in item.iter_markers("dtypes") for name in mark.args}
+    for value in item.callspec.params.values():
+        values = value if isinstance(value, tuple) else (value,)
+        found |= {x for x in values if isinstance(x, str) and x in DTYPES}
+    return found if found == {"float64"} else found | {"float32", "float64"}
+
+
+def pytest_collection_modifyitems(config, items):
+    kept, dropped = [], []
+    for item in items:
+        target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+        repeats = target is not None and (
+            target.repeats_another(dtypes_of(item))
+            or (not target.first_of_its_backend and item.get_closest_marker("one_instruction_set"))
+        )
+        (dropped if repeats else kept).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
 @pytest.fixture(params=targets(), ids=str)
-def target(request, monkeypatch) -> Target:
+def target(request, monkeypatch) -> Iterator[Target]:
     if request.param.backend == "numba" and "numba" in fastattn.available_backends():
         compile_numba_kernels()
     monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", request.param.disabled)
-    return request.param
+    used = set()
+    if request.param.isa is not None:
+        for name in ("run", "run_backward", "run_map", "run_top"):
+            compute = getattr(cython, name)
+
+            def noted(problem, *arguments, compute=compute):
+                used.add(multiplied_dtype(getattr(problem, "problem", problem)))
+                return compute(problem, *arguments)
+
+            monkeypatch.setattr(cython, name, noted)
+    yield request.param
+    undeclared = used - dtypes_of(request.node)
+    assert not undeclared, f"to be declared by pytest.mark.dtypes: {', '.join(undeclared)}"
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +121,8 @@ def run_python():
 
 
 def pytest_configure(config):
+    for mark, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
     config.addinivalue_line("filterwarnings", "error")  # the contract: no call warns
     if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
         # There a number of the device is a NumPy scalar, which warns.

@@ -1,14 +1,14 @@
-/* The exponentials, the tanh and the root of simd.h against the C library's in a wider type.
+/* The exponentials, the tanh and the root of math-inl.h against the C library's in a wider type.
  *
  * exp_tanh_check STEP: float32 takes every STEP-th number there is (every one that is not positive
  * for exp), float64 some 2**30 / STEP of those that are neither tiny nor saturated. The bounds are
- * what the heads of the functions in simd.h promise: keep them the same.
+ * what the heads of the functions in math-inl.h promise: keep them the same.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "simd.h"
+#include "math-inl.h"
 
 #ifdef REAL_IS_DOUBLE
 typedef long double wide;

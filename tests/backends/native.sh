@@ -29,7 +29,7 @@ each_instruction_set() { # flags of this machine's own compiler...
         ! grep -qw avx2 /proc/cpuinfo || check avx2 "" gcc "$@" -mavx2 -mfma
         ! grep -qw avx512dq /proc/cpuinfo || check avx512 "" gcc "$@" \
             -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma
-        dtypes=(-DPARTS=3)
+        dtypes=(-DBF16_TERMS=3)
         ! grep -qw amx_bf16 /proc/cpuinfo || check amx "" gcc "$@" \
             -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mavx512bf16 -mamx-tile -mamx-bf16
         dtypes=("" -DREAL_IS_DOUBLE)

@@ -40,28 +40,44 @@ print(launch.launcher(None, None)._cache.__class__.__name__)
     assert run_python(program).strip() == "NullCache"
 
 
-WARNED = """
+# A function of no time to compile, kept as the kernels are, and what was said meanwhile.
+KEPT = """
 import sys, warnings
+from numba import njit
+from fastattn.backends.numba.disk import keep_on_disk
+from helpers.kept import add, multiply
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for program in sys.argv[1:]:
-        exec(program)
+    exec(sys.argv[1] if len(sys.argv) > 1 else "")
+    for function, wanted in ((add, 5), (multiply, 6)):
+        compiled = njit(function)
+        keep_on_disk(compiled)
+        assert compiled(2, 3) == wanted
+        print(len(compiled.stats.cache_hits), len(compiled.stats.cache_misses))
 print(*(w.category.__name__ for w in caught))
 """
-OTHER_CALL = 'fastattn.scaled_dot(*[np.ones((3, 5, 8))] * 3, backend="numba")'
+
+
+def test_the_kernel_is_kept_like_that(run_python):
+    program = """
+from fastattn.backends.numba import disk, launch
+print(type(launch.launcher(None, None)._cache) is disk._Cache)
+"""
+    assert run_python(program).strip() == "True"
 
 
 @pytest.mark.parametrize("ending, cut", [("nbi", True), ("nbc", True), ("nbc", False)])
 def test_damaged_cache(run_python, tmp_path, ending, cut):
     """A file that was cut off, or in which a bit has changed: said once, and mended."""
-    where = {"timeout": 300, "NUMBA_CACHE_DIR": str(tmp_path)}
-    run_python(CALL, **where)
+    where = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run_python(KEPT, **where).splitlines() == ["0 1", "0 1", ""]
+    assert run_python(KEPT, **where).splitlines() == ["1 0", "1 0", ""]
     for path in tmp_path.rglob(f"*.{ending}"):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data[: len(data) // 2] if cut else data)
-    assert run_python(WARNED, CALL, **where).splitlines() == ["0 1", "RuntimeWarning"]
-    assert run_python(WARNED, CALL, **where).splitlines() == ["1 0", ""]
+    assert run_python(KEPT, **where).splitlines() == ["0 1", "0 1", "RuntimeWarning"]
+    assert run_python(KEPT, **where).splitlines() == ["1 0", "1 0", ""]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no limits on the size of files there")
@@ -72,10 +88,8 @@ import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 """
-    found = run_python(
-        program + WARNED, CALL, OTHER_CALL, timeout=300, NUMBA_CACHE_DIR=str(tmp_path)
-    )
-    assert found.splitlines() == ["0 1", "RuntimeWarning"]
+    found = run_python(KEPT, program, NUMBA_CACHE_DIR=str(tmp_path))
+    assert found.splitlines() == ["0 1", "0 1", "RuntimeWarning"]
 
 
 def test_without_compiling(run_python):

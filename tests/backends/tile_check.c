@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef PARTS
+#ifdef BF16_TERMS
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -36,7 +36,7 @@ static real *rows_of(int n) { /* n numbers between -1 and 1 */
     return x;
 }
 
-static double bias[MAX_QUERIES][N_KEYS]; /* as it will be read: -2 to 2, or -INFINITY */
+static double bias[MAX_BLOCK_Q][N_KEYS]; /* as it will be read: -2 to 2, or -INFINITY */
 
 static void write_number(double x, NumberFormat format, char *at) {
     static const unsigned short half[] = {0xc000, 0xbc00, 0, 0x3c00, 0x4000, 0xfc00};
@@ -79,11 +79,11 @@ static double score_of(const Tile *t, int i, ptrdiff_t j, double *slope) {
     double s = 0;
     for (int d = 0; d < HEAD_DIM; d++) {
         double x = q[d], y = k[j * HEAD_DIM + d];
-        if (t->measure == DOT) s += x * y;
-        if (t->measure == DISTANCE) s += (x - y) * (x - y);
-        if (t->measure == ADDITIVE) s += t->measure_weights[d] * tanh(x + y);
+        if (t->score_function == DOT) s += x * y;
+        if (t->score_function == DISTANCE) s += (x - y) * (x - y);
+        if (t->score_function == ADDITIVE) s += t->dim_weights[d] * tanh(x + y);
     }
-    s = t->scale * (t->measure == DISTANCE ? sqrt(s) : s);
+    s = t->scale * (t->score_function == DISTANCE ? sqrt(s) : s);
     *slope = t->softcap > 0 ? 1 - pow(tanh(s / t->softcap), 2) : 1;
     if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
     if (t->has_bias) s += bias[i][j];
@@ -111,8 +111,8 @@ static double error_of(const Tile *t, int i) {
     return t->lse[i] == log(total) ? worst : worse(worst, fabs(t->lse[i] - log(total)));
 }
 
-static void each_pass(Tile *t, void (*step)(Tile *, ptrdiff_t, ptrdiff_t)) {
-    const ptrdiff_t keys = kernels.pass_keys, first = t->first / STRIP_KEYS * STRIP_KEYS;
+static void each_block(Tile *t, void (*step)(Tile *, ptrdiff_t, ptrdiff_t)) {
+    const ptrdiff_t keys = kernels.block_k, first = t->first / SUB_BLOCK_K * SUB_BLOCK_K;
     for (ptrdiff_t key = t->first / keys * keys; key < t->last; key += keys)
         step(t, key > first ? key : first, key + keys < t->last ? key + keys : t->last);
 }
@@ -122,9 +122,9 @@ static double run(Tile *t) {
     double worst = 0;
     t->scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
     kernels.begin(t);
-    each_pass(t, kernels.attend);
+    each_block(t, kernels.attend);
     if (!kernels.finish(t)) worst = INFINITY;
-    each_pass(t, kernels.weights);
+    each_block(t, kernels.weights);
     for (int i = 0; i < t->n_queries; i++) worst = worse(worst, error_of(t, i));
     free(t->scratch);
     return worst;
@@ -138,13 +138,13 @@ static double farthest(const double *wanted, const real *found, int n) {
 
 /* The largest error of the means and, of rows normalized anew, of lse and lse_rest together. */
 static double prepare(Tile *t) {
-    double worst = 0, lse[MAX_QUERIES];
+    double worst = 0, lse[MAX_BLOCK_Q];
     memcpy(lse, t->lse, sizeof lse);
-    kernels.gradient->prepare(t);
+    kernels.backward->prepare(t);
     t->value_dim = 0;
     kernels.begin(t);
-    each_pass(t, kernels.attend);
-    kernels.gradient->normalize(t);
+    each_block(t, kernels.attend);
+    kernels.backward->normalize(t);
     t->value_dim = VALUE_DIM;
     for (int i = 0; i < t->n_queries; i++) {
         const real *g = (const real *)t->grad_out[i], *out = (const real *)t->result[i];
@@ -159,10 +159,10 @@ static double prepare(Tile *t) {
 /* The largest error of the gradients of queries, keys and values, after `run`, with a gradient of the result
  * that arrives and a delta of nothing in particular. */
 static double run_gradients(Tile *t) {
-    static double grad_q[MAX_QUERIES][HEAD_DIM], grad_k[N_KEYS][HEAD_DIM], grad_v[N_KEYS][VALUE_DIM];
+    static double grad_q[MAX_BLOCK_Q][HEAD_DIM], grad_k[N_KEYS][HEAD_DIM], grad_v[N_KEYS][VALUE_DIM];
     const real *k = (const real *)t->k, *v = (const real *)t->v;
     real *found_k = rows_of(N_KEYS * HEAD_DIM), *found_v = rows_of(N_KEYS * VALUE_DIM);
-    char *out[MAX_QUERIES];
+    char *out[MAX_BLOCK_Q];
     double worst = 0;
     memset(grad_q, 0, sizeof grad_q), memset(grad_k, 0, sizeof grad_k), memset(grad_v, 0, sizeof grad_v);
     for (int i = 0; i < t->n_queries; i++) {
@@ -188,14 +188,14 @@ static double run_gradients(Tile *t) {
     t->grad_out_format = t->out_format;
     t->grad_out_dim = t->result_dim = sizeof(real);
     t->grad_k = (char *)found_k, t->grad_v = (char *)found_v;
-    t->scratch = aligned_alloc(64, (kernels.gradient->scratch_bytes(t) + 63) / 64 * 64);
+    t->scratch = aligned_alloc(64, (kernels.backward->scratch_bytes(t) + 63) / 64 * 64);
     worst = worse(worst, prepare(t));
-    for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.pass_keys) {
-        ptrdiff_t end = begin + kernels.pass_keys < N_KEYS ? begin + kernels.pass_keys : N_KEYS;
-        kernels.gradient->open(t, begin, end);
+    for (ptrdiff_t begin = 0; begin < N_KEYS; begin += kernels.block_k) {
+        ptrdiff_t end = begin + kernels.block_k < N_KEYS ? begin + kernels.block_k : N_KEYS;
+        kernels.backward->begin_keys(t, begin, end);
         kernels.begin(t);
-        if (kernels.gradient->differentiate(t, begin, end)) kernels.gradient->add(t);
-        kernels.gradient->close(t, begin, end);
+        if (kernels.backward->differentiate(t, begin, end)) kernels.backward->add(t);
+        kernels.backward->store_keys(t, begin, end);
     }
     free(t->scratch);
     for (int i = 0; i < t->n_queries; i++) {
@@ -209,7 +209,7 @@ static double run_gradients(Tile *t) {
     return worst;
 }
 
-static double check(Measure measure, int n_queries, int causal, int options, NumberFormat format) {
+static double check(ScoreFunction score_function, int n_queries, int causal, int options, NumberFormat format) {
     static Tile t;
     static double weights[HEAD_DIM];
     for (int d = 0; d < HEAD_DIM; d++) weights[d] = d % 3 - 1;
@@ -218,15 +218,15 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
     t.k = (char *)k, t.v = (char *)v;
     t.q_format = t.k_format = t.v_format = t.out_format = t.grad_out_format = t.grad_k_format =
         t.grad_v_format = (NumberFormat){'f', sizeof(real), 0};
-    t.pass_keys = kernels.pass_keys < N_KEYS ? kernels.pass_keys : N_KEYS;
+    t.block_k = kernels.block_k < N_KEYS ? kernels.block_k : N_KEYS;
     t.n_queries = n_queries;
     t.q_dim = t.k_dim = t.v_dim = t.out_dim = t.weights_key = sizeof(real);
     t.head_dim = HEAD_DIM, t.k_key = HEAD_DIM * sizeof(real);
     t.value_dim = VALUE_DIM, t.v_key = VALUE_DIM * sizeof(real);
     t.grad_k_key = t.k_key, t.grad_v_key = t.v_key;
     t.scale = 1 / sqrt(HEAD_DIM);
-    t.measure = measure, t.measure_weights = weights;
-    if (measure == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;
+    t.score_function = score_function, t.dim_weights = weights;
+    if (score_function == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;
     t.want_lse = 1;
     t.has_mask = options & MASK, t.has_bias = options & BIAS, t.has_alibi = options & ALIBI;
     t.softcap = options & SOFTCAP ? 0.5 : 0;
@@ -248,7 +248,7 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
         if (options & BIAS) t.bias[i] = bias_row(i, format);
     }
     double worst = run(&t);
-    if (measure == DOT && n_queries % 3 == 1) worst = worse(worst, run_gradients(&t));
+    if (score_function == DOT && n_queries % 3 == 1) worst = worse(worst, run_gradients(&t));
     for (int i = 0; i < n_queries; i++) {
         free((void *)t.q[i]), free(t.out[i]), free(t.weights[i]);
         free((void *)t.mask[i]), free((void *)t.bias[i]);
@@ -259,19 +259,19 @@ static double check(Measure measure, int n_queries, int causal, int options, Num
 
 int main(void) {
     double worst = 0;
-#ifdef PARTS
+#ifdef BF16_TERMS
     if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return puts("tiles are not to be had here"), 0;
 #endif
-    for (int n = 1; n <= kernels.queries; n += 1 + n / 64)
+    for (int n = 1; n <= kernels.block_q; n += 1 + n / 64)
         for (int causal = 0; causal < 2; causal++) {
             int options = (5 * n + 16 * causal) % ALL_OPTIONS;
             worst = worse(worst, check(DOT, n, causal, options, FORMATS[n % N_FORMATS]));
-#ifndef PARTS
-            Measure other = n % 2 ? ADDITIVE : DISTANCE;
+#ifndef BF16_TERMS
+            ScoreFunction other = n % 2 ? ADDITIVE : DISTANCE;
             worst = worse(worst, check(other, n, causal, options, FORMATS[n % N_FORMATS]));
 #endif
         }
     printf("%d-byte reals, %d queries a tile: largest error %.2e\n", (int)sizeof(real),
-           kernels.queries, worst);
+           kernels.block_q, worst);
     return worst <= TOLERANCE ? 0 : 1;
 }

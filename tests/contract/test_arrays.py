@@ -6,6 +6,7 @@ from helpers.layouts import LAYOUTS
 from helpers.oracles import assert_solves, check
 from helpers.problems import Shape
 
+import fastattn
 from fastattn.core.problem import make_problem
 
 SHAPE = Shape(2, 4, 18, 30, 8, kv_heads=2)
@@ -181,9 +182,9 @@ MASKED_OPTIONS = ["q", "k", "v", "mask", "bias", "alibi", "sinks", "kv_lengths",
 
 
 @pytest.mark.parametrize("name", MASKED_OPTIONS)
-def test_masked_arrays_are_refused(target, name):
+def test_masked_arrays_are_refused(name):
     arguments = dict(zip("qkv", SHAPE.arrays(), strict=True))
     arguments.setdefault(name, np.zeros(4))
     arguments[name] = np.ma.masked_array(arguments[name])
     with pytest.raises(TypeError, match=rf"^{name}: (?i:.*masked ?array)"):
-        target.attend(**arguments)
+        fastattn.scaled_dot(**arguments)

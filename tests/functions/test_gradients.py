@@ -68,6 +68,7 @@ def test_each_option(target, names, dtype):
     check_gradients(target, *SHAPE.arrays(dtype), **options(names, SHAPE, 5))
 
 
+@pytest.mark.dtypes(*DTYPES)
 @few
 @given(shape=shapes(), names=subsets(EVERY_OPTION), seed=st.integers(0, 2**16),
        dtype=st.sampled_from(DTYPES), with_lse=st.booleans())  # fmt: skip
@@ -211,6 +212,7 @@ def test_dtype_of_an_options_gradient(target, dtype, option, wanted):
     assert dsinks.dtype == np.dtype(wanted)
 
 
+@pytest.mark.dtypes("float16")
 def test_no_rounding_between_tiles_in_half_precision(target):
     """Sums are kept in float32: 2000 equal terms would stop growing in float16."""
     q, k, v = (np.zeros((1, 2000, 8), np.float16) for _ in range(3))

@@ -433,6 +433,7 @@ def test_narrower_keys_and_values_are_not_copied(target, dtypes):
     check(target, q, k, v)
 
 
+@pytest.mark.dtypes("bfloat16")
 @pytest.mark.parametrize("n", [1, 100])
 def test_float32_multiplied_as_bfloat16(target, n):
     """As far off as plain NumPy with the inputs and the weights rounded to bfloat16."""

@@ -9,6 +9,7 @@ import fastattn
 
 
 def child_environment(**more) -> dict[str, str]:
-    root = str(Path(fastattn.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    """That of this process, in which a program finds the same ``fastattn`` and ``helpers``."""
+    own = (Path(fastattn.__file__).parents[1], Path(__file__).parents[1])
+    path = os.pathsep.join((*map(str, own), *filter(None, [os.environ.get("PYTHONPATH")])))
     return {**os.environ, "PYTHONPATH": path, **more}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 import fastattn
@@ -21,6 +23,21 @@ class Target(NamedTuple):
 
     def __str__(self):
         return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
+
+    @property
+    def first_of_its_backend(self) -> bool:
+        return not self.disabled
+
+    def repeats_another(self, dtypes) -> bool:
+        """Are the kernels for these dtypes those of a faster instruction set, so that every bit of
+        every result is, too?
+        """
+        if self.isa is None:
+            return False
+        tables = kernel_tables()
+        own = tables[self.isa]
+        faster = self.disabled.split()
+        return any(all(own[x] == tables[isa][x] for x in dtypes) for isa in faster)
 
     @property
     def bitwise(self) -> bool:
@@ -54,13 +71,26 @@ class Target(NamedTuple):
         return fastattn.vjp(fastattn.scaled_dot, q, k, v, backend=self.backend, **options)
 
 
-def instruction_sets() -> tuple[str, ...]:
-    """Those of the compiled kernels, fastest first; empty where they are not built."""
+@cache
+def kernel_tables() -> dict[str, dict[str, tuple[int, ...]]]:
+    """The compiled kernels by instruction set, fastest first, and dtype; empty if not built."""
     try:
         from fastattn import _kernels
     except ImportError:
-        return ()
-    return tuple(_kernels.instruction_sets())
+        return {}
+    return _kernels.kernel_tables()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of the compiled kernels, fastest first; empty where they are not built."""
+    return tuple(kernel_tables())
+
+
+def multiplied_dtype(problem) -> str:
+    """By whose kernels the compiled backend computes `problem`."""
+    if problem.precision == "bfloat16" and problem.dtype == np.float32:
+        return "bfloat16"
+    return problem.dtype.name
 
 
 def targets():

@@ -11,8 +11,8 @@ import fastattn
 
 README = Path(__file__).parents[2] / "README.md"
 PLAIN = (
-    "attention", "backward", "documents", "explain", "gaussian", "kv_cache", "additive",
-    "euclidean", "merge", "multihead", "similarity", "vjp", "weight_maps",
+    "attention", "backward", "documents", "explain", "gaussian", "jvp", "kv_cache", "additive",
+    "euclidean", "merge", "multihead", "similarity", "varlen", "vjp", "weight_maps",
 )  # fmt: skip
 NEED_NUMBA = ("block_mask", "flex", "vectormath")
 

@@ -45,6 +45,7 @@ def test_every_amplitude(target, shape, amplitude, seed, dtype):
     check_amplitude(target, shape, amplitude, dtype, seed)
 
 
+@pytest.mark.dtypes(*DTYPES)
 @fuzz
 @given(shape=problems(), amplitude=st.sampled_from(AMPLITUDES), seed=st.integers(0, 2**16),
        dtype=st.sampled_from(DTYPES), names=subsets(["softcap", "causal", "window", "mask", "sinks",

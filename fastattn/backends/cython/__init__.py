@@ -9,7 +9,7 @@ from ...core.arguments import broadcast_shapes
 from ...core.bins import no_top_keys
 from ...core.problem import DOT, SQUARED_DISTANCE, Problem
 from .backward import run_backward
-from .kernel_args import attend, kernels, product, threads
+from .kernel_args import attend, compute_dtype, kernels, threads
 
 __all__ = [
     "broken", "name", "plan", "run", "run_backward", "run_map", "run_top", "unsupported",
@@ -85,12 +85,12 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     together = max(1, p.group * p.n_queries)
-    kind = product(p), together, p.head_dim, p.value_dim, p.score_function is DOT
+    kind = compute_dtype(p), together, p.head_dim, p.value_dim, p.score_function is DOT
     queries, panel, keys = kernels.tile_size(*kind)
     return {
-        "kernel": f"{p.dtype}, multiplied as {kernels.multiplied_as(*kind)}",
+        "kernel": f"{p.dtype}, multiplied as {kernels.matmul_dtype(*kind)}",
         "instruction set": kernels.instruction_set(),
-        "tile": f"{queries} queries, {keys} keys a pass",
+        "tile": f"{queries} queries, {keys} keys a block",
         "threads": str(threads(p)),
         "skipped": f"{_share_skipped(p, panel):.0%} of the tiles"
         + (", and those that the mask hides" if p.mask is not None else ""),

@@ -11,7 +11,7 @@ from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
-from .kernel_args import kernels, product, threads
+from .kernel_args import compute_dtype, kernels, threads
 
 __all__ = ["run_backward"]
 
@@ -33,7 +33,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     kernels.differentiate(
         p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
         found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, p.scale,
-        p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, product(p),
+        p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
         threads(p), grad_bias, row_sums, key_heads,
     )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):

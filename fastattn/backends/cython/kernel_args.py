@@ -6,7 +6,7 @@ from ...core.extension import kernels
 from ...core.problem import DOT, Problem
 from ...core.threads import worth_threads
 
-__all__ = ["attend", "kernels", "product", "threads"]
+__all__ = ["attend", "compute_dtype", "kernels", "threads"]
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
@@ -19,13 +19,13 @@ def attend(p: Problem, result, lse=None, weights=None, sums=None, indices=None) 
     kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
         p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
-        lse, weights, p.key_range.longest_first(p.batch), product(p), threads(p),
+        lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
         None if p.score_function is DOT else p.score_function, sums, indices,
     )  # fmt: skip
 
 
-def product(problem: Problem) -> str:
-    """Whose kernels multiply, as the character of a dtype."""
+def compute_dtype(problem: Problem) -> str:
+    """What the kernels multiply in, as NumPy's character for a dtype."""
     p = problem
     if p.dtype.char == "f" and p.precision == "bfloat16":
         return "E"

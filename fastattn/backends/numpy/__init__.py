@@ -12,6 +12,7 @@ import numpy as np
 
 from ...core.problem import Problem
 from .backward import run_backward, unsupported_backward
+from .tangents import run_forward_mode
 from .tiles import (
     BLOCK_K,
     BLOCK_Q,
@@ -33,6 +34,7 @@ __all__ = [
     "plan",
     "run",
     "run_backward",
+    "run_forward_mode",
     "run_map",
     "run_top",
     "unsupported",

@@ -13,7 +13,12 @@ import numpy as np
 
 from ...core.problem import ScoreFunction
 
-__all__ = ["score_function_gradients", "unscaled_scores", "where_visible"]
+__all__ = [
+    "score_function_gradients",
+    "score_function_tangents",
+    "unscaled_scores",
+    "where_visible",
+]
 
 # Dimensions that are summed from zero before they join the running sum, which alone would have
 # several times the rounding error of `numpy.sum`.
@@ -50,9 +55,8 @@ def _within_range(squares, q, k) -> np.ndarray:
 
 
 def score_function_gradients(fn: ScoreFunction, q, k, seen, grad):
-    """``(grad_q, grad_k, grad_w)`` of what `unscaled_scores` returns, from its gradient `grad`,
-    each with
-    all leading axes of that but for `grad_w`, (head_dim,).
+    """``(grad_q, grad_k, grad_w)`` of what `unscaled_scores` returns, from its gradient
+    `grad`, each with all leading axes of that but for `grad_w`, (head_dim,).
     """
     shape = grad.shape[:-2]
     grad_q, grad_k = (np.empty((*shape, *x.shape[-2:]), q.dtype) for x in (q, k))
@@ -76,6 +80,29 @@ def score_function_gradients(fn: ScoreFunction, q, k, seen, grad):
         grad_q[..., d] = terms.sum(axis=-1)
         grad_k[..., d] = sign * terms.sum(axis=-2)
     return grad_q, grad_k, grad_w
+
+
+def score_function_tangents(fn: ScoreFunction, q, k, dq, dk) -> np.ndarray:
+    """The tangent of `unscaled_scores` along `dq` and `dk`, of which one may be None."""
+    total = _sum(_tangent_terms(fn, q, k, dq, dk))
+    if fn.name == "squared distance":
+        return 2 * total
+    if fn.name == "distance":
+        lengths = unscaled_scores(fn, q, k)
+        return np.where(lengths == 0, 0, total / np.where(lengths == 0, 1, lengths))
+    return total
+
+
+def _tangent_terms(fn: ScoreFunction, q, k, dq, dk):
+    sign = 1 if fn.name == "additive" else -1
+    for d in range(q.shape[-1]):
+        x, y = q[..., :, None, d], k[..., None, :, d]
+        dx = 0 if dq is None else dq[..., :, None, d]
+        dy = 0 if dk is None else sign * dk[..., None, :, d]
+        if fn.name == "additive":
+            yield fn.weights[d].astype(q.dtype) * (1 - np.tanh(x + y) ** 2) * (dx + dy)
+        else:
+            yield (x - y) * (dx + dy)
 
 
 def _squares(q, k, unit=None):

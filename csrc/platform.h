@@ -1,7 +1,7 @@
-/* OpenMP where the compiler has it, with what its runtimes leave to their callers; a clock that runs
- * without the GIL. */
-#ifndef FASTATTN_OPENMP_H
-#define FASTATTN_OPENMP_H
+/* OpenMP where the compiler has it, with what its runtimes leave to their callers; a clock that
+ * runs without the GIL. */
+#ifndef FASTATTN_PLATFORM_H
+#define FASTATTN_PLATFORM_H
 
 #include <ctype.h>
 #include <pthread.h>
@@ -52,7 +52,8 @@ static inline size_t openmp_stack(void) {
     if (!setting && !(setting = getenv("GOMP_STACKSIZE"))) return 0;
     size_t n = strtoul(setting, &unit, 10);
     unit += strspn(unit, " \t");
-    const char *units = "BKMG", *at = *unit ? strchr(units, toupper((unsigned char)*unit)) : units + 1;
+    const char *units = "BKMG",
+               *at = *unit ? strchr(units, toupper((unsigned char)*unit)) : units + 1;
     return at ? n << 10 * (at - units) : 0;
 }
 
@@ -75,8 +76,9 @@ static inline int creatable_threads(int wanted) {
     return n > 1 ? n : 1;
 }
 
-/* Threads for a region of at most so many: how many. OpenMP's runtimes end the process if one cannot be
- * created, so it is tried before they do, where their pool must grow; it is the calling thread's. */
+/* Threads for a region of at most so many: how many. OpenMP's runtimes end the process if one
+ * cannot be created, so it is tried before they do, where their pool must grow; it is the calling
+ * thread's. */
 static inline int grow_pool(int wanted) {
     static _Thread_local int pool = 1;
     if (wanted > pool) {
@@ -92,10 +94,10 @@ static inline int grow_pool(int wanted) {
 }
 
 /* A count that threads wait for. */
-static inline int64_t read_count(const int64_t *count) {
+static inline int64_t load_acquire(const int64_t *count) {
     return __atomic_load_n(count, __ATOMIC_ACQUIRE);
 }
-static inline void set_count(int64_t *count, int64_t value) {
+static inline void store_release(int64_t *count, int64_t value) {
     __atomic_store_n(count, value, __ATOMIC_RELEASE);
 }
 #endif

@@ -1,14 +1,15 @@
 /* Numbers as they lie in memory, of any format, as lanes of `real` and back.
  *
  * Queries, keys and values may be float32, float16, bfloat16 (and float64 where `real` is), each of
- * its own, keys and values also int8; results are `real`, or halves where that is float32; a bias may be any real dtype in any byte order.
+ * its own, keys and values also int8; results are `real`, or halves where that is float32; a bias
+ * may be any real dtype in any byte order.
  */
-#ifndef FASTATTN_ELEMENTS_H
-#define FASTATTN_ELEMENTS_H
+#ifndef FASTATTN_CONVERT_INL_H
+#define FASTATTN_CONVERT_INL_H
 
 #include <string.h>
 
-#include "simd.h"
+#include "simd-inl.h"
 
 INLINE float as_float(uint32_t bits) {
     float x;
@@ -50,9 +51,17 @@ static uint16_t float_to_bfloat(float x) {
 static double read_number(const char *at, NumberFormat format) {
     union {
         char bytes[16];
-        int8_t i8; int16_t i16; int32_t i32; int64_t i64;
-        uint8_t u8; uint16_t u16; uint32_t u32; uint64_t u64;
-        float f32; double f64; long double f80;
+        int8_t i8;
+        int16_t i16;
+        int32_t i32;
+        int64_t i64;
+        uint8_t u8;
+        uint16_t u16;
+        uint32_t u32;
+        uint64_t u64;
+        float f32;
+        double f64;
+        long double f80;
     } x;
     memset(&x, 0, sizeof x);
     for (int i = 0; i < format.bytes; i++)
@@ -68,8 +77,7 @@ static double read_number(const char *at, NumberFormat format) {
                : format.bytes == 2 ? x.u16
                : format.bytes == 4 ? x.u32
                                    : (double)x.u64;
-    case 'b': /* bfloat16 is the upper half of a float */
-        return as_float((uint32_t)x.u16 << 16);
+    case 'b': /* bfloat16 is the upper half of a float */ return as_float((uint32_t)x.u16 << 16);
     }
     if (format.bytes == 4) return x.f32;
     if (format.bytes == 8) return x.f64;
@@ -167,17 +175,17 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
     }
 }
 
-/* Call `function` with a constant format of an operand last, or the choice between formats would be made
- * for each vector. */
-#define WITH_FORMAT(format, function, ...)                                                        \
-    do {                                                                                          \
-        const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_FLOAT = {'f', 4, 0},              \
-                           AS_HALF = {'f', 2, 0}, AS_BFLOAT = {'b', 2, 0}, AS_BYTE = {'i', 1, 0}; \
-        if (is_real(format)) function(__VA_ARGS__, AS_REAL);                                      \
-        else if (sizeof(real) > 4 && (format).bytes == 4) function(__VA_ARGS__, AS_FLOAT);        \
-        else if ((format).kind == 'b') function(__VA_ARGS__, AS_BFLOAT);                          \
-        else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                            \
-        else function(__VA_ARGS__, AS_HALF);                                                      \
+/* Call `function` with a constant format of an operand last, or the choice between formats would be
+ * made for each vector. */
+#define WITH_FORMAT(format, function, ...)                                                         \
+    do {                                                                                           \
+        const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_FLOAT = {'f', 4, 0},               \
+                           AS_HALF = {'f', 2, 0}, AS_BFLOAT = {'b', 2, 0}, AS_BYTE = {'i', 1, 0};  \
+        if (is_real(format)) function(__VA_ARGS__, AS_REAL);                                       \
+        else if (sizeof(real) > 4 && (format).bytes == 4) function(__VA_ARGS__, AS_FLOAT);         \
+        else if ((format).kind == 'b') function(__VA_ARGS__, AS_BFLOAT);                           \
+        else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                             \
+        else function(__VA_ARGS__, AS_HALF);                                                       \
     } while (0)
 
 INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t dims, vec factor,
@@ -190,11 +198,11 @@ INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t di
             for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
             transpose(x);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(columns + (d + i) * PANEL, x[i] * factor);
+            for (int i = 0; i < LANES; i++) store(columns + (d + i) * MR, x[i] * factor);
         }
     for (; d < dims; d++)
         for (int i = 0; i < LANES; i++)
-            columns[d * PANEL + i] = (real)read_number(rows[i] + d * dim, format) * factor[0];
+            columns[d * MR + i] = (real)read_number(rows[i] + d * dim, format) * factor[0];
 }
 
 /* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */

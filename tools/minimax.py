@@ -1,6 +1,6 @@
-"""Prints the polynomials of ``simd.h``, those of least relative error.
+"""Prints the polynomials of ``math-inl.h``, those of least relative error.
 
-    pip install mpmath && python csrc/minimax.py
+    pip install mpmath && python tools/minimax.py
 
 Remez exchange in 60 digits (Muller 2016, "Elementary Functions", section 3.5).
 """

@@ -4,8 +4,8 @@
  * vector is the compiler's own type (GCC and Clang vector extensions): + - * < & work on it.
  * `real` is float, or double with -DREAL_IS_DOUBLE.
  */
-#ifndef FASTATTN_SIMD_H
-#define FASTATTN_SIMD_H
+#ifndef FASTATTN_SIMD_INL_H
+#define FASTATTN_SIMD_INL_H
 
 #include <float.h>
 #include <math.h>
@@ -18,34 +18,6 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
-#endif
-
-#if defined(__AMX_TILE__) || defined(__AMXTILE__) /* Clang's name until version 15 */
-#define HAS_TILES
-#endif
-
-/* TILE_ROWS x TILE_VECS accumulators, TILE_VECS operands and one broadcast value fill the register
- * file of 32 or 16 vectors; two of AMX's tiles go side by side. */
-#if defined(HAS_TILES)
-#define VEC_BYTES 64
-#define TILE_ROWS 8
-#define TILE_VECS 2
-#elif defined(__AVX512F__)
-#define VEC_BYTES 64
-#define TILE_ROWS 8
-#define TILE_VECS 3
-#elif defined(__AVX2__)
-#define VEC_BYTES 32
-#define TILE_ROWS 6
-#define TILE_VECS 2
-#elif defined(__aarch64__)
-#define VEC_BYTES 16
-#define TILE_ROWS 8
-#define TILE_VECS 3
-#else
-#define VEC_BYTES 16
-#define TILE_ROWS 6
-#define TILE_VECS 2
 #endif
 
 /* LANES is written out because the preprocessor chooses by it. */
@@ -78,7 +50,7 @@ typedef uint32_t lane_uint;
 #define EXPONENT_BIAS 127
 #define REAL_MAX FLT_MAX
 #endif
-#define PANEL (TILE_VECS * LANES) /* the queries that one register tile holds */
+#define MR (MR_VECS * LANES) /* the queries that one register tile holds */
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real loose_vec __attribute__((vector_size(VEC_BYTES), aligned(1)));
@@ -111,7 +83,8 @@ INLINE vec load_floats(const char *p) {
 INLINE vec load_bfloats(const char *p) {
     half_lanes x;
     __builtin_memcpy(&x, p, sizeof x);
-    return __builtin_convertvector((float_lanes)(__builtin_convertvector(x, float_bits) << 16), vec);
+    return __builtin_convertvector((float_lanes)(__builtin_convertvector(x, float_bits) << 16),
+                                   vec);
 }
 INLINE vec load_bytes(const char *p) {
     byte_lanes x;
@@ -286,12 +259,16 @@ INLINE vec smaller(vec a, vec b) {
 /* x - floor(x), and 2**floor(x) * y for x <= 0 or a NaN, but 0 where the power is subnormal. */
 #define FLUSH splat(1 - EXPONENT_BIAS)
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
-INLINE vec fraction(vec x) { return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINE vec fraction(vec x) {
+    return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 INLINE vec scale_by_power(vec y, vec x) {
     return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, FLUSH, _CMP_NLT_UQ), y, x);
 }
 #elif defined(__AVX512F__)
-INLINE vec fraction(vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINE vec fraction(vec x) {
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 INLINE vec scale_by_power(vec y, vec x) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, FLUSH, _CMP_NLT_UQ), y, x);
 }
@@ -353,136 +330,5 @@ INLINE void transpose(vec rows[LANES]) {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
     }
-}
-
-#define LOG2_E 1.4426950408889634
-
-/* WEIGHT_UNIT * 2**t for t <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. Of a
- * t = x * LOG2_E the relative error is at most 1.6 epsilon * (1 + |x|), in float64 0.9:
- * tests/backends/exp_tanh_check.c. */
-INLINE vec weight_of(vec t) {
-    vec f = fraction(t);
-    const real UNIT = (real)WEIGHT_UNIT;
-#ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 3.2e-18 */
-    vec y = splat(6.263109187474883278e-10 * UNIT);
-    y = y * f + 6.559712897579314753e-9 * UNIT;
-    y = y * f + 1.025317186450633205e-7 * UNIT;
-    y = y * f + 1.320837232734033306e-6 * UNIT;
-    y = y * f + 0.00001525317466967267173 * UNIT;
-    y = y * f + 0.0001540351232845643857 * UNIT;
-    y = y * f + 0.001333355862898311084 * UNIT;
-    y = y * f + 0.009618129099561909824 * UNIT;
-    y = y * f + 0.05550410866560104622 * UNIT;
-    y = y * f + 0.2402265069590633665 * UNIT;
-    y = y * f + 0.6931471805599459272 * UNIT;
-#else /* csrc/minimax.py: 8.2e-8 */
-    vec y = splat(0.00186702658517f * UNIT);
-    y = y * f + 0.00901724922596f * UNIT;
-    y = y * f + 0.055799756893f * UNIT;
-    y = y * f + 0.240164492838f * UNIT;
-    y = y * f + 0.693151308322f * UNIT;
-#endif
-    y = y * f + UNIT;
-    return scale_by_power(y, t);
-}
-
-/* n / d for ordinary d. The divider of 512 bits takes as long as eight of these steps. */
-INLINE vec quotient(vec n, vec d) {
-#if defined(__AVX512F__) && !defined(REAL_IS_DOUBLE)
-    vec r = _mm512_rcp14_ps(d), y = n * r;
-    return (n - d * y) * r + y; /* 2**-28 off before it is rounded */
-#else
-    return n / d;
-#endif
-}
-
-/* Adding this rounds to the nearest integer, and leaves that in the lowest bits. */
-#define ROUNDER splat((real)(3ull << (MANTISSA_BITS - 1)))
-INLINE vec power_of(vec rounded) { /* 2**n of n + ROUNDER */
-    return (vec)(((ivec)rounded + splat_int(EXPONENT_BIAS)) << MANTISSA_BITS);
-}
-
-/* 2**f - 1 for |f| <= 1/2. */
-INLINE vec power_less_one(vec f) {
-#ifdef REAL_IS_DOUBLE /* csrc/minimax.py: 1.8e-17 */
-    vec y = splat(4.445536079096291314e-10);
-    y = y * f + 7.07254999038397057e-9;
-    y = y * f + 1.017812125892926574e-7;
-    y = y * f + 1.321544278264547651e-6;
-    y = y * f + 0.00001525273370140623868;
-    y = y * f + 0.0001540353044138512039;
-    y = y * f + 0.001333355814653136969;
-    y = y * f + 0.009618129107607122348;
-    y = y * f + 0.05550410866482123764;
-    y = y * f + 0.240226506959100978;
-    y = y * f + 0.6931471805599453112;
-#else /* csrc/minimax.py: 1.1e-8 */
-    vec y = splat(0.000154035121869f);
-    y = y * f + 0.00133906973649f;
-    y = y * f + 0.00961823735112f;
-    y = y * f + 0.0555035750476f;
-    y = y * f + 0.240226497968f;
-    y = y * f + 0.693147187912f;
-#endif
-    return y * f;
-}
-
-/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of 0,
- * so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth, in
- * float64 3.9: tests/backends/exp_tanh_check.c. */
-INLINE vec tanh_vec(vec x) {
-    const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
-    vec a = magnitude(x);
-    vec t = smaller(saturated, a) * splat((real)-2.8853900817779268);
-    vec rounded = t + ROUNDER, power = power_of(rounded);
-    vec m = power * power_less_one(t - (rounded - ROUNDER)) + (power - (real)1);
-    return with_sign_of(quotient(-m, (real)2 + m), x);
-}
-
-/* The square root of x >= 0, within 1 epsilon; the unit for 512 bits takes three times as long as these steps. */
-INLINE vec root_of(vec x) {
-#if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
-    return _mm512_sqrt_pd(x);
-#elif defined(__AVX512F__)
-    vec r = _mm512_rsqrt14_ps(larger(x, splat(FLT_MIN))), y = x * r;
-    return choose(x == splat(INFINITY), x, (x - y * y) * (r * (real)0.5) + y);
-#elif defined(__AVX2__) && defined(REAL_IS_DOUBLE)
-    return _mm256_sqrt_pd(x);
-#elif defined(__AVX2__)
-    return _mm256_sqrt_ps(x);
-#elif defined(__SSE2__) && defined(REAL_IS_DOUBLE)
-    return _mm_sqrt_pd(x);
-#elif defined(__SSE2__)
-    return _mm_sqrt_ps(x);
-#elif defined(__aarch64__) && defined(REAL_IS_DOUBLE)
-    return (vec)vsqrtq_f64((float64x2_t)x);
-#elif defined(__aarch64__)
-    return (vec)vsqrtq_f32((float32x4_t)x);
-#else
-    for (int i = 0; i < LANES; i++) x[i] = (real)sqrt(x[i]);
-    return x;
-#endif
-}
-
-/* exp(2 x) = high + low for |x| <= EXP2X_MOST, `high` being that rounded and `low` the rest, so that
- * exp(2 x) - 1 is within 2.3 epsilon of itself, and the difference of two that are near 1 as exact:
- * tests/backends/exp_tanh_check.c. */
-#ifdef REAL_IS_DOUBLE
-#define EXP2X_MOST 300
-#define HALF_LN2_HIGH 0x1.62e42fefa2p-2 /* short, so that products with small integers are exact */
-#define HALF_LN2_LOW 0x1.9ef35793c7673p-42
-#else
-#define EXP2X_MOST 38
-#define HALF_LN2_HIGH 0x1.62ep-2
-#define HALF_LN2_LOW 0x1.0bfbe8e7bcd5ep-16
-#endif
-typedef struct {
-    vec high, low;
-} VecPair;
-INLINE VecPair exp_of_twice(vec x) {
-    vec rounded = x * (real)2.8853900817779268 + ROUNDER, n = rounded - ROUNDER;
-    vec f = ((x - n * (real)HALF_LN2_HIGH) - n * (real)HALF_LN2_LOW) * (real)2.8853900817779268;
-    vec power = power_of(rounded), m = power_less_one(f), one_more = m + (real)1;
-    return (VecPair){power * one_more, power * (m - (one_more - (real)1))};
 }
 #endif

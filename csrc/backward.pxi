@@ -1,0 +1,356 @@
+# Part of kernels.pyx: the backward pass.
+
+cdef struct Tickets:
+    # Key heads that share an operand by broadcasting add to one gradient, in the order of their
+    # work items, as tickets say, so that the sum does not depend on the threads.
+    Py_ssize_t sharers  # the most key heads of one gradient
+    Py_ssize_t blocks  # of each gradient; each has a ticket counter
+    int64_t *gradient  # (key heads): the index of their gradient
+    int64_t *before  # (key heads): how many add to the same gradient earlier
+    int64_t *count  # (gradients, blocks): the ticket to be served next
+
+
+cdef struct BackwardParams:
+    # The parameters of a backward pass; `call.out` is the gradient of q.
+    CallParams call
+    Operand grad_out, result, lse, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
+    double coarse  # an lse of this size or more is too inexact to recompute weights from
+    const int64_t *key_heads  # in groups of `sharers`, each of which is one item per block of keys
+    Py_ssize_t sharers, blocks  # of keys
+    Tickets q_tickets, k_tickets, v_tickets  # their blocks: tiles of queries, and blocks of keys
+
+
+cdef Py_ssize_t gradient_index(
+    const CallParams *params, const Operand *grad, Py_ssize_t head
+) noexcept nogil:
+    """The index of the gradient that a key head adds to."""
+    cdef Py_ssize_t batch = head // params.kv_heads, index = 0, step = 1
+    cdef int axis
+    for axis in range(params.n_batch - 1, -1, -1):
+        if grad.batch[axis] != 0:
+            index += batch % params.shape[axis] * step
+            step *= params.shape[axis]
+        batch //= params.shape[axis]
+    return index + head % params.kv_heads * step if grad.head != 0 else index
+
+
+cdef int64_t *assign_tickets(
+    BackwardParams *backward, Tickets *tickets, const Operand *grad, Py_ssize_t blocks,
+    int64_t *room,
+) noexcept nogil:
+    """Assign the tickets in `room`, which is zeroed. Return the end of what they take."""
+    cdef const CallParams *params = &backward.call
+    cdef Py_ssize_t n, head, heads = params.key_heads
+    tickets.sharers, tickets.blocks = 1, blocks
+    tickets.gradient, tickets.before, tickets.count = room, room + heads, room + 2 * heads
+    for n in range(heads):
+        head = backward.key_heads[n]
+        tickets.gradient[head] = gradient_index(params, grad, head)
+        tickets.before[head] = tickets.count[tickets.gradient[head]]
+        tickets.count[tickets.gradient[head]] += 1
+        tickets.sharers = max(tickets.sharers, tickets.count[tickets.gradient[head]])
+    memset(tickets.count, 0, heads * sizeof(int64_t))
+    return tickets.count + heads * max(blocks, 1)
+
+
+cdef inline int64_t *ticket_counter(
+    const Tickets *tickets, Py_ssize_t head, Py_ssize_t block
+) noexcept nogil:
+    return tickets.count + tickets.gradient[head] * tickets.blocks + block
+
+
+cdef inline bint wait_for_ticket(
+    const int64_t *counter, int64_t ticket, bint *stopped
+) noexcept nogil:
+    """Wait until it is the ticket's turn. False if the call was stopped."""
+    while load_acquire(counter) < ticket:
+        if stopped[0]:
+            return False
+        sched_yield()
+    return True
+
+
+cdef struct Row:
+    # A row of scores: its weights are exp(score - lse - lse_rest), their gradients have that mean.
+    double lse, lse_rest, mean
+
+
+cdef inline double real_at(const CallParams *params, const char *at) noexcept nogil:
+    """A number of the dtype that the kernels sum in."""
+    return (<double *>at)[0] if params.kernels.real_bytes == sizeof(double) else (<float *>at)[0]
+
+
+cdef bint is_coarse(const BackwardParams *backward, double lse) noexcept nogil:
+    return backward.coarse < fabs(lse) < INFINITY
+
+
+cdef bint prepare_tile(
+    const BackwardParams *backward, Tile *tile, WorkItem work, bint listen, double *last_look,
+    bint *stopped,
+) noexcept nogil:
+    """Fill the rows of a tile. False if the call was stopped.
+
+    A coarse lse is replaced by the one that the kernels compute, if they agree to rounding. If they
+    do not, the given lse stands for more keys than this call has (as after a merge) and is kept,
+    unless it is too large for any of its digits to tell their number.
+    """
+    cdef const CallParams *params = &backward.call
+    cdef char *grad_out = batch_ptr(params, &backward.grad_out, work.batch)
+    cdef char *result = batch_ptr(params, &backward.result, work.batch)
+    cdef char *lse = batch_ptr(params, &backward.lse, work.batch)
+    cdef char *rows = batch_ptr(params, &backward.rows, work.batch)
+    cdef Py_ssize_t value_dim = tile.value_dim, i, head, query
+    cdef double eps = DBL_EPSILON if params.kernels.real_bytes == sizeof(double) else FLT_EPSILON
+    cdef double apart
+    cdef Row *row
+    cdef bint any_coarse = False
+    set_tile(params, tile, work)
+    for i in range(tile.n_queries):
+        head = work.kv_head * params.group + (work.first + i) % params.group
+        query = (work.first + i) // params.group
+        tile.grad_out[i] = row_ptr(&backward.grad_out, grad_out, head, query)
+        tile.result[i] = row_ptr(&backward.result, result, head, query)
+    params.kernels.backward.prepare(tile)
+    for i in range(tile.n_queries):
+        head = work.kv_head * params.group + (work.first + i) % params.group
+        query = (work.first + i) // params.group
+        row = <Row *>row_ptr(&backward.rows, rows, head, query)
+        row.lse = real_at(params, row_ptr(&backward.lse, lse, head, query))
+        row.lse_rest, row.mean = 0, tile.mean[i]
+        any_coarse |= is_coarse(backward, row.lse)
+    if not any_coarse:
+        return True
+    tile.value_dim = 0
+    params.kernels.begin(tile)
+    if not each_block(
+        params.kernels.attend, params.kernels.block_k, tile, listen, last_look, stopped
+    ):
+        return False
+    params.kernels.backward.normalize(tile)
+    tile.value_dim = value_dim
+    for i in range(tile.n_queries):
+        head = work.kv_head * params.group + (work.first + i) % params.group
+        query = (work.first + i) // params.group
+        row = <Row *>row_ptr(&backward.rows, rows, head, query)
+        apart = fabs((tile.lse[i] - row.lse) + tile.lse_rest[i])
+        if is_coarse(backward, row.lse) and (
+            apart <= 4 * eps * fabs(row.lse) or fabs(row.lse) > 1 / eps
+        ):
+            row.lse, row.lse_rest = tile.lse[i], tile.lse_rest[i]
+    return True
+
+
+cdef bint prepare_item(
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """Prepare the rows of one tile: an Item of BackwardParams."""
+    cdef const BackwardParams *backward = <const BackwardParams *>call
+    cdef WorkItem work = work_item_of(&backward.call, item)
+    return prepare_tile(backward, tile, work, listen, last_look, stopped)
+
+
+cdef bint differentiate_tile(
+    const BackwardParams *backward, Tile *tile, WorkItem work, Py_ssize_t block, bint *stopped
+) noexcept nogil:
+    """One tile of queries and one block of keys. False if the call was stopped."""
+    cdef const CallParams *params = &backward.call
+    cdef Py_ssize_t begin = block * params.kernels.block_k, i, n, head, query
+    cdef Py_ssize_t end = min(begin + params.kernels.block_k, params.n_keys)
+    cdef char *grad_out = batch_ptr(params, &backward.grad_out, work.batch)
+    cdef char *grad_lse = batch_ptr(params, &backward.grad_lse, work.batch)
+    cdef char *rows = batch_ptr(params, &backward.rows, work.batch)
+    cdef Row *row
+    cdef double *sums
+    cdef char *grad_bias = batch_ptr(params, &backward.grad_bias, work.batch)
+    cdef char *row_sums = batch_ptr(params, &backward.row_sums, work.batch)
+    cdef Py_ssize_t key_head = work.batch * params.kv_heads + work.kv_head
+    cdef Py_ssize_t q_block = work.first // params.kernels.block_q
+    cdef int64_t *counter = ticket_counter(&backward.q_tickets, key_head, q_block)
+    cdef int64_t ticket = block * backward.q_tickets.sharers + backward.q_tickets.before[key_head]
+    cdef bint shared = backward.q_tickets.sharers > 1, some = False
+    set_tile(params, tile, work)
+    for i in range(tile.n_queries):
+        head = work.kv_head * params.group + (work.first + i) % params.group
+        query = (work.first + i) // params.group
+        tile.grad_out[i] = row_ptr(&backward.grad_out, grad_out, head, query)
+        row = <Row *>row_ptr(&backward.rows, rows, head, query)
+        tile.lse[i], tile.lse_rest[i], tile.delta[i] = row.lse, row.lse_rest, row.mean
+        if grad_lse is not NULL:
+            tile.delta[i] -= real_at(params, row_ptr(&backward.grad_lse, grad_lse, head, query))
+        if grad_bias is not NULL:
+            tile.grad_bias[i] = row_ptr(&backward.grad_bias, grad_bias, head, query)
+    params.kernels.begin(tile)
+    if tile.first < end and begin < tile.last:
+        some = params.kernels.backward.differentiate(tile, begin, end)
+    elif not shared:
+        return True
+    # Blocks are added in their order, so that the sum does not depend on the threads.
+    if (shared or tile.first < begin) and not wait_for_ticket(counter, ticket, stopped):
+        return False
+    if some:
+        params.kernels.backward.add(tile)
+        for i in range(tile.n_queries if row_sums is not NULL else 0):
+            head = work.kv_head * params.group + (work.first + i) % params.group
+            query = (work.first + i) // params.group
+            sums = <double *>row_ptr(&backward.row_sums, row_sums, head, query)
+            for n in range(4):
+                sums[n] += tile.row_sums[i][n]
+    store_release(counter, ticket + 1)
+    return True
+
+
+cdef bint differentiate_block(
+    const BackwardParams *backward, Tile *tile, Py_ssize_t head, Py_ssize_t block, bint listen,
+    double *last_look, bint *stopped,
+) noexcept nogil:
+    """One block of keys of one key head. False if a signal came in between."""
+    cdef const CallParams *params = &backward.call
+    cdef WorkItem work
+    cdef Py_ssize_t n
+    cdef Py_ssize_t begin = block * params.kernels.block_k
+    cdef Py_ssize_t end = min(begin + params.kernels.block_k, params.n_keys)
+    cdef Py_ssize_t batch = head // params.kv_heads, kv_head = head % params.kv_heads
+    cdef int64_t *k_counter = ticket_counter(&backward.k_tickets, head, block)
+    cdef int64_t *v_counter = ticket_counter(&backward.v_tickets, head, block)
+    tile.k = batch_ptr(params, &params.k, batch) + kv_head * params.k.head
+    tile.v = batch_ptr(params, &params.v, batch) + kv_head * params.v.head
+    tile.grad_k = batch_ptr(params, &backward.grad_k, batch) + kv_head * backward.grad_k.head
+    tile.grad_v = batch_ptr(params, &backward.grad_v, batch) + kv_head * backward.grad_v.head
+    tile.adds_k = backward.k_tickets.before[head] > 0
+    tile.adds_v = backward.v_tickets.before[head] > 0
+    params.kernels.backward.begin_keys(tile, begin, end)
+    for n in range(params.num_tiles):
+        if stopped[0] or (listen and interrupted(last_look)):
+            return False
+        work = work_item_of(params, head * params.num_tiles + n)
+        if not differentiate_tile(backward, tile, work, block, stopped):
+            return False
+    if not wait_for_ticket(k_counter, backward.k_tickets.before[head], stopped):
+        return False
+    if not wait_for_ticket(v_counter, backward.v_tickets.before[head], stopped):
+        return False
+    params.kernels.backward.store_keys(tile, begin, end)
+    store_release(k_counter, backward.k_tickets.before[head] + 1)
+    store_release(v_counter, backward.v_tickets.before[head] + 1)
+    return True
+
+
+cdef bint differentiate_item(
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """One block of keys, of all key heads that share a bias, in their order: an Item of
+    BackwardParams.
+    """
+    cdef const BackwardParams *backward = <const BackwardParams *>call
+    cdef Py_ssize_t groups = backward.call.key_heads // backward.sharers
+    cdef Py_ssize_t group = item // backward.blocks, block = item % backward.blocks, i
+    cdef const int64_t *heads
+    if backward.q_tickets.sharers > 1:  # so that an item waits only for items before it
+        group, block = item % groups, item // groups
+    heads = backward.key_heads + group * backward.sharers
+    for i in range(backward.sharers):
+        if not differentiate_block(backward, tile, heads[i], block, listen, last_look, stopped):
+            return False
+    return True
+
+
+cdef int run_backward(const BackwardParams *backward, int threads, Tile *tiles) except -1:
+    cdef Py_ssize_t tiles_to_prepare = backward.call.key_heads * backward.call.num_tiles
+    cdef Py_ssize_t items = backward.call.key_heads // backward.sharers * backward.blocks
+    with nogil:
+        # Items start in order: a block waits only for blocks before it.
+        if parallel_for(prepare_item, backward, tiles, tiles_to_prepare, threads):
+            parallel_for(differentiate_item, backward, tiles, items, threads)
+    if PyErr_Occurred() is not NULL:
+        return -1
+    return 0
+
+
+def differentiate(
+    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
+    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
+    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
+    cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
+    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
+    str compute_dtype, int threads,
+    cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None,
+):
+    """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
+    `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
+    in, and their dims are contiguous. They are summed along axes of length 1 that the call
+    broadcasts; without any, `grad_k` and `grad_v` may also be of half precision.
+
+    `lse` and `grad_lse`, (batch, heads, queries), have the dtype of sums. An lse beyond `coarse` is
+    computed again by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
+    filled with the lse, the rest that its rounding lost, and the mean of the weights' gradients.
+    `grad_bias` and `row_sums` are added to unless None. `grad_bias` broadcasts to the scores; it
+    has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
+    `row_sums` is float64 (batch, heads, queries, 4) and contiguous: see `Tile.row_sums`.
+    `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
+    `grad_bias`. The rest is as for `attend`.
+    """
+    cdef BackwardParams backward
+    cdef Tile *tiles
+    cdef char *scratch = NULL
+    cdef int64_t *tickets
+    cdef Py_ssize_t scratch_bytes, total_bytes, counts, n
+    cdef CallParams *params = &backward.call
+    bind_params(
+        params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+    )
+    bind_operand(params, &backward.grad_out, grad_out, 3)
+    bind_operand(params, &backward.result, out, 3)
+    bind_operand(params, &backward.lse, lse, 2)
+    bind_operand(params, &backward.grad_lse, grad_lse, 2)
+    bind_operand(params, &backward.rows, rows, 3)
+    bind_operand(params, &backward.grad_bias, grad_bias, 3)
+    bind_operand(params, &backward.row_sums, row_sums, 3)
+    backward.coarse = coarse
+    backward.key_heads = <const int64_t *>cnp.PyArray_DATA(key_heads)
+    backward.sharers = key_heads.shape[1]
+    bind_operand(params, &backward.grad_k, grad_k, 3)
+    bind_operand(params, &backward.grad_v, grad_v, 3)
+    params.kernels = backward_kernels_for(
+        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
+    )
+    params.num_tiles = ceil_div(params.group * params.n_queries, params.kernels.block_q)
+    backward.blocks = ceil_div(params.n_keys, params.kernels.block_k)
+    if params.key_heads * backward.blocks == 0:
+        grad_k.fill(0)
+        grad_v.fill(0)
+    if params.key_heads == 0:
+        return
+    threads = available_threads(min(threads, max(1, key_heads.shape[0] * backward.blocks)))
+    tiles = <Tile *>malloc(threads * sizeof(Tile))
+    if tiles is NULL:
+        raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
+    try:
+        init_tile(params, tiles, q, k, v, grad_q, scale, softcap, bias)
+        tiles.differentiating = True
+        tiles.grad_out_format = number_format(grad_out)
+        tiles.grad_out_dim, tiles.result_dim = backward.grad_out.dim, backward.result.dim
+        tiles.grad_out_format = number_format(grad_out)
+        tiles.grad_k_format, tiles.grad_v_format = number_format(grad_k), number_format(grad_v)
+        tiles.grad_k_key, tiles.grad_v_key = backward.grad_k.row, backward.grad_v.row
+        tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
+        tiles.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
+        scratch_bytes = params.kernels.backward.scratch_bytes(tiles)
+        counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
+        counts *= params.key_heads * <Py_ssize_t>sizeof(int64_t)
+        total_bytes = threads * scratch_bytes + counts + 64
+        scratch = <char *>malloc(total_bytes)
+        if scratch is NULL:
+            raise MemoryError(f"{total_bytes} bytes of scratch")
+        tickets = <int64_t *>divide_scratch(tiles, threads, scratch, scratch_bytes)
+        memset(tickets, 0, counts)
+        n = backward.blocks
+        tickets = assign_tickets(
+            &backward, &backward.q_tickets, &params.out, params.num_tiles, tickets
+        )
+        tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, n, tickets)
+        assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        run_backward(&backward, threads, tiles)
+    finally:
+        free(tiles)
+        free(scratch)

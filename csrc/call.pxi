@@ -1,0 +1,334 @@
+# Part of kernels.pyx: the parameters of a call, and the tile of each work item.
+
+cdef struct Operand:
+    # An array of (batch, heads, rows, dims): base pointer and byte strides. NULL if not given.
+    char *data
+    Py_ssize_t head, row, dim
+    Py_ssize_t batch[64]  # one stride per batch axis, 0 where it broadcasts
+
+
+# An unbounded side of a window. Adding a position to it does not overflow.
+cdef Py_ssize_t UNBOUNDED = <Py_ssize_t>1 << 62
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t n, Py_ssize_t d) noexcept nogil:
+    return (n + d - 1) // d
+
+
+cdef struct KeyRange:
+    # fastattn.core.visibility.KeyRange, as each tile reads it. Arrays are NULL if not given.
+    Py_ssize_t left, right, offset
+    Operand offsets, lengths, start, stop  # `offsets` replaces `offset`
+
+
+cdef struct WeightReduction:
+    # What the weights are reduced to: their sums over bins of queries x keys, or each query's
+    # top k keys; see weight_maps.pxi.
+    double *sums  # (batch, heads, rows, columns); NULL: not asked for
+    Py_ssize_t rows, columns, slots  # slots: the most rows, by head, that a tile's queries are in
+    int64_t *tickets  # (batch, kv_heads): whose ticket is next to add to the sums
+    Operand indices  # (batch, heads, queries, top_k)
+    Py_ssize_t top_k  # 0: not asked for
+
+
+cdef struct CallParams:
+    # Everything that the tiles of one call share.
+    const TileKernels *kernels
+    Operand q, k, v, k_scales, v_scales, out, mask, bias, weights, lse
+    KeyRange keys
+    int lse_bytes  # of one number
+    int n_batch
+    Py_ssize_t shape[64]  # of the batch
+    Py_ssize_t kv_heads, group, n_queries, n_keys
+    Py_ssize_t key_heads  # of all batch entries
+    Py_ssize_t num_tiles, num_splits, split_keys  # of each key head: its queries, its keys
+    char *partial  # (batch, kv_heads, splits): the partial result of each
+    Py_ssize_t partial_bytes
+    NumberFormat out_format
+    const int64_t *order  # of the batch entries; NULL: as stored
+    const double *alibi  # per head; NULL if not given
+    const double *sinks
+    WeightReduction reduction
+
+
+cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, int rank) except -1:
+    """Read an array of (batch..., heads, rows, dims), or with only the first `rank` of the axes
+    after the batch. Axes of length 1 broadcast. `array` may be None.
+    """
+    cdef int lead, missing, axis
+    cdef Py_ssize_t *strides[3]
+    if array is None:
+        operand.data = NULL
+        return 0
+    operand.data = <char *>cnp.PyArray_DATA(array)
+    lead = array.ndim - rank
+    missing = params.n_batch - lead
+    for axis in range(params.n_batch):
+        operand.batch[axis] = 0
+        if axis >= missing and array.shape[axis - missing] != 1:
+            operand.batch[axis] = array.strides[axis - missing]
+    strides[0], strides[1], strides[2] = &operand.head, &operand.row, &operand.dim
+    for axis in range(rank):
+        strides[axis][0] = array.strides[lead + axis] if array.shape[lead + axis] != 1 else 0
+    return 0
+
+
+cdef char *batch_ptr(
+    const CallParams *params, const Operand *operand, Py_ssize_t batch
+) noexcept nogil:
+    """The start of a batch entry, by its flattened index."""
+    cdef char *at = operand.data
+    cdef int axis
+    if at is not NULL:
+        for axis in range(params.n_batch - 1, -1, -1):
+            at += (batch % params.shape[axis]) * operand.batch[axis]
+            batch //= params.shape[axis]
+    return at
+
+
+cdef inline char *row_ptr(
+    const Operand *operand, char *at, Py_ssize_t head, Py_ssize_t query
+) noexcept nogil:
+    return at + head * operand.head + query * operand.row
+
+
+cdef struct WorkItem:
+    # The queries of one key head from `first` on, and one split of its keys.
+    Py_ssize_t batch, kv_head, first, split
+
+
+cdef WorkItem work_item_of(const CallParams *params, Py_ssize_t item) noexcept nogil:
+    cdef WorkItem work
+    if params.reduction.sums is not NULL:
+        # The tiles of a head wait for each other, so successive items have different heads.
+        item = item % params.key_heads * params.num_tiles + item // params.key_heads
+    work.split = item % params.num_splits
+    item //= params.num_splits
+    # The last queries first: under a causal mask they have the most keys, and when the items that
+    # run last are small, threads finish at about the same time.
+    work.first = (params.num_tiles - 1 - item % params.num_tiles) * params.kernels.block_q
+    item //= params.num_tiles
+    work.kv_head = item % params.kv_heads
+    work.batch = item // params.kv_heads
+    if params.order is not NULL:
+        work.batch = params.order[work.batch]
+    return work
+
+
+cdef char *partial_ptr(
+    const CallParams *params, Py_ssize_t batch, Py_ssize_t kv_head, Py_ssize_t split
+) noexcept nogil:
+    """The partial result of one split of a key head."""
+    cdef Py_ssize_t index = (batch * params.kv_heads + kv_head) * params.num_splits + split
+    return params.partial + index * params.partial_bytes
+
+
+cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept nogil:
+    """Point a tile at its queries and at the keys that they attend to."""
+    cdef const KeyRange *keys = &params.keys
+    cdef Py_ssize_t offset = keys.offset, i, query, head, first_key = 0, last_key = params.n_keys
+    cdef Py_ssize_t position, first, last
+    cdef char *q = batch_ptr(params, &params.q, work.batch)
+    cdef char *out = batch_ptr(params, &params.out, work.batch)
+    cdef char *start = batch_ptr(params, &keys.start, work.batch)
+    cdef char *stop = batch_ptr(params, &keys.stop, work.batch)
+    cdef char *mask = batch_ptr(params, &params.mask, work.batch)
+    cdef char *bias = batch_ptr(params, &params.bias, work.batch)
+    cdef char *weights = batch_ptr(params, &params.weights, work.batch)
+    cdef char *partial = NULL
+    if keys.offsets.data is not NULL:
+        offset = (<int64_t *>batch_ptr(params, &keys.offsets, work.batch))[0]
+    tile.n_queries = min(params.kernels.block_q, params.group * params.n_queries - work.first)
+    tile.k = batch_ptr(params, &params.k, work.batch) + work.kv_head * params.k.head
+    tile.v = batch_ptr(params, &params.v, work.batch) + work.kv_head * params.v.head
+    if params.k_scales.data is not NULL:
+        tile.k_scales = <float *>(
+            batch_ptr(params, &params.k_scales, work.batch) + work.kv_head * params.k_scales.head
+        )
+        tile.v_scales = <float *>(
+            batch_ptr(params, &params.v_scales, work.batch) + work.kv_head * params.v_scales.head
+        )
+    tile.has_sinks = params.sinks is not NULL and work.split == 0
+    if params.num_splits > 1:
+        first_key = work.split * params.split_keys
+        last_key = min(first_key + params.split_keys, params.n_keys)
+        partial = partial_ptr(params, work.batch, work.kv_head, work.split)
+        partial += tile.n_queries * sizeof(double)
+    if keys.lengths.data is not NULL:
+        last_key = min(last_key, (<int64_t *>batch_ptr(params, &keys.lengths, work.batch))[0])
+    # The heads of a group come one after another, so that a tile's queries have similar positions.
+    query = work.first // params.group
+    head = work.kv_head * params.group + work.first % params.group
+    for i in range(tile.n_queries):
+        tile.q[i] = row_ptr(&params.q, q, head, query)
+        tile.out[i] = row_ptr(&params.out, out, head, query)
+        if partial is not NULL:
+            tile.out[i] = partial + i * tile.value_dim * params.kernels.real_bytes
+        position = query + offset
+        first = max(first_key, position - keys.left)
+        last = min(last_key, position + keys.right + 1)
+        if start is not NULL:
+            first = max(first, (<int64_t *>row_ptr(&keys.start, start, head, query))[0])
+            last = min(last, (<int64_t *>row_ptr(&keys.stop, stop, head, query))[0])
+        tile.start[i] = min(first, params.n_keys)
+        tile.stop[i] = max(last, 0)
+        if mask is not NULL:
+            tile.mask[i] = row_ptr(&params.mask, mask, head, query)
+        if bias is not NULL:
+            tile.bias[i] = row_ptr(&params.bias, bias, head, query)
+        if weights is not NULL:
+            tile.weights[i] = row_ptr(&params.weights, weights, head, query)
+        if params.alibi is not NULL:
+            tile.slope[i] = params.alibi[head]
+            tile.position[i] = position
+        if params.sinks is not NULL:
+            tile.sink[i] = params.sinks[head]
+        head += 1
+        if head == (work.kv_head + 1) * params.group:
+            head = work.kv_head * params.group
+            query += 1
+
+
+cdef void store_lse(
+    const CallParams *params, char *to, WorkItem work, Py_ssize_t row, double lse
+) noexcept nogil:
+    """Store the lse of a tile's row; `to` is where that of its batch entry begins."""
+    cdef Py_ssize_t head
+    row += work.first
+    if to is not NULL:
+        head = work.kv_head * params.group + row % params.group
+        to = row_ptr(&params.lse, to, head, row // params.group)
+        if params.lse_bytes == sizeof(double):
+            (<double *>to)[0] = lse
+        else:
+            (<float *>to)[0] = <float>lse
+
+
+cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
+    """Combine the partial results of each key head's splits."""
+    cdef Py_ssize_t item, i, head, dim = params.out.dim
+    cdef Py_ssize_t rows = params.group * params.n_queries
+    cdef char *out
+    cdef char *lse
+    cdef WorkItem work
+    for item in range(params.key_heads):
+        work = work_item_of(params, item * params.num_splits)
+        out = batch_ptr(params, &params.out, work.batch)
+        lse = batch_ptr(params, &params.lse, work.batch)
+        for i in range(rows):
+            head = work.kv_head * params.group + i % params.group
+            store_lse(params, lse, work, i, params.kernels.combine_splits(
+                partial_ptr(params, work.batch, work.kv_head, 0), params.num_splits,
+                params.partial_bytes, rows, i, tile.value_dim,
+                row_ptr(&params.out, out, head, i // params.group), dim, params.out_format,
+            ))
+
+
+cdef NumberFormat number_format(cnp.ndarray array):
+    cdef NumberFormat format
+    cdef cnp.dtype dtype = array.descr
+    format.kind = ord("b") if dtype.kind == ord("V") else dtype.kind  # ml_dtypes' bfloat16
+    format.bytes = dtype.itemsize
+    format.swapped = dtype.byteorder == ord(">")
+    return format
+
+
+cdef const double *doubles(cnp.ndarray array):
+    return NULL if array is None else <const double *>cnp.PyArray_DATA(array)
+
+
+cdef int bind_key_range(CallParams *params, key_range) except -1:
+    cdef KeyRange *keys = &params.keys
+    _, _, offset, left, right, lengths, spans = <tuple>key_range  # which it is a subclass of
+    keys.offset, keys.offsets.data, keys.start.data, keys.stop.data = 0, NULL, NULL, NULL
+    keys.left = UNBOUNDED if left is None else left
+    keys.right = UNBOUNDED if right is None else right
+    if type(offset) is int:
+        keys.offset = offset
+    else:
+        bind_operand(params, &keys.offsets, offset, 0)
+    bind_operand(params, &keys.lengths, lengths, 0)
+    if spans is not None:
+        bind_operand(params, &keys.start, spans[0], 2)
+        bind_operand(params, &keys.stop, spans[1], 2)
+    return 0
+
+
+cdef int bind_params(
+    CallParams *params, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, tuple batch,
+    Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
+    key_range, cnp.ndarray mask, cnp.ndarray bias,
+) except -1:
+    """The parameters of either direction, with one tile and one split per key head."""
+    cdef int i
+    params.n_batch = len(batch)
+    params.key_heads = params.kv_heads = kv_heads
+    for i in range(params.n_batch):
+        params.shape[i] = batch[i]
+        params.key_heads *= params.shape[i]
+    bind_operand(params, &params.q, q, 3)
+    bind_operand(params, &params.k, k, 3)
+    bind_operand(params, &params.v, v, 3)
+    bind_operand(params, &params.out, out, 3)
+    bind_key_range(params, key_range)
+    bind_operand(params, &params.mask, mask, 3)
+    bind_operand(params, &params.bias, bias, 3)
+    bind_operand(params, &params.weights, None, 3)
+    bind_operand(params, &params.k_scales, None, 2)
+    bind_operand(params, &params.v_scales, None, 2)
+    params.alibi = doubles(alibi)
+    params.sinks = doubles(sinks)
+    params.group = heads // kv_heads if kv_heads else 1
+    params.n_queries = q.shape[q.ndim - 2]
+    params.n_keys = k.shape[k.ndim - 2]
+    params.out_format = number_format(out)
+    params.order = NULL
+    params.num_tiles = params.num_splits = 1
+    params.reduction.sums, params.reduction.top_k = NULL, 0
+    return 0
+
+
+cdef int init_tile(
+    const CallParams *params, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
+    cnp.ndarray out, double scale, double softcap, cnp.ndarray bias,
+) except -1:
+    """What all tiles of a call have in common."""
+    tile.k_scales = tile.v_scales = NULL
+    tile.q_format = number_format(q)
+    tile.k_format, tile.v_format = number_format(k), number_format(v)
+    tile.out_format = params.out_format
+    tile.q_dim, tile.out_dim = params.q.dim, params.out.dim
+    tile.k_dim, tile.k_key = params.k.dim, params.k.row
+    tile.v_dim, tile.v_key = params.v.dim, params.v.row
+    tile.head_dim = q.shape[q.ndim - 1]
+    tile.value_dim = v.shape[v.ndim - 1]
+    tile.block_k = min(params.kernels.block_k, params.n_keys)
+    tile.scale = scale
+    tile.softcap = softcap
+    tile.score_function = DOT
+    tile.dim_weights = NULL
+    tile.has_mask = params.mask.data is not NULL
+    tile.has_bias = params.bias.data is not NULL
+    tile.has_alibi = params.alibi is not NULL
+    tile.has_sinks = params.sinks is not NULL
+    tile.mask_key = params.mask.dim
+    tile.bias_key = params.bias.dim
+    if bias is not None:
+        tile.bias_format = number_format(bias)
+    tile.weights_key = tile.top_k = 0
+    tile.want_lse = tile.differentiating = False
+    tile.margin = 0
+    return 0
+
+
+cdef char *divide_scratch(
+    Tile *tiles, int threads, char *scratch, Py_ssize_t scratch_bytes
+) noexcept nogil:
+    """Copy the first tile to all, each with scratch of its own. Return the end of that."""
+    cdef int i
+    scratch += (-<uintptr_t>scratch) % 64
+    for i in range(threads):
+        if i > 0:
+            tiles[i] = tiles[0]
+        tiles[i].scratch = scratch + i * scratch_bytes
+    return scratch + threads * scratch_bytes

@@ -1,0 +1,171 @@
+# Part of kernels.pyx: the forward pass.
+
+ctypedef void (*Step)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+
+cdef bint each_block(
+    Step step, Py_ssize_t keys, Tile *tile, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """Take each block of keys that the tile attends to. False if a signal came in between."""
+    cdef Py_ssize_t key = tile.first // keys * keys
+    while key < tile.last:
+        if stopped[0] or (listen and interrupted(last_look)):
+            return False
+        step(tile, max(key, tile.first // SUB_BLOCK_K * SUB_BLOCK_K), min(key + keys, tile.last))
+        key += keys
+    return True
+
+
+cdef bint attend_tile(
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """Attend from the queries of one tile: an Item of CallParams."""
+    cdef const CallParams *params = <const CallParams *>call
+    cdef Py_ssize_t keys = params.kernels.block_k, i
+    cdef WorkItem work = work_item_of(params, item)
+    cdef char *lse = batch_ptr(params, &params.lse, work.batch)
+    cdef double *partial
+    cdef Step second_pass = NULL  # over the scores, once their sums are known
+    cdef bint done
+    if params.reduction.sums is not NULL:
+        second_pass = params.kernels.accumulate_bins
+    elif params.reduction.top_k:
+        second_pass = params.kernels.collect_top_k
+    elif params.weights.data is not NULL:
+        second_pass = params.kernels.weights
+    set_tile(params, tile, work)
+    set_tile_reduction(params, tile, work)
+    tile.margin = 0
+    while True:
+        params.kernels.begin(tile)
+        if not each_block(params.kernels.attend, keys, tile, listen, last_look, stopped):
+            return False
+        done = params.kernels.finish(tile)
+        if second_pass is not NULL:
+            if not each_block(second_pass, keys, tile, listen, last_look, stopped):
+                return False
+            if params.reduction.top_k:
+                params.kernels.rank_top_k(tile)
+        if done:
+            break
+        tile.margin = log(2 * params.n_keys * WEIGHT_UNIT)
+    if params.num_splits > 1:
+        partial = <double *>partial_ptr(params, work.batch, work.kv_head, work.split)
+        memcpy(partial, tile.lse, tile.n_queries * sizeof(double))
+        return True
+    for i in range(tile.n_queries if lse is not NULL else 0):
+        store_lse(params, lse, work, i, tile.lse[i])
+    if params.reduction.sums is not NULL:
+        return ordered_add(params, tile, work, listen, last_look, stopped)
+    return True
+
+
+cdef int run_forward(
+    const CallParams *params, Py_ssize_t items, int threads, Tile *tiles
+) except -1:
+    """Run all tiles. An interruption skips the rest and raises."""
+    with nogil:
+        if parallel_for(attend_tile, params, tiles, items, threads) and params.num_splits > 1:
+            combine_splits(params, tiles)
+    if PyErr_Occurred() is not NULL:
+        return -1
+    return 0
+
+
+def attend(
+    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
+    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
+    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
+    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
+    score_function, cnp.ndarray sums, cnp.ndarray indices,
+):
+    """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
+
+    `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
+    kernels sum in that. `k` and `v` may also be int8, with `k_scales` and `v_scales`, float32
+    (batch, kv_heads, keys) with contiguous keys. `lse`, (batch, heads, queries), is float32 or
+    float64; `weights`, (batch, heads, queries, keys), must be zero before. `key_range` is a
+    `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
+    is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
+    character: see `compute_dtype_of`. `score_function` is None for dot products, else a pair of its
+    name and its weights. All arguments must have been validated: nothing is checked here.
+
+    With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
+    bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last
+    axis, and `weights` of that shape, these are the n largest weights of each query; a query with
+    fewer visible keys gets -1 and 0 for the rest. For either, `out` has a value_dim of 0 and the
+    dtype of sums.
+    """
+    cdef CallParams params
+    cdef Tile *tiles
+    cdef char *scratch = NULL
+    cdef Py_ssize_t items, i, scratch_bytes, tile_bytes, total_bytes
+    bind_params(
+        &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+    )
+    bind_operand(&params, &params.k_scales, k_scales, 2)
+    bind_operand(&params, &params.v_scales, v_scales, 2)
+    bind_operand(&params, &params.weights, weights, 3)
+    bind_operand(&params, &params.lse, lse, 2)
+    params.lse_bytes = 0 if lse is None else lse.descr.itemsize
+    params.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
+    params.kernels = kernels_for(
+        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
+        score_function is None,
+    )
+    params.num_tiles = ceil_div(params.group * params.n_queries, params.kernels.block_q)
+    bind_reduction(&params, sums, indices)
+    if (
+        params.group * params.n_queries <= MAX_SPLIT_ROWS and params.n_keys >= 2 * SPLIT_KEYS
+        and weights is None and sums is None
+    ):
+        params.split_keys = (params.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
+        params.num_splits = ceil_div(params.n_keys, params.split_keys)
+    items = params.key_heads * params.num_tiles * params.num_splits
+    if items == 0:
+        return
+    threads = available_threads(min(threads, items))
+
+    tiles = <Tile *>malloc(threads * sizeof(Tile))
+    if tiles is NULL:
+        raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
+    try:
+        init_tile(&params, tiles, q, k, v, out, scale, softcap, bias)
+        tiles.weights_key = params.weights.dim
+        if score_function is not None:
+            tiles.score_function = {
+                "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+            }[score_function[0]]
+            tiles.dim_weights = doubles(score_function[1])
+        tiles.want_lse = lse is not None
+        if params.num_splits > 1:
+            tiles.want_lse = True
+            tiles.out_format.kind, tiles.out_format.swapped = ord("f"), False
+            tiles.out_format.bytes = tiles.out_dim = params.kernels.real_bytes
+            params.partial_bytes = (
+                params.group * params.n_queries
+                * (<Py_ssize_t>sizeof(double) + tiles.value_dim * params.kernels.real_bytes)
+            )
+            params.partial_bytes = (params.partial_bytes + 63) // 64 * 64
+        tile_bytes = params.kernels.scratch_bytes(
+            tiles, min(params.kernels.block_q, params.group * params.n_queries)
+        )
+        scratch_bytes = tile_bytes + reduction_bytes(&params)
+        total_bytes = threads * scratch_bytes + 64
+        if params.num_splits > 1:
+            total_bytes += items * params.partial_bytes
+        if sums is not None:
+            total_bytes += params.key_heads * sizeof(int64_t)
+        scratch = <char *>malloc(total_bytes)
+        if scratch is NULL:
+            raise MemoryError(f"{total_bytes} bytes of scratch")
+        params.partial = divide_scratch(tiles, threads, scratch, scratch_bytes)
+        if sums is not None:
+            params.reduction.tickets = <int64_t *>params.partial
+            memset(params.reduction.tickets, 0, params.key_heads * sizeof(int64_t))
+        for i in range(threads):
+            init_tile_reduction(&params, &tiles[i], <char *>tiles[i].scratch + tile_bytes)
+        run_forward(&params, items, threads, tiles)
+    finally:
+        free(tiles)
+        free(scratch)

@@ -1,0 +1,97 @@
+/* Which keys are visible to which query: key ranges, masks and biases of -inf, as bits. */
+#ifndef FASTATTN_MASKING_INL_H
+#define FASTATTN_MASKING_INL_H
+
+#include "convert-inl.h"
+#include "scratch-inl.h"
+
+static uint64_t first_bits(ptrdiff_t n) {
+    return n <= 0 ? 0 : n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1;
+}
+
+static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
+    if (stride == 0) return mask[0] ? ~(uint64_t)0 : 0;
+    if (stride == 1 && keys == 64) return nonzero_bytes(mask);
+    uint64_t bits = 0;
+    for (int j = 0; j < keys; j++) bits |= (uint64_t)(mask[j * stride] != 0) << j;
+    return bits;
+}
+
+static void set_mask_words(lane_int *mask_words, int i, uint64_t bits) {
+    for (int w = 0; w < MASK_WORDS; w++)
+        mask_words[w * MR + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
+}
+
+static const char *bias_row(const Tile *t, int p, int i, ptrdiff_t key) {
+    ptrdiff_t row = p * MR + i < t->n_queries ? p * MR + i : t->n_queries - 1;
+    return t->bias[row] + key * t->bias_key;
+}
+
+/* Is every bias of the micropanel and sub-block -inf? */
+static bool hidden_by_bias(const Tile *t, int p, const SubBlock *sub) {
+    bool plain = is_real(t->bias_format) && t->bias_key == sizeof(real);
+    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++) {
+        const char *row = bias_row(t, p, i, sub->key);
+        int j = 0;
+        for (; plain && j + LANES <= sub->keys; j += LANES) {
+            if (any_lane(load_unaligned((const real *)row + j) != splat(-INFINITY))) return false;
+        }
+        for (; j < sub->keys; j++)
+            if (read_number(row + j * t->bias_key, t->bias_format) != -INFINITY) return false;
+    }
+    return true;
+}
+
+/* Read visibility of a sub-block, biases of -inf aside unless all are. */
+static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
+    ptrdiff_t first = p * MR, key = sub->key;
+    bool inner =
+        t->micropanel[p].inner_first <= key && key + sub->keys <= t->micropanel[p].inner_last;
+    if (t->has_bias && hidden_by_bias(t, p, sub)) return EMPTY;
+    if (inner && !t->has_mask) return FULL;
+    uint64_t every = first_bits(sub->keys), any = 0, all = every, bits = 0, masked = every;
+    for (int i = 0; i < MR; i++) {
+        ptrdiff_t row = first + i;
+        if (row < t->n_queries) { /* a lane without a query sees what the last one does */
+            if (t->has_mask) {
+                if (i == 0 || t->mask[row] != t->mask[row - 1])
+                    masked = mask_bits(t->mask[row] + key * t->mask_key, t->mask_key, sub->keys);
+                __builtin_prefetch(t->mask[row] + (key + 2 * SUB_BLOCK_K) * t->mask_key, 0, 2);
+            }
+            bits = masked & every;
+            if (!inner) bits &= first_bits(t->stop[row] - key) & ~first_bits(t->start[row] - key);
+            any |= bits;
+            all &= bits;
+        }
+        set_mask_words(sub->mask_words, i, bits);
+    }
+    return any == 0 ? EMPTY : all == every ? FULL : PARTIAL;
+}
+
+/* Is key j visible to each query? In the sign bits, as `choose` takes them. */
+INLINE ivec visible_lanes(const SubBlock *sub, int n, int j) {
+    if (sub->visibility == FULL) return splat_int(-1);
+    ivec word = *(const ivec *)(sub->mask_words + j / LANE_BITS * MR + n * LANES);
+    return shift_up(word, LANE_BITS - 1 - j % LANE_BITS);
+}
+
+/* Put -inf where a query does not see a key, and take the maximum of what is left. */
+static void apply_mask(int vecs, const SubBlock *sub, vec *top) {
+    for (int n = 0; n < vecs; n++) {
+        vec most = splat(-INFINITY);
+        for (int w = 0; w * LANE_BITS < sub->keys; w++) {
+            int count = fewer(sub->keys - w * LANE_BITS, LANE_BITS);
+            ivec word = *(const ivec *)(sub->mask_words + w * MR + n * LANES);
+            word = shift_up(word, LANE_BITS - count);
+            for (int j = w * LANE_BITS + count - 1; j >= w * LANE_BITS; j--) {
+                real *s = sub->scores + j * MR + n * LANES;
+                vec x = choose(word, load(s), splat(-INFINITY));
+                store(s, x);
+                most = larger(x, most);
+                word = shift_up(word, 1); /* the next lower key in the sign bit */
+            }
+        }
+        top[n] = most;
+    }
+}
+#endif

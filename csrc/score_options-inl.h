@@ -1,0 +1,213 @@
+/* Between the products: visibility, softcap, bias and alibi, and scores to weights. */
+#ifndef FASTATTN_SCORE_OPTIONS_INL_H
+#define FASTATTN_SCORE_OPTIONS_INL_H
+
+#include "masking-inl.h"
+#include "math-inl.h"
+#include "scratch-inl.h"
+
+#ifdef REAL_IS_DOUBLE
+#define HUGE_CAP 0x1p990
+#define EPSILON_ROOT 0x1p-28
+#else
+#define HUGE_CAP 0x1p100
+#define EPSILON_ROOT 0x1p-13f
+#endif
+
+/* Are all biases of the micropanel and sub-block of type `real`, in sequence and far from overflow?
+ */
+static bool plain_bias(const Tile *t, int p, const SubBlock *sub) {
+    if (!is_real(t->bias_format) || t->bias_key != sizeof(real)) return false;
+    vec most = splat(0);
+    for (int i = 0; i < t->micropanel[p].vecs * LANES; i++) {
+        const real *row = (const real *)bias_row(t, p, i, sub->key);
+        int j = 0;
+        for (int ahead = 0; ahead <= SUB_BLOCK_K; ahead += 64 / sizeof(real))
+            __builtin_prefetch(row + SUB_BLOCK_K + ahead, 0, 2);
+        for (; j + LANES <= sub->keys; j += LANES)
+            most = larger(magnitude(load_unaligned(row + j)), most);
+        for (; j < sub->keys; j++) most = larger(magnitude(splat(row[j])), most);
+    }
+    return !any_lane(~(most <= splat(REAL_MAX / 4)));
+}
+
+/* Add the biases of a sub-block, and take the maximum. */
+static void add_plain_bias(const Tile *t, int p, const SubBlock *sub, vec *top) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        const real *rows[LANES];
+        vec most = splat(-INFINITY);
+        int j = 0;
+        for (int i = 0; i < LANES; i++)
+            rows[i] = (const real *)bias_row(t, p, n * LANES + i, sub->key);
+        for (; j + LANES <= sub->keys; j += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) x[i] = load_unaligned(rows[i] + j);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                real *s = sub->scores + (j + i) * MR + n * LANES;
+                vec sum = load(s) + x[i];
+                store(s, sum);
+                most = larger(sum, most);
+            }
+        }
+        for (; j < sub->keys; j++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            for (int i = 0; i < LANES; i++) s[i] += rows[i][j];
+            most = larger(load(s), most);
+        }
+        top[n] = most;
+    }
+}
+
+/* Add biases of any format. -inf takes a key out of the mask words; a sum of finite numbers that
+ * overflows is the largest number still. Returns the visibility after that. */
+static Visibility add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) {
+    const vec most = splat(REAL_MAX);
+    int vecs = t->micropanel[p].vecs;
+    Visibility visibility = sub->visibility;
+    bool excluding = false;
+    for (int i = 0; i < vecs * LANES; i++) {
+        const char *row = bias_row(t, p, i, sub->key);
+        if (visibility == FULL) set_mask_words(sub->mask_words, i, first_bits(sub->keys));
+        for (int j = 0; j < sub->keys; j++) {
+            real b = as_real(read_number(row + j * t->bias_key, t->bias_format));
+            bias[j * MR + i] = b;
+            if (b == -INFINITY) {
+                excluding = true;
+                sub->mask_words[j / LANE_BITS * MR + i] &=
+                    ~(lane_int)((lane_uint)1 << j % LANE_BITS);
+            }
+        }
+    }
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            vec score = load(s), b = load(bias + j * MR + n * LANES), sum = score + b;
+            ivec finite = (magnitude(score) <= most) & (magnitude(b) <= most);
+            vec bound = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
+            store(s, choose(finite, bound, sum));
+        }
+    return excluding ? PARTIAL : visibility;
+}
+
+static void add_to_scores(int vecs, const SubBlock *sub, const real *more) {
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            store(s, load(s) + load(more + j * MR + n * LANES));
+        }
+}
+
+static void multiply_scores(real factor, int vecs, const SubBlock *sub) {
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            store(s, load(s) * factor);
+        }
+}
+
+/* s = size * tanh(s * inverse); but s where that is within rounding, if the quotients of a huge
+ * size are subnormal. */
+INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlock *sub, vec *top) {
+    const vec same = splat(size * EPSILON_ROOT);
+    for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            vec x = size * tanh_vec(load(s) * inverse);
+            if (huge) x = choose(magnitude(load(s)) < same, load(s), x);
+            store(s, x);
+            top[n] = larger(x, top[n]);
+        }
+}
+
+/* How far the LANES queries from `first` on are from a key; each key on is one less. Count those
+ * first: from 2**24 on float32 does not get smaller by 1. */
+static vec alibi_distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
+    real x[LANES] = {0};
+    for (int i = 0; i < LANES && first + i < t->n_queries; i++)
+        x[i] = (real)(t->position[first + i] - key);
+    return load_unaligned(x);
+}
+
+static void subtract_alibi(const Tile *t, int p, const SubBlock *sub, vec *top) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t first = p * MR + n * LANES;
+        real slopes[LANES] = {0};
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++)
+            slopes[i] = (real)t->slope[first + i];
+        vec slope = load_unaligned(slopes), distance = alibi_distances(t, first, sub->key);
+        vec most = splat(-INFINITY), step = splat(0);
+        for (int j = 0; j < sub->keys; j++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            vec x = load(s) - slope * magnitude(distance - step);
+            store(s, x);
+            most = larger(x, most);
+            step += 1;
+        }
+        top[n] = most;
+    }
+}
+
+static void take_max(int vecs, const SubBlock *sub, vec *top) {
+    for (int n = 0; n < vecs && top; n++) {
+        const real *s = sub->scores + n * LANES;
+        vec even = splat(-INFINITY), odd = even; /* two chains hide each other's latency */
+        int j = 0;
+        for (; j + 2 <= sub->keys; j += 2) {
+            even = larger(load(s + j * MR), even);
+            odd = larger(load(s + (j + 1) * MR), odd);
+        }
+        if (j < sub->keys) even = larger(load(s + j * MR), even);
+        top[n] = larger(even, odd);
+    }
+}
+
+/* What comes after the product: softcap, bias, alibi, and visibility. `top` is the maximum of
+ * the scores before and after. */
+static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
+    int vecs = t->micropanel[p].vecs;
+    if (t->softcap > 0) {
+        double size = t->softcap * (t->exponent == 1 ? LOG2_E : 1);
+        real inverse = (real)(t->score_scale / t->softcap);
+        if (t->softcap > HUGE_CAP) {
+            multiply_scores((real)t->score_scale, vecs, sub);
+            cap(true, (real)size, (real)(1 / t->softcap), vecs, sub, top);
+        } else cap(false, (real)size, inverse, vecs, sub, top);
+    } else if (t->score_scale != 1) {
+        multiply_scores((real)t->score_scale, vecs, sub);
+        take_max(vecs, sub, top);
+    }
+    if (t->has_bias) {
+        if (plain_bias(t, p, sub)) {
+            add_plain_bias(t, p, sub, top);
+        } else {
+            sub->visibility = add_any_bias(t, p, sub, s->bias);
+            take_max(vecs, sub, top);
+        }
+    }
+    if (t->has_alibi) subtract_alibi(t, p, sub, top);
+    if (sub->visibility == PARTIAL) apply_mask(vecs, sub, top);
+}
+
+/* Weights of scores relative to `top`. Subtracting before scaling costs an instruction more than a
+ * multiply-add, but the largest weight is exact and no finite score overflows. */
+INLINE vec weight_from(vec score, vec top, vec exponent) {
+    return weight_of((score - top) * exponent);
+}
+
+/* What makes weights of scores, for each row: its maximum, and the factor to a sum of 1. */
+typedef struct {
+    vec top, inv_sum;
+} Softmax;
+
+INLINE Softmax softmax_of(vec row_max, vec row_sum) {
+    return (Softmax){
+        choose(row_max == splat(-INFINITY), splat(0), row_max),
+        /* Beside an infinite score others weigh 0, though the sum is not a number. */
+        choose(row_max == splat(INFINITY), splat(1), splat(1) / row_sum),
+    };
+}
+#endif
