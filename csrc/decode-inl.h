@@ -28,18 +28,37 @@ INLINE vec sum_lanes(vec x[LANES]) {
 /* Rows of numbers that lie one behind the other: where they are, or widened. */
 typedef struct {
     const char *data;
-    ptrdiff_t row;
+    ptrdiff_t row, ahead; /* bytes to the next, and to the one to prefetch */
 } DecodeRows;
+
+/* The key to prefetch with this one; beyond the last there may be no page. */
+static ptrdiff_t prefetched_key(const Tile *t, ptrdiff_t key) {
+    return key + DECODE_PREFETCH_ROWS < t->last ? key + DECODE_PREFETCH_ROWS : t->last - 1;
+}
 
 /* Rows with gaps between their numbers are widened, without their scales. */
 static NumberFormat decode_format(ptrdiff_t dim, NumberFormat format) {
     return dim == format.bytes ? format : (NumberFormat){'f', sizeof(real), 0};
 }
-static DecodeRows decode_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
-                              int rows, ptrdiff_t dims, real *to) {
-    if (dim == format.bytes) return (DecodeRows){at, row};
+static DecodeRows decode_rows(const char *at, ptrdiff_t row, ptrdiff_t ahead, ptrdiff_t dim,
+                              NumberFormat format, int rows, ptrdiff_t dims, real *to) {
+    if (dim == format.bytes) return (DecodeRows){at, row, ahead};
     widen(at, row, dim, format, NULL, rows, dims, to);
-    return (DecodeRows){(const char *)to, dims * (ptrdiff_t)sizeof(real)};
+    return (DecodeRows){(const char *)to, dims * (ptrdiff_t)sizeof(real), 0};
+}
+static DecodeRows decode_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
+    const char *at = key_at(t, key);
+    ptrdiff_t ahead = DECODE_PREFETCH_ROWS * t->k_key;
+    if (t->pages) ahead = key_at(t, prefetched_key(t, key)) - at;
+    return decode_rows(at, t->k_key, ahead, t->k_dim, t->k_format, keys, t->head_dim,
+                       s->decode_rows);
+}
+static DecodeRows decode_values(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
+    const char *at = value_at(t, key);
+    ptrdiff_t ahead = DECODE_PREFETCH_ROWS * t->v_key;
+    if (t->pages) ahead = value_at(t, prefetched_key(t, key)) - at;
+    return decode_rows(at, t->v_key, ahead, t->v_dim, t->v_format, keys, t->value_dim,
+                       s->decode_rows);
 }
 
 /* q[query][dims], padded by 0. */
@@ -82,8 +101,7 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
                 vec key[DECODE_KEYS];
 #pragma GCC unroll 4
                 for (int n = 0; n < DECODE_KEYS; n++) {
-                    __builtin_prefetch(rows[n] + DECODE_PREFETCH_ROWS * k.row + d * format.bytes, 0,
-                                       3);
+                    __builtin_prefetch(rows[n] + k.ahead + d * format.bytes, 0, 3);
                     key[n] = load_some(rows[n] + d * format.bytes, dims - d, format);
                 }
 #pragma GCC unroll 4
@@ -109,12 +127,12 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
 INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
                           NumberFormat format) {
     ptrdiff_t padded = round_up(t->head_dim, LANES), key = sub->key;
-    for (int first = 0; first < sub->keys; first += LANES) {
-        int keys = fewer(sub->keys - first, LANES), i = 0;
+    for (int first = 0, keys; first < sub->keys; first += keys) {
+        keys = adjacent_keys(t, key + first, fewer(sub->keys - first, LANES));
+        int i = 0;
         real *scores = sub->scores + first * MR;
-        const float *scales = t->k_scales ? t->k_scales + key + first : NULL;
-        DecodeRows k = decode_rows(t->k + (key + first) * t->k_key, t->k_key, t->k_dim, t->k_format,
-                                   keys, t->head_dim, s->decode_rows);
+        const float *scales = key_scales(t, key + first);
+        DecodeRows k = decode_keys(t, s, key + first, keys);
         for (int j = 0; j < keys; j++) store(scores + j * MR, splat(0));
 #define GROUP(queries)                                                                             \
     for (; i + queries <= t->n_queries; i += queries)                                              \
@@ -141,8 +159,7 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         real scale = scales ? (real)scales[j] : 1;
 #pragma GCC unroll 8
         for (int n = 0; n < vecs; n++) {
-            __builtin_prefetch(v.data + DECODE_PREFETCH_ROWS * v.row + n * LANES * format.bytes, 0,
-                               3);
+            __builtin_prefetch(v.data + v.ahead + n * LANES * format.bytes, 0, 3);
             value[n] = load_some(v.data + n * LANES * format.bytes, dims - n * LANES, format);
         }
 #pragma GCC unroll 4
@@ -165,16 +182,16 @@ INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const re
     ptrdiff_t padded = round_up(dims, LANES), d = 0;
 #define VECS(n)                                                                                    \
     for (; n <= vecs && d + n * LANES <= dims; d += n * LANES)                                     \
-        decode_add_rows(queries, n, (DecodeRows){v.data + d * format.bytes, v.row}, rows, weights, \
-                        scales, n *LANES, padded, sums + d, format);
+        decode_add_rows(queries, n, (DecodeRows){v.data + d * format.bytes, v.row, v.ahead},       \
+                        rows, weights, scales, n *LANES, padded, sums + d, format);
     VECS(8)
     VECS(4)
     VECS(2)
     VECS(1)
 #undef VECS
     if (d < dims)
-        decode_add_rows(queries, 1, (DecodeRows){v.data + d * format.bytes, v.row}, rows, weights,
-                        scales, dims - d, padded, sums + d, format);
+        decode_add_rows(queries, 1, (DecodeRows){v.data + d * format.bytes, v.row, v.ahead}, rows,
+                        weights, scales, dims - d, padded, sums + d, format);
 }
 
 /* decode_sums[query][dims] += the weighted sum of a sub-block's values. Where some query must not
@@ -182,16 +199,16 @@ INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const re
 INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *sub,
                               NumberFormat format) {
     ptrdiff_t padded = round_up(t->value_dim, LANES), key = sub->key;
-    for (int first = 0; first < sub->keys; first += LANES) {
-        int keys = fewer(sub->keys - first, LANES), i = 0;
-        const float *scales = t->v_scales ? t->v_scales + key + first : NULL;
+    for (int first = 0, keys; first < sub->keys; first += keys) {
+        keys = adjacent_keys(t, key + first, fewer(sub->keys - first, LANES));
+        int i = 0;
+        const float *scales = value_scales(t, key + first);
         const real *weights = sub->scores + first * MR;
-        DecodeRows v = decode_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, t->v_format,
-                                   keys, t->value_dim, s->decode_rows);
+        DecodeRows v = decode_values(t, s, key + first, keys);
         for (; i < t->n_queries && sub->visibility == PARTIAL; i++)
             for (int j = 0; j < keys; j++)
                 if (visible_lanes(sub, 0, first + j)[i] < 0)
-                    decode_add_group(1, (DecodeRows){v.data + j * v.row, 0}, 1,
+                    decode_add_group(1, (DecodeRows){v.data + j * v.row, 0, 0}, 1,
                                      weights + j * MR + i, scales ? scales + j : NULL, t->value_dim,
                                      s->decode_sums + i * padded, format);
 #define GROUP(queries)                                                                             \
@@ -224,7 +241,7 @@ static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock
     for (int first = 0; first < sub->keys; first += MR) {
         int keys = fewer(sub->keys - first, MR), vecs = (keys + LANES - 1) / LANES;
         const char *rows[MR];
-        for (int j = 0; j < keys; j++) rows[j] = t->k + (sub->key + first + j) * t->k_key;
+        for (int j = 0; j < keys; j++) rows[j] = key_at(t, sub->key + first + j);
         for (int n = 0; n < vecs; n++)
             load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
                          s->key_columns + n * LANES);

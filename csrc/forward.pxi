@@ -77,13 +77,14 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
-    score_function, cnp.ndarray sums, cnp.ndarray indices,
+    score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
     `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
-    kernels sum in that. `k` and `v` may also be int8, with `k_scales` and `v_scales`, float32
-    (batch, kv_heads, keys) with contiguous keys. `lse`, (batch, heads, queries), is float32 or
+    kernels sum in that. With `block_table`, contiguous int64 (batch, pages), `k` and `v` are
+    pools, (n_pages, kv_heads, page, dim). `k` and `v` may also be int8, with `k_scales` and
+    `v_scales`, float32 (..., keys, 1) with contiguous keys. `lse`, (batch, heads, queries), is float32 or
     float64; `weights`, (batch, heads, queries, keys), must be zero before. `key_range` is a
     `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
     is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
@@ -103,8 +104,8 @@ def attend(
     bind_params(
         &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
     )
-    bind_operand(&params, &params.k_scales, k_scales, 2)
-    bind_operand(&params, &params.v_scales, v_scales, 2)
+    bind_operand(&params, &params.k_scales, k_scales, 3)
+    bind_operand(&params, &params.v_scales, v_scales, 3)
     bind_operand(&params, &params.weights, weights, 3)
     bind_operand(&params, &params.lse, lse, 2)
     params.lse_bytes = 0 if lse is None else lse.descr.itemsize
@@ -131,6 +132,14 @@ def attend(
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
         init_tile(&params, tiles, q, k, v, out, scale, softcap, bias)
+        tiles.value_dim = out.shape[out.ndim - 1]
+        if block_table is not None:
+            bind_operand(&params, &params.pages, block_table, 1)
+            tiles.pages, tiles.page = <const int64_t *>params.pages.data, k.shape[2]
+            tiles.k_page = bind_pages(&params, &params.k, k)
+            tiles.v_page = bind_pages(&params, &params.v, v)
+            tiles.k_scales_page = bind_pages(&params, &params.k_scales, k_scales)
+            tiles.v_scales_page = bind_pages(&params, &params.v_scales, v_scales)
         tiles.weights_key = params.weights.dim
         if score_function is not None:
             tiles.score_function = {

@@ -132,8 +132,8 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), term = s->key_rows * dims;
     uint64_t special = 0;
     for (ptrdiff_t key = begin; key < end; key++) {
-        const char *row = t->k + key * t->k_key;
-        float scale = t->k_scales ? t->k_scales[key] : 1;
+        const char *row = key_at(t, key);
+        float scale = t->k_scales ? *key_scales(t, key) : 1;
         bfloat *to = s->key_terms + key % BLOCK_K * CHUNK;
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
@@ -191,19 +191,20 @@ INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrd
  * express. These are 0, as are values whose bits are not set in `use`. */
 INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *special,
                         NumberFormat format) {
-    const char *rows = t->v + key * t->v_key;
     ptrdiff_t dims = round_up(t->value_dim, LANES);
     *special = 0;
     for (int j = 0; j < CHUNK; j += 2, pairs += dims) {
         __mmask16 out[2] = {0};
         bool both = (use >> j & 3) == 3;
+        const char *rows[2] = {NULL, NULL};
+        for (int i = 0; i < 2; i++)
+            if (use >> (j + i) & 1) rows[i] = value_at(t, key + j + i);
         for (ptrdiff_t d = 0; d < dims; d += LANES) {
             __m512i terms[BF16_TERMS];
             if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 &&
                 d + LANES <= t->value_dim && both) {
                 /* What is in terms already. */
-                __m512i x =
-                    load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
+                __m512i x = load_two(rows[0] + d * 2, rows[1] + d * 2);
                 __mmask32 special_lanes = bfloats_from(128, x);
                 out[0] |= (__mmask16)special_lanes;
                 out[1] |= (__mmask16)(special_lanes >> LANES);
@@ -213,9 +214,9 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
 #pragma GCC unroll 2
                 for (int i = 0; i < 2; i++) {
                     x[i] = splat(0);
-                    if (use >> (j + i) & 1)
-                        x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim,
-                                         format, t->v_scales ? t->v_scales[key + j + i] : 1);
+                    if (rows[i])
+                        x[i] = load_dims(rows[i], t->v_dim, d, t->value_dim, format,
+                                         t->v_scales ? *value_scales(t, key + j + i) : 1);
                     __mmask16 special_lanes = unrepresentable(x[i]);
                     x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~special_lanes, (__m512)x[i]);
                     out[i] |= special_lanes;
@@ -411,8 +412,7 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
     for (int j = 0; j < sub->keys; j++) {
         uint64_t lanes = special >> j & 1 ? ~(uint64_t)0 : t->micropanel[p].special;
         if (!lanes) continue;
-        widen(t->k + (sub->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
-              t->k_scales ? t->k_scales + sub->key + j : NULL, 1, t->head_dim, s->keys);
+        widen_keys(t, sub->key + j, sub->key + j + 1, s->keys);
         matmul(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
         for (int i = 0; i < vecs * LANES; i++)
             if (lanes >> i & 1) sub->scores[j * MR + i] = row[i];
@@ -491,8 +491,7 @@ static void add_special_values(const Tile *t, const Scratch *s, int p, const Blo
     vec exponent = splat((real)t->exponent);
     for (int j = 0; j < sub->keys; j++) {
         if (!(special >> j & 1)) continue;
-        widen(t->v + (sub->key + j) * t->v_key, t->v_key, t->v_dim, t->v_format,
-              t->v_scales ? t->v_scales + sub->key + j : NULL, 1, t->value_dim, s->values);
+        widen_values(t, sub->key + j, sub->key + j + 1, s->values);
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             vec score = load(sub->scores + j * MR + n * LANES);
             vec weight = weight_from(score, b->top[n], exponent);

@@ -36,12 +36,13 @@ static double clamp_finite(double x, bool finite) {
 
 /* How a query and a key compare, as `score_function` says, of numbers 2**-down times as large. */
 static double exact_similarity(const Tile *t, ptrdiff_t i, ptrdiff_t key, int down, bool *finite) {
-    const double unit = ldexp(1, -down), scale = t->k_scales ? t->k_scales[key] : 1;
+    const double unit = ldexp(1, -down), scale = t->k_scales ? *key_scales(t, key) : 1;
+    const char *row = key_at(t, key);
     double sum = 0;
     *finite = true;
     for (ptrdiff_t d = 0; d < t->head_dim; d++) {
         double q = read_number(t->q[i] + d * t->q_dim, t->q_format);
-        double k = read_number(t->k + key * t->k_key + d * t->k_dim, t->k_format) * scale;
+        double k = read_number(row + d * t->k_dim, t->k_format) * scale;
         *finite &= isfinite(q) && isfinite(k);
         if (t->score_function == ADDITIVE) {
             sum += t->dim_weights[d] * unit * tanh(q + k);
@@ -142,7 +143,7 @@ INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores
                                     NumberFormat format) {
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *rerun_scores;
          key++) {
-        const char *k = t->k + key * t->k_key;
+        const char *k = key_at(t, key);
         if (!any_nonfinite(k, t->k_dim, t->head_dim, format)) continue;
         bool nan = false;
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
@@ -184,7 +185,7 @@ INLINE void discount_nonfinite_values(const Tile *t, const Scratch *s, int p, ui
                                       NumberFormat format) {
     const real *out = s->out + p * MR * s->out_rows;
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last; key++) {
-        const char *v = t->v + key * t->v_key;
+        const char *v = value_at(t, key);
         if (!any_nonfinite(v, t->v_dim, t->value_dim, format)) continue;
         for (ptrdiff_t d = 0; d < t->value_dim; d++) {
             double x = read_number(v + d * t->v_dim, format);

@@ -36,9 +36,13 @@ typedef struct {
     const char *q[MAX_BLOCK_Q]; /* one row per query */
     char *out[MAX_BLOCK_Q];
     const char *k, *v;                /* of the one key head that these queries read */
-    const float *k_scales, *v_scales; /* one per key that its numbers are multiplied by; or NULL */
+    const float *k_scales, *v_scales; /* that the numbers of a key are multiplied by; or NULL */
     NumberFormat q_format, k_format, v_format, out_format; /* out_format also of weights */
-    ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
+    ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim, k_scales_key, v_scales_key;
+    /* Keys and values in pages: key j is row j % page of page pages[j / page], pages that many bytes
+     * apart. NULL: in one piece. */
+    const int64_t *pages;
+    ptrdiff_t page, k_page, v_page, k_scales_page, v_scales_page;
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t block_k; /* the most keys of one block: no more than there are */
     double scale;

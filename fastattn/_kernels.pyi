@@ -45,6 +45,7 @@ def attend(
     score_function: tuple[str, np.ndarray | None] | None,
     sums: np.ndarray | None,
     indices: np.ndarray | None,
+    block_table: np.ndarray | None,
 ) -> None: ...
 def differentiate(
     q: np.ndarray,

@@ -58,7 +58,7 @@ def usable_table(table: np.ndarray, n_pages: int, page: int, visible: KeyRange) 
     """`table` with 0 for the entries that nobody needs, whatever they were, or an error if one that
     a query needs is no page of the pool.
     """
-    wrong = np.logical_or(table < 0, table >= n_pages)
+    wrong: np.ndarray = np.logical_or(table < 0, table >= n_pages)
     if not wrong.any():
         return table
     needed = _needed(visible, table.shape[1], page)

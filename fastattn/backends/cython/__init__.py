@@ -31,8 +31,10 @@ def unsupported(problem: Problem) -> str | None:
         return extension.missing
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
-    if p.block_table is not None:
-        return "no kernel for keys in pages"
+    if p.k_scales is not None and p.k.dtype != np.int8:
+        return "no kernel for int4 keys and values"
+    if p.k.dtype.name == "float8_e4m3fn":
+        return "no kernel for float8_e4m3fn keys and values"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -76,6 +78,8 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
+    if problem.block_table is not None:
+        return "no kernel for gradients with keys in pages"
     if problem.score_function is not DOT and problem.score_function is not SQUARED_DISTANCE:
         return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
