@@ -241,7 +241,9 @@ cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
 cdef NumberFormat number_format(cnp.ndarray array):
     cdef NumberFormat format
     cdef cnp.dtype dtype = array.descr
-    format.kind = ord("b") if dtype.kind == ord("V") else dtype.kind  # ml_dtypes' bfloat16
+    format.kind = dtype.kind
+    if dtype.kind == ord("V"):  # of ml_dtypes: bfloat16 and float8_e4m3fn
+        format.kind = ord("b") if dtype.itemsize == 2 else ord("8")
     format.bytes = dtype.itemsize
     format.swapped = dtype.byteorder == ord(">")
     return format

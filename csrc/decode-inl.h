@@ -91,6 +91,10 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
 #pragma GCC unroll 4
         for (int n = 0; n < DECODE_KEYS; n++)
             rows[n] = k.data + (j + n < keys ? j + n : keys - 1) * k.row;
+        const float *groups[DECODE_KEYS];
+#pragma GCC unroll 4
+        for (int n = 0; n < DECODE_KEYS && format.kind == '4'; n++)
+            groups[n] = scales + (j + n < keys ? j + n : keys - 1) * scales_of_row(format, dims);
         for (ptrdiff_t begin = 0; begin < dims; begin += DECODE_BLOCK_D) {
             ptrdiff_t end = begin + fewer(dims - begin, DECODE_BLOCK_D);
 #pragma GCC unroll 4
@@ -101,8 +105,10 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
                 vec key[DECODE_KEYS];
 #pragma GCC unroll 4
                 for (int n = 0; n < DECODE_KEYS; n++) {
-                    __builtin_prefetch(rows[n] + k.ahead + d * format.bytes, 0, 3);
-                    key[n] = load_some(rows[n] + d * format.bytes, dims - d, format);
+                    const char *at = rows[n] + dim_offset(format, d);
+                    __builtin_prefetch(at + k.ahead, 0, 3);
+                    key[n] = load_some(at, dims - d, format);
+                    if (format.kind == '4') key[n] *= groups[n][d / INT4_GROUP];
                 }
 #pragma GCC unroll 4
                 for (int i = 0; i < queries; i++) {
@@ -120,7 +126,8 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
     }
     for (int i = 0; i < queries; i++) {
         vec sums = sum_lanes(x[i]);
-        for (int j = 0; j < keys; j++) scores[j * MR + i] = scales ? sums[j] * scales[j] : sums[j];
+        bool scaled = scales && format.kind != '4';
+        for (int j = 0; j < keys; j++) scores[j * MR + i] = scaled ? sums[j] * scales[j] : sums[j];
     }
 }
 
@@ -145,10 +152,15 @@ INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
     }
 }
 
-/* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors. */
+/* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors from dim `first`
+ * on. A row has `groups` scales. */
 INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int rows,
-                            const real *weights, const float *scales, ptrdiff_t dims,
-                            ptrdiff_t padded, real *sums, NumberFormat format) {
+                            const real *weights, const float *scales, ptrdiff_t groups,
+                            ptrdiff_t first, ptrdiff_t dims, ptrdiff_t padded, real *sums,
+                            NumberFormat format) {
+    bool scaled = scales && format.kind != '4';
+    v.data += dim_offset(format, first);
+    sums += first;
     vec sum[DECODE_QUERIES][8];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; i++)
@@ -156,15 +168,18 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         for (int n = 0; n < vecs; n++) sum[i][n] = load(sums + i * padded + n * LANES);
     for (int j = 0; j < rows; j++, v.data += v.row, weights += MR) {
         vec value[8];
-        real scale = scales ? (real)scales[j] : 1;
+        real scale = scaled ? (real)scales[j] : 1;
 #pragma GCC unroll 8
         for (int n = 0; n < vecs; n++) {
-            __builtin_prefetch(v.data + v.ahead + n * LANES * format.bytes, 0, 3);
-            value[n] = load_some(v.data + n * LANES * format.bytes, dims - n * LANES, format);
+            const char *at = v.data + dim_offset(format, n * LANES);
+            __builtin_prefetch(at + v.ahead, 0, 3);
+            value[n] = load_some(at, dims - n * LANES, format);
+            if (format.kind == '4')
+                value[n] *= scales[j * groups + (first + n * LANES) / INT4_GROUP];
         }
 #pragma GCC unroll 4
         for (int i = 0; i < queries; i++) {
-            vec weight = splat(scales ? weights[i] * scale : weights[i]);
+            vec weight = splat(scaled ? weights[i] * scale : weights[i]);
 #pragma GCC unroll 8
             for (int n = 0; n < vecs; n++) sum[i][n] += weight * value[n];
         }
@@ -179,19 +194,19 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
 INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const real *weights,
                              const float *scales, ptrdiff_t dims, real *sums, NumberFormat format) {
     const int vecs = NR * MR_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
-    ptrdiff_t padded = round_up(dims, LANES), d = 0;
+    ptrdiff_t padded = round_up(dims, LANES), groups = scales_of_row(format, dims), d = 0;
 #define VECS(n)                                                                                    \
     for (; n <= vecs && d + n * LANES <= dims; d += n * LANES)                                     \
-        decode_add_rows(queries, n, (DecodeRows){v.data + d * format.bytes, v.row, v.ahead},       \
-                        rows, weights, scales, n *LANES, padded, sums + d, format);
+        decode_add_rows(queries, n, v, rows, weights, scales, groups, d, n *LANES, padded, sums,   \
+                        format);
     VECS(8)
     VECS(4)
     VECS(2)
     VECS(1)
 #undef VECS
     if (d < dims)
-        decode_add_rows(queries, 1, (DecodeRows){v.data + d * format.bytes, v.row, v.ahead}, rows,
-                        weights, scales, dims - d, padded, sums + d, format);
+        decode_add_rows(queries, 1, v, rows, weights, scales, groups, d, dims - d, padded, sums,
+                        format);
 }
 
 /* decode_sums[query][dims] += the weighted sum of a sub-block's values. Where some query must not
@@ -209,7 +224,8 @@ INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *s
             for (int j = 0; j < keys; j++)
                 if (visible_lanes(sub, 0, first + j)[i] < 0)
                     decode_add_group(1, (DecodeRows){v.data + j * v.row, 0, 0}, 1,
-                                     weights + j * MR + i, scales ? scales + j : NULL, t->value_dim,
+                                     weights + j * MR + i, scales ? scales + j * scales_of_row(format, t->value_dim) : NULL,
+                                     t->value_dim,
                                      s->decode_sums + i * padded, format);
 #define GROUP(queries)                                                                             \
     for (; i + queries <= t->n_queries; i += queries)                                              \
@@ -263,7 +279,7 @@ static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock
 static void decode_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
                                  vec *top) {
     if (t->score_function == DOT)
-        WITH_FORMAT(decode_format(t->k_dim, t->k_format), decode_scores, t, s, sub);
+        WITH_STORED_FORMAT(decode_format(t->k_dim, t->k_format), decode_scores, t, s, sub);
     else metric_scores(t, s, p, sub, (View){0}, decode_metric);
     take_max(1, sub, top);
 }
@@ -277,7 +293,7 @@ static void decode_sum_values(const Tile *t, const Scratch *s, int p, BlockState
         const SubBlock *sub = &b->sub_blocks[i];
         if (sub->visibility == EMPTY) continue;
         weigh(1, t->exponent, sub, b->top, b->sum);
-        WITH_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
+        WITH_STORED_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
     }
     transpose_decode_sums(t, s, out);
 }

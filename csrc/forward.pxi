@@ -83,8 +83,8 @@ def attend(
 
     `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
     kernels sum in that. With `block_table`, contiguous int64 (batch, pages), `k` and `v` are
-    pools, (n_pages, kv_heads, page, dim). `k` and `v` may also be int8, with `k_scales` and
-    `v_scales`, float32 (..., keys, 1) with contiguous keys. `lse`, (batch, heads, queries), is float32 or
+    pools, (n_pages, kv_heads, page, dim). They may also be float8_e4m3fn, or with `k_scales` and
+    `v_scales`, float32 (..., keys, groups) and contiguous, int8 or uint8, which is int4. `lse`, (batch, heads, queries), is float32 or
     float64; `weights`, (batch, heads, queries, keys), must be zero before. `key_range` is a
     `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
     is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
@@ -133,6 +133,9 @@ def attend(
     try:
         init_tile(&params, tiles, q, k, v, out, scale, softcap, bias)
         tiles.value_dim = out.shape[out.ndim - 1]
+        if k.descr.kind == ord("u"):
+            tiles.k_format.kind = tiles.v_format.kind = ord("4")
+            tiles.k_dim = tiles.v_dim = 1
         if block_table is not None:
             bind_operand(&params, &params.pages, block_table, 1)
             tiles.pages, tiles.page = <const int64_t *>params.pages.data, k.shape[2]

@@ -98,11 +98,13 @@ INLINE void split_bf16_pairs(vec first, vec second, __m512i terms[BF16_TERMS]) {
 
 /* The dims [d, d + LANES) of a row, 0 from `dims` on. */
 INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims,
-                     NumberFormat format, float scale) {
-    if (dim == format.bytes && d < dims) return load_some(row + d * dim, dims - d, format) * scale;
+                     NumberFormat format, const float *scales) {
+    float scale = d < dims ? scale_of_dim(scales, format, d) : 1;
+    if (dim == format.bytes && d < dims)
+        return load_some(row + dim_offset(format, d), dims - d, format) * scale;
     vec x = {0};
     for (int i = 0; i < LANES && d + i < dims; i++)
-        x[i] = (float)read_number(row + (d + i) * dim, format) * scale;
+        x[i] = (float)read_dim(row, dim, d + i, format) * scale;
     return x;
 }
 
@@ -133,7 +135,7 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     uint64_t special = 0;
     for (ptrdiff_t key = begin; key < end; key++) {
         const char *row = key_at(t, key);
-        float scale = t->k_scales ? *key_scales(t, key) : 1;
+        const float *scales = key_scales(t, key);
         bfloat *to = s->key_terms + key % BLOCK_K * CHUNK;
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
@@ -142,8 +144,8 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
                 d + CHUNK <= t->head_dim) {
                 terms[0] = _mm512_loadu_si512(row + d * 2);
             } else {
-                vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scale);
-                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scale);
+                vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scales);
+                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scales);
                 split_bf16(a, b, terms);
                 out |= unrepresentable(a) | unrepresentable(b);
             }
@@ -157,7 +159,7 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
 }
 
 static void bf16_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
+    WITH_STORED_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
 /* The bits of a sub-block's keys among those of the whole sub-block. */
@@ -216,7 +218,7 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
                     x[i] = splat(0);
                     if (rows[i])
                         x[i] = load_dims(rows[i], t->v_dim, d, t->value_dim, format,
-                                         t->v_scales ? *value_scales(t, key + j + i) : 1);
+                                         value_scales(t, key + j + i));
                     __mmask16 special_lanes = unrepresentable(x[i]);
                     x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~special_lanes, (__m512)x[i]);
                     out[i] |= special_lanes;
@@ -240,7 +242,7 @@ static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, p
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
         uint32_t special;
-        WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &special);
+        WITH_STORED_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &special);
         *sub_special |= (uint64_t)special << key % SUB_BLOCK_K;
         for (int i = 0; i < BF16_TERMS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)

@@ -15,7 +15,10 @@
  * sums of small weights would be subnormal and take a hundred times as long. */
 #define WEIGHT_UNIT 16777216.0
 
-/* How a real number lies in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. */
+/* How a real number lies in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. Of
+ * keys and values also '8' for float8_e4m3fn, and '4' for two in a byte, the even dim in its lower
+ * half, each plus 8. */
+#define INT4_GROUP 32 /* dims that share a scale */
 typedef struct {
     char kind;
     int bytes, swapped;

@@ -31,10 +31,6 @@ def unsupported(problem: Problem) -> str | None:
         return extension.missing
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
-    if p.k_scales is not None and p.k.dtype != np.int8:
-        return "no kernel for int4 keys and values"
-    if p.k.dtype.name == "float8_e4m3fn":
-        return "no kernel for float8_e4m3fn keys and values"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None

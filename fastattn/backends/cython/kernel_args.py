@@ -32,8 +32,8 @@ def compute_dtype(problem: Problem) -> str:
     p = problem
     if p.dtype.char == "f" and p.precision == "bfloat16":
         return "E"
-    if p.k_scales is not None and p.dtype.char != "d":
-        return "f"  # scaled numbers are no halves
+    if p.k.dtype.itemsize == 1 and p.dtype.char != "d":
+        return "f"  # what a cache stores in a byte or less is widened
     return p.dtype.char
 
 
