@@ -1,10 +1,9 @@
-/* Both products for a few queries, with dimensions in the lanes: decoding.
+/* The engine for decoding: few queries, with dims in the lanes.
  *
- * Decoding asks one query, or one for each head of a group, of all keys: the work is one pass over
- * keys and values at the speed of memory. Each number is widened in a register, where some queries
- * share it; the sums of LANES keys over their lanes come out together. Scores and weights lie as
- * those of many queries do, and so everything between the products is the same.
- */
+ * A decoding step has one query, or one for each head of a group, so its time is that of reading
+ * all keys and values once. Numbers are widened in registers, and some queries share each load. The
+ * sums over lanes of LANES keys are made together. Scores and weights have the same layout as with
+ * queries in the lanes, so the steps between the matmuls are the same. */
 #ifndef FASTATTN_DECODE_INL_H
 #define FASTATTN_DECODE_INL_H
 
@@ -15,7 +14,7 @@
 #include "matmul_fma-inl.h"
 #include "online_softmax_fma-inl.h"
 
-/* x[l] summed over its lanes, for each l in lane l. */
+/* In lane l, the sum over the lanes of x[l]. */
 INLINE vec sum_lanes(vec x[LANES]) {
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2)
@@ -25,7 +24,7 @@ INLINE vec sum_lanes(vec x[LANES]) {
     return x[0];
 }
 
-/* Rows of numbers that lie one behind the other: where they are, or widened. */
+/* Rows of contiguous numbers: in place, or widened. */
 typedef struct {
     const char *data;
     ptrdiff_t row, ahead; /* bytes to the next, and to the one to prefetch */
@@ -36,7 +35,7 @@ static ptrdiff_t prefetched_key(const Tile *t, ptrdiff_t key) {
     return key + DECODE_PREFETCH_ROWS < t->last ? key + DECODE_PREFETCH_ROWS : t->last - 1;
 }
 
-/* Rows with gaps between their numbers are widened, without their scales. */
+/* Rows whose numbers are not contiguous are widened, without their scales. */
 static NumberFormat decode_format(ptrdiff_t dim, NumberFormat format) {
     return dim == format.bytes ? format : (NumberFormat){'f', sizeof(real), 0};
 }
@@ -61,7 +60,7 @@ static DecodeRows decode_values(const Tile *t, const Scratch *s, ptrdiff_t key, 
                        s->decode_rows);
 }
 
-/* q[query][dims], padded by 0. */
+/* q[query][dims], padded with 0. */
 static void decode_pack_queries(Tile *t, const Scratch *s, int p) {
     (void)p;
     ptrdiff_t padded = round_up(t->head_dim, LANES);
@@ -190,7 +189,7 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         for (int n = 0; n < vecs; n++) store(sums + i * padded + n * LANES, sum[i][n]);
 }
 
-/* The same of all dims, as many vectors at a time as there are registers for their sums. */
+/* decode_add_rows for all dims, in as many vectors at a time as the registers hold sums of. */
 INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const real *weights,
                              const float *scales, ptrdiff_t dims, real *sums, NumberFormat format) {
     const int vecs = NR * MR_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
@@ -209,8 +208,8 @@ INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const re
                         format);
 }
 
-/* decode_sums[query][dims] += the weighted sum of a sub-block's values. Where some query must not
- * meet a NaN or an Inf that it does not see, each takes its own keys only. */
+/* decode_sums[query][dims] += the weighted sum of a sub-block's values. If some keys are hidden,
+ * each query adds only its visible ones, because a hidden value may be NaN or Inf. */
 INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *sub,
                               NumberFormat format) {
     ptrdiff_t padded = round_up(t->value_dim, LANES), key = sub->key;
@@ -238,7 +237,7 @@ INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *s
     }
 }
 
-/* decode_sums as columns: out[d][query]. */
+/* out[d][query] = decode_sums[query][d]. */
 static void transpose_decode_sums(const Tile *t, const Scratch *s, real *out) {
     ptrdiff_t padded = round_up(t->value_dim, LANES);
     for (ptrdiff_t d = 0; d < t->value_dim; d++) {
@@ -269,7 +268,8 @@ static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock
                             .dims = t->head_dim};
         metric_matrix(terms, vecs, &x, t->n_queries, metrics);
         for (int j = 0; j < keys; j++) {
-            store(to + (first + j) * MR, splat(1)); /* as good as any for a lane without a query */
+            store(to + (first + j) * MR,
+                  splat(1)); /* any number will do for lanes without a query */
             for (ptrdiff_t i = 0; i < t->n_queries; i++)
                 to[(first + j) * MR + i] = metrics[i * MR + j];
         }

@@ -58,8 +58,11 @@ def scaled_dot(
     spans : (start, stop), optional
         Show the keys ``start[i] <= j < stop[i]`` only; ints broadcastable to ``(..., Hq, Sq)``,
         clipped to ``0..Sk``.
-    mask : array_like of bool, optional
-        Hide the keys where it is False; broadcastable to ``(..., Hq, Sq, Sk)``.
+    mask : array_like of bool, or CSR array of scipy.sparse, optional
+        Hide the keys where it is False; broadcastable to ``(..., Hq, Sq, Sk)``. A CSR array or
+        matrix of shape ``(Sq, Sk)`` shows what it has an entry for that is not zero, to all heads;
+        a sequence has one for each entry of the last leading axis. Time and memory follow the
+        number of entries.
     block_table : array_like of int, (batch, pages), optional
         The keys lie in pages: `q` is ``(batch, Hq, Sq, D)``, `k` ``(n_pages, Hkv, page, D)`` and
         `v` ``(n_pages, Hkv, page, Dv)`` are a pool, and key ``j`` of entry ``b`` is row
@@ -111,6 +114,10 @@ def scaled_dot(
     sums are kept (of the options, or a score) act as its largest finite number; a bias of ``inf``
     makes its row NaN, and a sink of ``inf`` takes all the weight. There is no dropout: it belongs
     to training losses that this function does not know; drop whole heads or positions outside it.
+
+    The indices of a CSR array may be in any order, and an entry stored twice counts once: it is
+    seen if any of its values is not zero. With them the keys of a query are gathered one by one, so
+    a mask with more than some percent of entries is faster as a dense one.
 
     `q`, `k` and `v` are read where they lie, each in a dtype of its own; copies are made only of
     integers and bools, and of what is byte-swapped or misaligned.

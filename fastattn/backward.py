@@ -18,7 +18,7 @@ def scaled_dot_backward(
     block_table=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
-    """Gradients of `scaled_dot`, from its results and their gradients, in O(S) memory.
+    """The gradients of `scaled_dot` from its results and theirs, in O(S) memory.
 
     `vjp` is the convenient half; this one keeps nothing between the passes but what it is given.
 
@@ -29,9 +29,10 @@ def scaled_dot_backward(
     q, k, v : array_like
         As they were given to `scaled_dot`.
     out : array_like, (..., Hq, Sq, Dv)
+        The first result of ``scaled_dot(..., return_lse=True)``.
     lse : array_like, (..., Hq, Sq)
-        What ``scaled_dot(..., return_lse=True)`` returned. From the `fastattn.merge` of several
-        sets of keys, each with its own call of this function, come the gradients through the whole.
+        The second. With both from the `fastattn.merge` of several sets of keys, and a call of this
+        function for each set, come the gradients through the whole.
     grad_lse : array_like, (..., Hq, Sq), optional
         Gradient with respect to `lse`; 0 by default.
     wrt : tuple of {"bias", "alibi", "sinks"}, default ()
@@ -46,10 +47,10 @@ def scaled_dot_backward(
 
     Returns
     -------
-    dq, dk, dv, *wrt : tuple of ndarray
-        Each has the shape of its array: axes and heads that broadcast or are shared are summed. Its
-        dtype is the wider of its array's and of `out`'s, so float64 for integers. With a
-        `block_table`, whose pages sequences share, `dk` and `dv` are None.
+    tuple of ndarray
+        ``(dq, dk, dv, *wrt)``. Each has the shape of its array: axes and heads that broadcast or
+        are shared are summed. Its dtype is the wider of its array's and of `out`'s, so float64 for
+        integers. With a `block_table`, whose pages sequences share, `dk` and `dv` are None.
 
     Raises
     ------

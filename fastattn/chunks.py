@@ -15,6 +15,7 @@ import numpy as np
 from .backward import of_its_array, solve_backward
 from .core.backward import Backward
 from .core.problem import DOT, Gradient, Problem, make_problem
+from .core.sparse_mask import SparseMask
 from .merge import merge
 
 __all__ = [
@@ -67,7 +68,9 @@ class Chunk(NamedTuple):
         )
         for name, axes in (("bias", "hqj"), ("mask", "hqj"), ("alibi", "h"), ("sinks", "h")):
             x = getattr(p, name)
-            if x is not None and not (name == "sinks" and first > 0):
+            if isinstance(x, SparseMask):
+                found[name] = x.part(self.batch, self.queries, self.keys)
+            elif x is not None and not (name == "sinks" and first > 0):
                 found[name] = x[self.heads] if axes == "h" else self.of(x, axes)
         if r.lengths is not None:
             lengths = self.of(r.lengths, "") - first

@@ -16,6 +16,7 @@ from .core.backward import Backward
 from .core.bins import bin_starts, no_top_keys
 from .core.dtypes import as_real
 from .core.problem import Problem
+from .core.sparse_mask import SparseMask
 
 name = "reference"
 
@@ -242,7 +243,7 @@ def visible(p: Problem) -> np.ndarray:
     r = p.key_range
     seen = np.ones((*p.rows(), p.n_keys), bool)
     if p.mask is not None:
-        seen &= p.mask
+        seen &= p.mask.dense() if isinstance(p.mask, SparseMask) else p.mask
     if r.left is not None:
         seen &= i - r.left <= j
     if r.right is not None:

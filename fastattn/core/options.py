@@ -9,6 +9,7 @@ import numpy as np
 from .arguments import FAR, broadcast, in_range, integer, integers, operand, plain
 from .block_mask import BlockMask
 from .dtypes import is_real
+from .sparse_mask import is_sparse, sparse_mask
 
 __all__ = [
     "bias_array", "check_block_mask", "check_wrt", "key_lengths", "mask_array", "per_head",
@@ -29,6 +30,8 @@ def bias_array(value, shape, q):
 
 
 def mask_array(value, shape, q):
+    if is_sparse(value):
+        return sparse_mask(value, shape[:-3], *shape[-2:])
     x = operand("mask", value, q)
     if x.dtype.kind != "b":
         hint = "scores to add go into bias="

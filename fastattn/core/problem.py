@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from .options import (
 )
 from .output import destination, empty_like, may_overlap
 from .pages import block_table_array, check_pool, usable_table
+from .sparse_mask import SparseMask
 from .visibility import KeyRange, key_range
 
 __all__ = [
@@ -103,7 +104,7 @@ class Problem:
     sinks: np.ndarray | None  # (heads,), float64
     q_offset: int | np.ndarray  # (batch), int64
     key_range: KeyRange
-    mask: np.ndarray | None  # (batch, heads, queries, keys), bool
+    mask: Any  # ndarray (batch, heads, queries, keys), bool, or a SparseMask, or None
     return_lse: bool
     return_weights: bool
     out: np.ndarray | None  # the caller's, with an axis of heads, where a backend may fill it
@@ -122,6 +123,11 @@ class Problem:
     def is_flex(self) -> bool:
         """Are there functions of the user's in it, which must be compiled or called?"""
         return self.score_mod is not None or self.mask_mod is not None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Are the keys of each query listed?"""
+        return type(self.mask) is SparseMask
 
     @property
     def on_device(self) -> bool:
@@ -303,7 +309,8 @@ def make_problem(
         mask_mod = block_mask.mask_mod
 
     if out is not None:
-        inputs = (q, bias, mask) if held is not None else (q, k, v, bias, mask)
+        masks = mask.arrays if type(mask) is SparseMask else (mask,)
+        inputs = (q, bias, *masks) if held is not None else (q, k, v, bias, *masks)
         out = destination(out, (*rows, value_dim), dtype, one_head, inputs)
         if out is None:
             copied += ("out",)

@@ -6,6 +6,7 @@ import numpy as np
 
 from .arguments import broadcast_shapes
 from .problem import Problem
+from .sparse_mask import SparseMask
 
 __all__ = ["keys_visible_to_any"]
 
@@ -16,6 +17,8 @@ _ROWS = 16
 def keys_visible_to_any(p: Problem) -> np.ndarray:
     """Does a query see the key? bool, broadcastable to (batch, kv_heads, keys)."""
     intervals = p.key_range.bounds()
+    if isinstance(p.mask, SparseMask):
+        return _of_key_heads(p, _listed(p, p.mask, intervals))
     if p.mask is None and p.bias is None:
         if intervals is None:
             return np.ones(p.n_keys, bool)
@@ -24,9 +27,35 @@ def keys_visible_to_any(p: Problem) -> np.ndarray:
         seen = np.zeros((1, p.n_keys), bool)
         for first in range(0, p.n_queries, _ROWS):
             seen = seen | _visible_to_rows(p, intervals, slice(first, first + _ROWS))
+    return _of_key_heads(p, seen)
+
+
+def _of_key_heads(p: Problem, seen) -> np.ndarray:
+    """Seen by a head of a group, from what is by each head."""
     seen = np.broadcast_to(seen, (*seen.shape[:-2], p.heads, p.n_keys))
     by_group = seen.reshape(*seen.shape[:-2], p.kv_heads, p.group, p.n_keys)
     return np.logical_or.reduce(by_group, axis=-2)
+
+
+def _listed(p: Problem, mask: SparseMask, intervals) -> np.ndarray:
+    """The keys that a sparse mask and the rest show to any query, by head: (batch, heads, keys)."""
+    shapes = [(len(mask.starts), 1)[-1 - len(p.batch) :], *(x.shape[:-1] for x in intervals or ())]
+    if p.bias is not None:
+        own = (1 if step == 0 else n for n, step in zip(p.bias.shape, p.bias.strides, strict=True))
+        shapes.append(tuple(own)[:-2])
+    lead = broadcast_shapes(*shapes)
+    seen = np.zeros((*lead, p.n_keys), bool)
+    every = slice(0, p.n_queries)
+    for where in np.ndindex(lead):
+        interval = None
+        if intervals is not None:
+            interval = tuple(np.broadcast_to(x, (*lead, p.n_queries))[where] for x in intervals)
+        rows, keys = mask.entries(mask.pattern_of(where[:-1]), every, interval)
+        if p.bias is not None:
+            index = (i if step else 0 for i, step in zip(where, p.bias.strides, strict=False))
+            keys = keys[p.bias[tuple(index)][rows, keys] != -np.inf]
+        seen[where][keys] = True
+    return seen
 
 
 def _covered(start, stop, n_keys) -> np.ndarray:

@@ -38,6 +38,8 @@ def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot serve `problem`, or None."""
     if problem.k_scales is not None:
         return "no kernel for int8 keys and values"
+    if problem.is_sparse:
+        return "no kernel for a sparse mask"
     if problem.block_table is not None:
         return "no kernel for keys in pages"
     if problem.is_flex:

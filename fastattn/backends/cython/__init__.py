@@ -29,6 +29,8 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if extension.missing is not None:
         return extension.missing
+    if p.is_sparse:
+        return "no kernel for a sparse mask"
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):

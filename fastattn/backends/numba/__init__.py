@@ -57,6 +57,8 @@ def unsupported(problem: Problem) -> str | None:
     missing = _missing()
     if missing is not None:
         return missing
+    if p.is_sparse:
+        return "no kernel for a sparse mask"
     from .numbers import format_of
 
     if p.bias is not None and format_of(p.bias.dtype) is None:

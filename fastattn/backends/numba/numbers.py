@@ -34,8 +34,8 @@ from .vectors import (
 )
 
 __all__ = [
-    "FORMATS", "REAL", "STORED", "bounded", "finite_most", "format_of", "is_finite", "read", "rounded",
-    "widen", "write",
+    "FORMATS", "REAL", "STORED", "bounded", "finite_most", "format_of", "is_finite", "read",
+    "rounded", "widen", "write",
 ]  # fmt: skip
 
 REAL = 0  # the type of the computation

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...core.problem import Problem
+from . import sparse
 from .backward import run_backward, unsupported_backward
 from .tangents import run_forward_mode
 from .tiles import (
@@ -55,6 +56,10 @@ def run(problem: Problem, result):
     """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
+    if p.is_sparse:
+        weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
+        sparse.run(p, result, lse, weights)
+        return lse, weights
     weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):

@@ -13,6 +13,7 @@ from ...core.backward import Backward
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
+from . import sparse
 from .score_functions import score_function_gradients, where_visible
 from .tiles import (
     Heads,
@@ -50,6 +51,9 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         shape = gradient.shape
         shape = p.with_axes(shape) if gradient.name == "bias" else shape
         found[gradient.name] = np.zeros(shape, p.accumulator)
+    if p.is_sparse:
+        sparse.run_backward(b, found)
+        return found
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):
             _differentiate(b, heads, _rows(b, heads, queries), found)

@@ -20,7 +20,9 @@ __all__ = [
     "BLOCK_K",
     "BLOCK_Q",
     "Heads",
+    "Paged",
     "capped_products",
+    "capped_products_of",
     "distances",
     "key_blocks",
     "keys_of",
@@ -30,6 +32,7 @@ __all__ = [
     "rescale",
     "scores",
     "shift_of",
+    "sum_in_range",
     "sums",
     "values_of",
 ]
@@ -162,12 +165,19 @@ def capped_products(
     says which these are, scores of finite vectors are within the range of numbers.
     """
     k = keys_of(p, h, keys)
+    return capped_products_of(p, q, k, None if queries is None else h.q[:, :, queries])
+
+
+def capped_products_of(p: Problem, q, k, unscaled=None) -> np.ndarray:
+    """`capped_products` of vectors (..., queries, head_dim) and (..., keys, head_dim). `unscaled`
+    are the queries as they were given.
+    """
     if p.score_function is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
         s = p.accumulator.type(p.scale) * unscaled_scores(p.score_function, q, k)
-    if queries is not None and not np.isfinite(s).all():
-        s = _products_in_range(p, h.q[:, :, queries], k, s)
+    if unscaled is not None and not np.isfinite(s).all():
+        s = _products_in_range(p, unscaled, k, s)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
@@ -211,10 +221,10 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
         s = products + rounded
         if (rounded == -np.inf).any():
             seen = bias != -np.inf
-        s = _sum_in_range(s, products, rounded)
+        s = sum_in_range(s, products, rounded)
     if h.alibi is not None:
         far = h.alibi[..., None] * distances(h, queries, keys).astype(real)
-        s = _sum_in_range(s - far, s, h.alibi[..., None])
+        s = sum_in_range(s - far, s, h.alibi[..., None])
     if h.spans is not None:
         start, stop = (side[:, :, queries, None] for side in h.spans)
         inside = (start <= keys.start).all() and (keys.stop <= stop).all()
@@ -230,7 +240,7 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     return s, seen
 
 
-def _sum_in_range(total, a, b) -> np.ndarray:
+def sum_in_range(total, a, b) -> np.ndarray:
     """`total` without what overflowed though `a` and `b`, which it was made of, are finite."""
     if np.isfinite(total).all():
         return total

@@ -6,6 +6,7 @@ import numpy as np
 
 from ...core.bins import covered, no_top_keys
 from ...core.problem import Problem
+from . import sparse
 from .score_functions import where_visible
 from .tiles import Heads, capped_products, key_blocks, queries_of, query_blocks, scores, sums
 
@@ -16,6 +17,9 @@ def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
     """The weights summed over cells, float64 (batch, heads, rows, columns)."""
     p = problem
     found = np.zeros((*p.batch, p.heads, rows, columns))
+    if p.is_sparse:
+        sparse.run_map(p, found)
+        return found
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):
             _pool(p, heads, queries, found[heads.where])
@@ -39,6 +43,8 @@ def _pool(p: Problem, h: Heads, queries: slice, found) -> None:
 def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices and weights of each query's strongest keys, (batch, heads, queries, n)."""
     p = problem
+    if p.is_sparse:
+        return sparse.run_top(p, n)
     indices, weights = no_top_keys(p, n)
     kept = min(n, p.n_keys)
     with np.errstate(all="ignore"):
