@@ -15,7 +15,10 @@
  * of small weights would be subnormal, and a hundred times as slow. */
 #define WEIGHT_UNIT 16777216.0
 
-/* The format of a number in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. */
+/* How a real number lies in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. Of
+ * keys and values also '8' for float8_e4m3fn, and '4' for two in a byte, the even dim in its lower
+ * half, each plus 8. */
+#define INT4_GROUP 32 /* dims that share a scale */
 typedef struct {
     char kind;
     int bytes, swapped;
@@ -37,9 +40,13 @@ typedef struct {
     const char **q; /* one row per query */
     char **out;
     const char *k, *v;                                     /* of the key head */
-    const float *k_scales, *v_scales;                      /* a factor for each key; or NULL */
+    const float *k_scales, *v_scales;                      /* factors of each key; or NULL */
     NumberFormat q_format, k_format, v_format, out_format; /* out_format is also that of weights */
-    ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
+    ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim, k_scales_key, v_scales_key;
+    /* Key j is row j % page of page pages[j / page], these `k_page` bytes apart. NULL: keys and values
+     * are in one piece. */
+    const int64_t *pages;
+    ptrdiff_t page, k_page, v_page, k_scales_page, v_scales_page;
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t block_k; /* keys in a block, at most those of the call */
     double scale;

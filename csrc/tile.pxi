@@ -40,7 +40,9 @@ cdef extern from "tile.h" nogil:
         const float *k_scales
         const float *v_scales
         NumberFormat q_format, k_format, v_format, out_format, grad_out_format
-        Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim
+        Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim, k_scales_key, v_scales_key
+        const int64_t *pages
+        Py_ssize_t page, k_page, v_page, k_scales_page, v_scales_page
         Py_ssize_t n_queries, head_dim, value_dim, block_k
         double scale, margin
         ScoreFunction score_function

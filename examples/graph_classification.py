@@ -54,8 +54,8 @@ class GraphAttention:
 
     def __init__(self, rng, edges, scores=True):
         self.edges, self.scores = edges, scores
-        shapes = {"w_q": (WIDTH, HEADS * HEAD_DIM), "w_k": (WIDTH, HEADS * HEAD_DIM),
-                  "w_v": (WIDTH, HEADS * HEAD_DIM), "w_out": (HEADS * HEAD_DIM, CLASSES)}  # fmt: skip
+        shapes = dict.fromkeys(("w_q", "w_k", "w_v"), (WIDTH, HEADS * HEAD_DIM))
+        shapes["w_out"] = (HEADS * HEAD_DIM, CLASSES)
         self.parameters = {
             name: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
             for name, shape in shapes.items()

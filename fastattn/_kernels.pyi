@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -30,7 +32,7 @@ def attend(
     batch: tuple[int, ...],
     heads: int,
     kv_heads: int,
-    scale: float,
+    scale: Any,
     softcap: float,
     bias: np.ndarray | None,
     alibi: np.ndarray | None,
@@ -45,6 +47,7 @@ def attend(
     score_function: tuple[str, np.ndarray | None] | None,
     sums: np.ndarray | None,
     indices: np.ndarray | None,
+    block_table: np.ndarray | None,
 ) -> None: ...
 def attend_sparse(
     q: np.ndarray,
@@ -56,7 +59,7 @@ def attend_sparse(
     batch: tuple[int, ...],
     heads: int,
     kv_heads: int,
-    scale: float,
+    scale: Any,
     softcap: float,
     bias: np.ndarray | None,
     alibi: np.ndarray | None,
@@ -85,7 +88,7 @@ def differentiate_sparse(
     batch: tuple[int, ...],
     heads: int,
     kv_heads: int,
-    scale: float,
+    scale: Any,
     softcap: float,
     bias: np.ndarray | None,
     alibi: np.ndarray | None,
@@ -117,7 +120,7 @@ def differentiate(
     batch: tuple[int, ...],
     heads: int,
     kv_heads: int,
-    scale: float,
+    scale: Any,
     softcap: float,
     bias: np.ndarray | None,
     alibi: np.ndarray | None,

@@ -66,7 +66,7 @@ def attend(problem: Problem, real=np.float64):
         if problem.score_mod is not None:
             seen &= s != -np.inf
         weights, lse = softmax(s, seen, problem.sinks)
-        v = per_query_head(as_stored(problem.v, problem.v_scales, problem, real), problem)
+        v = per_query_head(values(problem, real), problem)
         # A mean of the largest numbers may be rounded up.
         out = drawn_in(
             weighted_sum(dropped(weights, problem), seen, v),
@@ -128,7 +128,7 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
     p = b.problem
     with np.errstate(all="ignore"):
         q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
-        k, v = (per_query_head(as_stored(x, None, p, real), p) for x in (p.k, p.v))
+        k, v = (per_query_head(x(p, real), p) for x in (keys, values))
         grad_out, lse = b.grad_out.astype(real), b.lse.astype(real)
         seen, capped = visible(p), capped_products(p, real)
         weights, sink_weights = recomputed(scores(p, real, capped), seen, lse, b)
@@ -153,7 +153,7 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         if b.wants("scale"):
             terms = np.where(seen, grad_scaled * measured(p, q, k), 0)
             found["scale"] = terms.sum(axis=of_heads)
-        if b.wants("relative_bias"):
+        if p.relative_bias is not None and b.wants("relative_bias"):
             found["relative_bias"] = np.zeros(p.relative_bias.shape, np.longdouble)
             np.add.at(found["relative_bias"], distance_index(p), grad_s)
         if b.wants("alibi"):
@@ -196,7 +196,7 @@ def drawn_in(x, finite, dtype) -> np.ndarray:
 def capped_products(p: Problem, real=np.float64) -> np.ndarray:
     """The score before anything is added: the scaled score function, softly capped."""
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
-    k = per_query_head(as_stored(p.k, p.k_scales, p, real), p)
+    k = per_query_head(keys(p, real), p)
     products = measured(p, q, k)
     scale = scale_of(p, real)
     s = scale * products
@@ -360,6 +360,7 @@ def positions(p: Problem):
 
 def distance_index(p: Problem):
     """Where in the relative bias each query finds what is added to the score of each key."""
+    assert p.relative_bias is not None
     i, j = positions(p)
     reach = p.relative_bias.shape[-1] // 2
     distance = np.clip(j - i, -reach, reach) + reach
@@ -377,19 +378,24 @@ def on_grid(p: Problem, function, *first) -> np.ndarray:
     return values.astype(np.float64).reshape(shape)
 
 
-def as_stored(x, scales, p: Problem, real) -> np.ndarray:
-    """Keys or values as numbers: (batch, kv_heads, keys, dim)."""
-    return as_real(in_order(x, p), None if scales is None else in_order(scales, p), real)
+def keys(p: Problem, real) -> np.ndarray:
+    """As numbers of the precision `real`, (batch, kv_heads, keys, head_dim)."""
+    return as_real(in_order(p.k, p), in_order(p.k_scales, p), real, p.head_dim)
 
 
-def in_order(x, p: Problem) -> np.ndarray:
+def values(p: Problem, real) -> np.ndarray:
+    return as_real(in_order(p.v, p), in_order(p.v_scales, p), real, p.value_dim)
+
+
+def in_order(x, p: Problem):
     """The rows of a pool of pages in the order of the keys, (batch, kv_heads, keys, ...)."""
-    if p.block_table is None:
+    if p.block_table is None or x is None:
         return x
     if len(x) == 0:  # without a page that an entry could be of
         return np.zeros((1, x.shape[1], p.n_keys, *x.shape[3:]), x.dtype)
     pages = x[p.block_table].swapaxes(1, 2)
-    return pages.reshape(*pages.shape[:2], p.n_keys, *x.shape[3:])
+    rows = pages.reshape(*pages.shape[:2], -1, *x.shape[3:])
+    return rows[:, :, : p.n_keys]
 
 
 def per_query_head(x, p: Problem) -> np.ndarray:

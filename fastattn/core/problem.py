@@ -89,8 +89,10 @@ class Problem:
     # (batch, pages), int64: then k, v and their scales are pools, (n_pages, kv_heads, page, ...),
     # and key j of an entry is row j % page of its page j // page.
     block_table: np.ndarray | None
-    k_scales: np.ndarray | None  # (batch, kv_heads, keys), float32, packed keys: k and v are int8
-    v_scales: np.ndarray | None  # then, and each of their rows is multiplied by its number here
+    # (batch, kv_heads, keys, groups), float32: k and v are int8, one group, or int4, two numbers in
+    # a uint8 and 32 dims a group. None: they are floats, those of a cache float8_e4m3fn too.
+    k_scales: np.ndarray | None
+    v_scales: np.ndarray | None
     dtype: np.dtype  # of the result: the widest of q, k and v, whose float dtypes are their own
     batch: tuple[int, ...]
     heads: int
@@ -177,15 +179,15 @@ def make_problem(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    k_scales=None, v_scales=None, score_function=DOT, block_table=None, relative_bias=None,
-    return_max=False, dropout=None, dropout_offset=None,
+    score_function=DOT, block_table=None, held=None, relative_bias=None, return_max=False,
+    dropout=None, dropout_offset=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
     With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
-    The scales of int8 keys and values are a `KVCache`'s own, and not checked. A `score_function`
-    other than `DOT` comes with a scale; what is wrong with its weights is said of ``w``.
+    A `score_function` other than `DOT` comes with a scale; what is wrong with its weights is said
+    of ``w``. `held`, a `Held`, stands for a `block_table` where `k` and `v` are a `KVCache`'s.
 
     Raises
     ------
@@ -219,7 +221,7 @@ def make_problem(
         originals = (q, k, v)
         q_dtype, k_dtype, v_dtype = float_dtype("q", q), k.dtype, v.dtype
         dtype = q_dtype
-        if k_scales is None:
+        if held is None or held.widens:
             k_dtype, v_dtype = float_dtype("k", k), float_dtype("v", v)
             dtype = widest({q_dtype, k_dtype, v_dtype})
         q, k, v = _readable(q, q_dtype), _readable(k, k_dtype), _readable(v, v_dtype)
@@ -231,13 +233,20 @@ def make_problem(
     heads, n_queries, head_dim = q_shape[-3:]
     kv_heads, n_keys, k_dim = k_shape[-3:]
     v_heads, v_keys, value_dim = v_shape[-3:]
+    k_scales = v_scales = None
+    if held is not None:
+        block_table, n_keys, k_dim, value_dim = held[:4]
+        v_keys = n_keys
+        k_scales, v_scales = held.scales or (None, None)
     if k_dim != head_dim:
         raise ValueError(f"k: expected head_dim {head_dim} as in q, got {k_dim}")
     if head_dim < 1:
         raise ValueError("q: expected head_dim of at least 1, got 0")
     if v_keys != n_keys:
         raise ValueError(f"v: expected {n_keys} keys as in k, got {v_keys}")
-    if block_table is not None:
+    if held is not None:
+        pass
+    elif block_table is not None:
         block_table = block_table_array(block_table, batch[0])
         n_keys *= block_table.shape[1]
         if kv_lengths is None:
@@ -305,7 +314,7 @@ def make_problem(
     if spans is not None:
         spans = span_arrays(spans, rows, n_keys)
     visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
-    if block_table is not None:
+    if block_table is not None and held is None:
         block_table = usable_table(block_table, k_shape[0], k_shape[2], visible)
     if dropout is not None or dropout_offset is not None:
         dropout = dropout_of(dropout, dropout_offset)
@@ -323,7 +332,8 @@ def make_problem(
         mask_mod = block_mask.mask_mod
 
     if out is not None:
-        inputs = (q, k, v, bias, *(mask.arrays if type(mask) is SparseMask else (mask,)))
+        masks = mask.arrays if type(mask) is SparseMask else (mask,)
+        inputs = (q, bias, *masks) if held is not None else (q, k, v, bias, *masks)
         out = destination(out, (*rows, value_dim), dtype, one_head, inputs)
         if out is None:
             copied += ("out",)

@@ -35,8 +35,6 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
         return "no kernel for a relative bias, the largest scores, or a scale for each head"
-    if p.block_table is not None:
-        return "no kernel for keys in pages"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     if p.dropout is not None:
@@ -89,6 +87,8 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
+    if problem.block_table is not None:
+        return "no kernel for gradients with keys in pages"
     dense = not problem.is_sparse and problem.score_function is not SQUARED_DISTANCE
     if dense and problem.score_function is not DOT:
         return "no kernel for the gradients of distances and additive scores"

@@ -26,9 +26,9 @@ from .tiles import (
     queries_of,
     query_blocks,
     rescale,
-    rows_of,
     scores,
     shift_of,
+    values_of,
 )
 from .weight_maps import run_map, run_top
 
@@ -149,7 +149,7 @@ def _sums(p: Problem, h: Heads, q, queries: slice, margin=0.0) -> _Sums:
         weight = np.exp(s - shift[..., None])
         factor = np.where(none, 0, rescale(old_shift, shift))
         total = total * factor + weight.sum(axis=-1)
-        values = rows_of(h.v, h.v_scales, keys, real)
+        values = values_of(p, h, keys)
         weight = dropped(p, weight, kept(p, h, queries, keys))
         out = out * factor[..., None] + product(weight, seen, values)
         some |= True if seen is None else seen.any(axis=-1)
@@ -160,7 +160,7 @@ def _infinite_values(p: Problem, h: Heads, queries: slice, out) -> np.ndarray:
     """The sum of the values that are not finite and that a query sees; of the shape of `out`."""
     expected = np.zeros_like(out)
     for keys in key_blocks(p, h, queries):
-        v = rows_of(h.v, h.v_scales, keys, p.accumulator)
+        v = values_of(p, h, keys)
         wild = np.flatnonzero(~np.isfinite(v).all(axis=(0, 1, 3)))
         nothing = np.zeros((*out.shape[:-1], v.shape[-2]), out.dtype)
         _, seen = scores(p, h, nothing, queries, keys) if wild.size else (None, None)

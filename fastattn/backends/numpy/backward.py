@@ -23,12 +23,13 @@ from .tiles import (
     dropped,
     kept,
     key_blocks,
+    keys_of,
     product,
     queries_of,
     query_blocks,
-    rows_of,
     scores,
     sums,
+    values_of,
 )
 
 __all__ = ["run_backward", "unsupported_backward"]
@@ -105,7 +106,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
     # Of what a score is multiplied by where the gradient of its scale is, and of distances.
     scale_sums, row_sums = np.zeros((2, 4, *r.delta.shape))
     for keys in key_blocks(p, h, r.queries):
-        k, v = (rows_of(x, None, keys, real) for x in (h.k, h.v))
+        k, v = keys_of(p, h, keys), values_of(p, h, keys)
         products = capped_products(p, h, r.q, keys)
         s, seen = scores(p, h, products, r.queries, keys)
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)

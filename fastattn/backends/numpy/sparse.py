@@ -18,7 +18,7 @@ from ...core.dtypes import as_real
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
 from .score_functions import score_function_gradients, unscaled_scores
-from .tiles import capped_products_of, dropped, sum_in_range
+from .tiles import Paged, capped_products_of, dropped, sum_in_range
 
 __all__ = ["run", "run_backward", "run_map", "run_top"]
 
@@ -35,10 +35,10 @@ class Head(NamedTuple):
     where: tuple[int, ...]  # its index in a result
     kv_where: tuple[int, ...]
     q: np.ndarray  # (queries, head_dim)
-    k: np.ndarray  # (keys, head_dim)
-    v: np.ndarray  # (keys, value_dim)
-    k_scales: np.ndarray | None  # (keys,)
-    v_scales: np.ndarray | None
+    k: np.ndarray | Paged  # (keys, head_dim), or of pages (n_pages, page, head_dim)
+    v: np.ndarray | Paged
+    k_scales: np.ndarray | Paged | None  # (keys, groups)
+    v_scales: np.ndarray | Paged | None
     scale: np.float64
     bias: np.ndarray | None  # (queries, keys)
     relative_bias: np.ndarray | None  # (2 R + 1,)
@@ -133,19 +133,20 @@ def _blocks(p: Problem) -> Iterator[tuple[Head, Entries]]:
 def _head(p: Problem, batch: tuple[int, ...], head: int) -> Head:
     where, kv_where = (*batch, head), (*batch, head // p.group)
 
-    def of(x, index, heads, axes):
-        if x is None:
-            return None
-        rest = x.shape[x.ndim - axes :]
-        return np.broadcast_to(x, (*p.batch, heads, *rest))[index]
+    def of(x, index, heads):
+        return None if x is None else np.broadcast_to(x, (*p.batch, heads, *x.shape[-2:]))[index]
+
+    def of_keys(x):
+        if x is None or p.block_table is None:
+            return of(x, kv_where, p.kv_heads)
+        pool = np.broadcast_to(x, (len(x), p.kv_heads, *x.shape[2:]))
+        return Paged(pool[:, kv_where[-1]], p.block_table[batch if len(p.block_table) > 1 else 0])
 
     return Head(
         where, kv_where,
-        of(p.q, where, p.heads, 2), of(p.k, kv_where, p.kv_heads, 2),
-        of(p.v, kv_where, p.kv_heads, 2), of(p.k_scales, kv_where, p.kv_heads, 1),
-        of(p.v_scales, kv_where, p.kv_heads, 1),
-        np.float64(p.scale if isinstance(p.scale, float) else p.scale[head]),
-        of(p.bias, where, p.heads, 2), None if p.relative_bias is None else p.relative_bias[head],
+        of(p.q, where, p.heads), of_keys(p.k), of_keys(p.v), of_keys(p.k_scales),
+        of_keys(p.v_scales), np.float64(p.scale if isinstance(p.scale, float) else p.scale[head]),
+        of(p.bias, where, p.heads), None if p.relative_bias is None else p.relative_bias[head],
         None if p.alibi is None else p.accumulator.type(p.alibi[head]),
         None if p.sinks is None else p.accumulator.type(p.sinks[head]),
         p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
@@ -173,13 +174,19 @@ def _pieces(e: Entries) -> Iterator[slice]:
 
 
 def _keys(p: Problem, h: Head, e: Entries, piece: slice) -> np.ndarray:
-    scales = None if h.k_scales is None else h.k_scales[e.keys[piece]]
-    return as_real(h.k[e.keys[piece]], scales, p.accumulator)
+    keys = e.keys[piece]
+    return as_real(_gathered(h.k, keys), _gathered(h.k_scales, keys), p.accumulator, p.head_dim)
 
 
 def _values(p: Problem, h: Head, e: Entries, piece: slice) -> np.ndarray:
-    scales = None if h.v_scales is None else h.v_scales[e.keys[piece]]
-    return as_real(h.v[e.keys[piece]], scales, p.accumulator)
+    keys = e.keys[piece]
+    return as_real(_gathered(h.v, keys), _gathered(h.v_scales, keys), p.accumulator, p.value_dim)
+
+
+def _gathered(x: np.ndarray | Paged | None, keys):
+    if isinstance(x, Paged):
+        return x.pool[x.pages[keys // x.pool.shape[1]], keys % x.pool.shape[1]]
+    return None if x is None else x[keys]
 
 
 def _queries(p: Problem, h: Head, e: Entries, piece: slice) -> np.ndarray:
@@ -210,6 +217,7 @@ def _unscaled(p: Problem, h: Head, e: Entries) -> np.ndarray:
 
 def _distance_index(h: Head, e: Entries) -> np.ndarray:
     """Where the distance of each key stands in the relative bias."""
+    assert h.relative_bias is not None
     reach = len(h.relative_bias) // 2
     return np.clip(e.keys - (e.rows + (e.queries.start + h.q_offset)), -reach, reach) + reach
 
@@ -362,13 +370,14 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
         _add_to_bias(_broadcast_view(found["bias"], h.where), e, grad_s)
     grad_s = grad_s * slope
     grad_q = np.zeros((_length(e.queries), p.head_dim), real)
-    grad_k, grad_v = (_broadcast_view(found[x], h.kv_where) for x in "kv")
+    of_keys = {x: _broadcast_view(found[x], h.kv_where) for x in "kv" if x in found}
     for piece in _pieces(e):
         rows, keys = e.rows[piece], e.keys[piece]
         more_q, more_k, more_w = _of_products(p, h, e, piece, grad_s[piece] * h.scale.astype(real))
         _add_sums(grad_q, rows, more_q)
-        _add_scattered(grad_k, keys, more_k)
-        _add_scattered(grad_v, keys, used[piece, None] * grad_out[rows])
+        if of_keys:
+            _add_scattered(of_keys["k"], keys, more_k)
+            _add_scattered(of_keys["v"], keys, used[piece, None] * grad_out[rows])
         if "w" in found:
             found["w"] += more_w
     _broadcast_view(found["q"], h.where)[e.queries] += grad_q

@@ -19,6 +19,7 @@ from .score_functions import unscaled_scores
 __all__ = [
     "BLOCK_K",
     "Heads",
+    "Paged",
     "block_q",
     "capped_products",
     "capped_products_of",
@@ -27,6 +28,7 @@ __all__ = [
     "dropped",
     "kept",
     "key_blocks",
+    "keys_of",
     "product",
     "queries_of",
     "query_blocks",
@@ -35,6 +37,7 @@ __all__ = [
     "shift_of",
     "sum_in_range",
     "sums",
+    "values_of",
 ]
 
 # One tile of scores is BLOCK_K keys by at least MIN_BLOCK_Q queries, for as many heads as fit
@@ -106,13 +109,13 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         x = np.broadcast_to(x, (*p.batch, p.heads, *rest))[batch]
         return x.reshape(p.kv_heads, p.group, *rest)[kv]
 
-    def shared(x, rest=2):
+    def shared(x):
         if x is None:
             return None
         if p.block_table is not None:
             pool = np.broadcast_to(x, (len(x), p.kv_heads, *x.shape[2:]))[:, kv]
             return Paged(pool, p.block_table[batch if len(p.block_table) > 1 else 0])
-        return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-rest:]))[batch][kv][:, None]
+        return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-2:]))[batch][kv][:, None]
 
     def per_head(x, dtype=p.accumulator):
         if x is None:
@@ -127,8 +130,8 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         q=grouped(p.q, p.n_queries, p.head_dim),
         k=shared(p.k),
         v=shared(p.v),
-        k_scales=shared(p.k_scales, 1),
-        v_scales=shared(p.v_scales, 1),
+        k_scales=shared(p.k_scales),
+        v_scales=shared(p.v_scales),
         scale=per_head(scale, np.float64)[..., None] if scale.ndim else scale,
         bias=None if p.bias is None else grouped(p.bias, *full),
         relative_bias=per_head(p.relative_bias),
@@ -140,12 +143,19 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
     )
 
 
-def rows_of(x, scales, keys: slice, real) -> np.ndarray:
-    """Some keys or values in the dtype `real`, (kv_heads, 1, keys, dim)."""
-    return as_real(_some(x, keys), None if scales is None else _some(scales, keys), real)
+def keys_of(p: Problem, h: Heads, keys: slice) -> np.ndarray:
+    """Some keys as the numbers that are computed with, (kv_heads, 1, keys, head_dim)."""
+    return as_real(_some(h.k, keys), _some(h.k_scales, keys), p.accumulator, p.head_dim)
 
 
-def _some(x: np.ndarray | Paged, keys: slice) -> np.ndarray:
+def values_of(p: Problem, h: Heads, keys: slice) -> np.ndarray:
+    """Some values likewise, (kv_heads, 1, keys, value_dim)."""
+    return as_real(_some(h.v, keys), _some(h.v_scales, keys), p.accumulator, p.value_dim)
+
+
+def _some(x: np.ndarray | Paged | None, keys: slice) -> np.ndarray | None:
+    if x is None:
+        return None
     if isinstance(x, Paged):
         return rows_in_pages(x.pool, x.pages, keys.start, keys.stop)[:, None]
     return x[:, :, keys]
@@ -179,7 +189,7 @@ def capped_products(
     """The scores of one tile before anything is added; `q` is that of `queries_of`. Where `queries`
     says which these are, scores of finite vectors are within the range of numbers.
     """
-    k = rows_of(h.k, h.k_scales, keys, p.accumulator)
+    k = keys_of(p, h, keys)
     return capped_products_of(p, h.scale, q, k, None if queries is None else h.q[:, :, queries])
 
 
@@ -303,6 +313,7 @@ def sums(p: Problem, h: Heads, q, queries: slice):
 
 def distance_index(h: Heads, queries: slice, keys: slice) -> np.ndarray:
     """Where the distance of each key from each query stands in a row of the relative bias."""
+    assert h.relative_bias is not None
     reach = h.relative_bias.shape[-1] // 2
     i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
     return np.clip(np.arange(keys.start, keys.stop) - i, -reach, reach) + reach
