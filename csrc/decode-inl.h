@@ -14,16 +14,6 @@
 #include "matmul_fma-inl.h"
 #include "online_softmax_fma-inl.h"
 
-/* In lane l, the sum over the lanes of x[l]. */
-INLINE vec sum_lanes(vec x[LANES]) {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++)
-            x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
-    return x[0];
-}
-
 /* Rows of contiguous numbers: in place, or widened. */
 typedef struct {
     const char *data;

@@ -373,4 +373,15 @@ INLINE void transpose(vec rows[LANES]) {
         for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
     }
 }
+
+/* In lane l, the sum over the lanes of x[l]. */
+INLINE vec sum_lanes(vec x[LANES]) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
+    return x[0];
+}
+
 #endif

@@ -35,6 +35,8 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
         return "no kernel for a relative bias, the largest scores, or a scale for each head"
+    if p.is_sparse and p.block_table is not None:
+        return "no kernel for a sparse mask of keys in pages"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     if p.dropout is not None:
