@@ -110,6 +110,7 @@ class Problem:
     gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
     score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
+    score_grad: Callable | None  # that of score_mod by its score, of the same arguments
     block_mask: BlockMask | None  # of that mask_mod
     score_function: ScoreFunction
 
@@ -166,7 +167,7 @@ def make_problem(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    k_scales=None, v_scales=None, score_function=DOT,
+    k_scales=None, v_scales=None, score_function=DOT, score_grad=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
@@ -282,6 +283,8 @@ def make_problem(
         function("score_mod", score_mod)
     if mask_mod is not None:
         function("mask_mod", mask_mod)
+    if score_grad is not None:
+        function("score_grad", score_grad)
     if block_mask is not None:
         check_block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
         mask_mod = block_mask.mask_mod
@@ -298,7 +301,8 @@ def make_problem(
         q_offset=q_offset, key_range=visible, mask=mask, return_lse=return_lse,
         return_weights=return_weights, out=out, one_head=one_head, threads=threads,
         precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
-        mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
+        mask_mod=mask_mod, score_grad=score_grad, block_mask=block_mask,
+        score_function=score_function,
     )  # fmt: skip
 
 

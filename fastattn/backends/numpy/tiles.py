@@ -6,7 +6,7 @@ What an operand looks like in a tile, which tiles there are, and the arithmetic 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,9 +57,10 @@ class Heads(NamedTuple):
     sinks: np.ndarray | None
     spans: tuple[np.ndarray, ...] | None
     q_offset: int
+    functions: Any = None  # of `fastattn.flex`, for a tile: see `backends.numba.gradients`
 
 
-def query_blocks(p: Problem) -> Iterator[tuple[Heads, slice]]:
+def query_blocks(p: Problem, functions=None) -> Iterator[tuple[Heads, slice]]:
     """Every block of queries, with the operands of as many heads as share a tile."""
     block_q = min(BLOCK_Q, p.n_queries)
     tile = max(1, block_q * min(BLOCK_K, p.n_keys) * p.group)
@@ -68,6 +69,8 @@ def query_blocks(p: Problem) -> Iterator[tuple[Heads, slice]]:
     for batch in np.ndindex(p.batch):
         for kv in range(0, p.kv_heads, kv_step):
             heads = _operands(p, intervals, batch, slice(kv, min(kv + kv_step, p.kv_heads)))
+            if functions is not None:
+                heads = heads._replace(functions=functions(heads.where))
             for first in range(0, p.n_queries, BLOCK_Q):
                 yield heads, slice(first, min(first + BLOCK_Q, p.n_queries))
 
@@ -126,6 +129,10 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
         last = stop.max(where=some, initial=0)
     for begin in range(first // BLOCK_K * BLOCK_K, last, BLOCK_K):
         keys = slice(begin, min(begin + BLOCK_K, p.n_keys))
+        if h.functions is not None:
+            keys = h.functions.visible_keys(queries, keys)
+            if keys.start == keys.stop:
+                continue
         masked = h.mask is not None and not h.mask[:, :, queries, keys].any()
         if not masked and (h.bias is None or (h.bias[:, :, queries, keys] != -np.inf).any()):
             yield keys
@@ -210,6 +217,8 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
         seen = mask if seen is None else seen & mask
     if seen is not None:
         s = np.where(seen, s, -np.inf)
+    if h.functions is not None:
+        s, seen = h.functions.modified(s, seen, queries, keys)
     return s, seen
 
 
