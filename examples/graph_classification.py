@@ -1,10 +1,10 @@
-"""Node classification on a graph: attention over neighbours learns whom to trust.
+"""Node classification on a graph: attention over neighbours learns which of them to trust.
 
-What a node is about shows in its neighbours only. Two of five cite at random, and some neighbours
-are spam: their words tell of another class, and they look a little different. The mean of a node's
-neighbours takes them all alike; attention over the same neighbours learns which to read. The graph
-is `fastattn.scaled_dot`'s sparse mask, of SciPy, so time and memory follow its edges; the gradients
-are `fastattn.vjp`.
+A node's class shows in its neighbours only. Two in five of these are drawn at random, and three in
+five nodes are spam: their features tell of any class, though they differ in one direction. The mean
+of the neighbours takes them all alike; attention over the same neighbours learns which to read. The
+graph is the sparse mask of `fastattn.scaled_dot`, a CSR array of SciPy, so time and memory follow
+its edges; the gradients are `fastattn.vjp`.
 
     pip install fastattn[plot] scipy
     python examples/graph_classification.py           # some ten seconds
@@ -54,8 +54,8 @@ class GraphAttention:
 
     def __init__(self, rng, edges, scores=True):
         self.edges, self.scores = edges, scores
-        shapes = {"w_q": (WIDTH, HEADS * HEAD_DIM), "w_k": (WIDTH, HEADS * HEAD_DIM),
-                  "w_v": (WIDTH, HEADS * HEAD_DIM), "w_out": (HEADS * HEAD_DIM, CLASSES)}  # fmt: skip
+        shapes = dict.fromkeys(("w_q", "w_k", "w_v"), (WIDTH, HEADS * HEAD_DIM))
+        shapes["w_out"] = (HEADS * HEAD_DIM, CLASSES)
         self.parameters = {
             name: (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
             for name, shape in shapes.items()
@@ -89,10 +89,9 @@ class GraphAttention:
             first, second = self.moments[name]
             first += 0.1 * (x - first)
             second += 0.01 * (x * x - second)
-            step = (first / (1 - 0.9**self.steps)) / (
-                np.sqrt(second / (1 - 0.99**self.steps)) + 1e-8
-            )
-            self.parameters[name] -= np.float32(rate * step)
+            size = np.sqrt(second / (1 - 0.99**self.steps)) + 1e-8
+            step = rate * first / (1 - 0.9**self.steps) / size
+            self.parameters[name] -= step.astype(np.float32)
 
 
 def cross_entropy(logits, wanted, nodes):
@@ -134,7 +133,7 @@ def draw(pyplot, curves, node, found, spam, classes):
 
 def main():
     given = arguments(__doc__, "fewer nodes and steps")
-    nodes, steps = (1500, 100) if given.short else (4000, 200)
+    nodes, steps = (1500, 40) if given.short else (4000, 60)
 
     rng = np.random.default_rng(0)
     x, classes, edges, spam = make_graph(rng, nodes)
