@@ -8,6 +8,8 @@
  */
 #include "sparse.h"
 
+#pragma GCC diagnostic ignored "-Wunused-function" /* of what tile.c alone needs */
+
 #include "distances-inl.h"
 #include "range-inl.h"
 
@@ -107,7 +109,7 @@ static NumberFormat point_to_rows(Gather x, const ptrdiff_t *index, int n, real 
 /* to[j]: how a vector compares with each of LANES rows, before roots and scales. */
 INLINE void compare_rows(const ScoreFunction function, const real *own, const real *dim_weights,
                          const char *const *rows, ptrdiff_t dims, real *to, NumberFormat format) {
-    vec x[LANES];
+    vec x[LANES] = {{0}};
 #pragma GCC unroll 8
     for (int j = 0; j < LANES; j += DECODE_KEYS) {
         vec sum[DECODE_KEYS];

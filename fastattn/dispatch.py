@@ -53,8 +53,6 @@ def unsupported(backend, problem: Problem) -> str | None:
 
 def unsupported_backward(backend, problem: Problem) -> str | None:
     """Why the module `backend` cannot compute the gradients of `problem`, or None."""
-    if problem.is_flex:
-        return "flex has no gradients"
     if not hasattr(backend, "run_backward"):
         return "it computes no gradients"
     if type(problem.q) is not _ndarray and backend is not cuda:

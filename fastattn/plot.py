@@ -267,7 +267,7 @@ def neighbourhood(node, neighbours, weights, *, ax=None, **options) -> Axes:
     for name, weight, angle in zip(names, weights, angles, strict=True):
         x, y = np.cos(angle), np.sin(angle)
         width = {"linewidth": 0.5 + WIDEST_LINE * weight / widest}
-        ax.plot([0.2 * x, x], [0.2 * y, y], **defaults | width | options)
+        ax.plot([0.3 * x, x], [0.2 * y, y], **defaults | width | options)
         side = "left" if x > 0.1 else "right" if x < -0.1 else "center"
         level = "center" if abs(y) < 0.9 else "bottom" if y > 0 else "top"
         label = f"{name}\n{weight:.2f}"

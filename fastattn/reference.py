@@ -8,6 +8,7 @@ queries x keys, so it is for short sequences and for reading.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,7 +40,9 @@ def run(problem: Problem, result):
 
 
 def unsupported_backward(problem: Problem) -> str | None:
-    """Why this backend cannot compute the gradients of `problem`: never."""
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    if problem.score_mod is not None and problem.score_grad is None:
+        return "score_mod has no score_grad"
     return None
 
 
@@ -131,13 +134,20 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         k, v = (per_query_head(x(p, real), p) for x in (keys, values))
         grad_out, lse = b.grad_out.astype(real), b.lse.astype(real)
         seen, capped = visible(p), capped_products(p, real)
-        weights, sink_weights = recomputed(scores(p, real, capped), seen, lse, b)
+        s = scores(p, real, capped)
+        if p.score_mod is not None:
+            seen &= s != -np.inf
+        weights, sink_weights = recomputed(s, seen, lse, b)
         delta = (grad_out * b.out.astype(real)).sum(axis=-1)
         if b.grad_lse is not None:
             delta = delta - b.grad_lse.astype(real)
 
         grad_weights = dropped(grad_out @ v.swapaxes(-1, -2), p)
         grad_s = np.where(seen, weights * (grad_weights - delta[..., None]), 0)
+        if p.score_mod is not None:
+            plain = scores(replace(p, score_mod=None), real, capped)
+            slopes = on_grid(p, p.score_grad, plain.astype(np.float64))
+            grad_s = np.where(seen, grad_s * slopes, 0)
         slope = 1.0 if p.softcap is None else 1 - (capped / p.softcap) ** 2
         grad_scaled = np.where(seen, grad_s * slope, 0)
         grad_measured = np.where(seen, scale_of(p, real) * grad_scaled, 0)

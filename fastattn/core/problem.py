@@ -122,6 +122,7 @@ class Problem:
     gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
     score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
+    score_grad: Callable | None  # that of score_mod by its score, of the same arguments
     block_mask: BlockMask | None  # of that mask_mod
     score_function: ScoreFunction
     dropout: Dropout | None
@@ -180,7 +181,7 @@ def make_problem(
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
     score_function=DOT, block_table=None, held=None, relative_bias=None, return_max=False,
-    dropout=None, dropout_offset=None,
+    dropout=None, dropout_offset=None, score_grad=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
@@ -327,6 +328,8 @@ def make_problem(
         function("score_mod", score_mod)
     if mask_mod is not None:
         function("mask_mod", mask_mod)
+    if score_grad is not None:
+        function("score_grad", score_grad)
     if block_mask is not None:
         check_block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
         mask_mod = block_mask.mask_mod
@@ -345,8 +348,8 @@ def make_problem(
         key_range=visible, mask=mask, return_lse=return_lse, return_max=return_max,
         return_weights=return_weights, out=out, one_head=one_head, threads=threads,
         precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
-        mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
-        dropout=dropout,
+        mask_mod=mask_mod, score_grad=score_grad, block_mask=block_mask,
+        score_function=score_function, dropout=dropout,
     )  # fmt: skip
 
 

@@ -191,3 +191,22 @@ def test_without_matplotlib(monkeypatch):
         plot.attention(WEIGHTS)
     with pytest.raises(ImportError, match=r"pip install 'fastattn\[plot\]'"):
         plot.importance(WEIGHTS[0])
+
+
+class TestNeighbourhood:
+    def test_lines_are_as_wide_as_weights_are_heavy(self):
+        ax = plot.neighbourhood("node", ["a", "b", "c"], [0.1, 0.6, 0.3])
+        widths = [line.get_linewidth() for line in ax.lines]
+        assert widths[1] > widths[2] > widths[0] > 0
+        assert [text.get_text() for text in ax.texts] == ["a\n0.10", "b\n0.60", "c\n0.30", "node"]
+
+    def test_what_top_keys_has_not_found_is_left_out(self):
+        ax = plot.neighbourhood(3, np.array([4, 7, -1]), [0.6, 0.4, 0.0])
+        assert [text.get_text() for text in ax.texts] == ["4\n0.60", "7\n0.40", "3"]
+
+    def test_a_node_without_neighbours(self):
+        assert not plot.neighbourhood(3, [-1], [0.0]).lines
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"^neighbours: expected 2 labels, got 1"):
+            plot.neighbourhood(0, ["a"], [0.5, 0.5])

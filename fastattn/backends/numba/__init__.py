@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from ...core.backward import Backward
 from ...core.block_mask import NONE
 from ...core.problem import DOT, Problem
 from ...core.thread_pool import share
@@ -78,6 +79,22 @@ def run(problem: Problem, result):
     with np.errstate(all="ignore"):
         _Call(p, result, lse, weights).run()
     return lse, None, weights
+
+
+def unsupported_backward(problem: Problem) -> str | None:
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    if not problem.is_flex:
+        return "it computes gradients of flex alone"
+    if problem.score_mod is not None and problem.score_grad is None:
+        return "score_mod has no score_grad"
+    return unsupported(problem)
+
+
+def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+    """The gradients of `backward` by the names of their arguments."""
+    from . import gradients
+
+    return gradients.run_backward(backward)
 
 
 class _Call:

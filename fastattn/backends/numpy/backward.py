@@ -36,13 +36,16 @@ __all__ = ["run_backward", "unsupported_backward"]
 
 
 def unsupported_backward(problem: Problem) -> str | None:
-    """Why this backend cannot compute the gradients of `problem`: never."""
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    if problem.is_flex:
+        return "a score_mod or mask_mod would be called for every score"
     return None
 
 
-def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+def run_backward(backward: Backward, functions=None) -> dict[str, np.ndarray]:
     """The gradients of `backward` by the names of their arguments, each of the accumulator's dtype
-    and with the axes of the problem, of length 1 where its array broadcasts.
+    and with the axes of the problem, of length 1 where its array broadcasts. `functions` makes
+    those of `fastattn.flex` for some heads.
     """
     b, p = backward, backward.problem
     found: dict[str, np.ndarray] = {}
@@ -61,7 +64,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         sparse.run_backward(b, found)
         return found
     with np.errstate(all="ignore"):
-        for heads, queries in query_blocks(p):
+        for heads, queries in query_blocks(p, functions):
             _differentiate(b, heads, _rows(b, heads, queries), found)
     return found
 
@@ -101,6 +104,7 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
 def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]) -> None:
     """Add what one block of queries contributes to every gradient."""
     p, real = b.problem, b.problem.accumulator.type
+    unmodified = h._replace(functions=None)
     grad_q = np.zeros_like(r.q)
     scale = h.scale.astype(real)
     # Of what a score is multiplied by where the gradient of its scale is, and of distances.
@@ -108,7 +112,9 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
     for keys in key_blocks(p, h, r.queries):
         k, v = keys_of(p, h, keys), values_of(p, h, keys)
         products = capped_products(p, h, r.q, keys)
-        s, seen = scores(p, h, products, r.queries, keys)
+        s, seen = plain, plain_seen = scores(p, unmodified, products, r.queries, keys)
+        if h.functions is not None:
+            s, seen = h.functions.modified(plain, plain_seen, r.queries, keys)
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
         weights = np.exp(s - r.shift[..., None]) / r.total[..., None]
         weights = where_visible(seen, weights)
@@ -116,6 +122,8 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         grad_weights = dropped(p, r.grad_out @ v.swapaxes(-1, -2), keep)
         grad_s = weights * (grad_weights - r.delta[..., None])
         grad_s = where_visible(seen, grad_s)
+        if h.functions is not None:
+            grad_s = h.functions.before(grad_s, plain, seen, r.queries, keys)
         if "bias" in found:
             _add(found["bias"], (*h.where, r.queries, keys), grad_s)
         if "relative_bias" in found:
@@ -154,8 +162,11 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         found["sinks"][h.where[-1]] -= (sink * r.delta).sum(axis=-1).ravel()
     for name, sign, parts in (("scale", 1, scale_sums), ("alibi", -1, row_sums)):
         if name in found:
-            passing = r.mean, r.mean - r.delta, sink, b.tolerance(r.shift)
-            _, slopes = RowSums(*parts).settled(*passing)
+            totals = RowSums(*parts)
+            slopes = totals.slopes
+            if p.score_mod is None:  # or they are gradients of other scores than the weights are of
+                passing = r.mean, r.mean - r.delta, sink, b.tolerance(r.shift)
+                _, slopes = totals.settled(*passing)
             found[name][h.where[-1]] += sign * slopes.sum(axis=-1).ravel()
 
 

@@ -6,7 +6,7 @@ What an operand looks like in a tile, which tiles there are, and the arithmetic 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,7 @@ class Heads(NamedTuple):
     sinks: np.ndarray | None
     spans: tuple[np.ndarray, ...] | None
     q_offset: int
+    functions: Any = None  # of `fastattn.flex`, for a tile: see `backends.numba.gradients`
 
 
 def block_q(p: Problem) -> int:
@@ -83,7 +84,7 @@ def block_q(p: Problem) -> int:
     busy machine. Where queries see different keys, smaller tiles are what lets some be skipped.
     """
     r = p.key_range
-    if r.left is not None or r.spans is not None or p.mask is not None:
+    if r.left is not None or r.spans is not None or p.mask is not None or p.is_flex:
         return MIN_BLOCK_Q
     rows = TILE_ELEMENTS // (min(BLOCK_K, max(1, p.n_keys)) * p.group)
     if r.right is not None:
@@ -91,7 +92,7 @@ def block_q(p: Problem) -> int:
     return max(MIN_BLOCK_Q, rows // MIN_BLOCK_Q * MIN_BLOCK_Q)
 
 
-def query_blocks(p: Problem) -> Iterator[tuple[Heads, slice]]:
+def query_blocks(p: Problem, functions=None) -> Iterator[tuple[Heads, slice]]:
     """Every block of queries, with the operands of as many heads as share a tile."""
     step = block_q(p)
     tile = max(1, min(step, p.n_queries) * min(BLOCK_K, p.n_keys) * p.group)
@@ -100,6 +101,8 @@ def query_blocks(p: Problem) -> Iterator[tuple[Heads, slice]]:
     for batch in np.ndindex(p.batch):
         for kv in range(0, p.kv_heads, kv_step):
             heads = _operands(p, intervals, batch, slice(kv, min(kv + kv_step, p.kv_heads)))
+            if functions is not None:
+                heads = heads._replace(functions=functions(heads.where))
             for first in range(0, p.n_queries, step):
                 yield heads, slice(first, min(first + step, p.n_queries))
 
@@ -178,6 +181,10 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
         last = stop.max(where=some, initial=0)
     for begin in range(first // BLOCK_K * BLOCK_K, last, BLOCK_K):
         keys = slice(begin, min(begin + BLOCK_K, p.n_keys))
+        if h.functions is not None:
+            keys = h.functions.visible_keys(queries, keys)
+            if keys.start == keys.stop:
+                continue
         masked = h.mask is not None and not h.mask[:, :, queries, keys].any()
         if not masked and not any((x == -np.inf).all() for x in _biases(h, queries, keys)):
             yield keys
@@ -260,6 +267,8 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
         seen = mask if seen is None else seen & mask
     if seen is not None:
         s = np.where(seen, s, -np.inf)
+    if h.functions is not None:
+        s, seen = h.functions.modified(s, seen, queries, keys)
     return s, seen
 
 
