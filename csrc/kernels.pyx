@@ -11,7 +11,7 @@ from cpython.unicode cimport PyUnicode_AsUTF8
 from cython.parallel cimport parallel, prange, threadid
 from libc.float cimport DBL_EPSILON, FLT_EPSILON
 from libc.math cimport INFINITY, fabs, log
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.stdlib cimport getenv as c_getenv
 from libc.string cimport memcpy, memset
@@ -53,6 +53,9 @@ cdef extern from "tile.h" nogil:
     ctypedef struct Candidate:
         pass
 
+    void set_drop_words(
+        Tile *t, Py_ssize_t i, uint64_t seed, uint64_t entry, uint64_t head, uint64_t query
+    )
     Py_ssize_t bin_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t bins)
 
     ctypedef struct Tile:
@@ -79,6 +82,10 @@ cdef extern from "tile.h" nogil:
         double slope[MAX_BLOCK_Q]
         double sink[MAX_BLOCK_Q]
         Py_ssize_t position[MAX_BLOCK_Q]
+        bint has_dropout
+        uint32_t drop_threshold
+        uint64_t drop_first_key
+        double keep_factor
         char *weights[MAX_BLOCK_Q]
         Py_ssize_t weights_key
         bint want_lse

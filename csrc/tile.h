@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "philox.h"
 #include "tile_sizes.h"
 
 /* The weight of a row's largest score. A power of 2, so that nothing is rounded, and large, because
@@ -60,6 +61,13 @@ typedef struct {
     NumberFormat bias_format;
     double slope[MAX_BLOCK_Q], sink[MAX_BLOCK_Q];
     ptrdiff_t position[MAX_BLOCK_Q]; /* of query i on the key axis */
+
+    /* Dropout: see dropout-inl.h. Of each query the two words of its head's key and those of its
+     * index; the index of the first key; a number below drop_threshold drops its weight. */
+    int has_dropout;
+    uint32_t drop_threshold, drop_words[4][MAX_BLOCK_Q];
+    uint64_t drop_first_key;
+    double keep_factor; /* 1 without dropout */
 
     char *weights[MAX_BLOCK_Q]; /* filled by weights() where a key is visible; 0 before */
     ptrdiff_t weights_key;
@@ -119,6 +127,17 @@ typedef struct {
      * maximum)). */
     double q_scale, metric_scale, score_scale, exponent;
 } Tile;
+
+/* Set the drop_words of the tile's query i. */
+static inline void set_drop_words(Tile *t, ptrdiff_t i, uint64_t seed, uint64_t entry,
+                                  uint64_t head, uint64_t query) {
+    uint32_t key[2];
+    philox_key_of(seed, entry, head, key);
+    t->drop_words[0][i] = key[0];
+    t->drop_words[1][i] = key[1];
+    t->drop_words[2][i] = (uint32_t)query;
+    t->drop_words[3][i] = (uint32_t)(query >> 32);
+}
 
 /* Which of `bins` runs of nearly equal length has element i of n: run b begins at b * n / bins. */
 static inline ptrdiff_t bin_of(ptrdiff_t i, ptrdiff_t n, ptrdiff_t bins) {

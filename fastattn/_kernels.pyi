@@ -1,6 +1,7 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .core.dropout import Dropout
 from .core.visibility import KeyRange
 
 FEATURES: tuple[str, ...]
@@ -45,6 +46,7 @@ def attend(
     score_function: tuple[str, np.ndarray | None] | None,
     sums: np.ndarray | None,
     indices: np.ndarray | None,
+    dropout: Dropout | None,
 ) -> None: ...
 def differentiate(
     q: np.ndarray,
@@ -74,4 +76,5 @@ def differentiate(
     grad_bias: np.ndarray | None,
     row_sums: np.ndarray | None,
     key_heads: np.ndarray,
+    dropout: Dropout | None,
 ) -> None: ...

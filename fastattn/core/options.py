@@ -13,9 +13,8 @@ from .dtypes import is_real
 from .sparse_mask import is_sparse, sparse_mask
 
 __all__ = [
-    "bias_array", "check_block_mask", "check_wrt", "dropout_of", "dropout_start", "key_lengths", "mask_array",
-    "per_head",
-    "query_offset", "span_arrays", "span_sides", "window_sides",
+    "bias_array", "check_block_mask", "check_wrt", "dropout_of", "dropout_start", "key_lengths",
+    "mask_array", "per_head", "query_offset", "span_arrays", "span_sides", "window_sides",
     "wrt_names",
 ]  # fmt: skip
 

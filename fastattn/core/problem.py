@@ -314,9 +314,9 @@ def make_problem(
         q=q, k=k, v=v, block_table=block_table, k_scales=k_scales, v_scales=v_scales, dtype=dtype,
         batch=batch, heads=heads, kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys,
         head_dim=head_dim, value_dim=value_dim, scale=scale, softcap=softcap, bias=bias,
-        alibi=alibi, sinks=sinks, q_offset=q_offset, key_range=visible, mask=mask, return_lse=return_lse,
-        return_weights=return_weights, out=out, one_head=one_head, threads=threads,
-        precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
+        alibi=alibi, sinks=sinks, q_offset=q_offset, key_range=visible, mask=mask,
+        return_lse=return_lse, return_weights=return_weights, out=out, one_head=one_head,
+        threads=threads, precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
         mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
         dropout=dropout,
     )  # fmt: skip

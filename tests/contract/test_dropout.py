@@ -337,7 +337,7 @@ def test_packed_sequences():
 def test_forward_mode():
     arrays = Shape(1, 2, 6, 11, 4).arrays("float64")
     moves = [np.random.default_rng(4).standard_normal(x.shape) for x in arrays]
-    out, tangent = fastattn.jvp(fastattn.scaled_dot, arrays, moves, dropout=DROPOUT)
+    _, tangent = fastattn.jvp(fastattn.scaled_dot, arrays, moves, dropout=DROPOUT)
     ends = [
         fastattn.scaled_dot(
             *(x + step * m for x, m in zip(arrays, moves, strict=True)), dropout=DROPOUT

@@ -37,8 +37,6 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for keys in pages"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
-    if p.dropout is not None:
-        return "its kernels have no dropout"
     return None
 
 
