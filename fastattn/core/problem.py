@@ -316,7 +316,8 @@ def make_problem(
         head_dim=head_dim, value_dim=value_dim, scale=scale, softcap=softcap, bias=bias,
         alibi=alibi, sinks=sinks, q_offset=q_offset, key_range=visible, mask=mask,
         return_lse=return_lse, return_weights=return_weights, out=out, one_head=one_head,
-        threads=threads, precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
+        threads=threads, precision=precision, copied=copied, gradients=requested,
+        score_mod=score_mod,
         mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
         dropout=dropout,
     )  # fmt: skip
