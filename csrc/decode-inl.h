@@ -276,13 +276,13 @@ static void decode_multiply_keys(const Tile *t, const Scratch *s, int p, const S
 
 static void decode_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks,
                               real *out) {
-    (void)p;
     memset(s->decode_sums, 0,
            sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
         if (sub->visibility == EMPTY) continue;
         weigh(1, t->exponent, sub, b->top, b->sum);
+        if (t->has_dropout) drop_weights(t, s, p, sub);
         WITH_STORED_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
     }
     transpose_decode_sums(t, s, out);

@@ -162,7 +162,8 @@ cdef int bind_sparse(
     cdef CallParams *params = &sparse.call
     cdef const InstructionSet *isa = chosen()
     memset(sparse, 0, sizeof(SparseParams))
-    bind_params(params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, None, bias)
+    bind_params(params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, None, bias,
+                None)
     bind_operand(params, &params.lse, lse, 2)
     sparse.kernels = isa.sparse_float64 if double_sums else isa.sparse_float32
     params.kernels = isa.float64 if double_sums else isa.fma

@@ -30,6 +30,9 @@ cdef extern from "tile.h" nogil:
     ctypedef struct Candidate:
         pass
 
+    void set_drop_words(
+        Tile *t, Py_ssize_t i, uint64_t seed, uint64_t entry, uint64_t head, uint64_t query
+    )
     Py_ssize_t bin_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t bins)
 
     ctypedef struct Tile:
@@ -58,6 +61,10 @@ cdef extern from "tile.h" nogil:
         double *slope
         double *sink
         Py_ssize_t *position
+        bint has_dropout
+        uint32_t drop_threshold
+        uint64_t drop_first_key
+        double keep_factor
         char **weights
         Py_ssize_t weights_key
         bint want_lse

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .core.dropout import Dropout
 from .core.visibility import KeyRange
 
 FEATURES: tuple[str, ...]
@@ -48,6 +49,7 @@ def attend(
     sums: np.ndarray | None,
     indices: np.ndarray | None,
     block_table: np.ndarray | None,
+    dropout: Dropout | None,
 ) -> None: ...
 def attend_sparse(
     q: np.ndarray,
@@ -132,4 +134,5 @@ def differentiate(
     grad_bias: np.ndarray | None,
     row_sums: np.ndarray | None,
     key_heads: np.ndarray,
+    dropout: Dropout | None,
 ) -> None: ...

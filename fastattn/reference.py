@@ -74,7 +74,7 @@ def attend(problem: Problem, real=np.float64):
         out = drawn_in(
             weighted_sum(dropped(weights, problem), seen, v),
             np.isfinite(v).all(axis=-2)[..., None, :],
-            real,
+            problem.accumulator,
         )
     return out, lse, weights
 

@@ -37,10 +37,10 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for a relative bias, the largest scores, or a scale for each head"
     if p.is_sparse and p.block_table is not None:
         return "no kernel for a sparse mask of keys in pages"
+    if p.is_sparse and p.dropout is not None:
+        return "no kernel for dropout under a sparse mask"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
-    if p.dropout is not None:
-        return "its kernels have no dropout"
     return None
 
 

@@ -39,7 +39,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
             p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
             found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, p.scale,
             p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
-            threads(p), grad_bias, row_sums, key_heads,
+            threads(p), grad_bias, row_sums, key_heads, p.dropout,
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
