@@ -58,10 +58,10 @@ def usable_table(table: np.ndarray, n_pages: int, page: int, visible: KeyRange) 
     """`table` with 0 for the entries that nobody needs, whatever they were, or an error if one that
     a query needs is no page of the pool.
     """
-    wrong = np.asarray((table < 0) | (table >= n_pages))
+    wrong = (table < 0) | (table >= n_pages)
     if not wrong.any():
         return table
-    needed: np.ndarray = _needed(visible, table.shape[1], page)
+    needed = _needed(visible, table.shape[1], page)
     if table.shape[0] == 1:
         needed = np.logical_or.reduce(needed, axis=0, keepdims=True)
     for b, n in np.argwhere(wrong & needed):
