@@ -78,7 +78,9 @@ class Source(NamedTuple):
 
 
 class BuildKernels(build_ext):
-    """Compiles tile.c once per instruction set and dtype, and links all into the extension."""
+    """Compiles tile.c and sparse.c once per instruction set and dtype, and links all into the
+    extension.
+    """
 
     def build_extension(self, ext):
         if self.compiler.compiler_type == "msvc":
@@ -115,8 +117,8 @@ class BuildKernels(build_ext):
             return list(pool.map(compile_one, sources))
 
     def tiles(self):
-        """What tile.c is compiled for, what takes the compiler longest first; and the definitions
-        that tell instruction_sets.c what is left out.
+        """What tile.c and sparse.c are compiled for, the slowest to compile first; and the
+        definitions that tell instruction_sets.c what is left out.
         """
         tiles, without = [], []
         for isa, (flags, kernels) in reversed(self.instruction_sets().items()):
@@ -125,10 +127,12 @@ class BuildKernels(build_ext):
                 print(f"fastattn: {isa} is left out, as the compiler is too old for it:\n{error}")
                 without.append(f"-DWITHOUT_{isa}")
                 continue
-            for dtype, defines in kernels.items():
-                table = f"{isa}_{dtype}"
+            named = [("tile.c", f"{isa}_{dtype}", x) for dtype, x in kernels.items()]
+            if kernels is FULL:
+                named += [("sparse.c", f"{isa}_sparse_{dtype}", x) for dtype, x in FULL.items()]
+            for name, table, defines in named:
                 defines = [*flags, *defines, f"-DTABLE={table}"]
-                tiles.append(Source(str(CSRC / "tile.c"), table, OPTIMIZE + defines))
+                tiles.append(Source(str(CSRC / name), table, OPTIMIZE + defines))
         return tiles, without
 
     def instruction_sets(self):
@@ -223,7 +227,7 @@ def kernels():
             [str(CSRC / "kernels.pyx"), str(CSRC / "instruction_sets.c")],
             include_dirs=[str(CSRC), numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-            depends=[*HEADERS, str(CSRC / "tile.c")],
+            depends=[*HEADERS, str(CSRC / "tile.c"), str(CSRC / "sparse.c")],
         ),
         build_dir=str(Path("build") / made_with),
         # No state is shared but what OpenMP itself guards: a Python without a GIL stays so.

@@ -92,6 +92,7 @@ sphinx_gallery_conf = {
     "default_thumb_file": str(HERE / "generated" / "thumbnail.png"),
     "show_signature": False,
     "show_memory": False,
+    "write_computation_times": False,
     "plot_gallery": "True",
     "abort_on_example_error": True,
 }

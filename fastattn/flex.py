@@ -34,7 +34,7 @@ def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=Non
 
     Returns
     -------
-    out, lse, weights
+    out, lse, row_max, weights
         As of `fastattn.scaled_dot`.
 
     Raises

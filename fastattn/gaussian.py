@@ -59,7 +59,8 @@ def gaussian(
         With `kv_lengths` it requires `q_offset`.
     return_lse, return_weights, out, **options
         As of `fastattn.scaled_dot`, except ``scale`` and ``softcap``, and ``sinks`` only where
-        `normalize` is True. `bias` and `alibi` change the score after the distance.
+        `normalize` is True. `bias`, `relative_bias` and `alibi` change the score after the
+        distance.
 
     Returns
     -------
@@ -154,7 +155,8 @@ def _run(call: Call, p: Problem, result, kept: _Kept | None = None):
             if kept is not None:
                 kept.add(chunk, by_product, found)
             total, share = _shares(call, chunk, found.lse)
-            yield chunk, (_scaled(found.out, share), total, _scaled(found.weights, share))
+            out, weights = _scaled(found.out, share), _scaled(found.weights, share)
+            yield chunk, (out, total, found.row_max, weights)
 
     with np.errstate(all="ignore"):
         seen = functools.reduce(np.logical_or, map(keys_visible_to_any, call.sets))

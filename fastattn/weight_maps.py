@@ -12,8 +12,8 @@ from .dispatch import select, unsupported_map
 __all__ = ["attention_map", "key_importance", "top_keys"]
 
 _OPTIONS = (
-    "scale", "softcap", "bias", "alibi", "sinks", "causal", "window", "q_offset", "kv_lengths",
-    "spans", "mask", "threads", "precision",
+    "scale", "softcap", "bias", "relative_bias", "alibi", "sinks", "causal", "window",
+    "q_offset", "kv_lengths", "spans", "mask", "threads", "precision",
 )  # fmt: skip
 
 
@@ -27,9 +27,10 @@ def key_importance(q, k, *, backend=None, **options) -> np.ndarray:
     k : array_like, (..., Hkv, Sk, D)
         Keys; both as of `fastattn.scaled_dot`, in the host's memory.
     backend, **options
-        As of `fastattn.scaled_dot`: ``scale``, ``softcap``, ``bias``, ``alibi``, ``sinks``,
-        ``causal``, ``window``, ``q_offset``, ``kv_lengths``, ``spans``, ``mask``, ``threads`` and
-        ``precision``. A backend that makes no maps is passed over, or an error if it is named.
+        As of `fastattn.scaled_dot`: ``scale``, ``softcap``, ``bias``, ``relative_bias``,
+        ``alibi``, ``sinks``, ``causal``, ``window``, ``q_offset``, ``kv_lengths``, ``spans``,
+        ``mask``, ``threads`` and ``precision``. A backend that makes no maps is passed over, or an
+        error if it is named.
 
     Returns
     -------

@@ -104,12 +104,12 @@ def _own_environment(monkeypatch):
 
 @pytest.fixture
 def run_python():
-    """``run_python(source, *arguments, timeout=60)`` -> what the program printed; it must exit 0.
+    """``run_python(source, *arguments, timeout=300)`` -> what the program printed; it must exit 0.
 
     The program finds the same ``fastattn`` and the environment of the test.
     """
 
-    def run(source, *arguments, timeout=60, **environment):
+    def run(source, *arguments, timeout=300, **environment):
         return subprocess.run(
             [sys.executable, "-c", source, *arguments],
             env=child_environment(**environment),

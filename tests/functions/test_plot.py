@@ -86,6 +86,27 @@ def test_labels_do_not_overlap(pyplot, inches):
         assert not any(a.overlaps(b) for a, b in zip(boxes[1:], boxes, strict=False))
 
 
+def test_heads_of_a_layer_on_one_scale():
+    weights = np.random.default_rng(0).dirichlet(np.ones(9), (6, 9))
+    figure = fastattn.plot.heads(weights, WORDS, WORDS, titles=list("abcdef"))
+    *panels, bar = figure.axes
+    for shown, ax, title in zip(weights, panels, "abcdef", strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), shown)
+        assert ax.images[0].get_clim() == (0, weights.max())
+        assert ax.get_title() == title
+    assert bar.get_ylabel() == "weight"
+    # Names stand to the left and below each column, and nowhere else.
+    assert [bool(ax.get_ylabel()) for ax in panels] == [True, False, False, False, True, False]
+    assert [bool(ax.get_xlabel()) for ax in panels] == [False, False, True, True, True, True]
+
+
+def test_heads_on_a_logarithmic_scale():
+    weights = np.random.default_rng(0).dirichlet(np.ones(9), (3, 9))
+    weights[0, 0, 0] = 0
+    clims = {ax.images[0].get_clim() for ax in plot.heads(weights, norm="log").axes[:3]}
+    assert clims == {(weights[weights > 0].min(), weights.max())}
+
+
 def test_importance_shows_the_values():
     values = WEIGHTS.sum(axis=0)
     ax = plot.importance(values, WORDS, label="all queries")
