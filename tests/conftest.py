@@ -97,9 +97,12 @@ def target(request, monkeypatch) -> Iterator[Target]:
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch):
-    for name in ("FASTATTN_BACKEND", "FASTATTN_NUM_THREADS", "FASTATTN_DISABLE_CPU_FEATURES"):
-        monkeypatch.delenv(name, raising=False)
+def _own_environment():
+    """Without `monkeypatch`, with which pytest-run-parallel takes a test for unfit for threads."""
+    names = ("FASTATTN_BACKEND", "FASTATTN_NUM_THREADS", "FASTATTN_DISABLE_CPU_FEATURES")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    yield
+    os.environ.update(before)
 
 
 @pytest.fixture
