@@ -38,7 +38,8 @@ def vjp(function, *arrays, wrt=(), **options) -> tuple[Any, Callable[..., tuple[
     Parameters
     ----------
     function : callable
-        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, `varlen`, or a
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, `varlen`, `flex`
+        (which takes ``score_grad=`` with a `score_mod`), or a
         `MultiHeadAttention`.
     *arrays : array_like
         Its positional arguments.
