@@ -31,6 +31,15 @@ cdef struct WeightReduction:
     Py_ssize_t top_k  # 0: not asked for
 
 
+cdef struct Dropout:
+    # fastattn.core.dropout.Dropout: `offset` is of (batch, head, query, key).
+    bint given
+    uint64_t seed
+    uint64_t offset[4]
+    uint32_t threshold
+    double factor
+
+
 cdef struct CallParams:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
@@ -46,9 +55,11 @@ cdef struct CallParams:
     Py_ssize_t partial_bytes
     NumberFormat out_format
     const int64_t *order  # of the batch entries; NULL: as stored
+    Operand pages  # (batch, pages); NULL: keys and values are no pool of these
     const double *alibi  # per head; NULL if not given
     const double *sinks
     WeightReduction reduction
+    Dropout dropout
 
 
 cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, int rank) except -1:
@@ -71,6 +82,17 @@ cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, i
     for axis in range(rank):
         strides[axis][0] = array.strides[lead + axis] if array.shape[lead + axis] != 1 else 0
     return 0
+
+
+cdef Py_ssize_t bind_pages(
+    CallParams *params, Operand *operand, cnp.ndarray array
+) except? -1:
+    """Read a pool (n_pages, heads, page, ...), and return the bytes between its pages."""
+    bind_operand(params, operand, array, 3)
+    if array is None:
+        return 0
+    operand.batch[0] = 0
+    return array.strides[0]
 
 
 cdef char *batch_ptr(
@@ -141,6 +163,8 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
     tile.n_queries = min(params.kernels.block_q, params.group * params.n_queries - work.first)
     tile.k = batch_ptr(params, &params.k, work.batch) + work.kv_head * params.k.head
     tile.v = batch_ptr(params, &params.v, work.batch) + work.kv_head * params.v.head
+    if params.pages.data is not NULL:
+        tile.pages = <int64_t *>batch_ptr(params, &params.pages, work.batch)
     if params.k_scales.data is not NULL:
         tile.k_scales = <float *>(
             batch_ptr(params, &params.k_scales, work.batch) + work.kv_head * params.k_scales.head
@@ -183,6 +207,11 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
             tile.position[i] = position
         if params.sinks is not NULL:
             tile.sink[i] = params.sinks[head]
+        if params.dropout.given:
+            set_drop_words(
+                tile, i, params.dropout.seed, work.batch + params.dropout.offset[0],
+                head + params.dropout.offset[1], query + params.dropout.offset[2],
+            )
         head += 1
         if head == (work.kv_head + 1) * params.group:
             head = work.kv_head * params.group
@@ -227,7 +256,9 @@ cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcep
 cdef NumberFormat number_format(cnp.ndarray array):
     cdef NumberFormat format
     cdef cnp.dtype dtype = array.descr
-    format.kind = ord("b") if dtype.kind == ord("V") else dtype.kind  # ml_dtypes' bfloat16
+    format.kind = dtype.kind
+    if dtype.kind == ord("V"):  # of ml_dtypes: bfloat16 and float8_e4m3fn
+        format.kind = ord("b") if dtype.itemsize == 2 else ord("8")
     format.bytes = dtype.itemsize
     format.swapped = dtype.byteorder == ord(">")
     return format
@@ -239,7 +270,8 @@ cdef const double *doubles(cnp.ndarray array):
 
 cdef int bind_key_range(CallParams *params, key_range) except -1:
     cdef KeyRange *keys = &params.keys
-    _, _, offset, left, right, lengths, spans = <tuple>key_range  # which it is a subclass of
+    # Which it is a subclass of.
+    _, params.n_keys, offset, left, right, lengths, spans = <tuple>key_range
     keys.offset, keys.offsets.data, keys.start.data, keys.stop.data = 0, NULL, NULL, NULL
     keys.left = UNBOUNDED if left is None else left
     keys.right = UNBOUNDED if right is None else right
@@ -254,10 +286,23 @@ cdef int bind_key_range(CallParams *params, key_range) except -1:
     return 0
 
 
+cdef int bind_dropout(CallParams *params, dropout) except -1:
+    cdef int i
+    params.dropout.given = dropout is not None
+    params.dropout.threshold, params.dropout.factor, params.dropout.offset[3] = 0, 1, 0
+    if dropout is not None:
+        params.dropout.seed = dropout.seed
+        params.dropout.threshold = dropout.threshold
+        params.dropout.factor = dropout.factor
+        for i in range(4):
+            params.dropout.offset[i] = dropout.offset[i]
+    return 0
+
+
 cdef int bind_params(
     CallParams *params, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
-    key_range, cnp.ndarray mask, cnp.ndarray bias,
+    key_range, cnp.ndarray mask, cnp.ndarray bias, dropout,
 ) except -1:
     """The parameters of either direction, with one tile and one split per key head."""
     cdef int i
@@ -271,16 +316,17 @@ cdef int bind_params(
     bind_operand(params, &params.v, v, 3)
     bind_operand(params, &params.out, out, 3)
     bind_key_range(params, key_range)
+    bind_dropout(params, dropout)
     bind_operand(params, &params.mask, mask, 3)
     bind_operand(params, &params.bias, bias, 3)
     bind_operand(params, &params.weights, None, 3)
-    bind_operand(params, &params.k_scales, None, 2)
-    bind_operand(params, &params.v_scales, None, 2)
+    bind_operand(params, &params.k_scales, None, 3)
+    bind_operand(params, &params.v_scales, None, 3)
+    bind_operand(params, &params.pages, None, 1)
     params.alibi = doubles(alibi)
     params.sinks = doubles(sinks)
     params.group = heads // kv_heads if kv_heads else 1
     params.n_queries = q.shape[q.ndim - 2]
-    params.n_keys = k.shape[k.ndim - 2]
     params.out_format = number_format(out)
     params.order = NULL
     params.num_tiles = params.num_splits = 1
@@ -293,7 +339,7 @@ cdef int init_tile(
     cnp.ndarray out, double scale, double softcap, cnp.ndarray bias,
 ) except -1:
     """What all tiles of a call have in common, but for what a reduction needs."""
-    tile.k_scales = tile.v_scales = NULL
+    tile.k_scales, tile.v_scales, tile.pages = NULL, NULL, NULL
     tile.q_format = number_format(q)
     tile.k_format, tile.v_format = number_format(k), number_format(v)
     tile.out_format = params.out_format
@@ -302,6 +348,7 @@ cdef int init_tile(
     tile.v_dim, tile.v_key = params.v.dim, params.v.row
     tile.head_dim = q.shape[q.ndim - 1]
     tile.value_dim = v.shape[v.ndim - 1]
+    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
     tile.block_k = min(params.kernels.block_k, params.n_keys)
     tile.scale = scale
     tile.softcap = softcap
@@ -318,6 +365,10 @@ cdef int init_tile(
     tile.weights_key = tile.top_k = 0
     tile.want_lse = tile.differentiating = False
     tile.margin = 0
+    tile.has_dropout = params.dropout.given
+    tile.drop_threshold = params.dropout.threshold
+    tile.drop_first_key = params.dropout.offset[3]
+    tile.keep_factor = params.dropout.factor
     return 0
 
 

@@ -46,7 +46,14 @@ static uint16_t float_to_bfloat(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* One number of any format as a double. */
+static double float8_to_double(uint8_t x) {
+    int exponent = x >> 3 & 15, fraction = x & 7;
+    double size = ldexp(exponent ? fraction + 8 : fraction, exponent ? exponent - 10 : -9);
+    if ((x & 127) == 127) size = NAN;
+    return x >> 7 ? -size : size;
+}
+
+/* One number of any format as a double, but of two in a byte: see read_dim. */
 static double read_number(const char *at, NumberFormat format) {
     union {
         char bytes[16];
@@ -76,6 +83,7 @@ static double read_number(const char *at, NumberFormat format) {
                : format.bytes == 2 ? x.u16
                : format.bytes == 4 ? x.u32
                                    : (double)x.u64;
+    case '8': return float8_to_double(x.u8);
     case 'b': /* bfloat16 is the upper half of a float */ return as_float((uint32_t)x.u16 << 16);
     }
     if (format.bytes == 4) return x.f32;
@@ -85,6 +93,25 @@ static double read_number(const char *at, NumberFormat format) {
         return isinf(y) && !isinf(x.f80) ? copysign(DBL_MAX, y) : y;
     }
     return half_to_double(x.u16);
+}
+
+/* The number of dim `d` of a row. */
+static double read_dim(const char *row, ptrdiff_t dim, ptrdiff_t d, NumberFormat format) {
+    if (format.kind == '4') return ((uint8_t)row[d / 2] >> d % 2 * 4 & 15) - 8;
+    return read_number(row + d * dim, format);
+}
+
+/* Where dim `d` is in a row without gaps; an even one. */
+INLINE ptrdiff_t dim_offset(NumberFormat format, ptrdiff_t d) {
+    return format.kind == '4' ? d / 2 : d * format.bytes;
+}
+
+/* What dim `d` of a row with these scales is multiplied by, and how many such a row has. */
+INLINE real scale_of_dim(const float *scales, NumberFormat format, ptrdiff_t d) {
+    return scales ? (real)scales[format.kind == '4' ? d / INT4_GROUP : 0] : 1;
+}
+INLINE ptrdiff_t scales_of_row(NumberFormat format, ptrdiff_t dims) {
+    return format.kind == '4' ? (dims + INT4_GROUP - 1) / INT4_GROUP : 1;
 }
 
 /* A finite number stays finite, however large. */
@@ -109,8 +136,14 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
 #ifdef HAS_HALF
     if (format.kind == 'f' && format.bytes == 2) return load_halves(at);
 #endif
+#ifdef HAS_FLOAT8
+    if (format.kind == '8') return load_float8(at);
+#endif
+#ifndef REAL_IS_DOUBLE
+    if (format.kind == '4') return load_nibbles(at);
+#endif
     vec x = {0};
-    for (int i = 0; i < LANES; i++) x[i] = (real)read_number(at + i * format.bytes, format);
+    for (int i = 0; i < LANES; i++) x[i] = (real)read_dim(at, format.bytes, i, format);
     return x;
 }
 
@@ -118,7 +151,8 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
 INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
     if (n >= LANES) return load_numbers(at, format);
     char some[LANES * sizeof(real)] __attribute__((aligned(64))) = {0};
-    memcpy(some, at, (size_t)(n * format.bytes));
+    if (format.kind == '4') memset(some, 0x88, sizeof some); /* two zeros */
+    memcpy(some, at, (size_t)dim_offset(format, n + (format.kind == '4')));
     return load_numbers(some, format);
 }
 
@@ -152,25 +186,27 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
     for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
 }
 
-/* Rows of numbers with any strides to contiguous rows of `real`, times a factor for each row unless
+/* Rows of numbers with any strides to contiguous rows of `real`, times the scales of each row unless
  * `scales` is NULL. */
 INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
                   const float *scales, int rows, ptrdiff_t dims, real *to) {
-    for (int j = 0; j < rows; j++, at += row, to += dims) {
-        real scale = scales ? (real)scales[j] : 1;
+    ptrdiff_t more_scales = scales ? scales_of_row(format, dims) : 0;
+    for (int j = 0; j < rows; j++, at += row, to += dims, scales += more_scales) {
         ptrdiff_t d = 0;
         if (dim == format.bytes) {
             for (; d + LANES <= dims; d += LANES) {
-                vec x = load_numbers(at + d * dim, format);
-                store_unaligned(to + d, scales ? x * scale : x);
+                vec x = load_numbers(at + dim_offset(format, d), format);
+                store_unaligned(to + d, scales ? x * scale_of_dim(scales, format, d) : x);
             }
             if (d < dims) {
-                vec x = load_some(at + d * dim, dims - d, format) * scale;
+                vec x = load_some(at + dim_offset(format, d), dims - d, format) *
+                        scale_of_dim(scales, format, d);
                 memcpy(to + d, &x, sizeof(real) * (size_t)(dims - d));
             }
             continue;
         }
-        for (; d < dims; d++) to[d] = (real)read_number(at + d * dim, format) * scale;
+        for (; d < dims; d++)
+            to[d] = (real)read_dim(at, dim, d, format) * scale_of_dim(scales, format, d);
     }
 }
 
@@ -185,6 +221,15 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
         else if ((format).kind == 'b') function(__VA_ARGS__, AS_BFLOAT);                           \
         else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                             \
         else function(__VA_ARGS__, AS_HALF);                                                       \
+    } while (0)
+
+/* The same for keys and values, which may be those of a cache. */
+#define WITH_STORED_FORMAT(format, function, ...)                                                  \
+    do {                                                                                           \
+        const NumberFormat AS_FLOAT8 = {'8', 1, 0}, AS_INT4 = {'4', 1, 0};                         \
+        if ((format).kind == '8') function(__VA_ARGS__, AS_FLOAT8);                                \
+        else if ((format).kind == '4') function(__VA_ARGS__, AS_INT4);                             \
+        else WITH_FORMAT(format, function, __VA_ARGS__);                                           \
     } while (0)
 
 INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t dims, vec factor,

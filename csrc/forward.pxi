@@ -78,18 +78,19 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
-    score_function, cnp.ndarray sums, cnp.ndarray indices,
+    score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table, dropout,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
     `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
-    kernels sum in that. `k` and `v` may also be int8, with `k_scales` and `v_scales`, float32
-    (batch, kv_heads, keys) with contiguous keys. `lse`, (batch, heads, queries), is float32 or
+    kernels sum in that. With `block_table`, contiguous int64 (batch, pages), `k` and `v` are
+    pools, (n_pages, kv_heads, page, dim). They may also be float8_e4m3fn, or with `k_scales` and
+    `v_scales`, float32 (..., keys, groups) and contiguous, int8 or uint8, which is int4. `lse`, (batch, heads, queries), is float32 or
     float64; `weights`, (batch, heads, queries, keys), must be zero before. `key_range` is a
     `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
     is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
     character: see `compute_dtype_of`. `score_function` is None for dot products, else a pair of its
-    name and its weights. All arguments must have been validated: nothing is checked here.
+    name and its weights. `dropout` is None or a `Dropout`. All arguments must have been validated: nothing is checked here.
 
     With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
     bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last
@@ -104,9 +105,10 @@ def attend(
     cdef char *shared
     bind_params(
         &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+        dropout,
     )
-    bind_operand(&params, &params.k_scales, k_scales, 2)
-    bind_operand(&params, &params.v_scales, v_scales, 2)
+    bind_operand(&params, &params.k_scales, k_scales, 3)
+    bind_operand(&params, &params.v_scales, v_scales, 3)
     bind_operand(&params, &params.weights, weights, 3)
     bind_operand(&params, &params.lse, lse, 2)
     params.lse_bytes = 0 if lse is None else lse.descr.itemsize
@@ -129,6 +131,17 @@ def attend(
     threads = available_threads(min(threads, items))
 
     init_tile(&params, tile, q, k, v, out, scale, softcap, bias)
+    tile.value_dim = out.shape[out.ndim - 1]
+    if k.descr.kind == ord("u"):
+        tile.k_format.kind = tile.v_format.kind = ord("4")
+        tile.k_dim = tile.v_dim = 1
+    if block_table is not None:
+        bind_operand(&params, &params.pages, block_table, 1)
+        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
+        tile.k_page = bind_pages(&params, &params.k, k)
+        tile.v_page = bind_pages(&params, &params.v, v)
+        tile.k_scales_page = bind_pages(&params, &params.k_scales, k_scales)
+        tile.v_scales_page = bind_pages(&params, &params.v_scales, v_scales)
     init_tile_reduction(&params, tile)
     tile.weights_key = params.weights.dim
     if score_function is not None:

@@ -16,6 +16,7 @@
 #include <immintrin.h>
 
 #include "convert-inl.h"
+#include "dropout-inl.h"
 #include "masking-inl.h"
 #include "matmul.h"
 #include "register_tile-inl.h"
@@ -96,11 +97,13 @@ INLINE void split_bf16_pairs(vec first, vec second, __m512i terms[BF16_TERMS]) {
 
 /* The dims [d, d + LANES) of a row; 0 from `dims` on. */
 INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims,
-                     NumberFormat format, float scale) {
-    if (dim == format.bytes && d < dims) return load_some(row + d * dim, dims - d, format) * scale;
+                     NumberFormat format, const float *scales) {
+    float scale = d < dims ? scale_of_dim(scales, format, d) : 1;
+    if (dim == format.bytes && d < dims)
+        return load_some(row + dim_offset(format, d), dims - d, format) * scale;
     vec x = {0};
     for (int i = 0; i < LANES && d + i < dims; i++)
-        x[i] = (float)read_number(row + (d + i) * dim, format) * scale;
+        x[i] = (float)read_dim(row, dim, d + i, format) * scale;
     return x;
 }
 
@@ -130,8 +133,8 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), term = s->key_rows * dims;
     uint64_t special = 0;
     for (ptrdiff_t key = begin; key < end; key++) {
-        const char *row = t->k + key * t->k_key;
-        float scale = t->k_scales ? t->k_scales[key] : 1;
+        const char *row = key_at(t, key);
+        const float *scales = key_scales(t, key);
         bfloat *to = s->key_terms + key % BLOCK_K * CHUNK;
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
@@ -140,8 +143,8 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
                 d + CHUNK <= t->head_dim) {
                 terms[0] = _mm512_loadu_si512(row + d * 2);
             } else {
-                vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scale);
-                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scale);
+                vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scales);
+                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scales);
                 split_bf16(a, b, terms);
                 out |= unrepresentable(a) | unrepresentable(b);
             }
@@ -155,7 +158,7 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
 }
 
 static void bf16_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
+    WITH_STORED_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
 /* The bits of a sub-block's keys, which may begin within it. */
@@ -190,19 +193,20 @@ INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrd
  * and values whose bits are not set in `use`, become 0. */
 INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *special,
                         NumberFormat format) {
-    const char *rows = t->v + key * t->v_key;
     ptrdiff_t dims = round_up(t->value_dim, LANES);
     *special = 0;
     for (int j = 0; j < CHUNK; j += 2, pairs += dims) {
         __mmask16 out[2] = {0};
         bool both = (use >> j & 3) == 3;
+        const char *rows[2] = {NULL, NULL};
+        for (int i = 0; i < 2; i++)
+            if (use >> (j + i) & 1) rows[i] = value_at(t, key + j + i);
         for (ptrdiff_t d = 0; d < dims; d += LANES) {
             __m512i terms[BF16_TERMS];
             if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 &&
                 d + LANES <= t->value_dim && both) {
                 /* bfloat16 already. */
-                __m512i x =
-                    load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
+                __m512i x = load_two(rows[0] + d * 2, rows[1] + d * 2);
                 __mmask32 special_lanes = bfloats_from(128, x);
                 out[0] |= (__mmask16)special_lanes;
                 out[1] |= (__mmask16)(special_lanes >> LANES);
@@ -212,9 +216,9 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
 #pragma GCC unroll 2
                 for (int i = 0; i < 2; i++) {
                     x[i] = splat(0);
-                    if (use >> (j + i) & 1)
-                        x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim,
-                                         format, t->v_scales ? t->v_scales[key + j + i] : 1);
+                    if (rows[i])
+                        x[i] = load_dims(rows[i], t->v_dim, d, t->value_dim, format,
+                                         value_scales(t, key + j + i));
                     __mmask16 special_lanes = unrepresentable(x[i]);
                     x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~special_lanes, (__m512)x[i]);
                     out[i] |= special_lanes;
@@ -237,7 +241,7 @@ static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, p
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
         uint32_t special;
-        WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &special);
+        WITH_STORED_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &special);
         *sub_special |= (uint64_t)special << key % SUB_BLOCK_K;
         for (int i = 0; i < BF16_TERMS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
@@ -411,8 +415,7 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
     for (int j = 0; j < sub->keys; j++) {
         uint64_t lanes = special >> j & 1 ? ~(uint64_t)0 : t->micropanel[p].special;
         if (!lanes) continue;
-        widen(t->k + (sub->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
-              t->k_scales ? t->k_scales + sub->key + j : NULL, 1, t->head_dim, s->keys);
+        widen_keys(t, sub->key + j, sub->key + j + 1, s->keys);
         matmul(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
         for (int i = 0; i < vecs * LANES; i++)
             if (lanes >> i & 1) sub->scores[j * MR + i] = row[i];
@@ -484,6 +487,27 @@ static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top
     }
 }
 
+static pair *weights_of(const Scratch *s, const SubBlock *sub) {
+    return s->weight_terms + sub->key % BLOCK_K / 2 * MR;
+}
+
+/* The terms of weights that are dropped become 0: of a pair of keys the even one has the lower
+ * half. */
+static void drop_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    pair *to = weights_of(s, sub);
+    draw_kept(t, s, p, sub);
+    for (int j = 0; j < sub->keys; j += 2, to += MR)
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            const lane_int *kept = s->kept + j * MR + n * LANES;
+            __m512i even = _mm512_load_si512(kept), odd = _mm512_load_si512(kept + MR);
+            __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd);
+            for (int i = 0; i < BF16_TERMS; i++) {
+                pair *at = to + i * WEIGHT_TERM + n * LANES;
+                _mm512_store_si512(at, _mm512_and_si512(_mm512_load_si512(at), both));
+            }
+        }
+}
+
 /* Add the special numbers of a sub-block's values to the queries they are visible to. */
 static void add_special_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
                                const SubBlock *sub, real *out) {
@@ -491,11 +515,12 @@ static void add_special_values(const Tile *t, const Scratch *s, int p, const Blo
     vec exponent = splat((real)t->exponent);
     for (int j = 0; j < sub->keys; j++) {
         if (!(special >> j & 1)) continue;
-        widen(t->v + (sub->key + j) * t->v_key, t->v_key, t->v_dim, t->v_format,
-              t->v_scales ? t->v_scales + sub->key + j : NULL, 1, t->value_dim, s->values);
+        widen_values(t, sub->key + j, sub->key + j + 1, s->values);
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             vec score = load(sub->scores + j * MR + n * LANES);
             vec weight = weight_from(score, b->top[n], exponent);
+            if (t->has_dropout)
+                weight = choose(*(const ivec *)(s->kept + j * MR + n * LANES), weight, splat(0));
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
                 real *o = out + d * MR + n * LANES;
                 if (!(unrepresentable(splat(s->values[d])) & 1)) continue;
@@ -504,10 +529,6 @@ static void add_special_values(const Tile *t, const Scratch *s, int p, const Blo
             }
         }
     }
-}
-
-static pair *weights_of(const Scratch *s, const SubBlock *sub) {
-    return s->weight_terms + sub->key % BLOCK_K / 2 * MR;
 }
 
 /* Add the weighted values of the sub-blocks [i, end) of a block. */

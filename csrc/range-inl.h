@@ -36,12 +36,14 @@ static double clamp_finite(double x, bool finite) {
 
 /* The score of a query and a key before the scale, with both multiplied by 2**-down. */
 static double exact_similarity(const Tile *t, ptrdiff_t i, ptrdiff_t key, int down, bool *finite) {
-    const double unit = ldexp(1, -down), scale = t->k_scales ? t->k_scales[key] : 1;
+    const double unit = ldexp(1, -down);
+    const float *scales = key_scales(t, key);
+    const char *row = key_at(t, key);
     double sum = 0;
     *finite = true;
     for (ptrdiff_t d = 0; d < t->head_dim; d++) {
         double q = read_number(t->q[i] + d * t->q_dim, t->q_format);
-        double k = read_number(t->k + key * t->k_key + d * t->k_dim, t->k_format) * scale;
+        double k = read_dim(row, t->k_dim, d, t->k_format) * (double)scale_of_dim(scales, t->k_format, d);
         *finite &= isfinite(q) && isfinite(k);
         if (t->score_function == ADDITIVE) {
             sum += t->dim_weights[d] * unit * tanh(q + k);
@@ -129,11 +131,11 @@ INLINE bool any_nonfinite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberF
     vec sum = splat(0);
     if (dim == format.bytes) {
         for (ptrdiff_t d = 0; d < dims; d += LANES)
-            sum += load_some(at + d * dim, dims - d, format) * 0;
+            sum += load_some(at + dim_offset(format, d), dims - d, format) * 0;
         return any_lane(sum != splat(0));
     }
     for (ptrdiff_t d = 0; d < dims; d++)
-        if (!isfinite(read_number(at + d * dim, format))) return true;
+        if (!isfinite(read_dim(at, dim, d, format))) return true;
     return false;
 }
 
@@ -142,11 +144,11 @@ INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores
                                     NumberFormat format) {
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *rerun_scores;
          key++) {
-        const char *k = t->k + key * t->k_key;
+        const char *k = key_at(t, key);
         if (!any_nonfinite(k, t->k_dim, t->head_dim, format)) continue;
         bool nan = false;
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
-            nan |= isnan(read_number(k + d * t->k_dim, format));
+            nan |= isnan(read_dim(k, t->k_dim, d, format));
         for (uint64_t bits = nan ? *rerun_scores : 0; bits; bits &= bits - 1)
             if (is_visible(t, p * MR + __builtin_ctzll(bits), key))
                 *rerun_scores &= ~(bits & -bits);
@@ -175,7 +177,7 @@ static uint64_t queries_to_rerun(const Tile *t, const Scratch *s, int p) {
         if (s->any_visible[i] && !fine && !has_nonfinite_input(t, i))
             rerun_scores |= (uint64_t)1 << l;
     }
-    if (rerun_scores) WITH_FORMAT(t->k_format, discount_nonfinite_keys, t, p, &rerun_scores);
+    if (rerun_scores) WITH_STORED_FORMAT(t->k_format, discount_nonfinite_keys, t, p, &rerun_scores);
     return rerun_scores;
 }
 
@@ -184,10 +186,10 @@ INLINE void discount_nonfinite_values(const Tile *t, const Scratch *s, int p, ui
                                       NumberFormat format) {
     const real *out = s->out + p * MR * s->out_rows;
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last; key++) {
-        const char *v = t->v + key * t->v_key;
+        const char *v = value_at(t, key);
         if (!any_nonfinite(v, t->v_dim, t->value_dim, format)) continue;
         for (ptrdiff_t d = 0; d < t->value_dim; d++) {
-            double x = read_number(v + d * t->v_dim, format);
+            double x = read_dim(v, t->v_dim, d, format);
             for (uint64_t bits = isfinite(x) ? 0 : overflowed[d]; bits; bits &= bits - 1) {
                 int i = __builtin_ctzll(bits);
                 bool same = isnan(x) || out[d * MR + i] == x;
@@ -233,7 +235,7 @@ static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
         for (int l = 0; l < MR; l++) overflowed[d] |= (uint64_t)!isfinite(out[d * MR + l]) << l;
         any |= overflowed[d] &= good;
     }
-    if (any) WITH_FORMAT(t->v_format, discount_nonfinite_values, t, s, p, overflowed);
+    if (any) WITH_STORED_FORMAT(t->v_format, discount_nonfinite_values, t, s, p, overflowed);
     for (ptrdiff_t d = 0; d < t->value_dim; d++)
         t->micropanel[p].rerun |= overflowed[d] |= t->micropanel[p].rerun_scores;
     return t->micropanel[p].rerun != 0;

@@ -38,6 +38,7 @@ typedef struct Scratch {
     real *block_out;         /* [value_dim][MR], the sum of one block */
     real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
     real *bias;              /* [SUB_BLOCK_K][MR] */
+    lane_int *kept;          /* [SUB_BLOCK_K][MR]: has dropout kept the weight? -1 or 0 */
     real *more;              /* [SUB_BLOCK_K][MR]: the scores of BLOCK_D head dims */
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
     real *keys, *values;     /* [key of the block][dim], widened */
@@ -60,12 +61,58 @@ typedef struct Scratch {
     ptrdiff_t out_rows, key_rows; /* of a micropanel in `out`, of the keys in key_terms */
 } Scratch;
 
+/* Where the row of a key is, of rows from `at` on that are `row` bytes apart, pages `page` bytes. */
+static const char *row_of_key(const Tile *t, const char *at, ptrdiff_t row, ptrdiff_t page,
+                              ptrdiff_t key) {
+    if (!t->pages) return at + key * row;
+    return at + t->pages[key / t->page] * page + key % t->page * row;
+}
+static const char *key_at(const Tile *t, ptrdiff_t key) {
+    return row_of_key(t, t->k, t->k_key, t->k_page, key);
+}
+static const char *value_at(const Tile *t, ptrdiff_t key) {
+    return row_of_key(t, t->v, t->v_key, t->v_page, key);
+}
+static const float *key_scales(const Tile *t, ptrdiff_t key) {
+    const char *at = (const char *)t->k_scales;
+    return at ? (const float *)row_of_key(t, at, t->k_scales_key, t->k_scales_page, key) : NULL;
+}
+static const float *value_scales(const Tile *t, ptrdiff_t key) {
+    const char *at = (const char *)t->v_scales;
+    return at ? (const float *)row_of_key(t, at, t->v_scales_key, t->v_scales_page, key) : NULL;
+}
+
+/* How many of `keys` keys from `key` on are side by side: those of its page. */
+static int adjacent_keys(const Tile *t, ptrdiff_t key, ptrdiff_t keys) {
+    ptrdiff_t left = t->pages ? t->page - key % t->page : keys;
+    return (int)(left < keys ? left : keys);
+}
+
+/* The keys [begin, end) widened to `real`, one behind the other, and times their scales. */
+static void widen_keys(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
+    for (int keys; begin < end; begin += keys, to += keys * t->head_dim) {
+        keys = adjacent_keys(t, begin, end - begin);
+        widen(key_at(t, begin), t->k_key, t->k_dim, t->k_format, key_scales(t, begin), keys,
+              t->head_dim, to);
+    }
+}
+static void widen_values(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
+    for (int keys; begin < end; begin += keys, to += keys * t->value_dim) {
+        keys = adjacent_keys(t, begin, end - begin);
+        widen(value_at(t, begin), t->v_key, t->v_dim, t->v_format, value_scales(t, begin), keys,
+              t->value_dim, to);
+    }
+}
+
 #ifndef BF16_TERMS
+/* Is each sub-block in one piece? */
+static bool whole_sub_blocks(const Tile *t) { return !t->pages || t->page % SUB_BLOCK_K == 0; }
+
 /* Can keys or values be multiplied where they are? */
 static bool direct_keys(const Tile *t) {
-    return is_real(t->k_format) && !t->k_scales && t->score_function != ADDITIVE;
+    return is_real(t->k_format) && t->score_function != ADDITIVE && whole_sub_blocks(t);
 }
-static bool direct_values(const Tile *t) { return is_real(t->v_format) && !t->v_scales; }
+static bool direct_values(const Tile *t) { return is_real(t->v_format) && whole_sub_blocks(t); }
 #endif
 
 /* Keys or values of type `real`: in place, or widened in the scratch. */
@@ -94,6 +141,9 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(block_out, MR * s->out_rows)
     TAKE(bias, t->has_bias ? SUB_BLOCK_K * MR : 0)
     TAKE(more, t->head_dim > BLOCK_D ? SUB_BLOCK_K * MR : 0)
+    /* Counters of dropout may begin before a sub-block and end behind it. */
+    TAKE(kept, t->has_dropout ? (SUB_BLOCK_K + 2 * KEYS_PER_COUNTER) * MR : 0)
+    s->kept += KEYS_PER_COUNTER * MR;
     TAKE(visible, SUB_BLOCKS * MASK_WORDS * MR)
 #ifdef BF16_TERMS
     TAKE(q, MR * t->head_dim)

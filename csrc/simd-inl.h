@@ -68,6 +68,7 @@ INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
 INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
 
 typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2)));
+typedef uint8_t ubyte_lanes __attribute__((vector_size(LANES)));
 typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
 
 #ifdef REAL_IS_DOUBLE
@@ -109,6 +110,11 @@ INLINE vec load_halves(const char *p) {
 }
 #endif
 #else
+INLINE int as_int(const char *p) {
+    int x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
 INLINE vec load_bfloats(const char *p) {
 #if defined(__AVX512F__) /* GCC converts by halves */
     __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -131,6 +137,26 @@ INLINE void store_bfloats(char *p, vec x) {
     __builtin_memcpy(p, &lanes, sizeof lanes);
 #endif
 }
+/* LANES numbers of 4 bits, each plus 8. */
+INLINE vec load_nibbles(const char *p) {
+#if defined(__AVX512F__)
+    __m128i x = _mm_loadl_epi64((const __m128i *)p);
+    __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(x, x));
+    __m512i low = _mm512_srlv_epi32(twice, _mm512_set1_epi64((long long)4 << 32));
+    low = _mm512_and_epi32(low, _mm512_set1_epi32(15));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(low, _mm512_set1_epi32(8)));
+#elif defined(__AVX2__)
+    __m128i x = _mm_cvtsi32_si128(as_int(p));
+    __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(x, x));
+    __m256i low = _mm256_srlv_epi32(twice, _mm256_set1_epi64x((long long)4 << 32));
+    low = _mm256_and_si256(low, _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(low, _mm256_set1_epi32(8)));
+#else
+    ivec x = {0};
+    for (int i = 0; i < LANES; i++) x[i] = ((uint8_t)p[i / 2] >> i % 2 * 4 & 15) - 8;
+    return __builtin_convertvector(x, vec);
+#endif
+}
 INLINE vec load_bytes(const char *p) {
 #if defined(__AVX512F__)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
@@ -151,6 +177,22 @@ INLINE vec load_halves(const char *p) {
     __builtin_memcpy(&x, p, sizeof x);
     return (vec)vcvt_f32_f16(x);
 #endif
+}
+/* LANES float8_e4m3fn: the bits of halves that are 2**-8 times as large, all but NaN. */
+#define HAS_FLOAT8
+INLINE vec load_float8(const char *p) {
+    half_lanes halves;
+#if defined(__AVX512F__)
+    halves = (half_lanes)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
+    ubyte_lanes bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    halves = __builtin_convertvector(bytes, half_lanes);
+#endif
+    half_lanes bits = (halves & 0x7f) << 7 | (halves & 0x80) << 8;
+    vec x = load_halves((const char *)&bits) * 256;
+    ivec nan = x * x > splat(448 * 448);
+    return (vec)((ivec)x | nan);
 }
 INLINE void store_halves(char *p, vec x) {
 #if defined(__AVX512F__)
@@ -179,6 +221,24 @@ INLINE vec choose(ivec condition, vec yes, vec no) {
 #else
     ivec all = condition < 0;
     return (vec)(((ivec)yes & all) | ((ivec)no & ~all));
+#endif
+}
+
+/* The products of the lower halves of 64-bit lanes. */
+typedef uint64_t wide __attribute__((vector_size(VEC_BYTES)));
+typedef uint32_t half_wide __attribute__((vector_size(VEC_BYTES / 2)));
+INLINE wide multiply_low(wide a, uint32_t b) {
+    wide factor = (wide){0} + b;
+#if defined(__AVX512F__)
+    return (wide)_mm512_mul_epu32((__m512i)a, (__m512i)factor);
+#elif defined(__AVX2__)
+    return (wide)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
+#elif defined(__SSE2__)
+    return (wide)_mm_mul_epu32((__m128i)a, (__m128i)factor);
+#elif defined(__aarch64__)
+    return (wide)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)factor));
+#else
+    return (a & 0xffffffffu) * factor;
 #endif
 }
 
@@ -331,4 +391,15 @@ INLINE void transpose(vec rows[LANES]) {
         for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
     }
 }
+
+/* In lane l, the sum over the lanes of x[l]. */
+INLINE vec sum_lanes(vec x[LANES]) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
+    return x[0];
+}
+
 #endif

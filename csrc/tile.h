@@ -9,13 +9,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "philox.h"
 #include "tile_sizes.h"
 
 /* The weight of a row's largest score. A power of 2, which rounds nothing, and large, because sums
  * of small weights would be subnormal, and a hundred times as slow. */
 #define WEIGHT_UNIT 16777216.0
 
-/* The format of a number in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. */
+/* How a real number lies in memory: NumPy's kind ('i', 'u', 'f', or 'b' for bfloat16) and size. Of
+ * keys and values also '8' for float8_e4m3fn, and '4' for two in a byte, the even dim in its lower
+ * half, each plus 8. */
+#define INT4_GROUP 32 /* dims that share a scale */
 typedef struct {
     char kind;
     int bytes, swapped;
@@ -37,9 +41,13 @@ typedef struct {
     const char **q; /* one row per query */
     char **out;
     const char *k, *v;                                     /* of the key head */
-    const float *k_scales, *v_scales;                      /* a factor for each key; or NULL */
+    const float *k_scales, *v_scales;                      /* factors of each key; or NULL */
     NumberFormat q_format, k_format, v_format, out_format; /* out_format is also that of weights */
-    ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim;
+    ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim, k_scales_key, v_scales_key;
+    /* Key j is row j % page of page pages[j / page], these `k_page` bytes apart. NULL: keys and values
+     * are in one piece. */
+    const int64_t *pages;
+    ptrdiff_t page, k_page, v_page, k_scales_page, v_scales_page;
     ptrdiff_t n_queries, head_dim, value_dim;
     ptrdiff_t block_k; /* keys in a block, at most those of the call */
     double scale;
@@ -60,6 +68,13 @@ typedef struct {
     NumberFormat bias_format;
     double *slope, *sink;
     ptrdiff_t *position; /* of query i on the key axis */
+
+    /* Dropout: see dropout-inl.h. Of each query the two words of its head's key and those of its
+     * index; the index of the first key; a number below drop_threshold drops its weight. */
+    int has_dropout;
+    uint32_t drop_threshold, *drop_words[4];
+    uint64_t drop_first_key;
+    double keep_factor; /* 1 without dropout */
 
     char **weights; /* filled by weights() where a key is visible; zero before */
     ptrdiff_t weights_key;
@@ -121,6 +136,17 @@ typedef struct {
     double q_scale, metric_scale, score_scale, exponent;
 } Tile;
 
+/* Set the drop_words of the tile's query i. */
+static inline void set_drop_words(Tile *t, ptrdiff_t i, uint64_t seed, uint64_t entry,
+                                  uint64_t head, uint64_t query) {
+    uint32_t key[2];
+    philox_key_of(seed, entry, head, key);
+    t->drop_words[0][i] = key[0];
+    t->drop_words[1][i] = key[1];
+    t->drop_words[2][i] = (uint32_t)query;
+    t->drop_words[3][i] = (uint32_t)(query >> 32);
+}
+
 /* Lay out the arrays of a tile at `base`, for as many queries as `rows`: those of whole
  * micropanels. Returns their size in bytes. */
 static inline size_t lay_out_rows(Tile *t, ptrdiff_t rows, char *base) {
@@ -137,6 +163,9 @@ static inline size_t lay_out_rows(Tile *t, ptrdiff_t rows, char *base) {
     TAKE(slope)
     TAKE(sink)
     TAKE(position)
+    for (int w = 0; w < 4; w++) {
+        TAKE(drop_words[w])
+    }
     TAKE(weights)
     TAKE(lse)
     TAKE(lse_rest)

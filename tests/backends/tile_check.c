@@ -233,6 +233,7 @@ static double check(ScoreFunction score_function, int n_queries, int causal, int
     t.score_function = score_function, t.dim_weights = weights;
     if (score_function == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;
     t.want_lse = 1;
+    t.keep_factor = 1;
     t.has_mask = options & MASK, t.has_bias = options & BIAS, t.has_alibi = options & ALIBI;
     t.softcap = options & SOFTCAP ? 0.5 : 0;
     t.has_sinks = options & SINKS;
