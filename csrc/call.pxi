@@ -204,7 +204,7 @@ cdef void store_lse(
             (<float *>to)[0] = <float>lse
 
 
-cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
+cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcept nogil:
     """Combine the partial results of each key head's splits."""
     cdef Py_ssize_t item, i, head, dim = params.out.dim
     cdef Py_ssize_t rows = params.group * params.n_queries
@@ -219,7 +219,7 @@ cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
             head = work.kv_head * params.group + i % params.group
             store_lse(params, lse, work, i, params.kernels.combine_splits(
                 partial_ptr(params, work.batch, work.kv_head, 0), params.num_splits,
-                params.partial_bytes, rows, i, tile.value_dim,
+                params.partial_bytes, rows, i, value_dim,
                 row_ptr(&params.out, out, head, i // params.group), dim, params.out_format,
             ))
 
@@ -292,7 +292,7 @@ cdef int init_tile(
     const CallParams *params, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
     cnp.ndarray out, double scale, double softcap, cnp.ndarray bias,
 ) except -1:
-    """What all tiles of a call have in common."""
+    """What all tiles of a call have in common, but for what a reduction needs."""
     tile.k_scales = tile.v_scales = NULL
     tile.q_format = number_format(q)
     tile.k_format, tile.v_format = number_format(k), number_format(v)
@@ -321,14 +321,7 @@ cdef int init_tile(
     return 0
 
 
-cdef char *divide_scratch(
-    Tile *tiles, int threads, char *scratch, Py_ssize_t scratch_bytes
-) noexcept nogil:
-    """Copy the first tile to all, each with scratch of its own. Return the end of that."""
-    cdef int i
-    scratch += (-<uintptr_t>scratch) % 64
-    for i in range(threads):
-        if i > 0:
-            tiles[i] = tiles[0]
-        tiles[i].scratch = scratch + i * scratch_bytes
-    return scratch + threads * scratch_bytes
+cdef Py_ssize_t tile_rows(const CallParams *params) noexcept nogil:
+    """The queries of a tile, in whole micropanels."""
+    cdef Py_ssize_t queries = min(params.kernels.block_q, params.group * params.n_queries)
+    return ceil_div(queries, params.kernels.mr) * params.kernels.mr

@@ -1,9 +1,8 @@
-/* Numbers as they lie in memory, of any format, as lanes of `real` and back.
+/* Numbers of any format in memory, to lanes of `real` and back.
  *
- * Queries, keys and values may be float32, float16, bfloat16 (and float64 where `real` is), each of
- * its own, keys and values also int8; results are `real`, or halves where that is float32; a bias
- * may be any real dtype in any byte order.
- */
+ * Queries, keys and values may be float32, float16, bfloat16 (and float64 if `real` is), each of
+ * its own format; keys and values may also be int8. Results are `real`, or halves if that is
+ * float32. A bias may be of any real dtype and byte order. */
 #ifndef FASTATTN_CONVERT_INL_H
 #define FASTATTN_CONVERT_INL_H
 
@@ -82,13 +81,13 @@ static double read_number(const char *at, NumberFormat format) {
     if (format.bytes == 4) return x.f32;
     if (format.bytes == 8) return x.f64;
     if (format.bytes == 16) {
-        double y = (double)x.f80; /* a finite number stays one */
+        double y = (double)x.f80; /* a finite number stays finite */
         return isinf(y) && !isinf(x.f80) ? copysign(DBL_MAX, y) : y;
     }
     return half_to_double(x.u16);
 }
 
-/* A finite number stays one, however large. */
+/* A finite number stays finite, however large. */
 static real as_real(double x) {
     if (x > REAL_MAX) return x == INFINITY ? INFINITY : REAL_MAX;
     if (x < -REAL_MAX) return x == -INFINITY ? -INFINITY : -REAL_MAX;
@@ -99,7 +98,7 @@ INLINE bool is_real(NumberFormat format) {
     return format.kind == 'f' && format.bytes == sizeof(real) && !format.swapped;
 }
 
-/* LANES numbers that lie one behind the other. */
+/* LANES contiguous numbers. */
 INLINE vec load_numbers(const char *at, NumberFormat format) {
     if (is_real(format)) return load_unaligned((const real *)at);
     if (format.kind == 'b') return load_bfloats(at);
@@ -115,7 +114,7 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
     return x;
 }
 
-/* The first `n` of LANES such numbers, 0 behind them. Only they are read. */
+/* The first `n` of LANES contiguous numbers, then 0. Reads no more than these. */
 INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
     if (n >= LANES) return load_numbers(at, format);
     char some[LANES * sizeof(real)] __attribute__((aligned(64))) = {0};
@@ -153,8 +152,8 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
     for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
 }
 
-/* Rows of numbers with any strides as rows of `real`, one behind the other, times a scale each
- * where `scales` is given. */
+/* Rows of numbers with any strides to contiguous rows of `real`, times a factor for each row unless
+ * `scales` is NULL. */
 INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
                   const float *scales, int rows, ptrdiff_t dims, real *to) {
     for (int j = 0; j < rows; j++, at += row, to += dims) {
@@ -175,8 +174,8 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
     }
 }
 
-/* Call `function` with a constant format of an operand last, or the choice between formats would be
- * made for each vector. */
+/* Call `function` with a constant format as its last argument; otherwise the format would be tested
+ * for each vector. */
 #define WITH_FORMAT(format, function, ...)                                                         \
     do {                                                                                           \
         const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_FLOAT = {'f', 4, 0},               \
@@ -209,7 +208,7 @@ INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t di
 static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
                          ptrdiff_t n_rows, double factor, ptrdiff_t first, real *columns) {
     const char *rows[LANES];
-    for (int i = 0; i < LANES; i++) /* a lane without a row repeats the last one */
+    for (int i = 0; i < LANES; i++) /* lanes without a row repeat the last one */
         rows[i] = at[first + i < n_rows ? first + i : n_rows - 1];
     WITH_FORMAT(format, load_columns_as, rows, dim, dims, splat((real)factor), columns);
 }

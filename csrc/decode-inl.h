@@ -1,24 +1,20 @@
-/* Both products for a few queries, with dimensions in the lanes: decoding.
+/* The engine for decoding: few queries, with dims in the lanes.
  *
- * Decoding asks one query, or one for each head of a group, of all keys: the work is one pass over
- * keys and values at the speed of memory. Each number is widened in a register, where some queries
- * share it; the sums of LANES keys over their lanes come out together. Scores and weights lie as
- * those of many queries do, and so everything between the products is the same.
- */
+ * A decoding step has one query, or one for each head of a group, so its time is that of reading
+ * all keys and values once. Numbers are widened in registers, and some queries share each load. The
+ * sums over lanes of LANES keys are made together. Scores and weights have the same layout as with
+ * queries in the lanes, so the steps between the matmuls are the same. */
 #ifndef FASTATTN_DECODE_INL_H
 #define FASTATTN_DECODE_INL_H
 
-#include "score_options-inl.h"
+#include "convert-inl.h"
+#include "distances-inl.h"
+#include "masking-inl.h"
+#include "matmul.h"
+#include "matmul_fma-inl.h"
+#include "online_softmax_fma-inl.h"
 
-#ifndef BF16_TERMS
-
-/* Gradients make the same scores, bit for bit: their weights are exp(score - lse). */
-static bool dims_in_lanes(const Tile *t) { return t->n_queries <= MAX_DECODE_ROWS; }
-
-/* Do products with dimensions in the lanes read keys and values where they lie? */
-static bool decodes_in_place(const Tile *t) { return dims_in_lanes(t) && !t->differentiating; }
-
-/* x[l] summed over its lanes, for each l in lane l. */
+/* In lane l, the sum over the lanes of x[l]. */
 INLINE vec sum_lanes(vec x[LANES]) {
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2)
@@ -28,13 +24,13 @@ INLINE vec sum_lanes(vec x[LANES]) {
     return x[0];
 }
 
-/* Rows of numbers that lie one behind the other: where they are, or widened. */
+/* Rows of contiguous numbers: in place, or widened. */
 typedef struct {
     const char *data;
     ptrdiff_t row;
 } DecodeRows;
 
-/* Rows with gaps between their numbers are widened, without their scales. */
+/* Rows whose numbers are not contiguous are widened, without their scales. */
 static NumberFormat decode_format(ptrdiff_t dim, NumberFormat format) {
     return dim == format.bytes ? format : (NumberFormat){'f', sizeof(real), 0};
 }
@@ -45,8 +41,9 @@ static DecodeRows decode_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, Numb
     return (DecodeRows){(const char *)to, dims * (ptrdiff_t)sizeof(real)};
 }
 
-/* q[query][dims], padded by 0. */
-static void pack_decode_queries(const Tile *t, const Scratch *s) {
+/* q[query][dims], padded with 0. */
+static void decode_pack_queries(Tile *t, const Scratch *s, int p) {
+    (void)p;
     ptrdiff_t padded = round_up(t->head_dim, LANES);
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         real *q = s->q + i * padded;
@@ -54,6 +51,12 @@ static void pack_decode_queries(const Tile *t, const Scratch *s) {
         widen(t->q[i], 0, t->q_dim, t->q_format, NULL, 1, t->head_dim, q);
         for (ptrdiff_t d = 0; d < t->head_dim; d++) q[d] *= (real)t->q_scale;
     }
+    if (t->score_function == ADDITIVE) pack_dim_weights(t, s);
+}
+
+/* Keys and values are widened in the registers. */
+static void decode_pack_nothing(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+    (void)t, (void)s, (void)begin, (void)end;
 }
 
 /* scores[key][query] of LANES keys. */
@@ -123,7 +126,7 @@ INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
     }
 }
 
-/* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors. */
+/* sums[query][dims] += the weighted sum of some rows, for `dims` dims in `vecs` vectors. */
 INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int rows,
                             const real *weights, const float *scales, ptrdiff_t dims,
                             ptrdiff_t padded, real *sums, NumberFormat format) {
@@ -154,7 +157,7 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         for (int n = 0; n < vecs; n++) store(sums + i * padded + n * LANES, sum[i][n]);
 }
 
-/* The same of all dims, as many vectors at a time as there are registers for their sums. */
+/* decode_add_rows for all dims, in as many vectors at a time as the registers hold sums of. */
 INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const real *weights,
                              const float *scales, ptrdiff_t dims, real *sums, NumberFormat format) {
     const int vecs = NR * MR_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
@@ -173,8 +176,8 @@ INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const re
                         scales, dims - d, padded, sums + d, format);
 }
 
-/* decode_sums[query][dims] += the weighted sum of a sub-block's values. Where some query must not
- * meet a NaN or an Inf that it does not see, each takes its own keys only. */
+/* decode_sums[query][dims] += the weighted sum of a sub-block's values. If some keys are hidden,
+ * each query adds only its visible ones, because a hidden value may be NaN or Inf. */
 INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *sub,
                               NumberFormat format) {
     ptrdiff_t padded = round_up(t->value_dim, LANES), key = sub->key;
@@ -201,7 +204,7 @@ INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *s
     }
 }
 
-/* decode_sums as columns: out[d][query]. */
+/* out[d][query] = decode_sums[query][d]. */
 static void transpose_decode_sums(const Tile *t, const Scratch *s, real *out) {
     ptrdiff_t padded = round_up(t->value_dim, LANES);
     for (ptrdiff_t d = 0; d < t->value_dim; d++) {
@@ -210,5 +213,82 @@ static void transpose_decode_sums(const Tile *t, const Scratch *s, real *out) {
             out[d * MR + i] = s->decode_sums[i * padded + d];
     }
 }
-#endif
+
+/* A Metric with MR keys at a time in the lanes: metrics[query][key]. */
+static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                          ScoreTerm terms, View k, real *to) {
+    (void)p, (void)k;
+    ptrdiff_t padded = round_up(t->head_dim, LANES);
+    real metrics[MAX_DECODE_ROWS * MR] __attribute__((aligned(64)));
+    for (int first = 0; first < sub->keys; first += MR) {
+        int keys = fewer(sub->keys - first, MR), vecs = (keys + LANES - 1) / LANES;
+        const char *rows[MR];
+        for (int j = 0; j < keys; j++) rows[j] = t->k + (sub->key + first + j) * t->k_key;
+        for (int n = 0; n < vecs; n++)
+            load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
+                         s->key_columns + n * LANES);
+        MetricOperands x = {.a = s->q,
+                            .row = padded,
+                            .dim = 1,
+                            .b = s->key_columns,
+                            .weights = s->weights,
+                            .dims = t->head_dim};
+        metric_matrix(terms, vecs, &x, t->n_queries, metrics);
+        for (int j = 0; j < keys; j++) {
+            store(to + (first + j) * MR,
+                  splat(1)); /* any number will do for lanes without a query */
+            for (ptrdiff_t i = 0; i < t->n_queries; i++)
+                to[(first + j) * MR + i] = metrics[i * MR + j];
+        }
+    }
+}
+
+static void decode_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                                 vec *top) {
+    if (t->score_function == DOT)
+        WITH_FORMAT(decode_format(t->k_dim, t->k_format), decode_scores, t, s, sub);
+    else metric_scores(t, s, p, sub, (View){0}, decode_metric);
+    take_max(1, sub, top);
+}
+
+static void decode_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks,
+                              real *out) {
+    (void)p;
+    memset(s->decode_sums, 0,
+           sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
+    for (int i = 0; i < sub_blocks; i++) {
+        const SubBlock *sub = &b->sub_blocks[i];
+        if (sub->visibility == EMPTY) continue;
+        weigh(1, t->exponent, sub, b->top, b->sum);
+        WITH_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
+    }
+    transpose_decode_sums(t, s, out);
+}
+
+static void decode_attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
+    attend_whole_block(t, s, p, begin, end, decode_sum_values);
+}
+
+static const MatmulEngine DECODE_ENGINE = {
+    .pack_queries = decode_pack_queries,
+    .pack_keys = decode_pack_nothing,
+    .pack_values = decode_pack_nothing,
+    .multiply_keys = decode_multiply_keys,
+    .attend_block = decode_attend_block,
+};
+
+/* Gradients recompute the weights as exp(score - lse), so their scores must be the same bit for
+ * bit. The other matmuls have queries in the lanes. */
+static const MatmulEngine DECODE_SCORES_ENGINE = {
+    .pack_queries = decode_pack_queries,
+    .pack_keys = fma_pack_keys,
+    .pack_values = fma_pack_values,
+    .multiply_keys = decode_multiply_keys,
+    .attend_block = decode_attend_block,
+};
+
+static const MatmulEngine *choose_engine(const Tile *t) {
+    if (t->n_queries > MAX_DECODE_ROWS) return &FMA_ENGINE;
+    return t->differentiating ? &DECODE_SCORES_ENGINE : &DECODE_ENGINE;
+}
 #endif

@@ -1,21 +1,21 @@
-/* How queries and keys compare where it is no product: distances and additive scores.
+/* Metrics: distances and additive scores.
  *
- * As in the product of queries and keys, an element of the left operand, read where it lies, meets
- * the lanes of the right one: with many queries a key's element those of the queries, with few a
- * query's those of some keys. Sums of METRIC_BLOCK_D dimensions join a running sum, which alone would
- * have several times NumPy's rounding error.
- */
+ * As in the matmul of queries and keys, each element of the left operand, read where it is, is
+ * broadcast to the lanes of the right one: elements of a key to queries, or in decoding elements of
+ * a query to keys. Sums over METRIC_BLOCK_D dims are added to a running sum: one sum over all would
+ * have several times NumPy's rounding error. */
 #ifndef FASTATTN_DISTANCES_INL_H
 #define FASTATTN_DISTANCES_INL_H
 
-#include "decode-inl.h"
+#include "convert-inl.h"
+#include "math-inl.h"
+#include "scratch-inl.h"
 
-#ifndef BF16_TERMS
-/* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
- * those of finite numbers may overflow, and NEAR_SQUARES of differences GROW times as long, because
- * those of small ones lose their digits, as sums below NEAR may have; tanh of the sum, times a
- * weight: TANH_TERMS; or the same, TANH_BY_EXP, from exponentials, a = exp(-2 x) and b = exp(2 y):
- * tanh(x + y) = (b - a) / (b + a). */
+/* What is summed over the dims. SQUARES of differences. FAR_SQUARES: of vectors SHRINK times as
+ * long, because the squares of finite numbers may overflow. NEAR_SQUARES: of differences GROW times
+ * as long, because squares of small ones lose digits, as sums below NEAR may have. TANH_TERMS:
+ * weight * tanh(q + k). TANH_BY_EXP: the same from exponentials a = exp(-2 k) and b = exp(2 q):
+ * tanh(q + k) = (b - a) / (b + a). */
 typedef enum { SQUARES, FAR_SQUARES, NEAR_SQUARES, TANH_TERMS, TANH_BY_EXP } ScoreTerm;
 
 #ifdef REAL_IS_DOUBLE
@@ -29,7 +29,7 @@ typedef enum { SQUARES, FAR_SQUARES, NEAR_SQUARES, TANH_TERMS, TANH_BY_EXP } Sco
 #endif
 
 /* Rows of the left operand, a column of `dims` for each lane of the right one, and the weight of
- * each dimension. The low parts, where there are any, lie as the others do. */
+ * each dim. The low parts of exponentials have the same layout. */
 typedef struct {
     const real *a, *a_low;
     ptrdiff_t row, dim;
@@ -38,7 +38,7 @@ typedef struct {
     ptrdiff_t dims;
 } MetricOperands;
 
-/* c[row][lane] = the sum of the terms over all dimensions. */
+/* c[row][lane] = the sum of the terms over all dims. */
 INLINE void metric_tile(const ScoreTerm terms, const int rows, const int vecs,
                         const MetricOperands *x, ptrdiff_t first_row, real *c) {
     for (ptrdiff_t begin = 0; begin < x->dims; begin += METRIC_BLOCK_D) {
@@ -97,7 +97,8 @@ INLINE void metric_rows(const ScoreTerm terms, const int most, const int vecs,
 }
 
 /* Any number of rows, for the first `vecs` vectors of a micropanel. */
-static void metric(ScoreTerm terms, int vecs, const MetricOperands *x, ptrdiff_t rows, real *c) {
+static void metric_matrix(ScoreTerm terms, int vecs, const MetricOperands *x, ptrdiff_t rows,
+                          real *c) {
 #define VECS(n)                                                                                    \
     if (vecs == n && terms == SQUARES) metric_rows(SQUARES, NR, n, x, rows, c);                    \
     if (vecs == n && terms == FAR_SQUARES) metric_rows(FAR_SQUARES, 1, n, x, rows, c);             \
@@ -121,12 +122,15 @@ static void exponentials(const real *x, ptrdiff_t count, real sign, real *high, 
     }
 }
 
-/* The weights of the dimensions, and the exponentials of queries, with the lanes whose numbers are
- * too large for these. */
-static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
+static void pack_dim_weights(const Tile *t, const Scratch *s) {
     for (ptrdiff_t d = 0; d < t->head_dim; d++)
         s->weights[d] = (real)(t->dim_weights[d] * t->metric_scale);
-    if (dims_in_lanes(t)) return;
+}
+
+/* The weights of the dims, and the exponentials of the queries, with the lanes that are too large
+ * for them. */
+static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
+    pack_dim_weights(t, s);
     const vec most = splat(EXP2X_MOST);
     const real *q = s->q + p * MR * t->head_dim;
     exponentials(q, MR * t->head_dim, 1, s->q_high + p * MR * t->head_dim,
@@ -142,8 +146,7 @@ static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
     }
 }
 
-/* Exponentials of some keys of the block that have been widened, and which of them are too large.
- */
+/* The exponentials of a sub-block's widened keys, and which keys are too large for them. */
 static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first, ptrdiff_t keys) {
     ptrdiff_t dims = t->head_dim;
     const real *k = s->keys + first * dims;
@@ -156,40 +159,12 @@ static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first,
     }
 }
 
-/* to[key][query] for a sub-block and few queries: metrics[query][key], MR keys at a time. */
-static void metric_decode(const Tile *t, const Scratch *s, const SubBlock *sub, ScoreTerm terms,
-                          real *to) {
-    ptrdiff_t padded = round_up(t->head_dim, LANES);
-    real metrics[MAX_DECODE_ROWS * MR] __attribute__((aligned(64)));
-    for (int first = 0; first < sub->keys; first += MR) {
-        int keys = fewer(sub->keys - first, MR), vecs = (keys + LANES - 1) / LANES;
-        const char *rows[MR];
-        for (int j = 0; j < keys; j++) rows[j] = t->k + (sub->key + first + j) * t->k_key;
-        for (int n = 0; n < vecs; n++)
-            load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
-                         s->key_columns + n * LANES);
-        MetricOperands x = {.a = s->q,
-                            .row = padded,
-                            .dim = 1,
-                            .b = s->key_columns,
-                            .weights = s->weights,
-                            .dims = t->head_dim};
-        metric(terms, vecs, &x, t->n_queries, metrics);
-        for (int j = 0; j < keys; j++) {
-            store(to + (first + j) * MR, splat(1)); /* as good as any for a lane without a query */
-            for (ptrdiff_t i = 0; i < t->n_queries; i++)
-                to[(first + j) * MR + i] = metrics[i * MR + j];
-        }
-    }
-}
+/* to[key][query] = the sums of the terms for a sub-block; `k` begins with its first key. */
+typedef void Metric(const Tile *, const Scratch *, int p, const SubBlock *, ScoreTerm, View k,
+                    real *to);
 
-/* to[key][query] for a sub-block; `k` begins with its first key. */
 static void metric_sub_block(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
                              ScoreTerm terms, View k, real *to) {
-    if (dims_in_lanes(t)) {
-        metric_decode(t, s, sub, terms, to);
-        return;
-    }
     ptrdiff_t columns = p * MR * t->head_dim, rows = sub->key % BLOCK_K * t->head_dim;
     MetricOperands x = {.a = k.data,
                         .row = k.row,
@@ -201,10 +176,11 @@ static void metric_sub_block(const Tile *t, const Scratch *s, int p, const SubBl
         x.a = s->key_high + rows, x.a_low = s->key_low + rows;
         x.b = s->q_high + columns, x.b_low = s->q_low + columns;
     }
-    metric(terms, t->micropanel[p].vecs, &x, sub->keys, to);
+    metric_matrix(terms, t->micropanel[p].vecs, &x, sub->keys, to);
 }
 
-/* Squared distances to scores, times `factor`; their smallest and their largest. */
+/* Turn squared distances into scores: roots times `factor`. Also the smallest and the largest
+ * square. */
 static void take_roots(int vecs, const SubBlock *sub, real factor, vec *least, vec *most) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
@@ -216,12 +192,12 @@ static void take_roots(int vecs, const SubBlock *sub, real factor, vec *least, v
         }
 }
 
-/* Distances whose squares are out of range; `terms` says on which side. */
+/* Recompute the distances whose squares are out of range, on the side that `terms` says. */
 static void recompute_distances(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
-                                ScoreTerm terms) {
+                                Metric *metric, ScoreTerm terms) {
     bool far = terms == FAR_SQUARES;
     vec factor = splat((real)(t->metric_scale / (far ? SHRINK : GROW)));
-    metric_sub_block(t, s, p, sub, terms, k, s->metrics);
+    metric(t, s, p, sub, terms, k, s->metrics);
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             real *score = sub->scores + j * MR + n * LANES;
@@ -231,16 +207,18 @@ static void recompute_distances(const Tile *t, const Scratch *s, int p, const Su
         }
 }
 
-static void distance_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
+static void distance_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
+                            Metric *metric) {
     vec least = splat(INFINITY), most = splat(0);
-    metric_sub_block(t, s, p, sub, SQUARES, k, sub->scores);
+    metric(t, s, p, sub, SQUARES, k, sub->scores);
     take_roots(t->micropanel[p].vecs, sub, (real)t->metric_scale, &least, &most);
-    if (any_lane(most == splat(INFINITY))) recompute_distances(t, s, p, sub, k, FAR_SQUARES);
-    if (any_lane(least < splat(NEAR))) recompute_distances(t, s, p, sub, k, NEAR_SQUARES);
+    if (any_lane(most == splat(INFINITY)))
+        recompute_distances(t, s, p, sub, k, metric, FAR_SQUARES);
+    if (any_lane(least < splat(NEAR))) recompute_distances(t, s, p, sub, k, metric, NEAR_SQUARES);
 }
 
-/* Squared distances to scores, times `factor`, which is less than 0: what leaves the range is its
- * end. Is any distance infinite? */
+/* Turn squared distances into scores: times `factor`, which is negative. Scores out of range become
+ * its end. Returns whether any distance is infinite. */
 static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
     const vec least = splat(-REAL_MAX);
     vec most = splat(0);
@@ -249,7 +227,7 @@ static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
             real *s = sub->scores + j * MR + n * LANES;
             vec square = load(s);
             most = larger(square, most);
-            store(s, larger(least, square * factor)); /* a NaN stays one */
+            store(s, larger(least, square * factor)); /* NaN stays NaN */
         }
     bool some = false;
     for (int i = 0; i < LANES; i++) some |= most[i] == INFINITY;
@@ -257,11 +235,11 @@ static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
 }
 
 static void squared_distance_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
-                                    View k) {
-    metric_sub_block(t, s, p, sub, SQUARES, k, sub->scores);
+                                    View k, Metric *metric) {
+    metric(t, s, p, sub, SQUARES, k, sub->scores);
     if (!scale_squares(t->micropanel[p].vecs, sub, (real)t->metric_scale)) return;
-    /* Of what the inputs make infinite the score is -Inf. */
-    metric_sub_block(t, s, p, sub, FAR_SQUARES, k, s->metrics);
+    /* Where the inputs are infinite the score is -Inf. */
+    metric(t, s, p, sub, FAR_SQUARES, k, s->metrics);
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             real *score = sub->scores + j * MR + n * LANES;
@@ -271,8 +249,7 @@ static void squared_distance_scores(const Tile *t, const Scratch *s, int p, cons
 }
 
 static void additive_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
-    metric_sub_block(t, s, p, sub, dims_in_lanes(t) ? TANH_TERMS : TANH_BY_EXP, k, sub->scores);
-    if (dims_in_lanes(t)) return;
+    metric_sub_block(t, s, p, sub, TANH_BY_EXP, k, sub->scores);
     const lane_int *special_keys = s->special_keys + sub->key % BLOCK_K;
     bool special = t->micropanel[p].special != 0;
     for (int j = 0; j < sub->keys; j++) special |= special_keys[j] != 0;
@@ -287,11 +264,13 @@ static void additive_scores(const Tile *t, const Scratch *s, int p, const SubBlo
         }
 }
 
-/* The scores of a sub-block before softcap. */
-static void metric_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k) {
-    if (t->score_function == DISTANCE) distance_scores(t, s, p, sub, k);
-    else if (t->score_function == SQUARED_DISTANCE) squared_distance_scores(t, s, p, sub, k);
-    else additive_scores(t, s, p, sub, k);
+/* The scores of a sub-block by any score function but DOT. */
+static void metric_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
+                          Metric *metric) {
+    if (t->score_function == DISTANCE) distance_scores(t, s, p, sub, k, metric);
+    else if (t->score_function == SQUARED_DISTANCE)
+        squared_distance_scores(t, s, p, sub, k, metric);
+    else if (metric == metric_sub_block) additive_scores(t, s, p, sub, k);
+    else metric(t, s, p, sub, TANH_TERMS, k, sub->scores);
 }
-#endif
 #endif

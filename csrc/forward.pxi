@@ -60,12 +60,13 @@ cdef bint attend_tile(
 
 
 cdef int run_forward(
-    const CallParams *params, Py_ssize_t items, int threads, Tile *tiles
+    const CallParams *params, Workspace *workspace, Py_ssize_t items, int threads
 ) except -1:
     """Run all tiles. An interruption skips the rest and raises."""
     with nogil:
-        if parallel_for(attend_tile, params, tiles, items, threads) and params.num_splits > 1:
-            combine_splits(params, tiles)
+        if parallel_for(attend_tile, params, workspace, items, threads):
+            if params.num_splits > 1:
+                combine_splits(params, workspace.prototype.value_dim)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -97,9 +98,10 @@ def attend(
     dtype of sums.
     """
     cdef CallParams params
-    cdef Tile *tiles
-    cdef char *scratch = NULL
-    cdef Py_ssize_t items, i, scratch_bytes, tile_bytes, total_bytes
+    cdef Workspace workspace
+    cdef Tile *tile = &workspace.prototype
+    cdef Py_ssize_t items, shared_bytes = 0
+    cdef char *shared
     bind_params(
         &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
     )
@@ -126,46 +128,39 @@ def attend(
         return
     threads = available_threads(min(threads, items))
 
-    tiles = <Tile *>malloc(threads * sizeof(Tile))
-    if tiles is NULL:
-        raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
-    try:
-        init_tile(&params, tiles, q, k, v, out, scale, softcap, bias)
-        tiles.weights_key = params.weights.dim
-        if score_function is not None:
-            tiles.score_function = {
-                "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-            }[score_function[0]]
-            tiles.dim_weights = doubles(score_function[1])
-        tiles.want_lse = lse is not None
-        if params.num_splits > 1:
-            tiles.want_lse = True
-            tiles.out_format.kind, tiles.out_format.swapped = ord("f"), False
-            tiles.out_format.bytes = tiles.out_dim = params.kernels.real_bytes
-            params.partial_bytes = (
-                params.group * params.n_queries
-                * (<Py_ssize_t>sizeof(double) + tiles.value_dim * params.kernels.real_bytes)
-            )
-            params.partial_bytes = (params.partial_bytes + 63) // 64 * 64
-        tile_bytes = params.kernels.scratch_bytes(
-            tiles, min(params.kernels.block_q, params.group * params.n_queries)
+    init_tile(&params, tile, q, k, v, out, scale, softcap, bias)
+    init_tile_reduction(&params, tile)
+    tile.weights_key = params.weights.dim
+    if score_function is not None:
+        tile.score_function = {
+            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+        }[score_function[0]]
+        tile.dim_weights = doubles(score_function[1])
+    tile.want_lse = lse is not None
+    if params.num_splits > 1:
+        tile.want_lse = True
+        tile.out_format.kind, tile.out_format.swapped = ord("f"), False
+        tile.out_format.bytes = tile.out_dim = params.kernels.real_bytes
+        params.partial_bytes = padded(
+            params.group * params.n_queries
+            * (<Py_ssize_t>sizeof(double) + tile.value_dim * params.kernels.real_bytes)
         )
-        scratch_bytes = tile_bytes + reduction_bytes(&params)
-        total_bytes = threads * scratch_bytes + 64
-        if params.num_splits > 1:
-            total_bytes += items * params.partial_bytes
+        shared_bytes = items * params.partial_bytes
+    if sums is not None:
+        shared_bytes = params.key_heads * <Py_ssize_t>sizeof(int64_t)
+    workspace.rows = tile_rows(&params)
+    shared = allocate_workspace(
+        &workspace, threads,
+        params.kernels.scratch_bytes(
+            tile, min(params.kernels.block_q, params.group * params.n_queries)
+        ),
+        reduction_bytes(&params), shared_bytes,
+    )
+    try:
+        params.partial = shared
         if sums is not None:
-            total_bytes += params.key_heads * sizeof(int64_t)
-        scratch = <char *>malloc(total_bytes)
-        if scratch is NULL:
-            raise MemoryError(f"{total_bytes} bytes of scratch")
-        params.partial = divide_scratch(tiles, threads, scratch, scratch_bytes)
-        if sums is not None:
-            params.reduction.tickets = <int64_t *>params.partial
-            memset(params.reduction.tickets, 0, params.key_heads * sizeof(int64_t))
-        for i in range(threads):
-            init_tile_reduction(&params, &tiles[i], <char *>tiles[i].scratch + tile_bytes)
-        run_forward(&params, items, threads, tiles)
+            params.reduction.tickets = <int64_t *>shared
+            memset(shared, 0, shared_bytes)
+        run_forward(&params, &workspace, items, threads)
     finally:
-        free(tiles)
-        free(scratch)
+        free(workspace.allocated)

@@ -9,8 +9,8 @@ typedef struct {
     const char *name;
     const char *features; /* that it needs, as FASTATTN_DISABLE_CPU_FEATURES names them */
     int (*runs_here)(void);
-    /* The kernels by compute dtype; `fma` multiplies float32 by multiply-adds, whatever the hardware:
-     * kernel_choice.pxi says when. */
+    /* The kernels by compute dtype; `fma` multiplies float32 by multiply-adds, whatever the
+     * hardware: kernel_choice.pxi says when. */
     const TileKernels *float64, *float32, *float16, *bfloat16, *fma;
     const SparseKernels *sparse_float64, *sparse_float32; /* by the dtype of sums */
 } InstructionSet;

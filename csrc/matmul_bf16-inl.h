@@ -1,39 +1,39 @@
-/* Both products of attention on bfloat16 hardware, for bfloat16, float16 and float32.
+/* The engine for bfloat16 hardware: bfloat16, float16 and float32 as sums of bfloat16 terms.
  *
- * A float16 is the sum of two bfloat16s and a float32 that of three, exactly; the product of two
- * such sums is that of their BF16_TERMS, less those terms that are smaller than the rounding of a
- * float32 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype
- * For Higher-Precision Computations"). Sums are kept in float32. With BF16_TERMS = 1 weights are
- * rounded to bfloat16.
+ * A float16 is the exact sum of two bfloat16 terms, and a float32 of three. The product of two such
+ * sums is the sum of the products of their terms, without those that are smaller than the rounding
+ * of a float32 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence
+ * Datatype For Higher-Precision Computations"). Sums are kept in float32. With BF16_TERMS = 1 the
+ * weights are rounded to bfloat16.
  *
- * The hardware multiplies pairs, so head dims and keys go two by two: an operand with queries in
- * its lanes is [term][pair][MR] pairs, the other one [term][chunk][row][CHUNK] numbers. Numbers
- * that terms cannot express are left out and brought in afterwards, lane by lane: where they stand
- * does not touch anyone else's bits.
- */
+ * The hardware multiplies pairs, so head dims and keys are paired: an operand with queries in its
+ * lanes is [term][pair][MR] pairs, the other one is [term][chunk][row][CHUNK] numbers. Numbers that
+ * terms cannot represent are left out and added afterwards, in the lanes that they are visible to,
+ * so that they change no bit of any other lane. */
 #ifndef FASTATTN_MATMUL_BF16_INL_H
 #define FASTATTN_MATMUL_BF16_INL_H
 
 #include <immintrin.h>
 
-#include "matmul_fma-inl.h"
+#include "convert-inl.h"
+#include "masking-inl.h"
+#include "matmul.h"
+#include "register_tile-inl.h"
+#include "score_options-inl.h"
 
-#define MICROPANELS (BLOCK_Q / MR)
-#define ROW_MULTIPLE CHUNK
-#define EXACT_QUERIES (BF16_TERMS < 3)
 #define PAIRS (CHUNK / 2)
 #define WEIGHT_TERM (BLOCK_K / 2 * MR)
 
-/* Products take the terms i and j with i + j <= order. For scores that is all of a float16, so that
- * they are exact; of a float32 what is left out is smaller than its rounding. */
+/* Matmuls use the products of terms i and j with i + j <= order. Of a float16 that is all of them,
+ * so scores are exact; of a float32 the others are smaller than its rounding. */
 #define SCORE_ORDER 2
 #define VALUE_ORDER (BF16_TERMS - 1)
 
 typedef uint16_t bfloat;
 typedef uint32_t pair;
 
-/* Lanes that terms cannot express: NaN and Inf, and of three terms the smallest may be too small.
- */
+/* Lanes that terms cannot represent: NaN and Inf, and with three terms numbers so small that their
+ * third term would be subnormal. */
 INLINE __mmask16 unrepresentable(vec x) {
     __m512i size = _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff));
     __mmask16 bits = _mm512_cmpge_epu32_mask(size, _mm512_set1_epi32(0x7f800000));
@@ -49,7 +49,7 @@ INLINE vec high_term(vec x) {
     return (vec)_mm512_and_si512((__m512i)x, _mm512_set1_epi32((int)0xffff0000));
 }
 
-/* terms[i] = the i-th term of 32 numbers, in sequence. */
+/* terms[i] = the i-th terms of 32 numbers, in order. */
 INLINE void split_bf16(vec first, vec second, __m512i terms[BF16_TERMS]) {
     const __m512i upper = _mm512_add_epi16(
         _mm512_set1_epi16(1),
@@ -67,7 +67,7 @@ INLINE void split_bf16(vec first, vec second, __m512i terms[BF16_TERMS]) {
     terms[BF16_TERMS - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
-/* Two rows of 16 bfloat16 in the lower and the upper half, as 16 pairs. */
+/* Two rows of 16 bfloat16, in the lower and the upper half, to 16 pairs. */
 INLINE __m512i interleave(__m512i rows) {
     const __m512i order = {0x0011000100100000, 0x0013000300120002, 0x0015000500140004,
                            0x0017000700160006, 0x0019000900180008, 0x001b000b001a000a,
@@ -75,8 +75,7 @@ INLINE __m512i interleave(__m512i rows) {
     return _mm512_permutexvar_epi16(order, rows);
 }
 
-/* Two rounded to bfloat16 side by side. Halves go away from zero, which saves an instruction or
- * two. */
+/* Round pairs to bfloat16, ties away from zero, which saves an instruction or two. */
 INLINE __m512i round_pairs(vec first, vec second) {
     const __m512i half = _mm512_set1_epi32(0x8000);
     __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)first, half), 16);
@@ -95,7 +94,7 @@ INLINE void split_bf16_pairs(vec first, vec second, __m512i terms[BF16_TERMS]) {
     terms[BF16_TERMS - 1] = round_pairs(first, second);
 }
 
-/* The dims [d, d + LANES) of a row, 0 from `dims` on. */
+/* The dims [d, d + LANES) of a row; 0 from `dims` on. */
 INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims,
                      NumberFormat format, float scale) {
     if (dim == format.bytes && d < dims) return load_some(row + d * dim, dims - d, format) * scale;
@@ -105,7 +104,7 @@ INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims
     return x;
 }
 
-static void pack_queries(Tile *t, const Scratch *s, int p) {
+static void bf16_pack_queries(Tile *t, const Scratch *s, int p) {
     ptrdiff_t pairs = round_up(t->head_dim, CHUNK) / 2, term = t->micropanels * pairs * MR;
     t->micropanel[p].special = 0;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -149,17 +148,17 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
 #pragma GCC unroll 3
             for (int i = 0; i < BF16_TERMS; i++) _mm512_store_si512(to + i * term, terms[i]);
         }
-        /* One term follows the rules of float32. */
+        /* With one term, NaN and Inf multiply as in float32. */
         if (BF16_TERMS > 1 && out) special |= (uint64_t)1 << key % SUB_BLOCK_K;
     }
     s->special_keys[begin % BLOCK_K / SUB_BLOCK_K] = special;
 }
 
-static void pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+static void bf16_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
-/* The bits of a sub-block's keys among those of the whole sub-block. */
+/* The bits of a sub-block's keys, which may begin within it. */
 static uint64_t bits_of(const uint64_t *bits, const SubBlock *sub) {
     return bits[sub->key % BLOCK_K / SUB_BLOCK_K] >> sub->key % SUB_BLOCK_K;
 }
@@ -170,13 +169,14 @@ INLINE __m512i load_two(const char *low, const char *high) {
     return _mm512_inserti64x4(x, _mm256_loadu_si256((const __m256i *)high), 1);
 }
 
-/* Which of 32 bfloat16 are at least 2**power in size, or a NaN; only Inf is 2**128. */
+/* Which of 32 bfloat16 have a size of at least 2**power, or are NaN; with a power of 128 NaN and
+ * Inf. */
 INLINE __mmask32 bfloats_from(int power, __m512i x) {
     __m512i bound = _mm512_set1_epi16((short)((127 + power) << 8));
     return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), bound);
 }
 
-/* Transpose LANES rows of LANES pairs; the rows are `from_row` and `to_row` pairs apart. */
+/* Transpose LANES rows of LANES pairs, whose strides are `from_row` and `to_row` pairs. */
 INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrdiff_t to_row) {
     vec x[LANES];
 #pragma GCC unroll 16
@@ -186,8 +186,8 @@ INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrd
     for (int i = 0; i < LANES; i++) store((real *)(to + i * to_row), x[i]);
 }
 
-/* pairs[term][pair][d] of up to CHUNK values, and the bits of those with numbers that terms cannot
- * express. These are 0, as are values whose bits are not set in `use`. */
+/* pairs[term][pair][d] of up to CHUNK values, and the bits of the special ones. Special numbers,
+ * and values whose bits are not set in `use`, become 0. */
 INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *special,
                         NumberFormat format) {
     const char *rows = t->v + key * t->v_key;
@@ -200,7 +200,7 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
             __m512i terms[BF16_TERMS];
             if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 &&
                 d + LANES <= t->value_dim && both) {
-                /* What is in terms already. */
+                /* bfloat16 already. */
                 __m512i x =
                     load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
                 __mmask32 special_lanes = bfloats_from(128, x);
@@ -229,9 +229,8 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
     }
 }
 
-/* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. A number that terms cannot
- * express is 0. */
-static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
+/* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. Special numbers become 0. */
+static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t term = s->out_rows * s->key_rows, dims = s->out_rows;
     uint64_t *sub_special = s->special_values + begin % BLOCK_K / SUB_BLOCK_K;
     *sub_special = 0;
@@ -248,7 +247,7 @@ static void pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdif
     }
 }
 
-/* Where the terms of an operand lie: elements between terms and between chunks. */
+/* The terms of an operand; strides in elements. */
 typedef struct {
     const bfloat *data; /* [row][CHUNK] */
     ptrdiff_t term, chunk;
@@ -259,18 +258,19 @@ typedef struct {
 } Lanes;
 
 #ifdef HAS_AMX
-/* Eight tile registers of 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows, 6 and 7 lanes. */
+/* Eight tile registers of 16 rows of 64 bytes: 0 to 3 for sums, 4 and 5 for rows, 6 and 7 for
+ * lanes. */
 static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 } TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-#define BEGIN_MATMULS() _tile_loadconfig(&TILES)
-#define END_MATMULS() _tile_release()
+static void begin_matmuls(void) { _tile_loadconfig(&TILES); }
+static void end_matmuls(void) { _tile_release(); }
 
-/* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of terms i and j with
- * i + j <= order, smaller ones first. */
+/* c[row][lane] of `row_groups` times ROW_PAD rows, in steps of a chunk: the products of terms i and
+ * j with i + j <= order, smaller ones first. */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
     real *below = c + ROW_PAD * MR;
@@ -310,7 +310,7 @@ INLINE void multiply_rows(const int order, const int row_groups, const int vecs,
 }
 
 static double peak(ptrdiff_t rounds) {
-    BEGIN_MATMULS();
+    begin_matmuls();
     _tile_zero(4);
     _tile_zero(5);
     for (ptrdiff_t i = 0; i < rounds; i++) {
@@ -319,15 +319,16 @@ static double peak(ptrdiff_t rounds) {
         _tile_dpbf16ps(2, 4, 5);
         _tile_dpbf16ps(3, 4, 5);
     }
-    END_MATMULS();
+    end_matmuls();
     return 2.0 * 4 * 16 * LANES * CHUNK * (double)rounds;
 }
 
 #else
-#define BEGIN_MATMULS()
-#define END_MATMULS()
+static void begin_matmuls(void) {}
+static void end_matmuls(void) {}
 
-/* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
+/* c[row][lane] of `row_groups` times ROW_PAD rows, in steps of a chunk, by dot products of pairs.
+ */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
     (void)order;
@@ -382,7 +383,7 @@ static double peak(ptrdiff_t rounds) {
 /* c[row][lane] (+)= sum over chunks; rows in whole ROW_GRAINs. */
 INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks,
                      real *c, bool accumulate) {
-    __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read memory */
+    __asm__ volatile("" ::: "memory"); /* the compiler does not know that tile loads read memory */
     for (int row_groups; rows > 0; rows -= row_groups * ROW_PAD) {
         row_groups = rows > ROW_PAD ? 2 : 1;
 #define SIZE(g, v)                                                                                 \
@@ -401,7 +402,7 @@ INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b,
     }
 }
 
-/* The scores of keys or queries that terms cannot express, by the product of real numbers. */
+/* Recompute the scores of special keys and queries from real numbers. */
 static void recompute_special_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
                                      uint64_t special) {
     int vecs = t->micropanel[p].vecs;
@@ -418,7 +419,8 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
     }
 }
 
-static void multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub, vec *top) {
+static void bf16_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
+                               vec *top) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);
     Rows k = {s->key_terms + sub->key % BLOCK_K * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_terms + p * dims / 2 * MR, t->micropanels * dims / 2 * MR, PAIRS * MR};
@@ -469,7 +471,7 @@ INLINE void weigh_vecs(const int vecs, const SubBlock *sub, vec exponent, const 
     for (int n = 0; n < vecs; n++) sum[n] = total[n];
 }
 
-/* Scores to terms of weights; their sum is added to `sum`. */
+/* Turn scores into the terms of weights, and add the weights to `sum`. */
 static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum,
                   pair *to, ptrdiff_t term) {
     vec factor = splat((real)exponent);
@@ -482,7 +484,7 @@ static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top
     }
 }
 
-/* Add the numbers that terms cannot express, for the queries that see them. */
+/* Add the special numbers of a sub-block's values to the queries they are visible to. */
 static void add_special_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
                                const SubBlock *sub, real *out) {
     uint64_t special = bits_of(s->special_values, sub);
@@ -508,13 +510,13 @@ static pair *weights_of(const Scratch *s, const SubBlock *sub) {
     return s->weight_terms + sub->key % BLOCK_K / 2 * MR;
 }
 
-/* Sum the values of the sub-blocks [i, end) of a block, as their weights say. */
+/* Add the weighted values of the sub-blocks [i, end) of a block. */
 static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockState *b, int i,
                            int end, real *out, bool *accumulate) {
     while (i < end && t->value_dim > 0) {
         const SubBlock *first = &b->sub_blocks[i];
         int chunks = 0;
-        /* Strips without a gap between them make one product. */
+        /* Contiguous sub-blocks make one matmul. */
         for (; i < end && b->sub_blocks[i].visibility != EMPTY &&
                b->sub_blocks[i].key == first->key + chunks * CHUNK;
              i++)

@@ -1,5 +1,4 @@
-/* OpenMP where the compiler has it, with what its runtimes leave to their callers; a clock that
- * runs without the GIL. */
+/* OpenMP, if the compiler has it, and what its runtimes leave to their callers; a clock; atomics. */
 #ifndef FASTATTN_PLATFORM_H
 #define FASTATTN_PLATFORM_H
 
@@ -17,7 +16,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #else
-static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_max_threads(void) { return 0; } /* which OpenMP never says */
 static inline int omp_get_num_procs(void) { return 0; }
 static inline int omp_get_num_places(void) { return 0; }
 static inline int omp_get_place_num_procs(int place) { return 0; }
@@ -45,7 +44,7 @@ static inline void *wait_for_all(void *mutex) {
     return NULL;
 }
 
-/* The stack of a thread of OpenMP's, in bytes; 0 for the system's default. */
+/* The stack size of OpenMP's threads in bytes; 0 for the system's default. */
 static inline size_t openmp_stack(void) {
     const char *setting = getenv("OMP_STACKSIZE");
     char *unit;
@@ -57,18 +56,18 @@ static inline size_t openmp_stack(void) {
     return at ? n << 10 * (at - units) : 0;
 }
 
-/* How many of so many threads the system grants beside each other, one more than a pool of them
- * takes, so that something is left for what else it allocates: at least 1. */
-static inline int creatable_threads(int wanted) {
+/* How many of `most` threads the system can run at once: at least 1. Tries one more than a pool of
+ * them creates, so that some memory is left for other allocations. */
+static inline int creatable_threads(int most) {
     int n = 0;
     pthread_mutex_t all = PTHREAD_MUTEX_INITIALIZER;
     pthread_attr_t attributes;
-    pthread_t *threads = malloc(wanted * sizeof *threads);
+    pthread_t *threads = malloc(most * sizeof *threads);
     if (!threads) return 1;
     pthread_attr_init(&attributes);
     if (openmp_stack()) pthread_attr_setstacksize(&attributes, openmp_stack());
     pthread_mutex_lock(&all);
-    while (n < wanted && !pthread_create(&threads[n], &attributes, wait_for_all, &all)) n++;
+    while (n < most && !pthread_create(&threads[n], &attributes, wait_for_all, &all)) n++;
     pthread_mutex_unlock(&all);
     for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
     pthread_attr_destroy(&attributes);
@@ -76,24 +75,23 @@ static inline int creatable_threads(int wanted) {
     return n > 1 ? n : 1;
 }
 
-/* Threads for a region of at most so many: how many. OpenMP's runtimes end the process if one
- * cannot be created, so it is tried before they do, where their pool must grow; it is the calling
- * thread's. */
-static inline int grow_pool(int wanted) {
+/* Grow the calling thread's pool for a region of at most `most` threads; returns how many it has.
+ * OpenMP's runtimes end the process if a thread cannot be created, so try that before they do. */
+static inline int grow_pool(int most) {
     static _Thread_local int pool = 1;
-    if (wanted > pool) {
-        wanted = creatable_threads(wanted);
+    if (most > pool) {
+        most = creatable_threads(most);
 #ifdef _OPENMP
-#pragma omp parallel num_threads(wanted)
+#pragma omp parallel num_threads(most)
 #pragma omp single
-        wanted = omp_get_num_threads();
+        most = omp_get_num_threads();
 #endif
     }
-    if (wanted > 1) pool = wanted; /* libgomp ends those that a smaller region has no use for */
-    return wanted;
+    if (most > 1) pool = most; /* libgomp ends those that a smaller region has no use for */
+    return most;
 }
 
-/* A count that threads wait for. */
+/* A counter that threads wait for. */
 static inline int64_t load_acquire(const int64_t *count) {
     return __atomic_load_n(count, __ATOMIC_ACQUIRE);
 }

@@ -1,41 +1,46 @@
-/* What the steps of a tile share: its scratch, and its block of keys under way. */
+/* The scratch of a tile, and the state of its current block of keys. */
 #ifndef FASTATTN_SCRATCH_INL_H
 #define FASTATTN_SCRATCH_INL_H
 
 #include "convert-inl.h"
 
-/* A sub-block's keys as bits, in words as wide as a lane, so that lanes can test their own. */
+/* The visible keys of a sub-block are bits, in words as wide as a lane, so that each lane tests its
+ * own. */
 #define SUB_BLOCKS (BLOCK_K / SUB_BLOCK_K)
 #define MASK_WORDS (SUB_BLOCK_K / LANE_BITS)
+#define MICROPANELS (BLOCK_Q / MR)
 
 static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
-/* Which sub-blocks of the block of keys under way have been packed for the matmuls, by bits: those
- * that some query sees. The block ends at `end`. */
+/* Which sub-blocks of the current block have been packed, as bits: those with a key that is visible
+ * to some query. The block ends at `end`. */
 typedef struct {
     uint64_t keys, values;
     ptrdiff_t end;
 } PackedSubBlocks;
 
-/* What belongs to queries is [micropanel][row][MR], so that a micropanel is contiguous, or that of
- * the micropanel under way. Rows of scores and of sums are padded to a multiple of ROW_PAD. */
+/* Arrays with an element for each query are [micropanel][row][MR], so that a micropanel is
+ * contiguous, or hold only the current micropanel. Rows of scores and of sums are padded to a
+ * multiple of ROW_PAD. */
+typedef struct MatmulEngine MatmulEngine; /* see matmul.h */
+
 typedef struct Scratch {
-    struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
+    struct Scratch *own;     /* this struct, at the start of the scratch once `begin` has run */
     real *row_max, *row_sum; /* [micropanel][MR] */
     lane_int *any_visible;   /* [micropanel][MR]: has the query a visible key? -1 or 0 */
-    real *nan_beside_inf;    /* [micropanel][MR]: NaN where one was found beside Inf, else 0 */
+    real *nan_beside_inf;    /* [micropanel][MR]: NaN if there was one beside Inf, else 0 */
     uint64_t *overflowed;    /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
-    lane_int *visible;       /* [sub-block of the block][MASK_WORDS][MR]: see Visibility */
+    lane_int *visible;       /* [sub-block][MASK_WORDS][MR]: see Visibility */
     real *out;               /* [micropanel][value_dim][MR], the running sum */
     real *block_out;         /* [value_dim][MR], the sum of one block */
     real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
     real *bias;              /* [SUB_BLOCK_K][MR] */
-    real *more;              /* [SUB_BLOCK_K][MR]: what some head dims add to the scores */
+    real *more;              /* [SUB_BLOCK_K][MR]: the scores of BLOCK_D head dims */
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
-    real *keys, *values;     /* [keys of the block][dim]: widened ones */
+    real *keys, *values;     /* [key of the block][dim], widened */
 #ifdef BF16_TERMS
     uint32_t *q_terms; /* see matmul_bf16-inl.h */
     uint16_t *key_terms;
@@ -43,7 +48,7 @@ typedef struct Scratch {
     uint32_t *value_pairs;
     uint32_t *weight_terms;
     uint64_t *special_keys,
-        *special_values; /* [sub-block of the block]: bits of those that terms cannot express */
+        *special_values; /* [sub-block]: bits of the keys that terms cannot represent */
 #else
     real *decode_rows, *decode_sums; /* see decode-inl.h */
     real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low,
@@ -51,25 +56,25 @@ typedef struct Scratch {
     lane_int *special_queries, *special_keys;
 #endif
     PackedSubBlocks *packed;
-    ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' terms */
+    const MatmulEngine *engine;
+    ptrdiff_t out_rows, key_rows; /* of a micropanel in `out`, of the keys in key_terms */
 } Scratch;
 
 #ifndef BF16_TERMS
-/* May keys or values be multiplied where they lie? */
+/* Can keys or values be multiplied where they are? */
 static bool direct_keys(const Tile *t) {
     return is_real(t->k_format) && !t->k_scales && t->score_function != ADDITIVE;
 }
 static bool direct_values(const Tile *t) { return is_real(t->v_format) && !t->v_scales; }
 #endif
 
-/* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch.
- */
+/* Keys or values of type `real`: in place, or widened in the scratch. */
 typedef struct {
     const real *data;
     ptrdiff_t row, dim;
 } View;
 
-/* Lay the scratch out from `base` on; returns its bytes. */
+/* Lay out the scratch at `base`. Returns its size in bytes. */
 static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch *s) {
     size_t bytes = 0;
     ptrdiff_t row = micropanels * MR, block_k = round_up(t->block_k, 2 * ROW_PAD);
@@ -127,12 +132,11 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     return bytes;
 }
 
-/* What the queries of a micropanel see of a sub-block: nothing, every key, or those whose bits are
- * set in the micropanel's mask words, [MASK_WORDS][MR]. */
+/* Which keys of a sub-block are visible to the queries of a micropanel: none, those whose bits are
+ * set in mask_words, [MASK_WORDS][MR], or all. */
 typedef enum { EMPTY, PARTIAL, FULL } Visibility;
 
-/* A sub-block of keys for one micropanel: those of the SUB_BLOCK_K that the micropanel sees some
- * of. */
+/* A sub-block as one micropanel reads it: only the keys in its key ranges. */
 typedef struct {
     ptrdiff_t key;
     int keys;
@@ -141,10 +145,13 @@ typedef struct {
     Visibility visibility;
 } SubBlock;
 
-/* What one micropanel knows of the block under way. */
+/* The current block of a micropanel. */
 typedef struct {
     SubBlock sub_blocks[SUB_BLOCKS];
     bool any_visible; /* is any key visible? */
     vec top[MR_VECS], sum[MR_VECS], rescale[MR_VECS];
 } BlockState;
+
+/* The scratch of a tile that has begun. */
+static Scratch scratch_of(const Tile *t) { return *(const Scratch *)t->scratch; }
 #endif

@@ -1,9 +1,8 @@
 /* Vectors of one width per instruction set, and the few operations on them that C lacks.
  *
- * Everything that depends on the instruction set stands here, so that a kernel has one body. A
- * vector is the compiler's own type (GCC and Clang vector extensions): + - * < & work on it.
- * `real` is float, or double with -DREAL_IS_DOUBLE.
- */
+ * Everything that depends on the instruction set is here, so that each kernel has one body. A
+ * vector is the compiler's own type (GCC and Clang vector extensions): + - * < & work on it. `real`
+ * is float, or double with -DREAL_IS_DOUBLE. */
 #ifndef FASTATTN_SIMD_INL_H
 #define FASTATTN_SIMD_INL_H
 
@@ -20,7 +19,7 @@
 #include <arm_neon.h>
 #endif
 
-/* LANES is written out because the preprocessor chooses by it. */
+/* LANES is written out because the preprocessor compares it. */
 #ifdef REAL_IS_DOUBLE
 typedef double real;
 typedef int64_t lane_int;
@@ -120,7 +119,7 @@ INLINE vec load_bfloats(const char *p) {
     return (vec)(__builtin_convertvector(x, uvec) << 16);
 #endif
 }
-/* To nearest, ties to even; unlike the hardware's own instruction it keeps subnormals. */
+/* To nearest, ties to even; the hardware's own instruction would flush subnormals. */
 INLINE void store_bfloats(char *p, vec x) {
     uvec bits = (uvec)x, nearest = bits + 0x7fff + (bits >> 16 & 1);
     uvec upper = (uvec)(x != x) & (bits | 0x400000);
@@ -166,7 +165,8 @@ INLINE void store_halves(char *p, vec x) {
 #endif
 #endif
 
-/* Lane by lane `yes` where the sign bit of `condition` is set, as comparisons set all bits. */
+/* In each lane `yes` if the sign bit of `condition` is set, as comparisons set all bits, else `no`.
+ */
 INLINE vec choose(ivec condition, vec yes, vec no) {
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
     return _mm512_mask_blend_pd(_mm512_movepi64_mask((__m512i)condition), no, yes);
@@ -217,7 +217,7 @@ INLINE uint64_t nonzero_bytes(const char *p) {
 #endif
 }
 
-/* Keep the compiler from knowing a value. */
+/* Hide a value from the optimizer. */
 #if defined(__x86_64__)
 #define HIDE_VALUE(x) __asm__ volatile("" : "+v"(x))
 #elif defined(__aarch64__)
@@ -291,14 +291,14 @@ INLINE vec floor_vec(vec x) {
 }
 INLINE vec fraction(vec x) { return x - floor_vec(x); }
 INLINE vec scale_by_power(vec y, vec x) {
-    /* floor(x) + bias lands in the lowest bits of the sum, whence it is shifted to the exponent. */
+    /* floor(x) + bias is in the lowest bits of the sum; shift it to the exponent. */
     vec sum = floor_vec(x) + splat((real)((1ull << MANTISSA_BITS) + EXPONENT_BIAS));
     vec power = (vec)((ivec)sum << MANTISSA_BITS);
     return (vec)((ivec)(y * power) & ~(x < FLUSH));
 }
 #endif
 
-/* The lower and the upper halves of a and b, element by element in turn. */
+/* The lower and the upper halves of a and b, interleaved. */
 #define LOW2 0, 2
 #define HIGH2 1, 3
 #define LOW4 0, 4, 1, 5

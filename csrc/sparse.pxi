@@ -178,34 +178,26 @@ cdef int bind_sparse(
 
 
 cdef int run_sparse(
-    SparseParams *sparse, Tile *common, Py_ssize_t key_blocks, int threads
+    SparseParams *sparse, Workspace *workspace, Py_ssize_t key_blocks, int threads
 ) except -1:
     """Run the items of all queries, and then those of all keys, if there are any."""
     cdef CallParams *params = &sparse.call
     cdef Py_ssize_t items = params.key_heads * params.group * ceil_div(params.n_queries, SPARSE_ROWS)
-    cdef Py_ssize_t scratch_bytes, total_bytes
-    cdef Tile *tiles = NULL
-    cdef char *scratch = NULL
     threads = available_threads(min(threads, max(1, items, key_blocks)))
-    sparse.head_bytes = (sparse.kernels.scratch_bytes(common) + 63) // 64 * 64
-    scratch_bytes = sparse.head_bytes + max(1, params.group) * <Py_ssize_t>sizeof(SparseHead)
-    scratch_bytes = (scratch_bytes + 63) // 64 * 64
-    total_bytes = threads * scratch_bytes + 64
+    sparse.head_bytes = padded(sparse.kernels.scratch_bytes(&workspace.prototype))
+    workspace.rows = 1
+    allocate_workspace(
+        workspace, threads,
+        sparse.head_bytes + max(1, params.group) * <Py_ssize_t>sizeof(SparseHead), 0, 0,
+    )
     try:
-        tiles = <Tile *>malloc(threads * sizeof(Tile))
-        scratch = <char *>malloc(total_bytes)
-        if tiles is NULL or scratch is NULL:
-            raise MemoryError(f"{total_bytes + threads * sizeof(Tile)} bytes of scratch")
-        tiles[0] = common[0]
-        divide_scratch(tiles, threads, scratch, scratch_bytes)
         with nogil:
-            if parallel_for(sparse_queries, sparse, tiles, items, threads):
-                parallel_for(sparse_keys, sparse, tiles, key_blocks, threads)
+            if parallel_for(sparse_queries, sparse, workspace, items, threads):
+                parallel_for(sparse_keys, sparse, workspace, key_blocks, threads)
         if PyErr_Occurred() is not NULL:
             return -1
     finally:
-        free(tiles)
-        free(scratch)
+        free(workspace.allocated)
     return 0
 
 
@@ -221,22 +213,16 @@ def attend_sparse(
     int32 or int64: see `fastattn.core.sparse_mask.SparseMask`.
     """
     cdef SparseParams sparse
-    cdef bint double_sums = out.descr.itemsize == 8
-    cdef Tile *tile = <Tile *>malloc(sizeof(Tile))
-    if tile is NULL:
-        raise MemoryError(f"{sizeof(Tile)} bytes of scratch")
-    try:
-        bind_sparse(
-            &sparse, tile, q, k, v, out, batch, heads, kv_heads, scale, softcap, bias, alibi, sinks,
-            key_range, starts, keys, lse, score_function, double_sums,
-        )
-        bind_operand(&sparse.call, &sparse.call.k_scales, k_scales, 2)
-        bind_operand(&sparse.call, &sparse.call.v_scales, v_scales, 2)
-        bind_operand(&sparse.call, &sparse.call.weights, weights, 3)
-        tile.weights_key = sparse.call.weights.dim
-        run_sparse(&sparse, tile, 0, threads)
-    finally:
-        free(tile)
+    cdef Workspace workspace
+    bind_sparse(
+        &sparse, &workspace.prototype, q, k, v, out, batch, heads, kv_heads, scale, softcap, bias,
+        alibi, sinks, key_range, starts, keys, lse, score_function, out.descr.itemsize == 8,
+    )
+    bind_operand(&sparse.call, &sparse.call.k_scales, k_scales, 2)
+    bind_operand(&sparse.call, &sparse.call.v_scales, v_scales, 2)
+    bind_operand(&sparse.call, &sparse.call.weights, weights, 3)
+    workspace.prototype.weights_key = sparse.call.weights.dim
+    run_sparse(&sparse, &workspace, 0, threads)
 
 
 def differentiate_sparse(
@@ -254,36 +240,33 @@ def differentiate_sparse(
     `grad_bias` have the dtype of sums.
     """
     cdef SparseParams sparse
-    cdef bint double_sums = grad_q.descr.itemsize == 8
-    cdef Tile *tile = <Tile *>malloc(sizeof(Tile))
-    cdef Py_ssize_t blocks
-    if tile is NULL:
-        raise MemoryError(f"{sizeof(Tile)} bytes of scratch")
-    try:
-        bind_sparse(
-            &sparse, tile, q, k, v, grad_q, batch, heads, kv_heads, scale, softcap, bias, alibi,
-            sinks, key_range, starts, keys, lse, score_function, double_sums,
-        )
-        key_starts, queries = transposed(starts, keys, k.shape[k.ndim - 2])
-        sparse.queries = sparse_lists(key_starts, queries)
-        bind_operand(&sparse.call, &sparse.grad_out, grad_out, 3)
-        bind_operand(&sparse.call, &sparse.result, out, 3)
-        bind_operand(&sparse.call, &sparse.grad_lse, grad_lse, 2)
-        bind_operand(&sparse.call, &sparse.rows, rows, 3)
-        bind_operand(&sparse.call, &sparse.grad_k, grad_k, 3)
-        bind_operand(&sparse.call, &sparse.grad_v, grad_v, 3)
-        bind_operand(&sparse.call, &sparse.grad_bias, grad_bias, 3)
-        bind_operand(&sparse.call, &sparse.row_sums, row_sums, 3)
-        sparse.coarse = coarse
-        tile.differentiating = True
-        tile.grad_out_format = number_format(grad_out)
-        tile.grad_out_dim, tile.result_dim = sparse.grad_out.dim, sparse.result.dim
-        tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
-        tile.grad_k_key, tile.grad_v_key = sparse.grad_k.row, sparse.grad_v.row
-        blocks = sparse.call.key_heads * ceil_div(sparse.call.n_keys, SPARSE_ROWS)
-        run_sparse(&sparse, tile, blocks, threads)
-    finally:
-        free(tile)
+    cdef Workspace workspace
+    cdef Tile *tile = &workspace.prototype
+    cdef cnp.ndarray key_starts, queries
+    bind_sparse(
+        &sparse, tile, q, k, v, grad_q, batch, heads, kv_heads, scale, softcap, bias, alibi, sinks,
+        key_range, starts, keys, lse, score_function, grad_q.descr.itemsize == 8,
+    )
+    key_starts, queries = transposed(starts, keys, k.shape[k.ndim - 2])
+    sparse.queries = sparse_lists(key_starts, queries)
+    bind_operand(&sparse.call, &sparse.grad_out, grad_out, 3)
+    bind_operand(&sparse.call, &sparse.result, out, 3)
+    bind_operand(&sparse.call, &sparse.grad_lse, grad_lse, 2)
+    bind_operand(&sparse.call, &sparse.rows, rows, 3)
+    bind_operand(&sparse.call, &sparse.grad_k, grad_k, 3)
+    bind_operand(&sparse.call, &sparse.grad_v, grad_v, 3)
+    bind_operand(&sparse.call, &sparse.grad_bias, grad_bias, 3)
+    bind_operand(&sparse.call, &sparse.row_sums, row_sums, 3)
+    sparse.coarse = coarse
+    tile.differentiating = True
+    tile.grad_out_format = number_format(grad_out)
+    tile.grad_out_dim, tile.result_dim = sparse.grad_out.dim, sparse.result.dim
+    tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
+    tile.grad_k_key, tile.grad_v_key = sparse.grad_k.row, sparse.grad_v.row
+    run_sparse(
+        &sparse, &workspace,
+        sparse.call.key_heads * ceil_div(sparse.call.n_keys, SPARSE_ROWS), threads,
+    )
 
 
 def transposed(cnp.ndarray starts not None, cnp.ndarray keys not None, Py_ssize_t n_keys):

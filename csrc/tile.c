@@ -1,23 +1,64 @@
-/* The kernels of a tile, one body for every instruction set and dtype.
+/* The kernels of a tile: one body for every instruction set and dtype.
  *
- * Compiled once for each pair, with that instruction set's flags, -DTABLE=<the table's name> and
- * -DREAL_IS_DOUBLE for float64, or -DBF16_TERMS=<n> where the products are those of
- * matmul_bf16-inl.h. A micropanel is what one register tile holds: MR queries in MR_VECS vectors.
- * Within a block of keys, S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow
- * each other as in FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that
- * of the whole block and O^T is rescaled once per block; in bfloat16 terms otherwise:
- * online_softmax_bf16-inl.h.
+ * Compiled once for each table of kernels, with the flags of its instruction set and
+ * -DTABLE=<name>, and -DREAL_IS_DOUBLE for float64 or -DBF16_TERMS=<n> for bfloat16 hardware.
+ *
+ * The loop nest of the forward pass:
+ *
+ *   kernels.pyx, forward.pxi
+ *     for each work item, on several threads            (batch entry, key head, tile, split)
+ *     |  begin                                          pack Q, scaled
+ *     |  for each block of BLOCK_K keys                 attend
+ *   tile.c, block-inl.h, online_softmax_*-inl.h
+ *     |  |  for each micropanel of MR queries           attend_block
+ *     |  |  |  for each sub-block of SUB_BLOCK_K keys
+ *     |  |  |  |  S^T = K Q^T                           multiply_keys: NR keys x MR queries
+ *     |  |  |  |  softcap, bias, ALiBi, mask            finish_scores
+ *     |  |  |  row_max = max(row_max, S)                rescale row_sum and O^T
+ *     |  |  |  for each sub-block
+ *     |  |  |  |  P^T = exp(S^T - row_max)              row_sum += P
+ *     |  |  |  |  O^T += V^T P^T                        NR value dims x MR queries
+ *     |  finish                                         out = O / row_sum, lse
+ *     |  a second pass over the keys, if asked for      weights, bins or top k, from new scores
+ *
+ * This is FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of a whole
+ * block. The backward pass (backward.pxi, backward-inl.h) has the same loops in another order: for
+ * each block of keys, each tile of queries, each sub-block, each micropanel.
+ *
+ * Glossary:
+ *
+ *   tile          the queries of one work item, up to BLOCK_Q, of all heads that share a key head
+ *   lane          an element of a vector; queries are in the lanes, except in decoding
+ *   micropanel    MR queries: the lanes of MR_VECS vectors (BLIS's word)
+ *   register tile NR rows x MR queries of sums, held in registers; rows are keys or value dims
+ *   block         BLOCK_K keys, which stay in the cache while all micropanels read them
+ *   sub-block     SUB_BLOCK_K keys, whose weights stay in the first-level cache
+ *   split         a run of a key head's keys that is a work item by itself: split-KV, for decoding
+ *   engine        an implementation of the matmuls: see matmul.h
+ *   pack          to store an operand as an engine reads it
+ *   term          one of the bfloat16 numbers whose sum is a float16 or float32 number
+ *   special       a number, or a row with one, that an engine cannot represent
+ *   decode        the engine for few queries: dims in the lanes
+ *   metric        a score function that is not a dot product: distances, additive scores
+ *   visible       a key is visible to a query unless a key range, a mask or a bias of -inf hides it
+ *   EMPTY, PARTIAL, FULL   none, some or all keys of a sub-block are visible to a micropanel
+ *   weight        WEIGHT_UNIT * exp(score - row_max); row_sum is their sum, and normalizes them
+ *   rescale       to multiply sums by exp(old - new) when row_max grows
+ *   lse, lse_rest the log-sum-exp of a row, and what its rounding lost
+ *   rerun         a second run of a tile, for results that overflowed: see range-inl.h
+ *   bin           a rectangle of queries x keys whose weights are summed for a weight map
+ *   real          the type that a table computes in: float or double
  */
-#include "simd-inl.h"
-
-#if !defined(BF16_TERMS) || defined(HAS_AMX)
-#define HAS_BACKWARD /* terms without AMX leave gradients to float32 */
-#endif
-
-#include "matmul_fma-inl.h"
+#include "block-inl.h"
+#include "matmul.h"
+#include "range-inl.h"
+#include "top_k-inl.h"
+#include "weight_map-inl.h"
 
 #ifdef BF16_TERMS
-#include "matmul_bf16-inl.h"
+#include "online_softmax_bf16-inl.h"
+#else
+#include "decode-inl.h"
 #endif
 
 _Static_assert(LANES <= MAX_LANES, "MAX_LANES bounds every vector");
@@ -31,16 +72,10 @@ static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
     return lay_out(t, t->differentiating ? MICROPANELS : micropanels_for(queries), NULL, &s);
 }
 
-/* The scratch of a tile that has begun. */
-static Scratch scratch_of(const Tile *t) { return *(const Scratch *)t->scratch; }
-
-#include "range-inl.h"
-#include "top_k-inl.h"
-
-/* How products become scores and these become weights. Where nothing in natural units is added to
- * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes
- * into the queries. */
-static void choose_scaling(Tile *t) {
+/* Choose how products become scores, and scores become weights. The factor log2(e) of the exponent
+ * goes into the queries, unless something in natural units is added to the scores, or scores may be
+ * near the end of the range. */
+static void choose_scaling(Tile *t, const MatmulEngine *engine) {
     double size = fabs(t->scale);
     t->check_range = may_overflow(t);
     bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->check_range ||
@@ -51,8 +86,9 @@ static void choose_scaling(Tile *t) {
     if (t->score_function != DOT) {
         t->metric_scale = t->q_scale;
         t->q_scale = 1;
-    } else if (EXACT_QUERIES && size > 0 && size < INFINITY) {
-        /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */
+    } else if (engine->exact_queries && size > 0 && size < INFINITY) {
+        /* Queries are scaled by a power of 2, which rounds nothing; the rest is applied to scores.
+         */
         double power = exp2(floor(log2(size)));
         t->q_scale = t->scale < 0 ? -power : power;
         if (natural || t->softcap > 0) t->score_scale = size / power;
@@ -60,7 +96,7 @@ static void choose_scaling(Tile *t) {
     }
 }
 
-/* The micropanel's share of the interval bookkeeping that the Tile explains. */
+/* Set the key ranges of a micropanel, and widen that of the tile. */
 static void bound_micropanel(Tile *t, int p) {
     ptrdiff_t first = PTRDIFF_MAX, last = 0, inner_first = 0, inner_last = PTRDIFF_MAX;
     for (ptrdiff_t i = p * MR; i < t->n_queries && i < (p + 1) * MR; i++) {
@@ -80,8 +116,8 @@ static void bound_micropanel(Tile *t, int p) {
     if (last > t->last) t->last = last;
 }
 
-/* The inverse of load_queries: (row `lane` of the LANES from `first` on)[d] = columns[d][lane] *
- * share[lane], but 0 where the query has no visible key, whatever is in its column. */
+/* Store LANES rows of results: (row first + lane)[d] = columns[d][lane] * inv_sum[lane], but 0
+ * where no key is visible, whatever the column holds. */
 static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec inv_sum,
                        ivec any_visible) {
     int rows = fewer(t->n_queries - first, LANES);
@@ -103,7 +139,7 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
     }
 }
 
-/* A row starts with its sink, a score without a value, or with nothing. */
+/* A row starts with its sink, which is a score without a value, or empty. */
 static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
     for (ptrdiff_t i = first; i < first + LANES; i++) {
         double sink = t->has_sinks && i < t->n_queries ? t->sink[i] : -INFINITY;
@@ -122,160 +158,36 @@ static void begin(Tile *t) {
     t->last = 0;
     for (ptrdiff_t i = 0; i < t->n_queries && t->margin > 0; i++)
         if (!(t->micropanel[i / MR].rerun >> i % MR & 1)) t->start[i] = t->stop[i] = 0;
-    choose_scaling(t);
+    const MatmulEngine *engine = choose_engine(t);
+    choose_scaling(t, engine);
     clear_heaps(t);
     Scratch s;
     lay_out(t, t->differentiating ? MICROPANELS : t->micropanels, t->scratch, &s);
+    s.engine = engine;
     *s.own = s;
     for (int p = 0; p < t->micropanels; p++) {
         bound_micropanel(t, p);
         for (int n = 0; n < t->micropanel[p].vecs; n++) start_rows(t, &s, p * MR + n * LANES);
-        pack_queries(t, &s, p);
+        engine->pack_queries(t, &s, p);
     }
 }
-
-/* Pack the sub-block of a key by `pack_keys` or `pack_values`, unless its bit says that it is. */
-static void ensure_packed(const Tile *t, const Scratch *s, ptrdiff_t key, uint64_t *packed,
-                          void (*pack)(const Tile *, const Scratch *, ptrdiff_t, ptrdiff_t)) {
-    ptrdiff_t begin = key / SUB_BLOCK_K * SUB_BLOCK_K, end = begin + SUB_BLOCK_K;
-    uint64_t bit = (uint64_t)1 << begin % BLOCK_K / SUB_BLOCK_K;
-    if (!(*packed & bit)) pack(t, s, begin, end < s->packed->end ? end : s->packed->end);
-    *packed |= bit;
-}
-
-/* One micropanel's scores for a sub-block, -inf where hidden; `top` takes part in their maximum.
- * Returns whether any key is visible. */
-static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
-    int vecs = t->micropanel[p].vecs;
-    sub->visibility = sub->keys > 0 ? classify(t, p, sub) : EMPTY;
-    if (sub->visibility == EMPTY) return false;
-
-    vec sub_top[MR_VECS];
-    for (int n = 0; n < vecs; n++) sub_top[n] = splat(-INFINITY);
-    ensure_packed(t, s, sub->key, &s->packed->keys, pack_keys);
-    multiply_keys(t, s, p, sub, sub_top);
-    finish_scores(t, s, p, sub, sub_top);
-    if (t->check_range) clamp_scores(t, p, sub, sub_top);
-    for (int n = 0; n < vecs; n++) {
-        ivec *any_visible = (ivec *)(s->any_visible + p * MR + n * LANES);
-        for (int w = 0; w < MASK_WORDS && sub->visibility == PARTIAL; w++)
-            *any_visible |= *(const ivec *)(sub->mask_words + w * MR + n * LANES) != 0;
-        if (sub->visibility == FULL) *any_visible = splat_int(-1);
-        top[n] = larger(sub_top[n], top[n]);
-    }
-    return true;
-}
-
-/* The micropanel's sub-blocks of the keys [begin, end): of each what the micropanel may see, in
- * whole ROW_MULTIPLEs. Returns their number. */
-static int begin_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
-                       BlockState *b) {
-    b->any_visible = false;
-    for (int n = 0; n < MR_VECS; n++) b->top[n] = splat(-INFINITY), b->sum[n] = splat(0);
-    for (int i = 0; begin + i * SUB_BLOCK_K < end; i++) {
-        ptrdiff_t from = begin + i * SUB_BLOCK_K,
-                  to = from + SUB_BLOCK_K < end ? from + SUB_BLOCK_K : end;
-        if (from < t->micropanel[p].first)
-            from = t->micropanel[p].first / ROW_MULTIPLE * ROW_MULTIPLE;
-        if (to > t->micropanel[p].last) to = round_up(t->micropanel[p].last, ROW_MULTIPLE);
-        if (to > end) to = end;
-        b->sub_blocks[i] = (SubBlock){
-            .key = from,
-            .keys = to > from ? (int)(to - from) : 0,
-            .scores = s->scores + (from - begin) % SCORE_KEYS * MR,
-            .mask_words = s->visible + i * MASK_WORDS * MR,
-            .visibility = EMPTY,
-        };
-    }
-    return (int)((end - begin + SUB_BLOCK_K - 1) / SUB_BLOCK_K);
-}
-
-static void combine_block(const BlockState *b, int vecs, ptrdiff_t value_dim, real *row_sum,
-                          const real *block_out, real *out) {
-    for (int n = 0; n < vecs; n++) {
-        real *sum = row_sum + n * LANES;
-        store(sum, load(sum) * b->rescale[n] + b->sum[n]);
-        if (block_out == out) continue; /* the first block */
-        for (ptrdiff_t d = 0; d < value_dim; d++) {
-            real *total = out + d * MR + n * LANES;
-            store(total, load(total) * b->rescale[n] + load(block_out + d * MR + n * LANES));
-        }
-    }
-}
-
-/* Where there are no values to weigh. */
-static void sum_weights(const Tile *t, int p, BlockState *b, const SubBlock *sub) {
-    vec exponent = splat((real)t->exponent);
-    for (int n = 0; n < t->micropanel[p].vecs; n++) {
-        vec top = b->top[n], even = b->sum[n], odd = splat(0);
-        int j = 0;
-        for (; j + 2 <= sub->keys; j += 2) {
-            const real *scores = sub->scores + j * MR + n * LANES;
-            even += weight_from(load(scores), top, exponent);
-            odd += weight_from(load(scores + MR), top, exponent);
-        }
-        if (j < sub->keys)
-            even += weight_from(load(sub->scores + j * MR + n * LANES), top, exponent);
-        b->sum[n] = even + odd;
-    }
-}
-
-#ifdef BF16_TERMS
-#include "online_softmax_bf16-inl.h"
-#else
-static void update_row_max(const Tile *t, int vecs, BlockState *b, real *row_max) {
-    vec exponent = splat((real)t->exponent);
-    for (int n = 0; n < vecs; n++) {
-        vec before = load(row_max + n * LANES);
-        vec now = larger(before, b->top[n] + (real)t->margin);
-        store(row_max + n * LANES, now);
-        /* While a row has no visible key its maximum is -inf; any finite one will do. */
-        b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
-        /* An unchanged maximum may be an infinite sink. */
-        vec factor = weight_from(before, b->top[n], exponent) * (real)(1 / WEIGHT_UNIT);
-        b->rescale[n] = choose(before == now, splat(1), factor);
-    }
-}
-
-/* One micropanel's attention to one block. */
-static void attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
-    BlockState b;
-    int sub_blocks = begin_block(t, s, p, begin, end, &b);
-    for (int i = 0; i < sub_blocks; i++) b.any_visible |= score(t, s, p, &b.sub_blocks[i], b.top);
-    if (!b.any_visible) return;
-    real *out = s->out + p * MR * s->out_rows;
-    real *block_out = t->micropanel[p].has_output ? s->block_out : out;
-    update_row_max(t, t->micropanel[p].vecs, &b, s->row_max + p * MR);
-    for (int n = 0; n < t->micropanel[p].vecs; n++)
-        record_nan(s, p, n, b.sub_blocks, sub_blocks, b.rescale[n] != 1, splat(0));
-    for (int i = 0; i < sub_blocks; i++) {
-        if (b.sub_blocks[i].visibility == EMPTY) continue;
-        if (t->top_k > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
-        if (t->value_dim > 0)
-            ensure_packed(t, s, b.sub_blocks[i].key, &s->packed->values, pack_values);
-        else sum_weights(t, p, &b, &b.sub_blocks[i]);
-    }
-    if (t->value_dim > 0) sum_values(t, s, p, &b, sub_blocks, block_out);
-    combine_block(&b, t->micropanel[p].vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
-    t->micropanel[p].has_output = 1;
-}
-#endif
 
 static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     Scratch s = scratch_of(t);
-    BEGIN_MATMULS();
+    begin_matmuls();
     *s.packed = (PackedSubBlocks){.end = end};
-    for (int p = 0; p < t->micropanels; p++) attend_block(t, &s, p, begin, end);
-    END_MATMULS();
+    for (int p = 0; p < t->micropanels; p++) s.engine->attend_block(t, &s, p, begin, end);
+    end_matmuls();
 }
 
-/* Results of the rows and columns that a second run is for. */
+/* Store the results that the rerun is for. */
 static void store_rerun(const Tile *t, const Scratch *s, int p) {
     for (ptrdiff_t d = 0; d < t->value_dim && t->micropanel[p].rerun; d++)
         for (uint64_t bits = s->overflowed[p * t->value_dim + d]; bits; bits &= bits - 1) {
             int i = __builtin_ctzll(bits), at = p * MR + i;
             real sum = s->out[(p * s->out_rows + d) * MR + i], x = sum / s->row_sum[at];
-            if (isfinite(sum) && isinf(x)) x = copysign(REAL_MAX, x); /* a mean, rounded up */
+            if (isfinite(sum) && isinf(x))
+                x = copysign(REAL_MAX, x); /* the mean of finite values, rounded up */
             write_number(t->out[at] + d * t->out_dim, t->out_format, s->row_sum[at] == 0 ? NAN : x);
         }
 }
@@ -284,7 +196,7 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES;
         ivec any_visible = *(const ivec *)(s->any_visible + at);
-        /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
+        /* A sum of 0 with a visible key: all scores are -inf, and the formula gives 0 / 0. */
         vec sum = load(s->row_sum + at);
         vec inv_sum = choose(sum == splat(0), splat(NAN), splat(1) / sum);
         store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, inv_sum, any_visible);
@@ -301,60 +213,17 @@ static int finish(Tile *t) {
     double unit = t->exponent == LOG2_E ? 1 : t->exponent * LN2;
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         s.row_max[i] += s.nan_beside_inf[i];
-        double top = s.row_max[i] * unit; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
+        double top =
+            s.row_max[i] * unit; /* if the top is Inf the sum has Inf - Inf, and its log is NaN */
         if (t->want_lse && delivers(t, i))
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i] / WEIGHT_UNIT);
     }
     return !rerun;
 }
 
-/* Scores to the weights of the result, in place. */
-static void normalize_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
-    vec exponent = splat((real)t->exponent);
-    for (int n = 0; n < t->micropanel[p].vecs; n++) {
-        ptrdiff_t lane = p * MR + n * LANES;
-        Softmax row = softmax_of(load(s->row_max + lane), load(s->row_sum + lane));
-        ivec own = delivered(t, p, n);
-        for (int j = 0; j < sub->keys; j++) {
-            real *score = sub->scores + j * MR + n * LANES;
-            vec weight = weight_from(load(score), row.top, exponent) * row.inv_sum;
-            store(score, choose(visible_lanes(sub, n, j) & own, weight, splat(0)));
-        }
-    }
-}
-
-static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
-    normalize_weights(t, s, p, sub);
-    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++)
-        for (int j = 0, keys = delivers(t, p * MR + i) ? sub->keys : 0; j < keys; j++)
-            write_number(t->weights[p * MR + i] + (sub->key + j) * t->weights_key, t->out_format,
-                         sub->scores[j * MR + i]);
-}
-
-/* Make the scores of the keys [begin, end) once more, now that the sums are known. */
-static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
-                           void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
-    Scratch s = scratch_of(t);
-    BEGIN_MATMULS();
-    *s.packed = (PackedSubBlocks){.end = end};
-    for (int p = 0; p < t->micropanels; p++) {
-        BlockState b;
-        int sub_blocks = begin_block(t, &s, p, begin, end, &b);
-        for (int i = 0; i < sub_blocks; i++)
-            if (score(t, &s, p, &b.sub_blocks[i], b.top)) use(t, &s, p, &b.sub_blocks[i]);
-    }
-    END_MATMULS();
-}
-
-static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
-    each_sub_block(t, begin, end, store_weights);
-}
-
 static void collect_top_k(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     each_sub_block(t, begin, end, collect_top_k_keys);
 }
-
-#include "weight_map-inl.h"
 
 static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, ptrdiff_t rows,
                              ptrdiff_t row, ptrdiff_t value_dim, char *out, ptrdiff_t out_dim,
@@ -374,7 +243,7 @@ static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, p
             const real *results =
                 (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
             double x = results[row * value_dim + d];
-            /* A split whose scores are all -inf is NaN, and adds nothing to the others. */
+            /* A split whose scores are all -inf is NaN, but adds nothing to the others. */
             if (WEIGHT(i) != 0) mean += WEIGHT(i) / sum * x, finite &= isfinite(x);
         }
         mean = finite ? fmin(fmax(mean, -REAL_MAX), REAL_MAX) : mean;

@@ -20,8 +20,8 @@
 
 /* Queries in a tile, at most MAX_BLOCK_Q. On bfloat16 hardware as many as that, because keys and
  * values are packed again for each tile. For multiply-adds 96 floats or 48 doubles: a whole number
- * of micropanels for every instruction set, and two for the widest, because each tile reads all of K
- * and V (48 floats lose 5 % to the third-level cache at 4096 keys). */
+ * of micropanels for every instruction set, and two for the widest, because each tile reads all of
+ * K and V (48 floats lose 5 % to the third-level cache at 4096 keys). */
 #define MAX_BLOCK_Q 384
 #define FMA_BLOCK_Q_BYTES 384 /* of one dim of a tile's queries */
 #ifdef BF16_TERMS
@@ -37,6 +37,13 @@
 
 /* Rows of scores and of sums are padded to a multiple of ROW_PAD: a register of AMX has 16 rows. */
 #define ROW_PAD 16
+
+/* Sub-blocks of keys begin at a multiple of ROW_MULTIPLE: one step of a matmul. */
+#ifdef BF16_TERMS
+#define ROW_MULTIPLE CHUNK
+#else
+#define ROW_MULTIPLE 1
+#endif
 
 /* Keys whose scores are kept: with the delayed rescaling of online_softmax_bf16-inl.h only those of
  * one sub-block. */
@@ -76,9 +83,9 @@
 
 /* ---- Decoding: few queries, dims in the lanes ---- */
 
-/* Queries of a tile up to which dims are in the lanes. With queries in the lanes a key costs as much
- * for one query as for LANES, which is about ten times what it costs one query with dims in the
- * lanes. */
+/* Queries of a tile up to which dims are in the lanes. With queries in the lanes a key costs as
+ * much for one query as for LANES, which is about ten times what it costs one query with dims in
+ * the lanes. */
 #define MAX_DECODE_ROWS (LANES < 8 ? LANES : 8)
 
 /* Queries and keys, or queries and vectors of dims, that share each load: as many as the registers
@@ -86,8 +93,8 @@
 #define DECODE_QUERIES 4
 #define DECODE_KEYS (LANES < 4 ? LANES : NR * MR_VECS < 24 ? 2 : 4)
 
-/* How many rows ahead keys and values are prefetched: saves a third of the time of four queries that
- * share a key head, on two threads. */
+/* How many rows ahead keys and values are prefetched: saves a third of the time of four queries
+ * that share a key head, on two threads. */
 #define DECODE_PREFETCH_ROWS 32
 
 /* Dims whose products are summed from zero, 64 steps of each lane. */
@@ -95,7 +102,8 @@
 
 /* ---- Metrics and additive scores ---- */
 
-/* Dims whose terms are summed from zero; one sum over all has several times NumPy's rounding error. */
+/* Dims whose terms are summed from zero; one sum over all has several times NumPy's rounding error.
+ */
 #define METRIC_BLOCK_D 16
 
 /* ---- bfloat16 hardware ---- */
@@ -103,11 +111,12 @@
 /* Head dims or keys that one step of a matmul sums: a row of AMX's registers. */
 #define CHUNK 32
 
-/* The running maximum of a row is updated, and its sums rescaled, only if a score exceeds it by this
- * power of 2. */
+/* The running maximum of a row is updated, and its sums rescaled, only if a score exceeds it by
+ * this power of 2. */
 #define RESCALE_THRESHOLD 8
 
-/* Micropanels whose contributions to the gradients of a sub-block of keys are added by one matmul. */
+/* Micropanels whose contributions to the gradients of a sub-block of keys are added by one matmul.
+ */
 #define PENDING_MICROPANELS (BF16_TERMS == 1 ? 4 : 2)
 
 /* ---- The choice of kernels, by the queries of one key head ---- */

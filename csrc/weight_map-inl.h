@@ -1,10 +1,58 @@
-/* What becomes of weights that are not wanted one by one: their sums over bins of queries x keys,
- * for which the scores are made once more, as for weights().
- */
+/* The second pass over the scores, once row_max and row_sum are known: weights, or their sums over
+ * bins of queries x keys. */
 #ifndef FASTATTN_WEIGHT_MAP_INL_H
 #define FASTATTN_WEIGHT_MAP_INL_H
 
-/* The sums of each column's weights, in place. Returns the number of columns. */
+#include <string.h>
+
+#include "block-inl.h"
+#include "matmul.h"
+#include "range-inl.h"
+#include "score_options-inl.h"
+
+/* Turn scores into normalized weights, in place. */
+static void normalize_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    vec exponent = splat((real)t->exponent);
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t lane = p * MR + n * LANES;
+        Softmax row = softmax_of(load(s->row_max + lane), load(s->row_sum + lane));
+        ivec own = delivered(t, p, n);
+        for (int j = 0; j < sub->keys; j++) {
+            real *score = sub->scores + j * MR + n * LANES;
+            vec weight = weight_from(load(score), row.top, exponent) * row.inv_sum;
+            store(score, choose(visible_lanes(sub, n, j) & own, weight, splat(0)));
+        }
+    }
+}
+
+static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    normalize_weights(t, s, p, sub);
+    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++)
+        for (int j = 0, keys = delivers(t, p * MR + i) ? sub->keys : 0; j < keys; j++)
+            write_number(t->weights[p * MR + i] + (sub->key + j) * t->weights_key, t->out_format,
+                         sub->scores[j * MR + i]);
+}
+
+/* Compute the scores of the keys [begin, end) again, and pass each sub-block to `use`. */
+static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
+                           void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
+    Scratch s = scratch_of(t);
+    begin_matmuls();
+    *s.packed = (PackedSubBlocks){.end = end};
+    for (int p = 0; p < t->micropanels; p++) {
+        BlockState b;
+        int sub_blocks = begin_block(t, &s, p, begin, end, &b);
+        for (int i = 0; i < sub_blocks; i++)
+            if (score(t, &s, p, &b.sub_blocks[i], b.top)) use(t, &s, p, &b.sub_blocks[i]);
+    }
+    end_matmuls();
+}
+
+static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
+    each_sub_block(t, begin, end, store_weights);
+}
+
+/* Sum the weights of each column of bins, in place. Returns the number of columns. */
 static int sum_columns(const Tile *t, int vecs, const SubBlock *sub, ptrdiff_t first) {
     if (t->columns == t->n_keys) return sub->keys;
     int columns = 0;
@@ -19,8 +67,8 @@ static int sum_columns(const Tile *t, int vecs, const SubBlock *sub, ptrdiff_t f
     return columns;
 }
 
-/* Add columns of sums to the bins. Vectors whose lanes go to the same slots are added first, then
- * neighbours in a vector, as rows of the transpose. */
+/* Add columns of sums to the bins. Vectors whose lanes have the same slots are added first, then
+ * neighbouring lanes, as rows of the transpose. */
 static void add_to_bins(const Tile *t, int p, const SubBlock *sub, ptrdiff_t first, int columns) {
     int vecs = t->micropanel[p].vecs;
     for (int n = 0, next; n < vecs; n = next) {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def arguments(document, short):
     """``short`` and ``output`` of the command line; `short` says what the first one changes."""
-    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    parser = argparse.ArgumentParser(description=document.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).with_name("output"), help="for the picture"

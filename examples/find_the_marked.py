@@ -1,9 +1,14 @@
-"""A network that learns where to attend, in plain NumPy: to find the one marked input among many.
+"""Learning where to attend
+========================
+
+In plain NumPy, a network learns to find the one marked input among many.
 
 Every input is a symbol in noise; one of them also carries a faint mark, the same in all examples
 but unknown to the network. Asked is the symbol of the marked one. Attention weighs the inputs, a
 processing module reads their weighted sum, and both learn by gradient descent: `forward` and
 `backward` are written out here, but for those of the attention itself, which are `fastattn.vjp`.
+
+.. code-block:: sh
 
     pip install fastattn[plot]
     python examples/find_the_marked.py           # some ten seconds
@@ -173,5 +178,6 @@ def main():
         raise SystemExit("the network has not learned where to attend")
 
 
+# %%
 if __name__ == "__main__":
     main()

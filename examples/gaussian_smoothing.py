@@ -1,10 +1,15 @@
-"""Attention by distance: Gaussian sums over a data set, and the kernel smoother that they become.
+"""Attention by distance
+=====================
+
+Gaussian sums over a data set, and the kernel smoother that they become.
 
 Every point attends to all others with weight ``exp(-alpha * distance**2)``. The sums as they are
 come first, on three points; divided by their weights they are the Nadaraya-Watson estimate of a
 curve from noisy measurements. How wide to look, which is what alpha says, the data tell by
 themselves: each point is predicted from the others (`exclude_self`), and the alpha that does it
 best is taken.
+
+.. code-block:: sh
 
     pip install fastattn[plot]
     python examples/gaussian_smoothing.py           # a second
@@ -103,5 +108,6 @@ def main():
         raise SystemExit(f"an error of {truth[best]:.3f}, less than {NOISE / 2} wanted")
 
 
+# %%
 if __name__ == "__main__":
     main()

@@ -1,9 +1,14 @@
-"""Text, character by character: a small transformer that learns the Zen of Python by heart.
+"""Text from a KV cache
+====================
+
+A small transformer learns the Zen of Python by heart and says it, character by character.
 
 The model is trained here, in about ten seconds, with torch; what it has learned then runs in plain
 NumPy. A `KVCache` keeps the keys and values of all that was said, so that a step costs one query
 per head; without it each step would attend from every character again. ALiBi tells the positions,
 so text may be longer than any that was seen in training, and two query heads read one key head.
+
+.. code-block:: sh
 
     pip install fastattn torch
     python examples/generate_text.py
@@ -165,5 +170,6 @@ def main(steps=200, length=400):
             raise SystemExit("the cache changed what was said")
 
 
+# %%
 if __name__ == "__main__":
     main(*map(int, sys.argv[1:]))

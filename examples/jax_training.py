@@ -1,9 +1,14 @@
-"""Training with JAX, attention by fastattn: a small language model that learns to repeat.
+"""Training with JAX
+=================
+
+A small language model whose attention is fastattn's learns to repeat.
 
 Random letters, and then the same ones again: whoever remembers can tell the second half. The model
 is a decoder as ever, two blocks of causal attention and a feed-forward layer each, trained by Adam
 under `jax.jit` and `jax.value_and_grad`. `fastattn.integrations.jax` takes the place of
 `jax.nn.dot_product_attention`, whose signature it has.
+
+.. code-block:: sh
 
     pip install fastattn[jax]
     python examples/jax_training.py              # about half a minute
@@ -89,7 +94,7 @@ def train(parameters, moments, step, key, half):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="10 letters instead of 64")
     half, steps = (10, 100) if parser.parse_args().short else (64, 300)
 
@@ -112,5 +117,6 @@ def main():
         raise SystemExit(f"{right:.1%} right, more than 95% wanted")
 
 
+# %%
 if __name__ == "__main__":
     main()

@@ -1,10 +1,15 @@
-"""Dot-product, scaled dot-product and multi-head attention: the worked matrices, and what heads do.
+"""Multi-head attention
+====================
+
+Dot-product, scaled dot-product and multi-head attention: the worked matrices, and what heads do.
 
 First three queries, keys and values small enough for pencil and paper. Then a layer of the usual
 size, d_model 512 with 8 heads, on 32 texts of 10 words: on themselves, on other texts, and on the
 patches of pictures. A sinusoidal code of the position turns by fixed angles from word to word, so
 a matrix that turns it back lets a head look that many words away. Each head gets another such
 matrix, and the picture shows that each looks somewhere else, which one softmax cannot do.
+
+.. code-block:: sh
 
     pip install fastattn[plot]
     python examples/multi_head.py           # a second
@@ -116,5 +121,6 @@ def main():
     print("each head looks where its matrix says, in all texts")
 
 
+# %%
 if __name__ == "__main__":
     main()

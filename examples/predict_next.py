@@ -1,9 +1,14 @@
-"""Predicting the next item of a sequence: attention pooling against a plain mean.
+"""Attention pooling
+=================
+
+Which item of a sequence comes next? Attention pooling against a plain mean.
 
 What comes next is what came seven items ago, as in the days of a week, but for now and then. A
 fully connected layer scores every position, the softmax of the scores weighs the items, and their
 weighted sum predicts the next one. The same network with all scores held at 0 takes the mean of the
 items: it knows which there were, but not which of them matters.
+
+.. code-block:: sh
 
     pip install fastattn[plot]
     python examples/predict_next.py           # some seconds
@@ -136,5 +141,6 @@ def main():
         raise SystemExit("attention has not learned where to look")
 
 
+# %%
 if __name__ == "__main__":
     main()

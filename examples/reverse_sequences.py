@@ -1,9 +1,14 @@
-"""A GRU encoder and a GRU decoder with attention between them, in PyTorch: reversing sequences.
+"""A GRU encoder and decoder
+=========================
+
+In PyTorch, with attention between them, they learn to reverse sequences.
 
 A bidirectional encoder reads the letters; the decoder says them backwards, one at a time, and looks
 at every step for what it needs among the encoder's states. The score of a state is its dot product
 with the decoder's, or their cosine; `fastattn.integrations.torch` computes the attention and its
 gradients, and torch all the rest. The picture shows where the trained decoders look.
+
+.. code-block:: sh
 
     pip install fastattn[torch,plot]
     python examples/reverse_sequences.py           # about half a minute
@@ -148,5 +153,6 @@ def main():
     save_picture(options.output / "reverse_sequences.png", draw, maps)
 
 
+# %%
 if __name__ == "__main__":
     main()

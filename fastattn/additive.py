@@ -24,16 +24,20 @@ def additive(q, k, v, *, w_q, w_k, w, b=None, out=None, backend=None, **options)
     Parameters
     ----------
     q : array_like, (..., Hq, Sq, D)
+        Queries.
     k : array_like, (..., Hkv, Sk, Dk)
-        Of any width.
+        Keys, of any width.
     v : array_like, (..., Hkv, Sk, Dv)
         `q`, `k` and `v` are otherwise as of `fastattn.scaled_dot`; in the host's memory.
     w_q : array_like, (D, H)
+        Projects the queries. The parameters are the same for every head, of any float dtype; `q`,
+        `k` and `v` alone decide that of the result.
     w_k : array_like, (Dk, H)
+        Projects the keys.
     w : array_like, (H,)
+        Weighs the hidden units.
     b : array_like, (H,), optional
-        The parameters, the same for every head, of any float dtype; `q`, `k` and `v` alone decide
-        that of the result.
+        Added to them before the tanh; 0 by default.
     out, backend, **options
         As of `fastattn.scaled_dot`, except ``scale``.
 

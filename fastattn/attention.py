@@ -13,6 +13,7 @@ def scaled_dot(
     q, k, v, *,
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    block_table=None,
     return_lse=False, return_weights=False, out=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
@@ -62,6 +63,13 @@ def scaled_dot(
         matrix of shape ``(Sq, Sk)`` shows what it has an entry for that is not zero, to all heads;
         a sequence has one for each entry of the last leading axis. Time and memory follow the
         number of entries.
+    block_table : array_like of int, (batch, pages), optional
+        The keys lie in pages: `q` is ``(batch, Hq, Sq, D)``, `k` ``(n_pages, Hkv, page, D)`` and
+        `v` ``(n_pages, Hkv, page, Dv)`` are a pool, and key ``j`` of entry ``b`` is row
+        ``j % page`` of page ``block_table[b, j // page]``. The first axis may be 1, pages may be
+        shared, ``Sk = pages * page`` is the key axis of all other options, and `kv_lengths` is
+        required. An entry that no query of its sequence can need, beyond its length or hidden by
+        `causal`, `window` or `spans` from all of them, may be any number.
     return_lse : bool, default False
         Also return the logarithm of the softmax's denominator.
     return_weights : bool, default False
@@ -121,8 +129,10 @@ def scaled_dot(
     computed, and what is done next on the same stream waits.
 
     Attention is Vaswani et al. (2017), "Attention Is All You Need", equation 1; grouped heads are
-    Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3. It is computed block
-    by block as in Dao et al. (2022), "FlashAttention", algorithm 1.
+    Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3; block tables are Kwon
+    et al. (2023), "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", section 4.1. It is computed block by block as in Dao et al. (2022),
+    "FlashAttention", algorithm 1.
 
     Examples
     --------
@@ -147,7 +157,7 @@ def scaled_dot(
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
-        return_lse, return_weights, out, threads, precision,
+        return_lse, return_weights, out, threads, precision, block_table=block_table,
     )  # fmt: skip
     return solve(problem, backend, out)
 

@@ -15,9 +15,10 @@ def scaled_dot_backward(
     grad_out, q, k, v, out, lse, *, grad_lse=None, wrt=(),
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    block_table=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
-    """Gradients of `scaled_dot`, from its results and their gradients, in O(S) memory.
+    """The gradients of `scaled_dot` from its results and theirs, in O(S) memory.
 
     `vjp` is the convenient half; this one keeps nothing between the passes but what it is given.
 
@@ -28,15 +29,17 @@ def scaled_dot_backward(
     q, k, v : array_like
         As they were given to `scaled_dot`.
     out : array_like, (..., Hq, Sq, Dv)
+        The first result of ``scaled_dot(..., return_lse=True)``.
     lse : array_like, (..., Hq, Sq)
-        What ``scaled_dot(..., return_lse=True)`` returned. From the `fastattn.merge` of several
-        sets of keys, each with its own call of this function, come the gradients through the whole.
+        The second. With both from the `fastattn.merge` of several sets of keys, and a call of this
+        function for each set, come the gradients through the whole.
     grad_lse : array_like, (..., Hq, Sq), optional
         Gradient with respect to `lse`; 0 by default.
     wrt : tuple of {"bias", "alibi", "sinks"}, default ()
         The options whose gradients are wanted besides. That of a bias of queries x keys is such an
         array itself; one that broadcasts stays as small as it is.
     scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask
+    block_table
         As they were given to `scaled_dot`.
     backend, threads, precision
         As in `scaled_dot`; a backend that has no backward pass is passed over, or an error if it
@@ -44,9 +47,10 @@ def scaled_dot_backward(
 
     Returns
     -------
-    dq, dk, dv, *wrt : tuple of ndarray
-        Each has the shape of its array: axes and heads that broadcast or are shared are summed. Its
-        dtype is the wider of its array's and of `out`'s, so float64 for integers.
+    tuple of ndarray
+        ``(dq, dk, dv, *wrt)``. Each has the shape of its array: axes and heads that broadcast or
+        are shared are summed. Its dtype is the wider of its array's and of `out`'s, so float64 for
+        integers. With a `block_table`, whose pages sequences share, `dk` and `dv` are None.
 
     Raises
     ------
@@ -85,7 +89,7 @@ def scaled_dot_backward(
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
-        threads=threads, precision=precision, gradients=True, wrt=wrt,
+        threads=threads, precision=precision, gradients=True, wrt=wrt, block_table=block_table,
     )  # fmt: skip
     return solve_backward(problem, backend, grad_out, out, lse, grad_lse)
 
@@ -96,7 +100,11 @@ def solve_backward(
     """The gradients that `problem` asks for, from its results and their gradients."""
     chosen = run_backward or select(problem, backend, unsupported_backward).run_backward
     found = chosen(make_backward_problem(problem, grad_out, out, lse, grad_lse))
-    return tuple(of_its_array(found[gradient.name], gradient) for gradient in problem.gradients)
+    without = ("k", "v") if problem.block_table is not None else ()  # sequences share their pages
+    return tuple(
+        None if gradient.name in without else of_its_array(found[gradient.name], gradient)
+        for gradient in problem.gradients
+    )
 
 
 def of_its_array(x: np.ndarray, gradient: Gradient) -> np.ndarray:

@@ -23,8 +23,10 @@ def document_spans(lengths_q, lengths_k=None, causal=False):
 
     Returns
     -------
-    start, stop : ndarray of int64, (sum of lengths_q,)
-        For ``scaled_dot(..., spans=(start, stop))``.
+    start : ndarray of int64, (sum of lengths_q,)
+        The first key that each query sees.
+    stop : ndarray of int64, (sum of lengths_q,)
+        The key behind the last; for ``scaled_dot(..., spans=(start, stop))``.
 
     Raises
     ------

@@ -104,6 +104,11 @@ def _gradients(problem: Problem, backend) -> str:
 def available_backends() -> tuple[str, ...]:
     """The names of the backends that can run here, in the order tried.
 
+    Returns
+    -------
+    tuple of str
+        Without ``reference``, which runs only when named.
+
     Examples
     --------
     >>> import fastattn
@@ -115,8 +120,9 @@ def available_backends() -> tuple[str, ...]:
 
 
 def show_config() -> None:
-    """Print the versions, the machine, the instruction sets, the threads and the backends, as
-    ``python -m fastattn info`` does.
+    """Print what is here, as ``python -m fastattn info`` does.
+
+    These are the versions, the machine, its instruction sets, the threads and the backends.
     """
     from .bench.machine import info
     from .bench.report import print_info

@@ -66,6 +66,7 @@ def gaussian(
     lse : ndarray, (..., Hq, Sq), if `return_lse`
         Logarithm of the sum of ``exp(score)``, with `normalize` or without.
     weights : ndarray, (..., Hq, Sq, Sk), if `return_weights`
+        0 where a key is hidden.
 
     Raises
     ------

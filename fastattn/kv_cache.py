@@ -151,6 +151,7 @@ class KVCache:
         k : array_like of floats, (batch, kv_heads, n, head_dim)
             Rounded to what is stored.
         v : array_like of floats, (batch, kv_heads, n, value_dim)
+            Likewise.
         counts : array_like of int, (batch,), optional
             Where sequences get different numbers: only the first ``counts[b]`` tokens of sequence
             ``b`` are read.

@@ -16,7 +16,10 @@ __all__ = ["MultiHeadAttention"]
 
 
 class MultiHeadAttention:
-    """``concat(head_1 .. head_h) @ w_o + b_o`` with heads ``attention(q w_q, k w_k, v w_v)``.
+    """Multi-head attention: projections of queries, keys, values and results around `scaled_dot`.
+
+    It is ``concat(heads) @ w_o + b_o``, where head ``h`` is the attention of its columns of
+    ``query @ w_q + b_q``, ``key @ w_k + b_k`` and ``value @ w_v + b_v``.
 
     Parameters
     ----------
@@ -112,6 +115,7 @@ class MultiHeadAttention:
         Parameters
         ----------
         query : array_like, (..., Sq, embed_dim)
+            What attends.
         key : array_like, (..., Sk, key_dim), optional
             `query` by default: self-attention. Leading axes broadcast.
         value : array_like, (..., Sk, value_dim), optional
@@ -125,6 +129,7 @@ class MultiHeadAttention:
         out : ndarray, (..., Sq, embed_dim)
             The widest dtype of the inputs and the weights.
         lse : ndarray, (..., num_heads, Sq), if ``return_lse``
+            Logarithm of each head's softmax denominator.
         weights : ndarray, (..., num_heads, Sq, Sk), if ``return_weights``
             Of each head.
 

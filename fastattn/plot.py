@@ -49,6 +49,7 @@ def attention(weights, queries=None, keys=None, *, ax=None, colorbar=True, **opt
     Returns
     -------
     matplotlib.axes.Axes
+        What was drawn on.
 
     Raises
     ------
@@ -110,6 +111,7 @@ def importance(values, keys=None, *, ax=None, **options) -> Axes:
     Returns
     -------
     matplotlib.axes.Axes
+        What was drawn on.
 
     Raises
     ------

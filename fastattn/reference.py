@@ -68,7 +68,7 @@ def attend(problem: Problem, real=np.float64):
         if problem.score_mod is not None:
             seen &= s != -np.inf
         weights, lse = softmax(s, seen, problem.sinks)
-        v = per_query_head(as_real(problem.v, problem.v_scales, real), problem)
+        v = per_query_head(as_stored(problem.v, problem.v_scales, problem, real), problem)
         # A mean of the largest numbers may be rounded up.
         out = drawn_in(
             weighted_sum(weights, seen, v), np.isfinite(v).all(axis=-2)[..., None, :], real
@@ -119,7 +119,7 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
     p = b.problem
     with np.errstate(all="ignore"):
         q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
-        k, v = (per_query_head(x.astype(real), p) for x in (p.k, p.v))
+        k, v = (per_query_head(as_stored(x, None, p, real), p) for x in (p.k, p.v))
         grad_out, lse = b.grad_out.astype(real), b.lse.astype(real)
         seen, capped = visible(p), capped_products(p, real)
         s = scores(p, real, capped)
@@ -183,7 +183,7 @@ def drawn_in(x, finite, dtype) -> np.ndarray:
 def capped_products(p: Problem, real=np.float64) -> np.ndarray:
     """The score before anything is added: the scaled score function, softly capped."""
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
-    k = per_query_head(as_real(p.k, p.k_scales, real), p)
+    k = per_query_head(as_stored(p.k, p.k_scales, p, real), p)
     products = measured(p, q, k)
     s = real(p.scale) * products
     finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
@@ -334,6 +334,21 @@ def on_grid(p: Problem, function, *first) -> np.ndarray:
     grid = np.frompyfunc(function, 4 + len(first), 1)
     values = grid(*(x.reshape(batch.shape) for x in first), batch, *rest)
     return values.astype(np.float64).reshape(shape)
+
+
+def as_stored(x, scales, p: Problem, real) -> np.ndarray:
+    """Keys or values as numbers: (batch, kv_heads, keys, dim)."""
+    return as_real(in_order(x, p), None if scales is None else in_order(scales, p), real)
+
+
+def in_order(x, p: Problem) -> np.ndarray:
+    """The rows of a pool of pages in the order of the keys, (batch, kv_heads, keys, ...)."""
+    if p.block_table is None:
+        return x
+    if len(x) == 0:  # without a page that an entry could be of
+        return np.zeros((1, x.shape[1], p.n_keys, *x.shape[3:]), x.dtype)
+    pages = x[p.block_table].swapaxes(1, 2)
+    return pages.reshape(*pages.shape[:2], p.n_keys, *x.shape[3:])
 
 
 def per_query_head(x, p: Problem) -> np.ndarray:

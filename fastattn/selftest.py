@@ -19,7 +19,7 @@ from .core.backward import Backward
 from .core.problem import Problem, make_problem
 from .dispatch import BACKENDS, unsupported, unsupported_backward
 
-__all__ = ["Outcome", "selftest"]
+__all__ = ["Outcome", "count", "selftest"]
 
 DISABLE = "FASTATTN_DISABLE_CPU_FEATURES"
 
@@ -35,6 +35,11 @@ class Outcome(NamedTuple):
     @property
     def ok(self) -> bool:
         return self.error is None or self.error <= 1  # a NaN fails
+
+
+def count() -> int:
+    """How many outcomes `selftest` has."""
+    return 2 * len(problems()) * len(list(targets()))
 
 
 def selftest() -> Iterator[Outcome]:

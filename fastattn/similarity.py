@@ -130,7 +130,9 @@ def pool(
     out : ndarray, (..., D) or (..., H, D)
         0 where no position is left. The widest dtype of `x` and `w`, as in `fastattn.scaled_dot`.
     lse : ndarray, (...) or (..., H), if `return_lse`
+        ``-inf`` where no position is left.
     weights : ndarray, (..., S) or (..., H, S), if `return_weights`
+        0 where a position is left out.
 
     Raises
     ------

@@ -23,8 +23,9 @@ def key_importance(q, k, *, backend=None, **options):
     Parameters
     ----------
     q : array_like, (..., Hq, Sq, D)
+        Queries.
     k : array_like, (..., Hkv, Sk, D)
-        As of `fastattn.scaled_dot`; in the host's memory.
+        Keys; both as of `fastattn.scaled_dot`, in the host's memory.
     backend, **options
         As of `fastattn.scaled_dot`: ``scale``, ``softcap``, ``bias``, ``alibi``, ``sinks``,
         ``causal``, ``window``, ``q_offset``, ``kv_lengths``, ``spans``, ``mask``, ``threads`` and

@@ -83,6 +83,7 @@ def info() -> dict[str, Any]:
         "instruction set in use": _or_why_not(instruction_set),
         "threads": {
             "default": _or_why_not(default_threads),
+            # 0 where the extension was built without it
             "OpenMP": compiled.openmp_threads() if compiled else None,
         },
         "backends": {b.name: cannot_run(b, problem) or "ready" for b in BACKENDS},

@@ -141,6 +141,7 @@ def rank(
     The error is the root-mean-square distance of the logits from eager's.
     """
     reasons = {name: unavailable(case, name) for name in IMPLEMENTATIONS}
+    tick("preparing the models")
     calls = prepare(case, threads, [n for n, reason in reasons.items() if reason is None])
     logits = {implementation: call() for implementation, call in calls.items()}
     times = timing.interleave(calls, repeat, tick)

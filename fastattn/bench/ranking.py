@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -53,10 +52,10 @@ def rank(
             present.append(candidate)
         else:
             absent[candidate.name] = reason
-    calls, errors = prepare(case, present, threads)
+    calls, errors = prepare(case, present, threads, tick)
     peaks: list[float] = []
     times = timing.interleave(calls, repeat, tick, lambda: peaks.extend(_peak(case, threads)))
-    peak = median(peaks) if peaks else None
+    peak = _highest(peaks, case, times)
     entries = []
     for candidate in present:
         extra = None
@@ -83,16 +82,23 @@ def rank(
 
 def steps(candidates: int, repeat: int, with_memory: bool) -> int:
     """How many ticks one `rank` makes at most, for a progress bar."""
-    return candidates * (repeat + with_memory)
+    return 1 + candidates * (1 + repeat + with_memory)
 
 
-def prepare(case: Case, candidates: Iterable[Candidate], threads: int):
+def prepare(
+    case: Case,
+    candidates: Iterable[Candidate],
+    threads: int,
+    tick: Callable[[str], Any] = lambda name: None,
+):
     """``(calls, errors)`` by name; each call has run once, and its result been compared."""
+    tick("preparing the exact result")
     q, k, v = case.arrays()
     rows, exact = case.exact(q, k, v)
     calls: dict[str, Callable[[], Any]] = {}
     errors = {}
     for candidate in candidates:
+        tick(f"preparing {candidate.name}")
         call, read = candidate.prepare(q, k, v, case, threads)
         errors[candidate.name] = rms_error(read(call()), rows, exact)
         calls[candidate.name] = call
@@ -105,8 +111,8 @@ def rms_error(out: np.ndarray, rows: np.ndarray, exact: np.ndarray) -> float:
 
 
 def _peak(case: Case, threads: int) -> list[float]:
-    """The roof over every kernel, if it can be told: the bytes per second that memory gives where
-    the case decodes, else the flop/s of multiply-adds in registers.
+    """The roof over every kernel, if it can be measured: the bytes per second that memory gives
+    where the case decodes, else the flop/s of multiply-adds in registers.
     """
     compiled = machine.kernels()
     if compiled is None:
@@ -114,6 +120,14 @@ def _peak(case: Case, threads: int) -> list[float]:
     if case.decodes:
         return [compiled.read_bandwidth(threads)]
     return [compiled.peak_flops(float_type(case.dtype), threads, PEAK_ROUNDS)]
+
+
+def _highest(peaks: list[float], case: Case, times: Mapping[str, timing.Times]) -> float | None:
+    """The highest rate that was measured: no share of it is above 1, although the clock of the
+    machine drifts, keys come from a cache, and AMX multiplies faster than multiply-adds do.
+    """
+    work = case.bytes if case.decodes else case.flops
+    return max([*peaks, *(work / taken.median for taken in times.values())]) if peaks else None
 
 
 def _entry(candidate: Candidate, case: Case, times: timing.Times, peak) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from .options import (
     window_sides,
 )
 from .output import destination, empty_like, may_overlap
+from .pages import block_table_array, check_pool, usable_table
 from .sparse_mask import SparseMask
 from .visibility import KeyRange, key_range
 
@@ -81,6 +82,9 @@ class Problem:
     q: np.ndarray  # (batch, heads, queries, head_dim), any strides, native and aligned
     k: np.ndarray  # (batch, kv_heads, keys, head_dim)
     v: np.ndarray  # (batch, kv_heads, keys, value_dim)
+    # (batch, pages), int64: then k, v and their scales are pools, (n_pages, kv_heads, page, ...),
+    # and key j of an entry is row j % page of its page j // page.
+    block_table: np.ndarray | None
     k_scales: np.ndarray | None  # (batch, kv_heads, keys), float32, packed keys: k and v are int8
     v_scales: np.ndarray | None  # then, and each of their rows is multiplied by its number here
     dtype: np.dtype  # of the result: the widest of q, k and v, whose float dtypes are their own
@@ -167,7 +171,7 @@ def make_problem(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    k_scales=None, v_scales=None, score_function=DOT, score_grad=None,
+    k_scales=None, v_scales=None, score_function=DOT, block_table=None, score_grad=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
@@ -190,7 +194,9 @@ def make_problem(
         if score_function.name == "additive":
             arguments["w"] = score_function.weights
     one_head = False
-    if not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
+    if block_table is not None:
+        check_pool(q, k, v)
+    elif not (q.ndim > 2 and k.ndim > 2 and v.ndim > 2):
         one_head = q.ndim == k.ndim == v.ndim == 2
         q, k, v = _with_heads("q", q), _with_heads("k", k), _with_heads("v", v)
     dtype = q.dtype
@@ -221,7 +227,12 @@ def make_problem(
         raise ValueError("q: expected head_dim of at least 1, got 0")
     if v_keys != n_keys:
         raise ValueError(f"v: expected {n_keys} keys as in k, got {v_keys}")
-    if k_shape[:-3] != batch or v_shape[:-3] != batch:
+    if block_table is not None:
+        block_table = block_table_array(block_table, batch[0])
+        n_keys *= block_table.shape[1]
+        if kv_lengths is None:
+            raise ValueError("kv_lengths: expected a value with block_table, got None")
+    elif k_shape[:-3] != batch or v_shape[:-3] != batch:
         batch = _broadcast_batch(batch, k_shape[:-3], v_shape[:-3])
     if v_heads != kv_heads:
         if kv_heads != 1 and v_heads != 1:
@@ -274,6 +285,8 @@ def make_problem(
     if spans is not None:
         spans = span_arrays(spans, rows, n_keys)
     visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
+    if block_table is not None:
+        block_table = usable_table(block_table, k_shape[0], k_shape[2], visible)
     if threads is not None:
         threads = count("threads", threads)
     if precision is not None and not (isinstance(precision, str) and precision == "bfloat16"):
@@ -295,13 +308,13 @@ def make_problem(
         if out is None:
             copied += ("out",)
     return Problem(
-        q=q, k=k, v=v, k_scales=k_scales, v_scales=v_scales, dtype=dtype, batch=batch, heads=heads,
-        kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys, head_dim=head_dim,
-        value_dim=value_dim, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks,
-        q_offset=q_offset, key_range=visible, mask=mask, return_lse=return_lse,
-        return_weights=return_weights, out=out, one_head=one_head, threads=threads,
-        precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
-        mask_mod=mask_mod, score_grad=score_grad, block_mask=block_mask,
+        q=q, k=k, v=v, block_table=block_table, k_scales=k_scales, v_scales=v_scales, dtype=dtype,
+        batch=batch, heads=heads, kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys,
+        head_dim=head_dim, value_dim=value_dim, scale=scale, softcap=softcap, bias=bias,
+        alibi=alibi, sinks=sinks, q_offset=q_offset, key_range=visible, mask=mask,
+        return_lse=return_lse, return_weights=return_weights, out=out, one_head=one_head,
+        threads=threads, precision=precision, copied=copied, gradients=requested,
+        score_mod=score_mod, mask_mod=mask_mod, score_grad=score_grad, block_mask=block_mask,
         score_function=score_function,
     )  # fmt: skip
 

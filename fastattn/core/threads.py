@@ -41,9 +41,11 @@ def thread_count(requested: int | None, openmp: int) -> int:
 
 
 def openmp_setting() -> int:
-    """How many threads OpenMP would use; where the extension is missing, by its variable alone."""
-    if kernels is not None:
-        return kernels.openmp_threads()
+    """How many threads OpenMP would use; by its variable alone where the extension is missing, or
+    was built without OpenMP.
+    """
+    if kernels is not None and (n := kernels.openmp_threads()):
+        return n
     first = (getenv("OMP_NUM_THREADS") or "").partition(",")[0]
     return int(first) if first.strip().isdecimal() else affinity()
 

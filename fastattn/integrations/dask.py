@@ -50,6 +50,7 @@ def scaled_dot(
     out : dask Array, (..., Hq, Sq, Dv)
         In the chunks of `q`.
     lse : dask Array, (..., Hq, Sq), if `return_lse`
+        In the same chunks.
 
     Raises
     ------

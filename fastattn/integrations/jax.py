@@ -24,10 +24,11 @@ def dot_product_attention(
     Parameters
     ----------
     query : Array, (B, T, N, H) or (T, N, H)
+        On the CPU, as all operands; float16, bfloat16, float32 or float64.
     key : Array, (B, S, K, H) or (S, K, H)
         `N` is a multiple of `K`.
     value : Array, (B, S, K, H) or (S, K, H)
-        On the CPU; float16, bfloat16, float32 or float64.
+        Values.
     bias : Array, optional
         Added to the scores; broadcastable to ``(B, N, T, S)``.
     mask : Array of bool, optional
@@ -104,14 +105,16 @@ def scaled_dot(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, backend=None, threads=None, precision=None,
 ):  # fmt: skip
-    """`fastattn.scaled_dot` on JAX's arrays, with gradients of `q`, `k`, `v`, `bias`, `alibi` and
-    `sinks`.
+    """`fastattn.scaled_dot` on JAX's arrays, with gradients.
+
+    They are those of `q`, `k`, `v`, `bias`, `alibi` and `sinks`.
 
     Parameters
     ----------
     q, k, v : Array, (..., heads, length, dim)
         On the CPU; float16, bfloat16, float32 or float64.
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
+        JAX's arrays may be traced.
     scale, softcap, causal, window, return_lse, backend, threads, precision
         As in `fastattn.scaled_dot`. A scale of JAX's, traced or not, multiplies `q`; the others
         cannot be traced, which is a TypeError.
@@ -119,6 +122,7 @@ def scaled_dot(
     Returns
     -------
     out : Array, (..., Hq, Sq, Dv)
+        As of `fastattn.scaled_dot`.
     lse : Array, (..., Hq, Sq), if `return_lse`
         It passes gradients on, too.
 

@@ -30,9 +30,11 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : Tensor, (..., Hq, L, E)
+        On the CPU, as all operands; float16, bfloat16, float32 or float64.
     key : Tensor, (..., H, S, E)
+        Keys.
     value : Tensor, (..., H, S, Ev)
-        On the CPU; float16, bfloat16, float32 or float64.
+        Values.
     attn_mask : Tensor or torch.nn.attention.bias.CausalBias, optional
         Broadcastable to ``(..., Hq, L, S)``: of bool, True where a query may see a key, or of
         numbers that are added to the scores. It may require a gradient. No L x S array is made of
@@ -136,6 +138,7 @@ def scaled_dot(
     q, k, v : Tensor, (..., heads, length, dim)
         On the CPU; none is copied.
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Tensor or as in `fastattn.scaled_dot`
+        Tensors among them are on the CPU, too.
     scale, softcap, causal, window, return_lse, backend, threads, precision
         As in `fastattn.scaled_dot`. No gradient passes through `scale` and `softcap`: a tensor that
         requires one is an error.

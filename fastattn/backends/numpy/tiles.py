@@ -12,6 +12,7 @@ import numpy as np
 
 from ...core.arguments import in_range
 from ...core.dtypes import as_real
+from ...core.pages import rows_in_pages
 from ...core.problem import DOT, Problem
 from .score_functions import unscaled_scores
 
@@ -40,6 +41,13 @@ BLOCK_K = 512
 TILE_ELEMENTS = 1 << 20
 
 
+class Paged(NamedTuple):
+    """Keys or values of one batch entry that lie in a pool of pages."""
+
+    pool: np.ndarray  # (n_pages, kv_heads, page, ...)
+    pages: np.ndarray  # those of the entry, in order
+
+
 class Heads(NamedTuple):
     """The operands of some key heads of one batch entry, axes (kv_heads, group, length, ...)."""
 
@@ -47,10 +55,10 @@ class Heads(NamedTuple):
     kv_where: tuple  # that of the key heads
     shape: tuple[int, int]  # (kv_heads, group)
     q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    k_scales: np.ndarray | None
-    v_scales: np.ndarray | None
+    k: np.ndarray | Paged
+    v: np.ndarray | Paged
+    k_scales: np.ndarray | Paged | None
+    v_scales: np.ndarray | Paged | None
     bias: np.ndarray | None
     mask: np.ndarray | None
     alibi: np.ndarray | None
@@ -83,6 +91,9 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
     def shared(x, rest=2):
         if x is None:
             return None
+        if p.block_table is not None:
+            pool = np.broadcast_to(x, (len(x), p.kv_heads, *x.shape[2:]))[:, kv]
+            return Paged(pool, p.block_table[batch if len(p.block_table) > 1 else 0])
         return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-rest:]))[batch][kv][:, None]
 
     def per_head(x):
@@ -108,8 +119,14 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
 
 
 def rows_of(x, scales, keys: slice, real) -> np.ndarray:
-    """Some keys or values in the dtype `real`."""
-    return as_real(x[:, :, keys], None if scales is None else scales[:, :, keys], real)
+    """Some keys or values in the dtype `real`, (kv_heads, 1, keys, dim)."""
+    return as_real(_some(x, keys), None if scales is None else _some(scales, keys), real)
+
+
+def _some(x: np.ndarray | Paged, keys: slice) -> np.ndarray:
+    if isinstance(x, Paged):
+        return rows_in_pages(x.pool, x.pages, keys.start, keys.stop)[:, None]
+    return x[:, :, keys]
 
 
 def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:

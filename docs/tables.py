@@ -1,0 +1,75 @@
+"""Tables of measured numbers, made of ``benchmarks/results`` when the pages are built."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from fastattn.bench.report import duration
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RANKING = RESULTS / "xeon-amx-2-threads.json"
+ACCURACY = RESULTS / "xeon-avx512-bf16-accuracy.json"
+OURS = "fastattn-cython"
+CASES = {"float32": "4096", "float64": "float64", "float16": "float16", "bfloat16": "bfloat16"}
+LENGTHS = ("128", "256", "512", "1024", "2048", "8192", "16384")  # their picture is enough
+PEERS = ("torch", "onnxruntime", "openvino", "jax", "numpy-formula")
+
+
+def write(folder: Path) -> None:
+    """Write every table into `folder`, as CSV files for ``.. csv-table::``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranking = json.loads(RANKING.read_text())
+    rankings = {r["name"]: r for r in ranking["rankings"]}
+    tables = {
+        "accuracy": accuracy(rankings, json.loads(ACCURACY.read_text())["errors"]),
+        "speed": speed(rankings),
+    }
+    for name, rows in tables.items():
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def accuracy(rankings: dict[str, Any], errors: dict[str, Any]) -> list[list[str]]:
+    """Error beside speed: by dtype, then by instruction set, fastest first."""
+    rows = [["dtype", "instruction set", "error", "plain NumPy's error", "time", "GFLOP/s"]]
+    for dtype, case in CASES.items():
+        plain = f"{next(iter(errors.values()))[dtype]['plain NumPy']:.1e}"
+        amx = entry(rankings[case], OURS)
+        if dtype != "float64":
+            rows.append([dtype, "amx", f"{amx['error']:.1e}", plain, *timed(rankings[case], amx)])
+        for name, found in errors.items():
+            if name == "avx512_bf16" and dtype != "bfloat16":
+                continue  # only bfloat16 has kernels of its own there
+            times = ["not measured", ""]
+            if name == "avx512" and dtype == "float64":
+                times = timed(rankings[case], amx)  # AMX has no float64
+            rows.append([dtype, name, f"{found[dtype]['error']:.1e}", plain, *times])
+    return rows
+
+
+def timed(ranking: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    seconds = found["median"]
+    return [f"{1e3 * seconds:.1f} ms", f"{ranking['flops'] / seconds / 1e9:.0f}"]
+
+
+def speed(rankings: dict[str, Any]) -> list[list[str]]:
+    """Each case's time, and how many times as long the peers take."""
+    rows = [["case", "fastattn", *PEERS[:-1], "plain NumPy"]]
+    for ranking in rankings.values():
+        ours = entry(ranking, OURS)
+        if ours is None or "tokens" in ranking or ranking["name"].partition("-")[0] in LENGTHS:
+            continue
+        others = [entry(ranking, peer) for peer in PEERS]
+        if any(others):
+            ratios = [
+                f"{other['median'] / ours['median']:.2f}x" if other else "" for other in others
+            ]
+            rows.append([ranking["case"], duration(ours["median"]), *ratios])
+    return rows
+
+
+def entry(ranking: dict[str, Any], name: str) -> dict[str, Any] | None:
+    return next((e for e in ranking["entries"] if e["name"] == name), None)
