@@ -78,9 +78,7 @@ class Source(NamedTuple):
 
 
 class BuildKernels(build_ext):
-    """Compiles tile.c and sparse.c once per instruction set and dtype, and links all into the
-    extension.
-    """
+    """Compiles tile.c once per instruction set and dtype, and links all into the extension."""
 
     def build_extension(self, ext):
         if self.compiler.compiler_type == "msvc":
