@@ -1,9 +1,9 @@
-/* Gradients of a tile: what its queries contribute to those of a block of keys, and to their own.
+/* The backward pass of a tile: the gradients of its queries, and what they add to those of a block
+ * of keys and values.
  *
- * The weights are made again from the rows' lse (Dao et al. 2022, "FlashAttention", algorithm 4).
- * With queries in the lanes, P^T = exp(S^T - lse) and dS^T = P^T * (V dO^T - delta); the products
- * are those of backward_fma-inl.h or of backward_bf16-inl.h.
- */
+ * The weights are recomputed from the lse of the rows (Dao et al. 2022, "FlashAttention", algorithm
+ * 4). With queries in the lanes, P^T = exp(S^T - lse) and dS^T = P^T * (V dO^T - delta). The
+ * matmuls are those of backward_fma-inl.h or backward_bf16-inl.h. */
 #ifndef FASTATTN_BACKWARD_INL_H
 #define FASTATTN_BACKWARD_INL_H
 
@@ -14,7 +14,7 @@
 #include "backward_fma-inl.h"
 #endif
 
-/* Start on a block of keys. */
+/* Begin a block of keys. */
 static void begin_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     BackwardScratch g;
     lay_out_backward(t, &g);
@@ -26,9 +26,9 @@ static void begin_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     *g.forward.packed = (PackedSubBlocks){.end = end};
 }
 
-/* The mean of the weights' gradients, grad_out . out, summed as the products of grad_out and v are:
- * where one key has all the weight of a row, out is its v, and the gradient of its score is 0 as it
- * should be. */
+/* The mean of the gradients of the weights, grad_out . out, summed in the order of the products of
+ * grad_out and v: if one key has all the weight of a row, out is its v, and the gradient of its
+ * score is exactly 0. */
 static void prepare(Tile *t) {
     BackwardScratch g;
     lay_out_backward(t, &g);
@@ -45,10 +45,10 @@ static void prepare(Tile *t) {
     }
 }
 
-/* The unit of scores. */
+/* The unit of scores: 1, or ln(2) times the exponent. */
 static double score_unit(const Tile *t) { return t->exponent == LOG2_E ? 1 : t->exponent * LN2; }
 
-/* What these kernels normalize each row by: its maximum, and the rest, which has all its digits. */
+/* The lse as these kernels compute it: the maximum of the row, and the rest with all its digits. */
 static void normalize(Tile *t) {
     Scratch s = scratch_of(t);
     double unit = score_unit(t);
@@ -60,7 +60,7 @@ static void normalize(Tile *t) {
     }
 }
 
-/* Read what the tile's queries bring along. */
+/* Prepare the tile's queries. */
 static void begin_queries(Tile *t, const BackwardScratch *g) {
     double unit = score_unit(t);
     for (ptrdiff_t i = 0; i < t->micropanels * MR; i++) {
@@ -74,8 +74,8 @@ static void begin_queries(Tile *t, const BackwardScratch *g) {
     for (int p = 0; p < t->micropanels; p++) begin_micropanel(t, g, p);
 }
 
-/* Weights, in place of the scores, and grad_scores of the product with v, which is to be multiplied
- * by `unit`. Returns whether these are all finite. */
+/* Turn scores into weights, in place, and grad_scores from V dO^T, to be multiplied by `unit`, into
+ * dS^T. Returns whether all of these are finite. */
 static bool differentiate_scores(const Tile *t, const BackwardScratch *g, int p,
                                  const SubBlock *sub, real unit) {
     vec exponent = splat((real)t->exponent), not_finite = splat(0);
@@ -113,7 +113,7 @@ static void add_to_bias(const Tile *t, const BackwardScratch *g, int p, const Su
 #pragma GCC unroll 16
             for (int l = 0; l < LANES; l++) x[l] = load(from + (j + l) * MR);
             transpose(x);
-            for (int l = 0; l < some; l++) { /* heads of a group may have one row */
+            for (int l = 0; l < some; l++) { /* heads of a group may share a row */
                 real *row = (real *)to[l] + sub->key + j;
                 store_unaligned(row, load_unaligned(row) + x[l] * unit);
             }
@@ -127,8 +127,8 @@ static void add_to_bias(const Tile *t, const BackwardScratch *g, int p, const Su
     }
 }
 
-/* Add a sub-block to what its rows are to be summed up to. Distances are counted from the near end
- * of the sub-block, so that they are small, and what is `far` of them is added in double. */
+/* Add a sub-block to row_sums. Distances are counted from the near end of the sub-block, so that
+ * they are small; the rest, `far`, is added in double. */
 static void add_to_row_sums(Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t first = p * MR + n * LANES;
@@ -162,7 +162,7 @@ static void add_to_row_sums(Tile *t, const BackwardScratch *g, int p, const SubB
     }
 }
 
-/* From the gradients of scores to those of the scores before the softcap. */
+/* Turn the gradients of scores into those of the scores before the softcap. */
 static void softcap_gradient(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -200,7 +200,8 @@ static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, Su
     sum_sub_block(t, g, p, sub, fit, sums);
 }
 
-/* Add what one tile gave a sub-block of keys: each tile is summed from zero, as blocks are. */
+/* Add the gradients of a sub-block from one tile to those of the block: each tile is summed from
+ * zero, as blocks are. */
 static void add_sub_block_grad(ptrdiff_t dims, ptrdiff_t key, int keys, const real *sub,
                                real *block) {
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
@@ -212,8 +213,7 @@ static void add_sub_block_grad(ptrdiff_t dims, ptrdiff_t key, int keys, const re
         }
 }
 
-/* The gradients of one tile's queries and one block of keys. Returns whether some query sees any.
- */
+/* The gradients of one tile and one block of keys. Returns whether any key is visible. */
 static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     BackwardScratch g;
     Accumulated sums = {0};
@@ -223,7 +223,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     begin_queries(t, &g);
     if (t->wants_sums) memset(t->row_sums, 0, sizeof *t->row_sums * (size_t)t->n_queries);
     for (ptrdiff_t key = begin; key < end; key += SUB_BLOCK_K) {
-        /* Whole sub-blocks, so that a row of dK or dV has one place. */
+        /* Whole sub-blocks, so that each row of dK and dV has a fixed place. */
         int keys = fewer(end - key, SUB_BLOCK_K);
         sums.keys = false;
         for (int p = 0; p < t->micropanels; p++) {
@@ -248,7 +248,7 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     return any;
 }
 
-/* Add the block's share to the gradients of the tile's queries. */
+/* Add the gradients from one block to those of the tile's queries. */
 static void add_grad_q(Tile *t) {
     BackwardScratch g;
     lay_out_backward(t, &g);
@@ -263,7 +263,7 @@ static void add_grad_q(Tile *t) {
             for (int i = 0; i < LANES; i++) x[i] = load(from + (d + i) * MR);
             transpose(x);
             for (int i = 0; i < rows; i++) {
-                real *to = (real *)t->out[first + i] + d; /* here their gradients */
+                real *to = (real *)t->out[first + i] + d; /* `out` holds the gradients here */
                 store_unaligned(to, load_unaligned(to) + x[i] * scale);
             }
         }
@@ -295,7 +295,7 @@ static void store_key_rows(const real *block, ptrdiff_t dims, ptrdiff_t keys, pt
         }
 }
 
-/* Write the gradients of the block of keys, or add them. */
+/* Store the gradients of the block of keys, or add them. */
 static void store_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     BackwardScratch g;
     lay_out_backward(t, &g);

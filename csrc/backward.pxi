@@ -254,13 +254,15 @@ cdef bint differentiate_item(
     return True
 
 
-cdef int run_backward(const BackwardParams *backward, int threads, Tile *tiles) except -1:
+cdef int run_backward(
+    const BackwardParams *backward, Workspace *workspace, int threads
+) except -1:
     cdef Py_ssize_t tiles_to_prepare = backward.call.key_heads * backward.call.num_tiles
     cdef Py_ssize_t items = backward.call.key_heads // backward.sharers * backward.blocks
     with nogil:
         # Items start in order: a block waits only for blocks before it.
-        if parallel_for(prepare_item, backward, tiles, tiles_to_prepare, threads):
-            parallel_for(differentiate_item, backward, tiles, items, threads)
+        if parallel_for(prepare_item, backward, workspace, tiles_to_prepare, threads):
+            parallel_for(differentiate_item, backward, workspace, items, threads)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -291,10 +293,10 @@ def differentiate(
     `grad_bias`. The rest is as for `attend`.
     """
     cdef BackwardParams backward
-    cdef Tile *tiles
-    cdef char *scratch = NULL
+    cdef Workspace workspace
+    cdef Tile *tile = &workspace.prototype
     cdef int64_t *tickets
-    cdef Py_ssize_t scratch_bytes, total_bytes, counts, n
+    cdef Py_ssize_t counts, n
     cdef CallParams *params = &backward.call
     bind_params(
         params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
@@ -323,27 +325,21 @@ def differentiate(
     if params.key_heads == 0:
         return
     threads = available_threads(min(threads, max(1, key_heads.shape[0] * backward.blocks)))
-    tiles = <Tile *>malloc(threads * sizeof(Tile))
-    if tiles is NULL:
-        raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
+    init_tile(params, tile, q, k, v, grad_q, scale, softcap, bias)
+    tile.differentiating = True
+    tile.grad_out_format = number_format(grad_out)
+    tile.grad_out_dim, tile.result_dim = backward.grad_out.dim, backward.result.dim
+    tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
+    tile.grad_k_key, tile.grad_v_key = backward.grad_k.row, backward.grad_v.row
+    tile.wants_bias, tile.wants_sums = grad_bias is not None, row_sums is not None
+    tile.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
+    counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
+    counts *= params.key_heads * <Py_ssize_t>sizeof(int64_t)
+    workspace.rows = tile_rows(params)
+    tickets = <int64_t *>allocate_workspace(
+        &workspace, threads, params.kernels.backward.scratch_bytes(tile), 0, counts
+    )
     try:
-        init_tile(params, tiles, q, k, v, grad_q, scale, softcap, bias)
-        tiles.differentiating = True
-        tiles.grad_out_format = number_format(grad_out)
-        tiles.grad_out_dim, tiles.result_dim = backward.grad_out.dim, backward.result.dim
-        tiles.grad_out_format = number_format(grad_out)
-        tiles.grad_k_format, tiles.grad_v_format = number_format(grad_k), number_format(grad_v)
-        tiles.grad_k_key, tiles.grad_v_key = backward.grad_k.row, backward.grad_v.row
-        tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
-        tiles.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
-        scratch_bytes = params.kernels.backward.scratch_bytes(tiles)
-        counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
-        counts *= params.key_heads * <Py_ssize_t>sizeof(int64_t)
-        total_bytes = threads * scratch_bytes + counts + 64
-        scratch = <char *>malloc(total_bytes)
-        if scratch is NULL:
-            raise MemoryError(f"{total_bytes} bytes of scratch")
-        tickets = <int64_t *>divide_scratch(tiles, threads, scratch, scratch_bytes)
         memset(tickets, 0, counts)
         n = backward.blocks
         tickets = assign_tickets(
@@ -351,7 +347,6 @@ def differentiate(
         )
         tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, n, tickets)
         assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
-        run_backward(&backward, threads, tiles)
+        run_backward(&backward, &workspace, threads)
     finally:
-        free(tiles)
-        free(scratch)
+        free(workspace.allocated)

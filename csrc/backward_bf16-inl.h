@@ -1,11 +1,10 @@
-/* The products of gradients on bfloat16 hardware: see matmul_bf16-inl.h.
+/* The matmuls of gradients on bfloat16 hardware: see matmul_bf16-inl.h.
  *
- * All five are of rows and lanes: S^T and dP^T = V dO^T have keys as rows and queries in the lanes,
- * dQ^T = K^T dS^T has head dims as rows, and dV = P^T dO and dK = dS^T Q have keys as rows and dims
- * in the lanes, and sum up queries. Of one term the weights and the gradients of the scores are
- * rounded to bfloat16. A micropanel that sees numbers that terms cannot express in a sub-block is
- * multiplied with it as real numbers; those that it does not see are 0, so that they touch no bit.
- */
+ * All five are of rows and lanes: S^T and dP^T = V dO^T have keys as rows and queries in the lanes;
+ * dQ^T = K^T dS^T has head dims as rows; dV = P^T dO and dK = dS^T Q have keys as rows and dims in
+ * the lanes, and sum over queries. With one term, the weights and the gradients of the scores are
+ * rounded to bfloat16. If special numbers are visible to a micropanel in a sub-block, the two are
+ * multiplied as real numbers; hidden special numbers become 0, so that they change no bit. */
 #ifndef FASTATTN_BACKWARD_BF16_INL_H
 #define FASTATTN_BACKWARD_BF16_INL_H
 
@@ -14,17 +13,16 @@
 
 _Static_assert(MR == CHUNK, "a micropanel's queries are one step of a sum over queries");
 
-/* Numbers that are not less than 2**SPECIAL_EXPONENT count as special, too: a product of smaller
- * ones overflows in no unit. */
+/* Numbers of at least 2**SPECIAL_EXPONENT are special, too: products of smaller ones do not
+ * overflow in any unit. */
 #define SPECIAL_EXPONENT 56
 INLINE __mmask16 large(vec x) {
     __m512i bound = _mm512_set1_epi32((int)((127u + SPECIAL_EXPONENT) << 24));
     return _mm512_cmpge_epu32_mask(_mm512_slli_epi32((__m512i)x, 1), bound);
 }
 
-/* to[term][chunk of dims][row][CHUNK] = so many rows from at[0] on, times `unit`, a power of 2. The
- * bits of `special` are of the rows with numbers that terms cannot express, or large ones, which
- * are 0. */
+/* to[term][chunk of dims][row][CHUNK] of some rows, times `unit`, a power of 2. `special` gets the
+ * bits of the rows with special numbers, which become 0. */
 INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t dims, float unit,
                        bfloat *to, ptrdiff_t chunk, ptrdiff_t term, uint64_t *special,
                        NumberFormat format) {
@@ -38,8 +36,8 @@ INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t
                 terms[0] = _mm512_loadu_si512(at[r] + d * 2);
                 out |= bfloats_from(SPECIAL_EXPONENT, terms[0]);
             } else {
-                vec a = load_dims(at[r], dim, d, dims, format, unit);
-                vec b = load_dims(at[r], dim, d + LANES, dims, format, unit);
+                vec a = load_dims(at[r], dim, d, dims, format, NULL) * unit;
+                vec b = load_dims(at[r], dim, d + LANES, dims, format, NULL) * unit;
                 split_bf16(a, b, terms);
                 out |= unrepresentable(a) | unrepresentable(b) | large(a) | large(b);
             }
@@ -55,7 +53,7 @@ INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t
     }
 }
 
-/* Of two rows of CHUNK the pairs of numbers, one above the other. */
+/* Pair the numbers of two rows of CHUNK, one above the other. */
 INLINE void pair_up(__m512i upper, __m512i lower, pair *to) {
     const __m512i first = {0, 1, 8, 9, 2, 3, 10, 11}, second = {4, 5, 12, 13, 6, 7, 14, 15};
     __m512i low = _mm512_unpacklo_epi16(upper, lower), high = _mm512_unpackhi_epi16(upper, lower);
@@ -63,8 +61,8 @@ INLINE void pair_up(__m512i upper, __m512i lower, pair *to) {
     _mm512_store_si512(to + LANES, _mm512_permutex2var_epi64(low, second, high));
 }
 
-/* pairs[term][dim micropanel][micropanel][pair of queries][MR dims] of a micropanel of
- * rows[term][dim micropanel][query][CHUNK]. */
+/* pairs[term][dim micropanel][micropanel][pair of queries][MR dims] from rows[term][dim
+ * micropanel][query][CHUNK] of a micropanel. */
 static void pair_queries(ptrdiff_t dim_micropanels, const bfloat *rows, pair *pairs) {
     for (ptrdiff_t i = 0; i < BF16_TERMS * dim_micropanels; i++)
         for (int j = 0; j < PAIRS; j++, rows += 2 * CHUNK)
@@ -72,8 +70,8 @@ static void pair_queries(ptrdiff_t dim_micropanels, const bfloat *rows, pair *pa
                     pairs + (i * MICROPANELS * PAIRS + j) * MR);
 }
 
-/* Split a micropanel's rows of queries, 0 behind the last one. Returns the bits of the special
- * ones. */
+/* Split a micropanel's rows of queries, 0 after the last one. Returns the bits of the special ones.
+ */
 static uint64_t split_queries(const char *const *at, int queries, ptrdiff_t dim, ptrdiff_t dims,
                               NumberFormat format, bfloat *rows) {
     ptrdiff_t chunks = round_up(dims, CHUNK) / CHUNK;
@@ -84,7 +82,7 @@ static uint64_t split_queries(const char *const *at, int queries, ptrdiff_t dim,
     return special;
 }
 
-/* Read what a micropanel's queries bring along. */
+/* Pack a micropanel's queries and grad_out. */
 static void begin_micropanel(const Tile *t, const BackwardScratch *g, int p) {
     ptrdiff_t first = p * MR, v = round_up(t->value_dim, CHUNK) / CHUNK;
     ptrdiff_t k = round_up(t->head_dim, CHUNK) / CHUNK;
@@ -105,7 +103,7 @@ static void begin_micropanel(const Tile *t, const BackwardScratch *g, int p) {
     g->special_queries[p] = special;
 }
 
-/* Bits of a sub-block's keys that terms cannot express. Of one term those say so themselves. */
+/* The bits of a sub-block's special keys. With one term the packed keys are checked. */
 static uint64_t special_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     uint64_t special = s->special_keys[begin % BLOCK_K / SUB_BLOCK_K];
     for (ptrdiff_t d = 0; BF16_TERMS == 1 && d < t->head_dim; d += CHUNK)
@@ -143,8 +141,8 @@ static void transpose_keys(const Tile *t, const BackwardScratch *g, ptrdiff_t be
             }
 }
 
-/* value_rows[term][chunk of value dims][key][CHUNK] of a sub-block, in units like those of weights:
- * the products of terms that would be subnormal are 0. Returns the bits of the special ones. */
+/* value_rows[term][chunk of value dims][key][CHUNK] of a sub-block, times WEIGHT_UNIT, because
+ * products of terms that would be subnormal are 0. Returns the bits of the special ones. */
 static uint64_t split_values(const Tile *t, const BackwardScratch *g, ptrdiff_t begin,
                              ptrdiff_t end) {
     ptrdiff_t chunk = g->forward.key_rows * CHUNK;
@@ -157,7 +155,7 @@ static uint64_t split_values(const Tile *t, const BackwardScratch *g, ptrdiff_t 
     return special;
 }
 
-/* Pack what the gradients need of a sub-block besides its keys' terms. */
+/* Pack a sub-block for gradients, in addition to its key_terms. */
 static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t sub = begin % BLOCK_K / SUB_BLOCK_K;
     BackwardScratch g;
@@ -167,7 +165,7 @@ static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin,
     g.special_keys[sub] = special | split_values(t, &g, begin, end);
 }
 
-/* Does some query see a number that terms cannot express, its own included? */
+/* Is a special number visible to some query, or in a query with a visible key? */
 static bool sees_special(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     uint64_t keys = g->special_keys[sub->key % BLOCK_K / SUB_BLOCK_K],
              queries = g->special_queries[p];
@@ -181,7 +179,7 @@ static bool sees_special(const Tile *t, const BackwardScratch *g, int p, const S
     return false;
 }
 
-/* Read a micropanel and a sub-block as real numbers. */
+/* Pack a micropanel and a sub-block as real numbers. */
 static void pack_reals(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     pack_real_queries(t, g, p);
     widen(t->k + sub->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, sub->keys, t->head_dim,
@@ -190,7 +188,7 @@ static void pack_reals(const Tile *t, const BackwardScratch *g, int p, const Sub
           t->value_dim, g->real_values);
 }
 
-/* grad_scores = V dO^T, to be multiplied by `unit`. Returns whether terms could express it. */
+/* grad_scores = V dO^T / unit. Returns whether terms can represent all operands. */
 static bool multiply_values(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,
                             real *unit) {
     ptrdiff_t chunks = round_up(t->value_dim, CHUNK) / CHUNK, rows = g->forward.key_rows;
@@ -209,7 +207,7 @@ static bool multiply_values(const Tile *t, const BackwardScratch *g, int p, cons
     return true;
 }
 
-/* rows[term][pending micropanel][key][CHUNK] of a micropanel's numbers, 0 behind the last key. */
+/* rows[term][pending micropanel][key][CHUNK] of a micropanel's numbers, 0 after the last key. */
 static void split_sub_block(int vecs, const SubBlock *sub, const real *from, bfloat *to) {
     for (int j = 0; j < round_up(sub->keys, CHUNK); j++, from += MR, to += CHUNK) {
         __m512i terms[BF16_TERMS];
@@ -222,7 +220,7 @@ static void split_sub_block(int vecs, const SubBlock *sub, const real *from, bfl
     }
 }
 
-/* c[key][dims] (+)= the sum over the queries of so many micropanels from p on. */
+/* c[key][dims] (+)= the sum over the queries of some micropanels from p on. */
 static void sum_micropanels(ptrdiff_t dims, int keys, int p, int micropanels, const bfloat *rows,
                             const pair *pairs, real *c, bool accumulate) {
     Rows a = {rows + p % PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK,
@@ -235,8 +233,8 @@ static void sum_micropanels(ptrdiff_t dims, int keys, int p, int micropanels, co
     }
 }
 
-/* Add the pending terms to the gradients of a sub-block's keys; micropanels without a gap between
- * them make one product. */
+/* Add what is pending to the gradients of a sub-block's keys. Contiguous micropanels make one
+ * matmul. */
 static void flush_pending(const Tile *t, const BackwardScratch *g, int keys, Accumulated *sums) {
     for (int p = 0; sums->pending >> p; p++) {
         int micropanels = 0;
@@ -252,8 +250,8 @@ static void flush_pending(const Tile *t, const BackwardScratch *g, int keys, Acc
     sums->pending = 0;
 }
 
-/* Add to the gradients of the queries, and keep what those of the keys are to be made of; `fit`
- * says whether terms can express it all. */
+/* Add to the gradients of the queries, and keep the weights and dS^T pending for those of the keys.
+ */
 static void sum_sub_block(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,
                           bool fit, Accumulated *sums) {
     ptrdiff_t dims = g->q_rows_padded, own = p % PENDING_MICROPANELS * SUB_BLOCK_K * CHUNK;

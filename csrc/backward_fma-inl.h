@@ -1,8 +1,7 @@
-/* Where gradients are summed, and their products by multiply-adds of real numbers.
+/* The scratch of the backward pass, and its matmuls of real numbers by multiply-adds.
  *
- * dQ^T = K^T dS^T has the form of the forward products. For dV = P^T dO and dK = dS^T Q the rows of
- * P^T and dS^T are broadcast and dimensions lie in the lanes: the same register tile.
- */
+ * dQ^T = K^T dS^T has the form of the forward matmuls. For dV = P^T dO and dK = dS^T Q the rows of
+ * P^T and dS^T are broadcast and dims are in the lanes: the same register tile. */
 #ifndef FASTATTN_BACKWARD_FMA_INL_H
 #define FASTATTN_BACKWARD_FMA_INL_H
 
@@ -14,15 +13,15 @@
 #include "matmul_fma-inl.h"
 #endif
 
-/* The micropanels whose queries are packed as real numbers: one at a time where that is the
- * exception. */
+/* How many micropanels are packed as real numbers: one at a time if that is the exception. */
 #ifdef BF16_TERMS
 #define REAL_MICROPANELS 1
 #else
 #define REAL_MICROPANELS MICROPANELS
 #endif
 
-/* Dimensions in the lanes go by micropanels of no more than MR_VECS vectors, as even as can be. */
+/* Dims in the lanes are split into micropanels of at most MR_VECS vectors, as evenly as possible.
+ */
 static ptrdiff_t dim_vecs(ptrdiff_t dims) {
     ptrdiff_t vecs = round_up(dims, LANES) / LANES, micropanels = (vecs + MR_VECS - 1) / MR_VECS;
     return micropanels == 0 ? 1 : (vecs + micropanels - 1) / micropanels;
@@ -33,16 +32,16 @@ static ptrdiff_t dim_micropanels(ptrdiff_t dims) {
 
 struct BackwardScratch {
     Scratch forward;
-    ptrdiff_t q_rows_padded;       /* in grad_q */
-    real *grad_q;                  /* [micropanel][head_dim][MR], of the block */
+    ptrdiff_t q_rows_padded;       /* rows of a micropanel in grad_q */
+    real *grad_q;                  /* [micropanel][head_dim][MR], from one block */
     real *grad_scores, *slope;     /* [SUB_BLOCK_K][MR] */
-    real *sub_grad_k, *sub_grad_v; /* [dim micropanel][SUB_BLOCK_K][MR dims], of one tile */
+    real *sub_grad_k, *sub_grad_v; /* [dim micropanel][SUB_BLOCK_K][MR dims], from one tile */
     real *grad_k, *grad_v;         /* [dim micropanel][keys of the block][MR dims] */
     real *lse, *lse_rest,
-        *delta;     /* [micropanel][MR]; lse in units of scores, and what it was rounded by */
+        *delta;     /* [micropanel][MR]; lse in units of scores, and what its rounding lost */
     real *grad_out; /* [real micropanel][value_dim][MR] */
     real *q_rows, *grad_out_rows; /* [dim micropanel][query of the real micropanels][MR dims] */
-    bool *finite; /* [real micropanel]: are its queries and their gradients finite? */
+    bool *finite;                 /* [real micropanel]: are its queries and grad_out finite? */
 #ifdef BF16_TERMS
     real *real_keys, *real_values; /* [SUB_BLOCK_K][dim] */
     uint16_t
@@ -50,7 +49,7 @@ struct BackwardScratch {
     uint16_t *value_rows, *key_columns, *weight_rows, *grad_rows;
     uint32_t *grad_out_lanes, *grad_lanes, *q_pairs, *grad_out_pairs;
     uint64_t *special_queries,
-        *special_keys; /* [micropanel], [sub-block]: bits of those that terms cannot express */
+        *special_keys; /* [micropanel], [sub-block]: bits of the special ones */
 #endif
 };
 
@@ -103,14 +102,14 @@ static size_t backward_scratch_bytes(const Tile *t) {
     return lay_out_backward(t, &g);
 }
 
-/* What the sums hold already. */
+/* What has been added to the sums. */
 struct Accumulated {
-    bool q[MICROPANELS], keys; /* of each micropanel's queries, of the sub-block's keys */
-    uint32_t pending; /* bits of the micropanels whose shares of the sub-block's keys are to be
-                         added yet */
+    bool q[MICROPANELS], keys; /* for each micropanel's queries, for the sub-block's keys */
+    uint32_t
+        pending; /* bits of the micropanels whose part of the sub-block's keys is to be added */
 };
 
-/* rows[dim micropanel][query][MR dims], 0 behind the last dim. Returns whether all are finite. */
+/* rows[dim micropanel][query][MR dims], 0 after the last dim. Returns whether all are finite. */
 static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
                       ptrdiff_t queries, real *rows) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
@@ -134,7 +133,7 @@ static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format,
     return sum == 0 && !any_lane(sums != splat(0));
 }
 
-/* Read a micropanel's queries and their gradients as real numbers. */
+/* Pack a micropanel's queries and grad_out as real numbers. */
 static void pack_real_queries(const Tile *t, const BackwardScratch *g, int p) {
     ptrdiff_t first = p * MR, slot = p % REAL_MICROPANELS * MR;
     int queries = fewer(t->n_queries - first, MR);
@@ -164,7 +163,7 @@ static void sum_queries(ptrdiff_t dims, int keys, int queries, const real *a, co
                c + m * SUB_BLOCK_K * MR, accumulate, NULL);
 }
 
-/* The same where NaN or Inf must not reach a key that does not see it. */
+/* The same, leaving out queries that a key is hidden from, which may be NaN or Inf. */
 static void sum_queries_masked(ptrdiff_t dims, const SubBlock *sub, int queries, const real *a,
                                const real *rows, real *c, bool accumulate) {
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
@@ -178,8 +177,7 @@ static void sum_queries_masked(ptrdiff_t dims, const SubBlock *sub, int queries,
         }
 }
 
-/* Add what the weights and the gradients of the scores make of k, the queries and their gradients.
- */
+/* Add K^T dS^T, P^T dO and dS^T Q of real numbers. */
 static void sum_real_sub_block(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,
                                View k, Accumulated *sums) {
     int vecs = t->micropanel[p].vecs, queries = fewer(t->n_queries - p * MR, MR);

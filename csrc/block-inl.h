@@ -1,4 +1,4 @@
-/* A micropanel's block of keys: its scores, and what all engines do with their weights. */
+/* A block of keys for a micropanel: the steps that all engines share. */
 #ifndef FASTATTN_BLOCK_INL_H
 #define FASTATTN_BLOCK_INL_H
 
@@ -16,8 +16,8 @@ static void ensure_packed(const Tile *t, const Scratch *s, ptrdiff_t key, uint64
     *packed |= bit;
 }
 
-/* One micropanel's scores for a sub-block, -inf where hidden; `top` takes part in their maximum.
- * Returns whether any key is visible. */
+/* The scores of a sub-block, -inf where hidden; `top` is raised to their maximum. Returns whether
+ * any key is visible. */
 static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
     sub->visibility = sub->keys > 0 ? classify(t, p, sub) : EMPTY;
@@ -39,7 +39,7 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
     return true;
 }
 
-/* The micropanel's sub-blocks of the keys [begin, end): of each what the micropanel may see, in
+/* Set up the sub-blocks of the keys [begin, end), each cut to the key ranges of the micropanel in
  * whole ROW_MULTIPLEs. Returns their number. */
 static int begin_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end,
                        BlockState *b) {
@@ -76,7 +76,7 @@ static void combine_block(const BlockState *b, int vecs, ptrdiff_t value_dim, re
     }
 }
 
-/* Where there are no values to weigh. */
+/* Only the weights' sum, if there are no values. */
 static void sum_weights(const Tile *t, int p, BlockState *b, const SubBlock *sub) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < t->micropanel[p].vecs; n++) {

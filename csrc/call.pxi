@@ -55,6 +55,7 @@ cdef struct CallParams:
     Py_ssize_t partial_bytes
     NumberFormat out_format
     const int64_t *order  # of the batch entries; NULL: as stored
+    Operand pages  # (batch, pages); NULL: keys and values are no pool of these
     const double *alibi  # per head; NULL if not given
     const double *sinks
     WeightReduction reduction
@@ -81,6 +82,17 @@ cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, i
     for axis in range(rank):
         strides[axis][0] = array.strides[lead + axis] if array.shape[lead + axis] != 1 else 0
     return 0
+
+
+cdef Py_ssize_t bind_pages(
+    CallParams *params, Operand *operand, cnp.ndarray array
+) except? -1:
+    """Read a pool (n_pages, heads, page, ...), and return the bytes between its pages."""
+    bind_operand(params, operand, array, 3)
+    if array is None:
+        return 0
+    operand.batch[0] = 0
+    return array.strides[0]
 
 
 cdef char *batch_ptr(
@@ -151,6 +163,8 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
     tile.n_queries = min(params.kernels.block_q, params.group * params.n_queries - work.first)
     tile.k = batch_ptr(params, &params.k, work.batch) + work.kv_head * params.k.head
     tile.v = batch_ptr(params, &params.v, work.batch) + work.kv_head * params.v.head
+    if params.pages.data is not NULL:
+        tile.pages = <int64_t *>batch_ptr(params, &params.pages, work.batch)
     if params.k_scales.data is not NULL:
         tile.k_scales = <float *>(
             batch_ptr(params, &params.k_scales, work.batch) + work.kv_head * params.k_scales.head
@@ -219,7 +233,7 @@ cdef void store_lse(
             (<float *>to)[0] = <float>lse
 
 
-cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
+cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcept nogil:
     """Combine the partial results of each key head's splits."""
     cdef Py_ssize_t item, i, head, dim = params.out.dim
     cdef Py_ssize_t rows = params.group * params.n_queries
@@ -234,7 +248,7 @@ cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
             head = work.kv_head * params.group + i % params.group
             store_lse(params, lse, work, i, params.kernels.combine_splits(
                 partial_ptr(params, work.batch, work.kv_head, 0), params.num_splits,
-                params.partial_bytes, rows, i, tile.value_dim,
+                params.partial_bytes, rows, i, value_dim,
                 row_ptr(&params.out, out, head, i // params.group), dim, params.out_format,
             ))
 
@@ -242,7 +256,9 @@ cdef void combine_splits(const CallParams *params, Tile *tile) noexcept nogil:
 cdef NumberFormat number_format(cnp.ndarray array):
     cdef NumberFormat format
     cdef cnp.dtype dtype = array.descr
-    format.kind = ord("b") if dtype.kind == ord("V") else dtype.kind  # ml_dtypes' bfloat16
+    format.kind = dtype.kind
+    if dtype.kind == ord("V"):  # of ml_dtypes: bfloat16 and float8_e4m3fn
+        format.kind = ord("b") if dtype.itemsize == 2 else ord("8")
     format.bytes = dtype.itemsize
     format.swapped = dtype.byteorder == ord(">")
     return format
@@ -254,7 +270,8 @@ cdef const double *doubles(cnp.ndarray array):
 
 cdef int bind_key_range(CallParams *params, key_range) except -1:
     cdef KeyRange *keys = &params.keys
-    _, _, offset, left, right, lengths, spans = <tuple>key_range  # which it is a subclass of
+    # Which it is a subclass of.
+    _, params.n_keys, offset, left, right, lengths, spans = <tuple>key_range
     keys.offset, keys.offsets.data, keys.start.data, keys.stop.data = 0, NULL, NULL, NULL
     keys.left = UNBOUNDED if left is None else left
     keys.right = UNBOUNDED if right is None else right
@@ -303,13 +320,13 @@ cdef int bind_params(
     bind_operand(params, &params.mask, mask, 3)
     bind_operand(params, &params.bias, bias, 3)
     bind_operand(params, &params.weights, None, 3)
-    bind_operand(params, &params.k_scales, None, 2)
-    bind_operand(params, &params.v_scales, None, 2)
+    bind_operand(params, &params.k_scales, None, 3)
+    bind_operand(params, &params.v_scales, None, 3)
+    bind_operand(params, &params.pages, None, 1)
     params.alibi = doubles(alibi)
     params.sinks = doubles(sinks)
     params.group = heads // kv_heads if kv_heads else 1
     params.n_queries = q.shape[q.ndim - 2]
-    params.n_keys = k.shape[k.ndim - 2]
     params.out_format = number_format(out)
     params.order = NULL
     params.num_tiles = params.num_splits = 1
@@ -321,8 +338,8 @@ cdef int init_tile(
     const CallParams *params, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
     cnp.ndarray out, double scale, double softcap, cnp.ndarray bias,
 ) except -1:
-    """What all tiles of a call have in common."""
-    tile.k_scales = tile.v_scales = NULL
+    """What all tiles of a call have in common, but for what a reduction needs."""
+    tile.k_scales, tile.v_scales, tile.pages = NULL, NULL, NULL
     tile.q_format = number_format(q)
     tile.k_format, tile.v_format = number_format(k), number_format(v)
     tile.out_format = params.out_format
@@ -331,6 +348,7 @@ cdef int init_tile(
     tile.v_dim, tile.v_key = params.v.dim, params.v.row
     tile.head_dim = q.shape[q.ndim - 1]
     tile.value_dim = v.shape[v.ndim - 1]
+    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
     tile.block_k = min(params.kernels.block_k, params.n_keys)
     tile.scale = scale
     tile.softcap = softcap
@@ -354,14 +372,7 @@ cdef int init_tile(
     return 0
 
 
-cdef char *divide_scratch(
-    Tile *tiles, int threads, char *scratch, Py_ssize_t scratch_bytes
-) noexcept nogil:
-    """Copy the first tile to all, each with scratch of its own. Return the end of that."""
-    cdef int i
-    scratch += (-<uintptr_t>scratch) % 64
-    for i in range(threads):
-        if i > 0:
-            tiles[i] = tiles[0]
-        tiles[i].scratch = scratch + i * scratch_bytes
-    return scratch + threads * scratch_bytes
+cdef Py_ssize_t tile_rows(const CallParams *params) noexcept nogil:
+    """The queries of a tile, in whole micropanels."""
+    cdef Py_ssize_t queries = min(params.kernels.block_q, params.group * params.n_queries)
+    return ceil_div(queries, params.kernels.mr) * params.kernels.mr

@@ -1,9 +1,8 @@
-/* Numbers as they lie in memory, of any format, as lanes of `real` and back.
+/* Numbers of any format in memory, to lanes of `real` and back.
  *
- * Queries, keys and values may be float32, float16, bfloat16 (and float64 where `real` is), each of
- * its own, keys and values also int8; results are `real`, or halves where that is float32; a bias
- * may be any real dtype in any byte order.
- */
+ * Queries, keys and values may be float32, float16, bfloat16 (and float64 if `real` is), each of
+ * its own format; keys and values may also be int8. Results are `real`, or halves if that is
+ * float32. A bias may be of any real dtype and byte order. */
 #ifndef FASTATTN_CONVERT_INL_H
 #define FASTATTN_CONVERT_INL_H
 
@@ -47,7 +46,14 @@ static uint16_t float_to_bfloat(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* One number of any format as a double. */
+static double float8_to_double(uint8_t x) {
+    int exponent = x >> 3 & 15, fraction = x & 7;
+    double size = ldexp(exponent ? fraction + 8 : fraction, exponent ? exponent - 10 : -9);
+    if ((x & 127) == 127) size = NAN;
+    return x >> 7 ? -size : size;
+}
+
+/* One number of any format as a double, but of two in a byte: see read_dim. */
 static double read_number(const char *at, NumberFormat format) {
     union {
         char bytes[16];
@@ -77,18 +83,38 @@ static double read_number(const char *at, NumberFormat format) {
                : format.bytes == 2 ? x.u16
                : format.bytes == 4 ? x.u32
                                    : (double)x.u64;
+    case '8': return float8_to_double(x.u8);
     case 'b': /* bfloat16 is the upper half of a float */ return as_float((uint32_t)x.u16 << 16);
     }
     if (format.bytes == 4) return x.f32;
     if (format.bytes == 8) return x.f64;
     if (format.bytes == 16) {
-        double y = (double)x.f80; /* a finite number stays one */
+        double y = (double)x.f80; /* a finite number stays finite */
         return isinf(y) && !isinf(x.f80) ? copysign(DBL_MAX, y) : y;
     }
     return half_to_double(x.u16);
 }
 
-/* A finite number stays one, however large. */
+/* The number of dim `d` of a row. */
+static double read_dim(const char *row, ptrdiff_t dim, ptrdiff_t d, NumberFormat format) {
+    if (format.kind == '4') return ((uint8_t)row[d / 2] >> d % 2 * 4 & 15) - 8;
+    return read_number(row + d * dim, format);
+}
+
+/* Where dim `d` is in a row without gaps; an even one. */
+INLINE ptrdiff_t dim_offset(NumberFormat format, ptrdiff_t d) {
+    return format.kind == '4' ? d / 2 : d * format.bytes;
+}
+
+/* What dim `d` of a row with these scales is multiplied by, and how many such a row has. */
+INLINE real scale_of_dim(const float *scales, NumberFormat format, ptrdiff_t d) {
+    return scales ? (real)scales[format.kind == '4' ? d / INT4_GROUP : 0] : 1;
+}
+INLINE ptrdiff_t scales_of_row(NumberFormat format, ptrdiff_t dims) {
+    return format.kind == '4' ? (dims + INT4_GROUP - 1) / INT4_GROUP : 1;
+}
+
+/* A finite number stays finite, however large. */
 static real as_real(double x) {
     if (x > REAL_MAX) return x == INFINITY ? INFINITY : REAL_MAX;
     if (x < -REAL_MAX) return x == -INFINITY ? -INFINITY : -REAL_MAX;
@@ -99,7 +125,7 @@ INLINE bool is_real(NumberFormat format) {
     return format.kind == 'f' && format.bytes == sizeof(real) && !format.swapped;
 }
 
-/* LANES numbers that lie one behind the other. */
+/* LANES contiguous numbers. */
 INLINE vec load_numbers(const char *at, NumberFormat format) {
     if (is_real(format)) return load_unaligned((const real *)at);
     if (format.kind == 'b') return load_bfloats(at);
@@ -110,16 +136,23 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
 #ifdef HAS_HALF
     if (format.kind == 'f' && format.bytes == 2) return load_halves(at);
 #endif
+#ifdef HAS_FLOAT8
+    if (format.kind == '8') return load_float8(at);
+#endif
+#ifndef REAL_IS_DOUBLE
+    if (format.kind == '4') return load_nibbles(at);
+#endif
     vec x = {0};
-    for (int i = 0; i < LANES; i++) x[i] = (real)read_number(at + i * format.bytes, format);
+    for (int i = 0; i < LANES; i++) x[i] = (real)read_dim(at, format.bytes, i, format);
     return x;
 }
 
-/* The first `n` of LANES such numbers, 0 behind them. Only they are read. */
+/* The first `n` of LANES contiguous numbers, then 0. Reads no more than these. */
 INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
     if (n >= LANES) return load_numbers(at, format);
     char some[LANES * sizeof(real)] __attribute__((aligned(64))) = {0};
-    memcpy(some, at, (size_t)(n * format.bytes));
+    if (format.kind == '4') memset(some, 0x88, sizeof some); /* two zeros */
+    memcpy(some, at, (size_t)dim_offset(format, n + (format.kind == '4')));
     return load_numbers(some, format);
 }
 
@@ -153,30 +186,32 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
     for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
 }
 
-/* Rows of numbers with any strides as rows of `real`, one behind the other, times a scale each
- * where `scales` is given. */
+/* Rows of numbers with any strides to contiguous rows of `real`, times the scales of each row unless
+ * `scales` is NULL. */
 INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
                   const float *scales, int rows, ptrdiff_t dims, real *to) {
-    for (int j = 0; j < rows; j++, at += row, to += dims) {
-        real scale = scales ? (real)scales[j] : 1;
+    ptrdiff_t more_scales = scales ? scales_of_row(format, dims) : 0;
+    for (int j = 0; j < rows; j++, at += row, to += dims, scales += more_scales) {
         ptrdiff_t d = 0;
         if (dim == format.bytes) {
             for (; d + LANES <= dims; d += LANES) {
-                vec x = load_numbers(at + d * dim, format);
-                store_unaligned(to + d, scales ? x * scale : x);
+                vec x = load_numbers(at + dim_offset(format, d), format);
+                store_unaligned(to + d, scales ? x * scale_of_dim(scales, format, d) : x);
             }
             if (d < dims) {
-                vec x = load_some(at + d * dim, dims - d, format) * scale;
+                vec x = load_some(at + dim_offset(format, d), dims - d, format) *
+                        scale_of_dim(scales, format, d);
                 memcpy(to + d, &x, sizeof(real) * (size_t)(dims - d));
             }
             continue;
         }
-        for (; d < dims; d++) to[d] = (real)read_number(at + d * dim, format) * scale;
+        for (; d < dims; d++)
+            to[d] = (real)read_dim(at, dim, d, format) * scale_of_dim(scales, format, d);
     }
 }
 
-/* Call `function` with a constant format of an operand last, or the choice between formats would be
- * made for each vector. */
+/* Call `function` with a constant format as its last argument; otherwise the format would be tested
+ * for each vector. */
 #define WITH_FORMAT(format, function, ...)                                                         \
     do {                                                                                           \
         const NumberFormat AS_REAL = {'f', sizeof(real), 0}, AS_FLOAT = {'f', 4, 0},               \
@@ -186,6 +221,15 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
         else if ((format).kind == 'b') function(__VA_ARGS__, AS_BFLOAT);                           \
         else if ((format).kind == 'i') function(__VA_ARGS__, AS_BYTE);                             \
         else function(__VA_ARGS__, AS_HALF);                                                       \
+    } while (0)
+
+/* The same for keys and values, which may be those of a cache. */
+#define WITH_STORED_FORMAT(format, function, ...)                                                  \
+    do {                                                                                           \
+        const NumberFormat AS_FLOAT8 = {'8', 1, 0}, AS_INT4 = {'4', 1, 0};                         \
+        if ((format).kind == '8') function(__VA_ARGS__, AS_FLOAT8);                                \
+        else if ((format).kind == '4') function(__VA_ARGS__, AS_INT4);                             \
+        else WITH_FORMAT(format, function, __VA_ARGS__);                                           \
     } while (0)
 
 INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t dims, vec factor,
@@ -209,7 +253,7 @@ INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t di
 static void load_columns(const char *const *at, ptrdiff_t dim, NumberFormat format, ptrdiff_t dims,
                          ptrdiff_t n_rows, double factor, ptrdiff_t first, real *columns) {
     const char *rows[LANES];
-    for (int i = 0; i < LANES; i++) /* a lane without a row repeats the last one */
+    for (int i = 0; i < LANES; i++) /* lanes without a row repeat the last one */
         rows[i] = at[first + i < n_rows ? first + i : n_rows - 1];
     WITH_FORMAT(format, load_columns_as, rows, dim, dims, splat((real)factor), columns);
 }

@@ -1,10 +1,9 @@
-/* Both products for a few queries, with dimensions in the lanes: decoding.
+/* The engine for decoding: few queries, with dims in the lanes.
  *
- * Decoding asks one query, or one for each head of a group, of all keys: the work is one pass over
- * keys and values at the speed of memory. Each number is widened in a register, where some queries
- * share it; the sums of LANES keys over their lanes come out together. Scores and weights lie as
- * those of many queries do, and so everything between the products is the same.
- */
+ * A decoding step has one query, or one for each head of a group, so its time is that of reading
+ * all keys and values once. Numbers are widened in registers, and some queries share each load. The
+ * sums over lanes of LANES keys are made together. Scores and weights have the same layout as with
+ * queries in the lanes, so the steps between the matmuls are the same. */
 #ifndef FASTATTN_DECODE_INL_H
 #define FASTATTN_DECODE_INL_H
 
@@ -15,34 +14,43 @@
 #include "matmul_fma-inl.h"
 #include "online_softmax_fma-inl.h"
 
-/* x[l] summed over its lanes, for each l in lane l. */
-INLINE vec sum_lanes(vec x[LANES]) {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++)
-            x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
-    return x[0];
-}
-
-/* Rows of numbers that lie one behind the other: where they are, or widened. */
+/* Rows of contiguous numbers: in place, or widened. */
 typedef struct {
     const char *data;
-    ptrdiff_t row;
+    ptrdiff_t row, ahead; /* bytes to the next, and to the one to prefetch */
 } DecodeRows;
 
-/* Rows with gaps between their numbers are widened, without their scales. */
+/* The key to prefetch with this one; beyond the last there may be no page. */
+static ptrdiff_t prefetched_key(const Tile *t, ptrdiff_t key) {
+    return key + DECODE_PREFETCH_ROWS < t->last ? key + DECODE_PREFETCH_ROWS : t->last - 1;
+}
+
+/* Rows whose numbers are not contiguous are widened, without their scales. */
 static NumberFormat decode_format(ptrdiff_t dim, NumberFormat format) {
     return dim == format.bytes ? format : (NumberFormat){'f', sizeof(real), 0};
 }
-static DecodeRows decode_rows(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
-                              int rows, ptrdiff_t dims, real *to) {
-    if (dim == format.bytes) return (DecodeRows){at, row};
+static DecodeRows decode_rows(const char *at, ptrdiff_t row, ptrdiff_t ahead, ptrdiff_t dim,
+                              NumberFormat format, int rows, ptrdiff_t dims, real *to) {
+    if (dim == format.bytes) return (DecodeRows){at, row, ahead};
     widen(at, row, dim, format, NULL, rows, dims, to);
-    return (DecodeRows){(const char *)to, dims * (ptrdiff_t)sizeof(real)};
+    return (DecodeRows){(const char *)to, dims * (ptrdiff_t)sizeof(real), 0};
+}
+static DecodeRows decode_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
+    const char *at = key_at(t, key);
+    ptrdiff_t ahead = DECODE_PREFETCH_ROWS * t->k_key;
+    if (t->pages) ahead = key_at(t, prefetched_key(t, key)) - at;
+    return decode_rows(at, t->k_key, ahead, t->k_dim, t->k_format, keys, t->head_dim,
+                       s->decode_rows);
+}
+static DecodeRows decode_values(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
+    const char *at = value_at(t, key);
+    ptrdiff_t ahead = DECODE_PREFETCH_ROWS * t->v_key;
+    if (t->pages) ahead = value_at(t, prefetched_key(t, key)) - at;
+    return decode_rows(at, t->v_key, ahead, t->v_dim, t->v_format, keys, t->value_dim,
+                       s->decode_rows);
 }
 
-/* q[query][dims], padded by 0. */
+/* q[query][dims], padded with 0. */
 static void decode_pack_queries(Tile *t, const Scratch *s, int p) {
     (void)p;
     ptrdiff_t padded = round_up(t->head_dim, LANES);
@@ -72,6 +80,10 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
 #pragma GCC unroll 4
         for (int n = 0; n < DECODE_KEYS; n++)
             rows[n] = k.data + (j + n < keys ? j + n : keys - 1) * k.row;
+        const float *groups[DECODE_KEYS];
+#pragma GCC unroll 4
+        for (int n = 0; n < DECODE_KEYS && format.kind == '4'; n++)
+            groups[n] = scales + (j + n < keys ? j + n : keys - 1) * scales_of_row(format, dims);
         for (ptrdiff_t begin = 0; begin < dims; begin += DECODE_BLOCK_D) {
             ptrdiff_t end = begin + fewer(dims - begin, DECODE_BLOCK_D);
 #pragma GCC unroll 4
@@ -82,9 +94,10 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
                 vec key[DECODE_KEYS];
 #pragma GCC unroll 4
                 for (int n = 0; n < DECODE_KEYS; n++) {
-                    __builtin_prefetch(rows[n] + DECODE_PREFETCH_ROWS * k.row + d * format.bytes, 0,
-                                       3);
-                    key[n] = load_some(rows[n] + d * format.bytes, dims - d, format);
+                    const char *at = rows[n] + dim_offset(format, d);
+                    __builtin_prefetch(at + k.ahead, 0, 3);
+                    key[n] = load_some(at, dims - d, format);
+                    if (format.kind == '4') key[n] *= groups[n][d / INT4_GROUP];
                 }
 #pragma GCC unroll 4
                 for (int i = 0; i < queries; i++) {
@@ -102,19 +115,20 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
     }
     for (int i = 0; i < queries; i++) {
         vec sums = sum_lanes(x[i]);
-        for (int j = 0; j < keys; j++) scores[j * MR + i] = scales ? sums[j] * scales[j] : sums[j];
+        bool scaled = scales && format.kind != '4';
+        for (int j = 0; j < keys; j++) scores[j * MR + i] = scaled ? sums[j] * scales[j] : sums[j];
     }
 }
 
 INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
                           NumberFormat format) {
     ptrdiff_t padded = round_up(t->head_dim, LANES), key = sub->key;
-    for (int first = 0; first < sub->keys; first += LANES) {
-        int keys = fewer(sub->keys - first, LANES), i = 0;
+    for (int first = 0, keys; first < sub->keys; first += keys) {
+        keys = adjacent_keys(t, key + first, fewer(sub->keys - first, LANES));
+        int i = 0;
         real *scores = sub->scores + first * MR;
-        const float *scales = t->k_scales ? t->k_scales + key + first : NULL;
-        DecodeRows k = decode_rows(t->k + (key + first) * t->k_key, t->k_key, t->k_dim, t->k_format,
-                                   keys, t->head_dim, s->decode_rows);
+        const float *scales = key_scales(t, key + first);
+        DecodeRows k = decode_keys(t, s, key + first, keys);
         for (int j = 0; j < keys; j++) store(scores + j * MR, splat(0));
 #define GROUP(queries)                                                                             \
     for (; i + queries <= t->n_queries; i += queries)                                              \
@@ -127,10 +141,15 @@ INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
     }
 }
 
-/* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors. */
+/* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors from dim `first`
+ * on. A row has `groups` scales. */
 INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int rows,
-                            const real *weights, const float *scales, ptrdiff_t dims,
-                            ptrdiff_t padded, real *sums, NumberFormat format) {
+                            const real *weights, const float *scales, ptrdiff_t groups,
+                            ptrdiff_t first, ptrdiff_t dims, ptrdiff_t padded, real *sums,
+                            NumberFormat format) {
+    bool scaled = scales && format.kind != '4';
+    v.data += dim_offset(format, first);
+    sums += first;
     vec sum[DECODE_QUERIES][8];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; i++)
@@ -138,16 +157,18 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         for (int n = 0; n < vecs; n++) sum[i][n] = load(sums + i * padded + n * LANES);
     for (int j = 0; j < rows; j++, v.data += v.row, weights += MR) {
         vec value[8];
-        real scale = scales ? (real)scales[j] : 1;
+        real scale = scaled ? (real)scales[j] : 1;
 #pragma GCC unroll 8
         for (int n = 0; n < vecs; n++) {
-            __builtin_prefetch(v.data + DECODE_PREFETCH_ROWS * v.row + n * LANES * format.bytes, 0,
-                               3);
-            value[n] = load_some(v.data + n * LANES * format.bytes, dims - n * LANES, format);
+            const char *at = v.data + dim_offset(format, n * LANES);
+            __builtin_prefetch(at + v.ahead, 0, 3);
+            value[n] = load_some(at, dims - n * LANES, format);
+            if (format.kind == '4')
+                value[n] *= scales[j * groups + (first + n * LANES) / INT4_GROUP];
         }
 #pragma GCC unroll 4
         for (int i = 0; i < queries; i++) {
-            vec weight = splat(scales ? weights[i] * scale : weights[i]);
+            vec weight = splat(scaled ? weights[i] * scale : weights[i]);
 #pragma GCC unroll 8
             for (int n = 0; n < vecs; n++) sum[i][n] += weight * value[n];
         }
@@ -158,41 +179,42 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         for (int n = 0; n < vecs; n++) store(sums + i * padded + n * LANES, sum[i][n]);
 }
 
-/* The same of all dims, as many vectors at a time as there are registers for their sums. */
+/* decode_add_rows for all dims, in as many vectors at a time as the registers hold sums of. */
 INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const real *weights,
                              const float *scales, ptrdiff_t dims, real *sums, NumberFormat format) {
     const int vecs = NR * MR_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
-    ptrdiff_t padded = round_up(dims, LANES), d = 0;
+    ptrdiff_t padded = round_up(dims, LANES), groups = scales_of_row(format, dims), d = 0;
 #define VECS(n)                                                                                    \
     for (; n <= vecs && d + n * LANES <= dims; d += n * LANES)                                     \
-        decode_add_rows(queries, n, (DecodeRows){v.data + d * format.bytes, v.row}, rows, weights, \
-                        scales, n *LANES, padded, sums + d, format);
+        decode_add_rows(queries, n, v, rows, weights, scales, groups, d, n *LANES, padded, sums,   \
+                        format);
     VECS(8)
     VECS(4)
     VECS(2)
     VECS(1)
 #undef VECS
     if (d < dims)
-        decode_add_rows(queries, 1, (DecodeRows){v.data + d * format.bytes, v.row}, rows, weights,
-                        scales, dims - d, padded, sums + d, format);
+        decode_add_rows(queries, 1, v, rows, weights, scales, groups, d, dims - d, padded, sums,
+                        format);
 }
 
-/* decode_sums[query][dims] += the weighted sum of a sub-block's values. Where some query must not
- * meet a NaN or an Inf that it does not see, each takes its own keys only. */
+/* decode_sums[query][dims] += the weighted sum of a sub-block's values. If some keys are hidden,
+ * each query adds only its visible ones, because a hidden value may be NaN or Inf. */
 INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *sub,
                               NumberFormat format) {
     ptrdiff_t padded = round_up(t->value_dim, LANES), key = sub->key;
-    for (int first = 0; first < sub->keys; first += LANES) {
-        int keys = fewer(sub->keys - first, LANES), i = 0;
-        const float *scales = t->v_scales ? t->v_scales + key + first : NULL;
+    for (int first = 0, keys; first < sub->keys; first += keys) {
+        keys = adjacent_keys(t, key + first, fewer(sub->keys - first, LANES));
+        int i = 0;
+        const float *scales = value_scales(t, key + first);
         const real *weights = sub->scores + first * MR;
-        DecodeRows v = decode_rows(t->v + (key + first) * t->v_key, t->v_key, t->v_dim, t->v_format,
-                                   keys, t->value_dim, s->decode_rows);
+        DecodeRows v = decode_values(t, s, key + first, keys);
         for (; i < t->n_queries && sub->visibility == PARTIAL; i++)
             for (int j = 0; j < keys; j++)
                 if (visible_lanes(sub, 0, first + j)[i] < 0)
-                    decode_add_group(1, (DecodeRows){v.data + j * v.row, 0}, 1,
-                                     weights + j * MR + i, scales ? scales + j : NULL, t->value_dim,
+                    decode_add_group(1, (DecodeRows){v.data + j * v.row, 0, 0}, 1,
+                                     weights + j * MR + i, scales ? scales + j * scales_of_row(format, t->value_dim) : NULL,
+                                     t->value_dim,
                                      s->decode_sums + i * padded, format);
 #define GROUP(queries)                                                                             \
     for (; i + queries <= t->n_queries; i += queries)                                              \
@@ -205,7 +227,7 @@ INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *s
     }
 }
 
-/* decode_sums as columns: out[d][query]. */
+/* out[d][query] = decode_sums[query][d]. */
 static void transpose_decode_sums(const Tile *t, const Scratch *s, real *out) {
     ptrdiff_t padded = round_up(t->value_dim, LANES);
     for (ptrdiff_t d = 0; d < t->value_dim; d++) {
@@ -224,7 +246,7 @@ static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock
     for (int first = 0; first < sub->keys; first += MR) {
         int keys = fewer(sub->keys - first, MR), vecs = (keys + LANES - 1) / LANES;
         const char *rows[MR];
-        for (int j = 0; j < keys; j++) rows[j] = t->k + (sub->key + first + j) * t->k_key;
+        for (int j = 0; j < keys; j++) rows[j] = key_at(t, sub->key + first + j);
         for (int n = 0; n < vecs; n++)
             load_columns(rows, t->k_dim, t->k_format, t->head_dim, keys, 1, n * LANES,
                          s->key_columns + n * LANES);
@@ -236,7 +258,8 @@ static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock
                             .dims = t->head_dim};
         metric_matrix(terms, vecs, &x, t->n_queries, metrics);
         for (int j = 0; j < keys; j++) {
-            store(to + (first + j) * MR, splat(1)); /* as good as any for a lane without a query */
+            store(to + (first + j) * MR,
+                  splat(1)); /* any number will do for lanes without a query */
             for (ptrdiff_t i = 0; i < t->n_queries; i++)
                 to[(first + j) * MR + i] = metrics[i * MR + j];
         }
@@ -246,7 +269,7 @@ static void decode_metric(const Tile *t, const Scratch *s, int p, const SubBlock
 static void decode_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
                                  vec *top) {
     if (t->score_function == DOT)
-        WITH_FORMAT(decode_format(t->k_dim, t->k_format), decode_scores, t, s, sub);
+        WITH_STORED_FORMAT(decode_format(t->k_dim, t->k_format), decode_scores, t, s, sub);
     else metric_scores(t, s, p, sub, (View){0}, decode_metric);
     take_max(1, sub, top);
 }
@@ -260,7 +283,7 @@ static void decode_sum_values(const Tile *t, const Scratch *s, int p, BlockState
         if (sub->visibility == EMPTY) continue;
         weigh(1, t->exponent, sub, b->top, b->sum);
         if (t->has_dropout) drop_weights(t, s, p, sub);
-        WITH_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
+        WITH_STORED_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
     }
     transpose_decode_sums(t, s, out);
 }

@@ -1,10 +1,9 @@
-/* How queries and keys compare where it is no product: distances and additive scores.
+/* Metrics: distances and additive scores.
  *
- * As in the product of queries and keys, an element of the left operand, read where it lies, meets
- * the lanes of the right one: with many queries a key's element those of the queries, with few a
- * query's those of some keys. Sums of METRIC_BLOCK_D dimensions join a running sum, which alone
- * would have several times NumPy's rounding error.
- */
+ * As in the matmul of queries and keys, each element of the left operand, read where it is, is
+ * broadcast to the lanes of the right one: elements of a key to queries, or in decoding elements of
+ * a query to keys. Sums over METRIC_BLOCK_D dims are added to a running sum: one sum over all would
+ * have several times NumPy's rounding error. */
 #ifndef FASTATTN_DISTANCES_INL_H
 #define FASTATTN_DISTANCES_INL_H
 
@@ -12,11 +11,11 @@
 #include "math-inl.h"
 #include "scratch-inl.h"
 
-/* SQUARES of the differences; FAR_SQUARES of differences of vectors SHRINK times as long, because
- * those of finite numbers may overflow, and NEAR_SQUARES of differences GROW times as long, because
- * those of small ones lose their digits, as sums below NEAR may have; tanh of the sum, times a
- * weight: TANH_TERMS; or the same, TANH_BY_EXP, from exponentials, a = exp(-2 x) and b = exp(2 y):
- * tanh(x + y) = (b - a) / (b + a). */
+/* What is summed over the dims. SQUARES of differences. FAR_SQUARES: of vectors SHRINK times as
+ * long, because the squares of finite numbers may overflow. NEAR_SQUARES: of differences GROW times
+ * as long, because squares of small ones lose digits, as sums below NEAR may have. TANH_TERMS:
+ * weight * tanh(q + k). TANH_BY_EXP: the same from exponentials a = exp(-2 k) and b = exp(2 q):
+ * tanh(q + k) = (b - a) / (b + a). */
 typedef enum { SQUARES, FAR_SQUARES, NEAR_SQUARES, TANH_TERMS, TANH_BY_EXP } ScoreTerm;
 
 #ifdef REAL_IS_DOUBLE
@@ -30,7 +29,7 @@ typedef enum { SQUARES, FAR_SQUARES, NEAR_SQUARES, TANH_TERMS, TANH_BY_EXP } Sco
 #endif
 
 /* Rows of the left operand, a column of `dims` for each lane of the right one, and the weight of
- * each dimension. The low parts, where there are any, lie as the others do. */
+ * each dim. The low parts of exponentials have the same layout. */
 typedef struct {
     const real *a, *a_low;
     ptrdiff_t row, dim;
@@ -39,7 +38,7 @@ typedef struct {
     ptrdiff_t dims;
 } MetricOperands;
 
-/* c[row][lane] = the sum of the terms over all dimensions. */
+/* c[row][lane] = the sum of the terms over all dims. */
 INLINE void metric_tile(const ScoreTerm terms, const int rows, const int vecs,
                         const MetricOperands *x, ptrdiff_t first_row, real *c) {
     for (ptrdiff_t begin = 0; begin < x->dims; begin += METRIC_BLOCK_D) {
@@ -128,8 +127,8 @@ static void pack_dim_weights(const Tile *t, const Scratch *s) {
         s->weights[d] = (real)(t->dim_weights[d] * t->metric_scale);
 }
 
-/* The weights of the dims, and the exponentials of queries, with the lanes whose numbers are too
- * large for these. */
+/* The weights of the dims, and the exponentials of the queries, with the lanes that are too large
+ * for them. */
 static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
     pack_dim_weights(t, s);
     const vec most = splat(EXP2X_MOST);
@@ -147,8 +146,7 @@ static void pack_additive_queries(Tile *t, const Scratch *s, int p) {
     }
 }
 
-/* Exponentials of some keys of the block that have been widened, and which of them are too large.
- */
+/* The exponentials of a sub-block's widened keys, and which keys are too large for them. */
 static void pack_additive_keys(const Tile *t, const Scratch *s, ptrdiff_t first, ptrdiff_t keys) {
     ptrdiff_t dims = t->head_dim;
     const real *k = s->keys + first * dims;
@@ -181,7 +179,8 @@ static void metric_sub_block(const Tile *t, const Scratch *s, int p, const SubBl
     metric_matrix(terms, t->micropanel[p].vecs, &x, sub->keys, to);
 }
 
-/* Squared distances to scores, times `factor`; their smallest and their largest. */
+/* Turn squared distances into scores: roots times `factor`. Also the smallest and the largest
+ * square. */
 static void take_roots(int vecs, const SubBlock *sub, real factor, vec *least, vec *most) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
@@ -193,7 +192,7 @@ static void take_roots(int vecs, const SubBlock *sub, real factor, vec *least, v
         }
 }
 
-/* Distances whose squares are out of range; `terms` says on which side. */
+/* Recompute the distances whose squares are out of range, on the side that `terms` says. */
 static void recompute_distances(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
                                 Metric *metric, ScoreTerm terms) {
     bool far = terms == FAR_SQUARES;
@@ -218,8 +217,8 @@ static void distance_scores(const Tile *t, const Scratch *s, int p, const SubBlo
     if (any_lane(least < splat(NEAR))) recompute_distances(t, s, p, sub, k, metric, NEAR_SQUARES);
 }
 
-/* Squared distances to scores, times `factor`, which is less than 0: what leaves the range is its
- * end. Is any distance infinite? */
+/* Turn squared distances into scores: times `factor`, which is negative. Scores out of range become
+ * its end. Returns whether any distance is infinite. */
 static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
     const vec least = splat(-REAL_MAX);
     vec most = splat(0);
@@ -228,7 +227,7 @@ static bool scale_squares(int vecs, const SubBlock *sub, real factor) {
             real *s = sub->scores + j * MR + n * LANES;
             vec square = load(s);
             most = larger(square, most);
-            store(s, larger(least, square * factor)); /* a NaN stays one */
+            store(s, larger(least, square * factor)); /* NaN stays NaN */
         }
     bool some = false;
     for (int i = 0; i < LANES; i++) some |= most[i] == INFINITY;
@@ -239,7 +238,7 @@ static void squared_distance_scores(const Tile *t, const Scratch *s, int p, cons
                                     View k, Metric *metric) {
     metric(t, s, p, sub, SQUARES, k, sub->scores);
     if (!scale_squares(t->micropanel[p].vecs, sub, (real)t->metric_scale)) return;
-    /* Of what the inputs make infinite the score is -Inf. */
+    /* Where the inputs are infinite the score is -Inf. */
     metric(t, s, p, sub, FAR_SQUARES, k, s->metrics);
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {

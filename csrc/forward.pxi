@@ -60,12 +60,13 @@ cdef bint attend_tile(
 
 
 cdef int run_forward(
-    const CallParams *params, Py_ssize_t items, int threads, Tile *tiles
+    const CallParams *params, Workspace *workspace, Py_ssize_t items, int threads
 ) except -1:
     """Run all tiles. An interruption skips the rest and raises."""
     with nogil:
-        if parallel_for(attend_tile, params, tiles, items, threads) and params.num_splits > 1:
-            combine_splits(params, tiles)
+        if parallel_for(attend_tile, params, workspace, items, threads):
+            if params.num_splits > 1:
+                combine_splits(params, workspace.prototype.value_dim)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -77,13 +78,14 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
-    score_function, cnp.ndarray sums, cnp.ndarray indices, dropout,
+    score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table, dropout,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
     `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
-    kernels sum in that. `k` and `v` may also be int8, with `k_scales` and `v_scales`, float32
-    (batch, kv_heads, keys) with contiguous keys. `lse`, (batch, heads, queries), is float32 or
+    kernels sum in that. With `block_table`, contiguous int64 (batch, pages), `k` and `v` are
+    pools, (n_pages, kv_heads, page, dim). They may also be float8_e4m3fn, or with `k_scales` and
+    `v_scales`, float32 (..., keys, groups) and contiguous, int8 or uint8, which is int4. `lse`, (batch, heads, queries), is float32 or
     float64; `weights`, (batch, heads, queries, keys), must be zero before. `key_range` is a
     `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
     is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
@@ -97,15 +99,16 @@ def attend(
     dtype of sums.
     """
     cdef CallParams params
-    cdef Tile *tiles
-    cdef char *scratch = NULL
-    cdef Py_ssize_t items, i, scratch_bytes, tile_bytes, total_bytes
+    cdef Workspace workspace
+    cdef Tile *tile = &workspace.prototype
+    cdef Py_ssize_t items, shared_bytes = 0
+    cdef char *shared
     bind_params(
         &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
         dropout,
     )
-    bind_operand(&params, &params.k_scales, k_scales, 2)
-    bind_operand(&params, &params.v_scales, v_scales, 2)
+    bind_operand(&params, &params.k_scales, k_scales, 3)
+    bind_operand(&params, &params.v_scales, v_scales, 3)
     bind_operand(&params, &params.weights, weights, 3)
     bind_operand(&params, &params.lse, lse, 2)
     params.lse_bytes = 0 if lse is None else lse.descr.itemsize
@@ -127,46 +130,50 @@ def attend(
         return
     threads = available_threads(min(threads, items))
 
-    tiles = <Tile *>malloc(threads * sizeof(Tile))
-    if tiles is NULL:
-        raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
-    try:
-        init_tile(&params, tiles, q, k, v, out, scale, softcap, bias)
-        tiles.weights_key = params.weights.dim
-        if score_function is not None:
-            tiles.score_function = {
-                "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-            }[score_function[0]]
-            tiles.dim_weights = doubles(score_function[1])
-        tiles.want_lse = lse is not None
-        if params.num_splits > 1:
-            tiles.want_lse = True
-            tiles.out_format.kind, tiles.out_format.swapped = ord("f"), False
-            tiles.out_format.bytes = tiles.out_dim = params.kernels.real_bytes
-            params.partial_bytes = (
-                params.group * params.n_queries
-                * (<Py_ssize_t>sizeof(double) + tiles.value_dim * params.kernels.real_bytes)
-            )
-            params.partial_bytes = (params.partial_bytes + 63) // 64 * 64
-        tile_bytes = params.kernels.scratch_bytes(
-            tiles, min(params.kernels.block_q, params.group * params.n_queries)
+    init_tile(&params, tile, q, k, v, out, scale, softcap, bias)
+    tile.value_dim = out.shape[out.ndim - 1]
+    if k.descr.kind == ord("u"):
+        tile.k_format.kind = tile.v_format.kind = ord("4")
+        tile.k_dim = tile.v_dim = 1
+    if block_table is not None:
+        bind_operand(&params, &params.pages, block_table, 1)
+        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
+        tile.k_page = bind_pages(&params, &params.k, k)
+        tile.v_page = bind_pages(&params, &params.v, v)
+        tile.k_scales_page = bind_pages(&params, &params.k_scales, k_scales)
+        tile.v_scales_page = bind_pages(&params, &params.v_scales, v_scales)
+    init_tile_reduction(&params, tile)
+    tile.weights_key = params.weights.dim
+    if score_function is not None:
+        tile.score_function = {
+            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+        }[score_function[0]]
+        tile.dim_weights = doubles(score_function[1])
+    tile.want_lse = lse is not None
+    if params.num_splits > 1:
+        tile.want_lse = True
+        tile.out_format.kind, tile.out_format.swapped = ord("f"), False
+        tile.out_format.bytes = tile.out_dim = params.kernels.real_bytes
+        params.partial_bytes = padded(
+            params.group * params.n_queries
+            * (<Py_ssize_t>sizeof(double) + tile.value_dim * params.kernels.real_bytes)
         )
-        scratch_bytes = tile_bytes + reduction_bytes(&params)
-        total_bytes = threads * scratch_bytes + 64
-        if params.num_splits > 1:
-            total_bytes += items * params.partial_bytes
+        shared_bytes = items * params.partial_bytes
+    if sums is not None:
+        shared_bytes = params.key_heads * <Py_ssize_t>sizeof(int64_t)
+    workspace.rows = tile_rows(&params)
+    shared = allocate_workspace(
+        &workspace, threads,
+        params.kernels.scratch_bytes(
+            tile, min(params.kernels.block_q, params.group * params.n_queries)
+        ),
+        reduction_bytes(&params), shared_bytes,
+    )
+    try:
+        params.partial = shared
         if sums is not None:
-            total_bytes += params.key_heads * sizeof(int64_t)
-        scratch = <char *>malloc(total_bytes)
-        if scratch is NULL:
-            raise MemoryError(f"{total_bytes} bytes of scratch")
-        params.partial = divide_scratch(tiles, threads, scratch, scratch_bytes)
-        if sums is not None:
-            params.reduction.tickets = <int64_t *>params.partial
-            memset(params.reduction.tickets, 0, params.key_heads * sizeof(int64_t))
-        for i in range(threads):
-            init_tile_reduction(&params, &tiles[i], <char *>tiles[i].scratch + tile_bytes)
-        run_forward(&params, items, threads, tiles)
+            params.reduction.tickets = <int64_t *>shared
+            memset(shared, 0, shared_bytes)
+        run_forward(&params, &workspace, items, threads)
     finally:
-        free(tiles)
-        free(scratch)
+        free(workspace.allocated)

@@ -1,4 +1,4 @@
-/* Which keys are visible to which query: key ranges, masks and biases of -inf, as bits. */
+/* Which keys are visible to each query: key ranges, masks and biases of -inf, as bits. */
 #ifndef FASTATTN_MASKING_INL_H
 #define FASTATTN_MASKING_INL_H
 
@@ -42,7 +42,8 @@ static bool hidden_by_bias(const Tile *t, int p, const SubBlock *sub) {
     return true;
 }
 
-/* Read visibility of a sub-block, biases of -inf aside unless all are. */
+/* The visibility of a sub-block. Biases of -inf count only if all are; add_any_bias masks the
+ * others. */
 static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
     ptrdiff_t first = p * MR, key = sub->key;
     bool inner =
@@ -52,7 +53,7 @@ static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
     uint64_t every = first_bits(sub->keys), any = 0, all = every, bits = 0, masked = every;
     for (int i = 0; i < MR; i++) {
         ptrdiff_t row = first + i;
-        if (row < t->n_queries) { /* a lane without a query sees what the last one does */
+        if (row < t->n_queries) { /* lanes without a query repeat the last one */
             if (t->has_mask) {
                 if (i == 0 || t->mask[row] != t->mask[row - 1])
                     masked = mask_bits(t->mask[row] + key * t->mask_key, t->mask_key, sub->keys);
@@ -68,14 +69,14 @@ static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
     return any == 0 ? EMPTY : all == every ? FULL : PARTIAL;
 }
 
-/* Is key j visible to each query? In the sign bits, as `choose` takes them. */
+/* Is key j visible to each query of vector n? In the sign bits, for `choose`. */
 INLINE ivec visible_lanes(const SubBlock *sub, int n, int j) {
     if (sub->visibility == FULL) return splat_int(-1);
     ivec word = *(const ivec *)(sub->mask_words + j / LANE_BITS * MR + n * LANES);
     return shift_up(word, LANE_BITS - 1 - j % LANE_BITS);
 }
 
-/* Put -inf where a query does not see a key, and take the maximum of what is left. */
+/* Set the scores of hidden keys to -inf, and take the maximum of the others. */
 static void apply_mask(int vecs, const SubBlock *sub, vec *top) {
     for (int n = 0; n < vecs; n++) {
         vec most = splat(-INFINITY);

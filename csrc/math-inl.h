@@ -11,8 +11,8 @@
 #define LOG2_E 1.4426950408889634
 #define LN2 0.69314718055994530942
 
-/* WEIGHT_UNIT * 2**t for t <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. Of a
- * t = x * LOG2_E the relative error is at most 1.6 epsilon * (1 + |x|), in float64 0.9:
+/* WEIGHT_UNIT * 2**t for t <= 0: exactly WEIGHT_UNIT at 0, exactly 0 at -inf, NaN for NaN. For t =
+ * x * LOG2_E the relative error is at most 1.6 epsilon * (1 + |x|), in float64 0.9:
  * tests/backends/exp_tanh_check.c. */
 INLINE vec weight_of(vec t) {
     vec f = fraction(t);
@@ -40,17 +40,17 @@ INLINE vec weight_of(vec t) {
     return scale_by_power(y, t);
 }
 
-/* n / d for ordinary d. The divider of 512 bits takes as long as eight of these steps. */
+/* n / d for normal d. The divider of 512 bits takes eight times as long as these steps. */
 INLINE vec quotient(vec n, vec d) {
 #if defined(__AVX512F__) && !defined(REAL_IS_DOUBLE)
     vec r = _mm512_rcp14_ps(d), y = n * r;
-    return (n - d * y) * r + y; /* 2**-28 off before it is rounded */
+    return (n - d * y) * r + y; /* within 2**-28 before it is rounded */
 #else
     return n / d;
 #endif
 }
 
-/* Adding this rounds to the nearest integer, and leaves that in the lowest bits. */
+/* Adding this rounds to the nearest integer, in the lowest bits. */
 #define ROUNDER splat((real)(3ull << (MANTISSA_BITS - 1)))
 INLINE vec power_of(vec rounded) { /* 2**n of n + ROUNDER */
     return (vec)(((ivec)rounded + splat_int(EXPONENT_BIAS)) << MANTISSA_BITS);
@@ -81,9 +81,9 @@ INLINE vec power_less_one(vec f) {
     return y * f;
 }
 
-/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, made without cancellation: f is within half of
- * 0, so that small x meet the polynomial without its constant term. At most 3.6 ulp from the truth,
- * in float64 3.9: tests/backends/exp_tanh_check.c. */
+/* tanh(x) = -m / (2 + m) with m = exp(-2 |x|) - 1, computed without cancellation: f is within half
+ * of 0, so that small x need only the polynomial without its constant term. The error is at
+ * most 3.6 ulp, in float64 3.9: tests/backends/exp_tanh_check.c. */
 INLINE vec tanh_vec(vec x) {
     const vec saturated = splat(sizeof(real) == 8 ? 20 : 10); /* tanh rounds to 1 from there on */
     vec a = magnitude(x);
@@ -93,7 +93,7 @@ INLINE vec tanh_vec(vec x) {
     return with_sign_of(quotient(-m, (real)2 + m), x);
 }
 
-/* The square root of x >= 0, within 1 epsilon; the unit for 512 bits takes three times as long as
+/* The square root of x >= 0, within 1 epsilon. The unit for 512 bits takes three times as long as
  * these steps. */
 INLINE vec root_of(vec x) {
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
@@ -119,14 +119,12 @@ INLINE vec root_of(vec x) {
 #endif
 }
 
-/* exp(2 x) = high + low for |x| <= EXP2X_MOST, `high` being that rounded and `low` the rest, so
- * that exp(2 x) - 1 is within 2.3 epsilon of itself, and the difference of two that are near 1 as
- * exact: tests/backends/exp_tanh_check.c. */
+/* exp(2 x) = high + low for |x| <= EXP2X_MOST, where `high` is rounded and `low` is the rest. exp(2
+ * x) - 1 is within 2.3 epsilon of itself, and so is the difference of two that are near 1:
+ * tests/backends/exp_tanh_check.c. */
 #ifdef REAL_IS_DOUBLE
 #define EXP2X_MOST 300
-#define HALF_LN2_HIGH                                                                              \
-    0x1.62e42fefa2p-2 /* short, so that products with small integers are exact                     \
-                       */
+#define HALF_LN2_HIGH 0x1.62e42fefa2p-2 /* short: exact times a small integer */
 #define HALF_LN2_LOW 0x1.9ef35793c7673p-42
 #else
 #define EXP2X_MOST 38

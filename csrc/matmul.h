@@ -15,7 +15,7 @@
 #include "scratch-inl.h"
 
 #if !defined(BF16_TERMS) || defined(HAS_AMX)
-#define HAS_BACKWARD /* without AMX, gradients in bfloat16 terms are no faster than in float32 */
+#define HAS_BACKWARD /* without AMX, gradients use the float32 multiply-adds */
 #endif
 
 struct MatmulEngine {

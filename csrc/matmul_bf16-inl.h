@@ -1,16 +1,15 @@
-/* Both products of attention on bfloat16 hardware, for bfloat16, float16 and float32.
+/* The engine for bfloat16 hardware: bfloat16, float16 and float32 as sums of bfloat16 terms.
  *
- * A float16 is the sum of two bfloat16s and a float32 that of three, exactly; the product of two
- * such sums is that of their BF16_TERMS, less those terms that are smaller than the rounding of a
- * float32 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype
- * For Higher-Precision Computations"). Sums are kept in float32. With BF16_TERMS = 1 weights are
- * rounded to bfloat16.
+ * A float16 is the exact sum of two bfloat16 terms, and a float32 of three. The product of two such
+ * sums is the sum of the products of their terms, without those that are smaller than the rounding
+ * of a float32 (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence
+ * Datatype For Higher-Precision Computations"). Sums are kept in float32. With BF16_TERMS = 1 the
+ * weights are rounded to bfloat16.
  *
- * The hardware multiplies pairs, so head dims and keys go two by two: an operand with queries in
- * its lanes is [term][pair][MR] pairs, the other one [term][chunk][row][CHUNK] numbers. Numbers
- * that terms cannot express are left out and brought in afterwards, lane by lane: where they stand
- * does not touch anyone else's bits.
- */
+ * The hardware multiplies pairs, so head dims and keys are paired: an operand with queries in its
+ * lanes is [term][pair][MR] pairs, the other one is [term][chunk][row][CHUNK] numbers. Numbers that
+ * terms cannot represent are left out and added afterwards, in the lanes that they are visible to,
+ * so that they change no bit of any other lane. */
 #ifndef FASTATTN_MATMUL_BF16_INL_H
 #define FASTATTN_MATMUL_BF16_INL_H
 
@@ -26,16 +25,16 @@
 #define PAIRS (CHUNK / 2)
 #define WEIGHT_TERM (BLOCK_K / 2 * MR)
 
-/* Products take the terms i and j with i + j <= order. For scores that is all of a float16, so that
- * they are exact; of a float32 what is left out is smaller than its rounding. */
+/* Matmuls use the products of terms i and j with i + j <= order. Of a float16 that is all of them,
+ * so scores are exact; of a float32 the others are smaller than its rounding. */
 #define SCORE_ORDER 2
 #define VALUE_ORDER (BF16_TERMS - 1)
 
 typedef uint16_t bfloat;
 typedef uint32_t pair;
 
-/* Lanes that terms cannot express: NaN and Inf, and of three terms the smallest may be too small.
- */
+/* Lanes that terms cannot represent: NaN and Inf, and with three terms numbers so small that their
+ * third term would be subnormal. */
 INLINE __mmask16 unrepresentable(vec x) {
     __m512i size = _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff));
     __mmask16 bits = _mm512_cmpge_epu32_mask(size, _mm512_set1_epi32(0x7f800000));
@@ -51,7 +50,7 @@ INLINE vec high_term(vec x) {
     return (vec)_mm512_and_si512((__m512i)x, _mm512_set1_epi32((int)0xffff0000));
 }
 
-/* terms[i] = the i-th term of 32 numbers, in sequence. */
+/* terms[i] = the i-th terms of 32 numbers, in order. */
 INLINE void split_bf16(vec first, vec second, __m512i terms[BF16_TERMS]) {
     const __m512i upper = _mm512_add_epi16(
         _mm512_set1_epi16(1),
@@ -69,7 +68,7 @@ INLINE void split_bf16(vec first, vec second, __m512i terms[BF16_TERMS]) {
     terms[BF16_TERMS - 1] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
-/* Two rows of 16 bfloat16 in the lower and the upper half, as 16 pairs. */
+/* Two rows of 16 bfloat16, in the lower and the upper half, to 16 pairs. */
 INLINE __m512i interleave(__m512i rows) {
     const __m512i order = {0x0011000100100000, 0x0013000300120002, 0x0015000500140004,
                            0x0017000700160006, 0x0019000900180008, 0x001b000b001a000a,
@@ -77,8 +76,7 @@ INLINE __m512i interleave(__m512i rows) {
     return _mm512_permutexvar_epi16(order, rows);
 }
 
-/* Two rounded to bfloat16 side by side. Halves go away from zero, which saves an instruction or
- * two. */
+/* Round pairs to bfloat16, ties away from zero, which saves an instruction or two. */
 INLINE __m512i round_pairs(vec first, vec second) {
     const __m512i half = _mm512_set1_epi32(0x8000);
     __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)first, half), 16);
@@ -97,13 +95,15 @@ INLINE void split_bf16_pairs(vec first, vec second, __m512i terms[BF16_TERMS]) {
     terms[BF16_TERMS - 1] = round_pairs(first, second);
 }
 
-/* The dims [d, d + LANES) of a row, 0 from `dims` on. */
+/* The dims [d, d + LANES) of a row; 0 from `dims` on. */
 INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims,
-                     NumberFormat format, float scale) {
-    if (dim == format.bytes && d < dims) return load_some(row + d * dim, dims - d, format) * scale;
+                     NumberFormat format, const float *scales) {
+    float scale = d < dims ? scale_of_dim(scales, format, d) : 1;
+    if (dim == format.bytes && d < dims)
+        return load_some(row + dim_offset(format, d), dims - d, format) * scale;
     vec x = {0};
     for (int i = 0; i < LANES && d + i < dims; i++)
-        x[i] = (float)read_number(row + (d + i) * dim, format) * scale;
+        x[i] = (float)read_dim(row, dim, d + i, format) * scale;
     return x;
 }
 
@@ -133,8 +133,8 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
     ptrdiff_t dims = round_up(t->head_dim, CHUNK), term = s->key_rows * dims;
     uint64_t special = 0;
     for (ptrdiff_t key = begin; key < end; key++) {
-        const char *row = t->k + key * t->k_key;
-        float scale = t->k_scales ? t->k_scales[key] : 1;
+        const char *row = key_at(t, key);
+        const float *scales = key_scales(t, key);
         bfloat *to = s->key_terms + key % BLOCK_K * CHUNK;
         __mmask16 out = 0;
         for (ptrdiff_t d = 0; d < dims; d += CHUNK, to += s->key_rows * CHUNK) {
@@ -143,25 +143,25 @@ INLINE void split_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff
                 d + CHUNK <= t->head_dim) {
                 terms[0] = _mm512_loadu_si512(row + d * 2);
             } else {
-                vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scale);
-                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scale);
+                vec a = load_dims(row, t->k_dim, d, t->head_dim, format, scales);
+                vec b = load_dims(row, t->k_dim, d + LANES, t->head_dim, format, scales);
                 split_bf16(a, b, terms);
                 out |= unrepresentable(a) | unrepresentable(b);
             }
 #pragma GCC unroll 3
             for (int i = 0; i < BF16_TERMS; i++) _mm512_store_si512(to + i * term, terms[i]);
         }
-        /* One term follows the rules of float32. */
+        /* With one term, NaN and Inf multiply as in float32. */
         if (BF16_TERMS > 1 && out) special |= (uint64_t)1 << key % SUB_BLOCK_K;
     }
     s->special_keys[begin % BLOCK_K / SUB_BLOCK_K] = special;
 }
 
 static void bf16_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
-    WITH_FORMAT(t->k_format, split_keys, t, s, begin, end);
+    WITH_STORED_FORMAT(t->k_format, split_keys, t, s, begin, end);
 }
 
-/* The bits of a sub-block's keys among those of the whole sub-block. */
+/* The bits of a sub-block's keys, which may begin within it. */
 static uint64_t bits_of(const uint64_t *bits, const SubBlock *sub) {
     return bits[sub->key % BLOCK_K / SUB_BLOCK_K] >> sub->key % SUB_BLOCK_K;
 }
@@ -172,13 +172,14 @@ INLINE __m512i load_two(const char *low, const char *high) {
     return _mm512_inserti64x4(x, _mm256_loadu_si256((const __m256i *)high), 1);
 }
 
-/* Which of 32 bfloat16 are at least 2**power in size, or a NaN; only Inf is 2**128. */
+/* Which of 32 bfloat16 have a size of at least 2**power, or are NaN; with a power of 128 NaN and
+ * Inf. */
 INLINE __mmask32 bfloats_from(int power, __m512i x) {
     __m512i bound = _mm512_set1_epi16((short)((127 + power) << 8));
     return _mm512_cmpge_epu16_mask(_mm512_slli_epi16(x, 1), bound);
 }
 
-/* Transpose LANES rows of LANES pairs; the rows are `from_row` and `to_row` pairs apart. */
+/* Transpose LANES rows of LANES pairs, whose strides are `from_row` and `to_row` pairs. */
 INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrdiff_t to_row) {
     vec x[LANES];
 #pragma GCC unroll 16
@@ -188,23 +189,24 @@ INLINE void transpose_pairs(const pair *from, ptrdiff_t from_row, pair *to, ptrd
     for (int i = 0; i < LANES; i++) store((real *)(to + i * to_row), x[i]);
 }
 
-/* pairs[term][pair][d] of up to CHUNK values, and the bits of those with numbers that terms cannot
- * express. These are 0, as are values whose bits are not set in `use`. */
+/* pairs[term][pair][d] of up to CHUNK values, and the bits of the special ones. Special numbers,
+ * and values whose bits are not set in `use`, become 0. */
 INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs, uint32_t *special,
                         NumberFormat format) {
-    const char *rows = t->v + key * t->v_key;
     ptrdiff_t dims = round_up(t->value_dim, LANES);
     *special = 0;
     for (int j = 0; j < CHUNK; j += 2, pairs += dims) {
         __mmask16 out[2] = {0};
         bool both = (use >> j & 3) == 3;
+        const char *rows[2] = {NULL, NULL};
+        for (int i = 0; i < 2; i++)
+            if (use >> (j + i) & 1) rows[i] = value_at(t, key + j + i);
         for (ptrdiff_t d = 0; d < dims; d += LANES) {
             __m512i terms[BF16_TERMS];
             if (BF16_TERMS == 1 && format.kind == 'b' && t->v_dim == 2 &&
                 d + LANES <= t->value_dim && both) {
-                /* What is in terms already. */
-                __m512i x =
-                    load_two(rows + j * t->v_key + d * 2, rows + (j + 1) * t->v_key + d * 2);
+                /* bfloat16 already. */
+                __m512i x = load_two(rows[0] + d * 2, rows[1] + d * 2);
                 __mmask32 special_lanes = bfloats_from(128, x);
                 out[0] |= (__mmask16)special_lanes;
                 out[1] |= (__mmask16)(special_lanes >> LANES);
@@ -214,9 +216,9 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
 #pragma GCC unroll 2
                 for (int i = 0; i < 2; i++) {
                     x[i] = splat(0);
-                    if (use >> (j + i) & 1)
-                        x[i] = load_dims(rows + (j + i) * t->v_key, t->v_dim, d, t->value_dim,
-                                         format, t->v_scales ? t->v_scales[key + j + i] : 1);
+                    if (rows[i])
+                        x[i] = load_dims(rows[i], t->v_dim, d, t->value_dim, format,
+                                         value_scales(t, key + j + i));
                     __mmask16 special_lanes = unrepresentable(x[i]);
                     x[i] = (vec)_mm512_maskz_mov_ps((__mmask16)~special_lanes, (__m512)x[i]);
                     out[i] |= special_lanes;
@@ -231,8 +233,7 @@ INLINE void pair_values(const Tile *t, ptrdiff_t key, uint32_t use, pair *pairs,
     }
 }
 
-/* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. A number that terms cannot
- * express is 0. */
+/* value_terms[term][chunk of keys][value dim][CHUNK] of a sub-block. Special numbers become 0. */
 static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     ptrdiff_t term = s->out_rows * s->key_rows, dims = s->out_rows;
     uint64_t *sub_special = s->special_values + begin % BLOCK_K / SUB_BLOCK_K;
@@ -240,7 +241,7 @@ static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, p
     for (ptrdiff_t key = begin; key < end; key += CHUNK) {
         uint32_t use = (uint32_t)first_bits(fewer(end - key, CHUNK));
         uint32_t special;
-        WITH_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &special);
+        WITH_STORED_FORMAT(t->v_format, pair_values, t, key, use, s->value_pairs, &special);
         *sub_special |= (uint64_t)special << key % SUB_BLOCK_K;
         for (int i = 0; i < BF16_TERMS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
@@ -250,7 +251,7 @@ static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, p
     }
 }
 
-/* Where the terms of an operand lie: elements between terms and between chunks. */
+/* The terms of an operand; strides in elements. */
 typedef struct {
     const bfloat *data; /* [row][CHUNK] */
     ptrdiff_t term, chunk;
@@ -261,7 +262,8 @@ typedef struct {
 } Lanes;
 
 #ifdef HAS_AMX
-/* Eight tile registers of 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows, 6 and 7 lanes. */
+/* Eight tile registers of 16 rows of 64 bytes: 0 to 3 for sums, 4 and 5 for rows, 6 and 7 for
+ * lanes. */
 static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -271,8 +273,8 @@ static const struct {
 static void begin_matmuls(void) { _tile_loadconfig(&TILES); }
 static void end_matmuls(void) { _tile_release(); }
 
-/* c[row][lane] of `grains` times 16 rows, in steps of a chunk: the products of terms i and j with
- * i + j <= order, smaller ones first. */
+/* c[row][lane] of `row_groups` times ROW_PAD rows, in steps of a chunk: the products of terms i and
+ * j with i + j <= order, smaller ones first. */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
     real *below = c + ROW_PAD * MR;
@@ -329,7 +331,8 @@ static double peak(ptrdiff_t rounds) {
 static void begin_matmuls(void) {}
 static void end_matmuls(void) {}
 
-/* c[row][lane] of `grains` times 16 rows, in steps of a chunk, by dot products of pairs. */
+/* c[row][lane] of `row_groups` times ROW_PAD rows, in steps of a chunk, by dot products of pairs.
+ */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate) {
     (void)order;
@@ -384,7 +387,7 @@ static double peak(ptrdiff_t rounds) {
 /* c[row][lane] (+)= sum over chunks; rows in whole ROW_GRAINs. */
 INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b, int chunks,
                      real *c, bool accumulate) {
-    __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read memory */
+    __asm__ volatile("" ::: "memory"); /* the compiler does not know that tile loads read memory */
     for (int row_groups; rows > 0; rows -= row_groups * ROW_PAD) {
         row_groups = rows > ROW_PAD ? 2 : 1;
 #define SIZE(g, v)                                                                                 \
@@ -403,7 +406,7 @@ INLINE void multiply(const int order, int vecs, ptrdiff_t rows, Rows a, Lanes b,
     }
 }
 
-/* The scores of keys or queries that terms cannot express, by the product of real numbers. */
+/* Recompute the scores of special keys and queries from real numbers. */
 static void recompute_special_scores(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
                                      uint64_t special) {
     int vecs = t->micropanel[p].vecs;
@@ -412,8 +415,7 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
     for (int j = 0; j < sub->keys; j++) {
         uint64_t lanes = special >> j & 1 ? ~(uint64_t)0 : t->micropanel[p].special;
         if (!lanes) continue;
-        widen(t->k + (sub->key + j) * t->k_key, t->k_key, t->k_dim, t->k_format,
-              t->k_scales ? t->k_scales + sub->key + j : NULL, 1, t->head_dim, s->keys);
+        widen_keys(t, sub->key + j, sub->key + j + 1, s->keys);
         matmul(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
         for (int i = 0; i < vecs * LANES; i++)
             if (lanes >> i & 1) sub->scores[j * MR + i] = row[i];
@@ -472,7 +474,7 @@ INLINE void weigh_vecs(const int vecs, const SubBlock *sub, vec exponent, const 
     for (int n = 0; n < vecs; n++) sum[n] = total[n];
 }
 
-/* Scores to terms of weights; their sum is added to `sum`. */
+/* Turn scores into the terms of weights, and add the weights to `sum`. */
 static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum,
                   pair *to, ptrdiff_t term) {
     vec factor = splat((real)exponent);
@@ -506,15 +508,14 @@ static void drop_weights(const Tile *t, const Scratch *s, int p, const SubBlock 
         }
 }
 
-/* Add the numbers that terms cannot express, for the queries that see them. */
+/* Add the special numbers of a sub-block's values to the queries they are visible to. */
 static void add_special_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
                                const SubBlock *sub, real *out) {
     uint64_t special = bits_of(s->special_values, sub);
     vec exponent = splat((real)t->exponent);
     for (int j = 0; j < sub->keys; j++) {
         if (!(special >> j & 1)) continue;
-        widen(t->v + (sub->key + j) * t->v_key, t->v_key, t->v_dim, t->v_format,
-              t->v_scales ? t->v_scales + sub->key + j : NULL, 1, t->value_dim, s->values);
+        widen_values(t, sub->key + j, sub->key + j + 1, s->values);
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             vec score = load(sub->scores + j * MR + n * LANES);
             vec weight = weight_from(score, b->top[n], exponent);
@@ -530,13 +531,13 @@ static void add_special_values(const Tile *t, const Scratch *s, int p, const Blo
     }
 }
 
-/* Sum the values of the sub-blocks [i, end) of a block, as their weights say. */
+/* Add the weighted values of the sub-blocks [i, end) of a block. */
 static void sum_sub_blocks(const Tile *t, const Scratch *s, int p, const BlockState *b, int i,
                            int end, real *out, bool *accumulate) {
     while (i < end && t->value_dim > 0) {
         const SubBlock *first = &b->sub_blocks[i];
         int chunks = 0;
-        /* Strips without a gap between them make one product. */
+        /* Contiguous sub-blocks make one matmul. */
         for (; i < end && b->sub_blocks[i].visibility != EMPTY &&
                b->sub_blocks[i].key == first->key + chunks * CHUNK;
              i++)

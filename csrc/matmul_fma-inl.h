@@ -18,11 +18,11 @@ static View view(const char *at, ptrdiff_t row, ptrdiff_t dim) {
     return (View){(const real *)at, row / (ptrdiff_t)sizeof(real), dim / (ptrdiff_t)sizeof(real)};
 }
 static View keys_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
-    if (direct_keys(t)) return view(t->k + key * t->k_key, t->k_key, t->k_dim);
+    if (direct_keys(t)) return view(key_at(t, key), t->k_key, t->k_dim);
     return (View){s->keys + key % BLOCK_K * t->head_dim, t->head_dim, 1};
 }
 static View values_from(const Tile *t, const Scratch *s, ptrdiff_t key) {
-    if (direct_values(t)) return view(t->v + key * t->v_key, t->v_key, t->v_dim);
+    if (direct_values(t)) return view(value_at(t, key), t->v_key, t->v_dim);
     return (View){s->values + key % BLOCK_K * t->value_dim, t->value_dim, 1};
 }
 
@@ -34,9 +34,7 @@ static void fma_pack_queries(Tile *t, const Scratch *s, int p) {
 
 static void fma_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (direct_keys(t)) return;
-    widen(t->k + begin * t->k_key, t->k_key, t->k_dim, t->k_format,
-          t->k_scales ? t->k_scales + begin : NULL, (int)(end - begin), t->head_dim,
-          s->keys + begin % BLOCK_K * t->head_dim);
+    widen_keys(t, begin, end, s->keys + begin % BLOCK_K * t->head_dim);
     if (t->score_function == ADDITIVE) pack_additive_keys(t, s, begin % BLOCK_K, end - begin);
 }
 
@@ -64,9 +62,7 @@ static void fma_multiply_keys(const Tile *t, const Scratch *s, int p, const SubB
 
 static void fma_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (!direct_values(t))
-        widen(t->v + begin * t->v_key, t->v_key, t->v_dim, t->v_format,
-              t->v_scales ? t->v_scales + begin : NULL, (int)(end - begin), t->value_dim,
-              s->values + begin % BLOCK_K * t->value_dim);
+        widen_values(t, begin, end, s->values + begin % BLOCK_K * t->value_dim);
 }
 
 static void fma_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks,

@@ -1,8 +1,7 @@
-/* How matmuls in bfloat16 terms attend to a block of keys. The maximum that weights are relative to
- * is raised only where scores are far above it. So the scores of one sub-block are all that is
- * kept, and stay in the first-level cache, and the values of sub-blocks are summed by one product,
- * as late as can be.
- */
+/* The online softmax of the bfloat16 engine. A row's maximum is raised only by a score far above
+ * it, so only the scores of one sub-block are kept, in the first-level cache, and the values of
+ * several sub-blocks are summed by one matmul, as late as possible. flash-attention's kernels for
+ * Blackwell delay the rescaling in the same way. */
 #ifndef FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
 #define FASTATTN_ONLINE_SOFTMAX_BF16_INL_H
 
@@ -11,7 +10,7 @@
 #include "top_k-inl.h"
 
 typedef struct {
-    ivec lanes[MR_VECS]; /* where scores are far above the maximum */
+    ivec lanes[MR_VECS]; /* whose maximum must be raised */
     bool any;
 } MaxUpdate;
 
@@ -25,7 +24,7 @@ static MaxUpdate find_max_update(const Tile *t, int vecs, const vec *top, const 
     return update;
 }
 
-/* Raise the maximum of some lanes; the others do not notice. */
+/* Raise the maximum of some lanes and rescale their sums; the others stay bit for bit. */
 static void rescale_lanes(const Tile *t, int vecs, const MaxUpdate *update, const vec *top,
                           BlockState *b, real *row_max, real *sums) {
     vec exponent = splat((real)t->exponent);
@@ -48,7 +47,7 @@ static void rescale_lanes(const Tile *t, int vecs, const MaxUpdate *update, cons
 static void bf16_attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin, ptrdiff_t end) {
     BlockState b;
     int vecs = t->micropanel[p].vecs,
-        first = 0; /* of the sub-blocks whose values are still to be summed */
+        first = 0; /* of the sub-blocks whose values have not been summed */
     real *row_max = s->row_max + p * MR, *out = s->out + p * MR * s->out_rows;
     real *block_out = t->micropanel[p].has_output ? s->block_out : out;
     bool accumulate = false;

@@ -1,6 +1,5 @@
-/* The online softmax of multiply-adds: all scores of a block, then its maximum, then its weights
- * and the sum of its values, as in FlashAttention (Dao et al. 2022, algorithm 1).
- */
+/* The online softmax of the multiply-add engines: the scores of a whole block, its maximum, its
+ * weights, then the sum of its values, as in FlashAttention (Dao et al. 2022, algorithm 1). */
 #ifndef FASTATTN_ONLINE_SOFTMAX_FMA_INL_H
 #define FASTATTN_ONLINE_SOFTMAX_FMA_INL_H
 
@@ -27,7 +26,7 @@ INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores
     for (int n = 0; n < vecs; n++) sum[n] = total[n];
 }
 
-/* Scores to weights, in place; their sum is added to `sum`. */
+/* Turn scores into weights, in place, and add these to `sum`. */
 static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top, vec *sum) {
     vec factor = splat((real)exponent);
 #define VECS(n)                                                                                    \
@@ -53,7 +52,7 @@ static void update_row_max(const Tile *t, int vecs, BlockState *b, real *row_max
         vec before = load(row_max + n * LANES);
         vec now = larger(before, b->top[n] + (real)t->margin);
         store(row_max + n * LANES, now);
-        /* While a row has no visible key its maximum is -inf; any finite one will do. */
+        /* Until a row has a visible key its maximum is -inf; subtract 0 instead. */
         b->top[n] = choose(now == splat(-INFINITY), splat(0), now);
         /* An unchanged maximum may be an infinite sink. */
         vec factor = weight_from(before, b->top[n], exponent) * (real)(1 / WEIGHT_UNIT);

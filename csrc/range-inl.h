@@ -1,18 +1,18 @@
-/* What leaves the range of `real` though the inputs are finite: found when a tile is finished, and
- * made right by a second run, which delivers nothing else. Where the inputs are to blame, nothing
- * is to be done: NaN and Inf are the result.
- */
+/* Results that overflow though the inputs are finite.
+ *
+ * `finish` finds them, and a rerun of the tile with a margin computes them again, and stores
+ * nothing else. If NaN or Inf among the inputs explains a result, it stays. */
 #ifndef FASTATTN_RANGE_INL_H
 #define FASTATTN_RANGE_INL_H
 
 #include "score_options-inl.h"
 
-/* Does the run under way deliver the query's lse and weights? */
+/* Does this run deliver the lse and weights of a query? */
 static bool delivers(const Tile *t, ptrdiff_t i) {
     return (t->micropanel[i / MR].rerun_scores >> i % MR & 1) == (t->margin > 0);
 }
 
-/* The same of the lanes of a vector. */
+/* The same for the lanes of a vector. */
 static ivec delivered(const Tile *t, int p, int n) {
     ivec own;
     if (!t->micropanel[p].rerun_scores) return splat_int(t->margin > 0 ? 0 : -1);
@@ -22,11 +22,11 @@ static ivec delivered(const Tile *t, int p, int n) {
     return own;
 }
 
-/* May scores be out of range that no infinite maximum or sum that is not a number gives away? */
+/* May scores overflow without leaving an infinite maximum or a NaN in the sum? */
 static bool may_overflow(const Tile *t) {
     bool some = t->margin > 0 || t->softcap > HUGE_CAP;
     for (ptrdiff_t i = 0; i < t->n_queries && t->has_alibi; i++)
-        some |= fabs(t->slope[i]) > REAL_MAX * 0x1p-62; /* further than that is no key */
+        some |= fabs(t->slope[i]) > REAL_MAX * 0x1p-62; /* no key is further than that */
     return some;
 }
 
@@ -34,14 +34,16 @@ static double clamp_finite(double x, bool finite) {
     return finite ? fmin(fmax(x, -REAL_MAX), REAL_MAX) : x;
 }
 
-/* How a query and a key compare, as `score_function` says, of numbers 2**-down times as large. */
+/* The score of a query and a key before the scale, with both multiplied by 2**-down. */
 static double exact_similarity(const Tile *t, ptrdiff_t i, ptrdiff_t key, int down, bool *finite) {
-    const double unit = ldexp(1, -down), scale = t->k_scales ? t->k_scales[key] : 1;
+    const double unit = ldexp(1, -down);
+    const float *scales = key_scales(t, key);
+    const char *row = key_at(t, key);
     double sum = 0;
     *finite = true;
     for (ptrdiff_t d = 0; d < t->head_dim; d++) {
         double q = read_number(t->q[i] + d * t->q_dim, t->q_format);
-        double k = read_number(t->k + key * t->k_key + d * t->k_dim, t->k_format) * scale;
+        double k = read_dim(row, t->k_dim, d, t->k_format) * (double)scale_of_dim(scales, t->k_format, d);
         *finite &= isfinite(q) && isfinite(k);
         if (t->score_function == ADDITIVE) {
             sum += t->dim_weights[d] * unit * tanh(q + k);
@@ -53,10 +55,10 @@ static double exact_similarity(const Tile *t, ptrdiff_t i, ptrdiff_t key, int do
     return t->score_function == DISTANCE ? sqrt(sum) : sum;
 }
 
-/* The score as the definition has it: after each step a number is within the range of `real`,
- * unless it was made of NaN or Inf. */
+/* The score by its definition: after each step a number is clamped to the range of `real`, unless
+ * NaN or Inf is among its inputs. */
 static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
-    const int far = 540; /* float64 alone gets that far on the way */
+    const int far = 540; /* only float64 reaches that on the way */
     bool finite;
     int up = 0, power = 0;
     double x = exact_similarity(t, i, key, 0, &finite);
@@ -78,7 +80,7 @@ static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
     return (real)s;
 }
 
-/* Make the scores again that may have left the range; `top` is their maximum then. */
+/* Recompute the scores that may have overflowed; `top` becomes their maximum. */
 static void clamp_scores(const Tile *t, int p, const SubBlock *sub, vec *top) {
     const vec most = splat(REAL_MAX / 8);
     int vecs = t->micropanel[p].vecs;
@@ -89,7 +91,7 @@ static void clamp_scores(const Tile *t, int p, const SubBlock *sub, vec *top) {
             if (!any_lane(out)) continue;
             for (int l = 0; l < LANES; l++) {
                 ptrdiff_t i = p * MR + n * LANES + l;
-                /* A lane without a query repeats the last one, but need not be right. */
+                /* Lanes without a query repeat the last one and need not be right. */
                 if (out[l] < 0 && i < t->n_queries) s[l] = exact_score(t, i, sub->key + j);
             }
         }
@@ -99,8 +101,8 @@ static void clamp_scores(const Tile *t, int p, const SubBlock *sub, vec *top) {
             top[n] = larger(load(sub->scores + j * MR + n * LANES), top[n]);
 }
 
-/* Inf hides a NaN in the maximum, and weighs Inf - Inf in the sum. Note where both are among the
- * scores of some sub-blocks, or Inf is where `fresh` and the sums so far are NaN. */
+/* Inf hides a NaN in the maximum, and makes Inf - Inf in the sum. Record where both are among the
+ * scores of some sub-blocks, or where Inf is new (`fresh`) and the sums so far are NaN. */
 static void record_nan(const Scratch *s, int p, int n, const SubBlock *sub_blocks, int count,
                        ivec fresh, vec sum) {
     ptrdiff_t lane = p * MR + n * LANES;
@@ -124,36 +126,36 @@ static bool is_visible(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
             read_number(t->bias[i] + key * t->bias_key, t->bias_format) != -INFINITY);
 }
 
-/* Is some number of a row NaN or Inf? */
+/* Is any number of a row NaN or Inf? */
 INLINE bool any_nonfinite(const char *at, ptrdiff_t dim, ptrdiff_t dims, NumberFormat format) {
     vec sum = splat(0);
     if (dim == format.bytes) {
         for (ptrdiff_t d = 0; d < dims; d += LANES)
-            sum += load_some(at + d * dim, dims - d, format) * 0;
+            sum += load_some(at + dim_offset(format, d), dims - d, format) * 0;
         return any_lane(sum != splat(0));
     }
     for (ptrdiff_t d = 0; d < dims; d++)
-        if (!isfinite(read_number(at + d * dim, format))) return true;
+        if (!isfinite(read_dim(at, dim, d, format))) return true;
     return false;
 }
 
-/* Take away the bits of the queries that see a NaN in a key. */
+/* Clear the bits of queries with a NaN in a visible key. */
 INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores,
                                     NumberFormat format) {
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last && *rerun_scores;
          key++) {
-        const char *k = t->k + key * t->k_key;
+        const char *k = key_at(t, key);
         if (!any_nonfinite(k, t->k_dim, t->head_dim, format)) continue;
         bool nan = false;
         for (ptrdiff_t d = 0; d < t->head_dim; d++)
-            nan |= isnan(read_number(k + d * t->k_dim, format));
+            nan |= isnan(read_dim(k, t->k_dim, d, format));
         for (uint64_t bits = nan ? *rerun_scores : 0; bits; bits &= bits - 1)
             if (is_visible(t, p * MR + __builtin_ctzll(bits), key))
                 *rerun_scores &= ~(bits & -bits);
     }
 }
 
-/* Is the query, its sink or a bias that it sees not finite? */
+/* Is the query, its sink or the bias of a visible key NaN or Inf? */
 static bool has_nonfinite_input(const Tile *t, ptrdiff_t i) {
     for (ptrdiff_t d = 0; d < t->head_dim; d++)
         if (!isfinite(read_number(t->q[i] + d * t->q_dim, t->q_format))) return true;
@@ -165,7 +167,7 @@ static bool has_nonfinite_input(const Tile *t, ptrdiff_t i) {
     return false;
 }
 
-/* The bits of a micropanel's queries whose scores have left the range. */
+/* The bits of a micropanel's queries whose scores have overflowed. */
 static uint64_t queries_to_rerun(const Tile *t, const Scratch *s, int p) {
     uint64_t rerun_scores = 0;
     for (int l = 0; l < MR && p * MR + l < t->n_queries; l++) {
@@ -175,19 +177,19 @@ static uint64_t queries_to_rerun(const Tile *t, const Scratch *s, int p) {
         if (s->any_visible[i] && !fine && !has_nonfinite_input(t, i))
             rerun_scores |= (uint64_t)1 << l;
     }
-    if (rerun_scores) WITH_FORMAT(t->k_format, discount_nonfinite_keys, t, p, &rerun_scores);
+    if (rerun_scores) WITH_STORED_FORMAT(t->k_format, discount_nonfinite_keys, t, p, &rerun_scores);
     return rerun_scores;
 }
 
-/* Take away the bits of sums that are what the values make them. */
+/* Clear the bits of sums that a NaN or Inf among the values explains. */
 INLINE void discount_nonfinite_values(const Tile *t, const Scratch *s, int p, uint64_t *overflowed,
                                       NumberFormat format) {
     const real *out = s->out + p * MR * s->out_rows;
     for (ptrdiff_t key = t->micropanel[p].first; key < t->micropanel[p].last; key++) {
-        const char *v = t->v + key * t->v_key;
+        const char *v = value_at(t, key);
         if (!any_nonfinite(v, t->v_dim, t->value_dim, format)) continue;
         for (ptrdiff_t d = 0; d < t->value_dim; d++) {
-            double x = read_number(v + d * t->v_dim, format);
+            double x = read_dim(v, t->v_dim, d, format);
             for (uint64_t bits = isfinite(x) ? 0 : overflowed[d]; bits; bits &= bits - 1) {
                 int i = __builtin_ctzll(bits);
                 bool same = isnan(x) || out[d * MR + i] == x;
@@ -197,9 +199,9 @@ INLINE void discount_nonfinite_values(const Tile *t, const Scratch *s, int p, ui
     }
 }
 
-/* Is no sum of a vector of queries NaN or Inf? */
+/* Are all sums of a vector of queries finite? */
 static bool all_sums_finite(const Tile *t, const real *out) {
-    /* x * 0 is a NaN then, and so is every sum with it; four hide each other's latency. */
+    /* x * 0 is NaN unless x is finite. Four sums, to hide latency. */
     vec zero_or_nan[4] = {{0}};
     ptrdiff_t d = 0;
     for (; d + 4 <= t->value_dim; d += 4)
@@ -210,7 +212,7 @@ static bool all_sums_finite(const Tile *t, const real *out) {
     return !any_lane(any != splat(0));
 }
 
-/* Note what of a micropanel has overflowed; has anything? */
+/* Record which results of a micropanel have overflowed. Returns whether any has. */
 static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
     uint64_t *overflowed = s->overflowed + p * t->value_dim, good = 0;
     const real *out = s->out + p * MR * s->out_rows;
@@ -233,13 +235,13 @@ static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
         for (int l = 0; l < MR; l++) overflowed[d] |= (uint64_t)!isfinite(out[d * MR + l]) << l;
         any |= overflowed[d] &= good;
     }
-    if (any) WITH_FORMAT(t->v_format, discount_nonfinite_values, t, s, p, overflowed);
+    if (any) WITH_STORED_FORMAT(t->v_format, discount_nonfinite_values, t, s, p, overflowed);
     for (ptrdiff_t d = 0; d < t->value_dim; d++)
         t->micropanel[p].rerun |= overflowed[d] |= t->micropanel[p].rerun_scores;
     return t->micropanel[p].rerun != 0;
 }
 
-/* Note what has overflowed though nothing explains it; is there anything? */
+/* Record which results have overflowed though no input explains it. Returns whether any has. */
 static bool find_overflow(Tile *t, const Scratch *s) {
     bool some = false;
     for (int p = 0; p < t->micropanels; p++) {

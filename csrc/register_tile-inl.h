@@ -12,10 +12,10 @@
 #include "simd-inl.h"
 
 /* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] *
- * b[t][lane], and where `top` is given top[lane] = max(top[lane], c[r][lane]). Constant `rows`,
- * `vecs` and one unit stride keep the accumulators in registers. Each step fetches one line
- * `ahead`: hardware prefetchers do not follow the narrow columns of V, nor keep up with K once it
- * lies in the third-level cache. */
+ * b[t][lane]; unless it is NULL, top[lane] = max(top[lane], c[r][lane]). Constant `rows`, `vecs`
+ * and one unit stride keep the accumulators in registers. Each step prefetches one line at `ahead`:
+ * hardware prefetchers do not follow the narrow columns of V, nor keep up with K in the third-level
+ * cache. */
 INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff_t a_row,
                           ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,
                           bool accumulate, vec *top, const real *ahead, ptrdiff_t ahead_step) {
@@ -58,7 +58,7 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
 INLINE void matmul_vecs(const int vecs, ptrdiff_t rows, MATMUL_ARGS) {
     for (; rows >= NR; rows -= NR) {
         if (a_step == 1) {
-            /* Rows of K, one behind the other: the same rows of the next sub-block. */
+            /* Contiguous rows of K: prefetch those of the next sub-block. */
             bool packed = a_row == steps;
             register_tile(NR, vecs, a, a_row, 1, steps, b, c, accumulate, top,
                           packed ? a + SUB_BLOCK_K * a_row : a, packed ? NR : 0);
@@ -85,7 +85,7 @@ INLINE void matmul_vecs(const int vecs, ptrdiff_t rows, MATMUL_ARGS) {
     }
 }
 
-/* The product above for any number of rows of the first `vecs` vectors of a micropanel. */
+/* register_tile for any number of rows, and the first `vecs` vectors of a micropanel. */
 static void matmul(int vecs, ptrdiff_t rows, MATMUL_ARGS) {
     switch (vecs) {
     case 1: matmul_vecs(1, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
@@ -102,9 +102,9 @@ static void load_queries(const Tile *t, ptrdiff_t first, real *columns) {
 }
 
 #ifdef HAS_BACKWARD
-/* Is each value of these keys finite? x * 0 is 0 for finite x only. */
+/* Are all values of these keys finite? x * 0 is 0 only for finite x. */
 static bool all_finite(View v, int keys, ptrdiff_t dims) {
-    vec sums[4] = {{0}}; /* independent, or the latency of one sum would be the time of the loop */
+    vec sums[4] = {{0}}; /* independent, to hide latency */
     real rest = 0;
     for (int j = 0; j < keys; j++) {
         const real *row = v.data + j * v.row;
@@ -121,8 +121,8 @@ static bool all_finite(View v, int keys, ptrdiff_t dims) {
     return !any_lane(sum != splat(0));
 }
 
-/* The second matmul where some query must not meet a NaN or an Inf in some v that it does not
- * see: 0 * NaN is a NaN, so hidden keys are left out lane by lane. */
+/* V^T P^T if some v is NaN or Inf and hidden from some query: 0 * NaN is NaN, so hidden keys are
+ * left out of each lane. */
 static void masked_matmul(const SubBlock *sub, int vecs, View v, ptrdiff_t dims, real *out) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {

@@ -1,4 +1,6 @@
-/* Between the products: visibility, softcap, bias and alibi, and scores to weights. */
+/* From the products of queries and keys to scores and weights: scale, softcap, bias, ALiBi, mask.
+ *
+ * The order of the options is that of reference.py, which defines them. */
 #ifndef FASTATTN_SCORE_OPTIONS_INL_H
 #define FASTATTN_SCORE_OPTIONS_INL_H
 
@@ -14,8 +16,7 @@
 #define EPSILON_ROOT 0x1p-13f
 #endif
 
-/* Are all biases of the micropanel and sub-block of type `real`, in sequence and far from overflow?
- */
+/* Are all biases of a micropanel and sub-block of type `real`, contiguous and far from overflow? */
 static bool plain_bias(const Tile *t, int p, const SubBlock *sub) {
     if (!is_real(t->bias_format) || t->bias_key != sizeof(real)) return false;
     vec most = splat(0);
@@ -61,8 +62,8 @@ static void add_plain_bias(const Tile *t, int p, const SubBlock *sub, vec *top) 
     }
 }
 
-/* Add biases of any format. -inf takes a key out of the mask words; a sum of finite numbers that
- * overflows is the largest number still. Returns the visibility after that. */
+/* Add biases of any format. A bias of -inf masks its key; a sum of finite numbers that overflows
+ * becomes the largest number. Returns the new visibility. */
 static Visibility add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) {
     const vec most = splat(REAL_MAX);
     int vecs = t->micropanel[p].vecs;
@@ -108,8 +109,8 @@ static void multiply_scores(real factor, int vecs, const SubBlock *sub) {
         }
 }
 
-/* s = size * tanh(s * inverse); but s where that is within rounding, if the quotients of a huge
- * size are subnormal. */
+/* s = size * tanh(s * inverse). With a huge size, whose quotients may be subnormal, s stays as it
+ * is where tanh would change it by less than rounding does. */
 INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlock *sub, vec *top) {
     const vec same = splat(size * EPSILON_ROOT);
     for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
@@ -123,8 +124,8 @@ INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlo
         }
 }
 
-/* How far the LANES queries from `first` on are from a key; each key on is one less. Count those
- * first: from 2**24 on float32 does not get smaller by 1. */
+/* The distances of LANES queries from a key; each later key is one less. Counting keys from 0 in
+ * float32 would be wrong from 2**24 on. */
 static vec alibi_distances(const Tile *t, ptrdiff_t first, ptrdiff_t key) {
     real x[LANES] = {0};
     for (int i = 0; i < LANES && first + i < t->n_queries; i++)
@@ -154,7 +155,7 @@ static void subtract_alibi(const Tile *t, int p, const SubBlock *sub, vec *top) 
 static void take_max(int vecs, const SubBlock *sub, vec *top) {
     for (int n = 0; n < vecs && top; n++) {
         const real *s = sub->scores + n * LANES;
-        vec even = splat(-INFINITY), odd = even; /* two chains hide each other's latency */
+        vec even = splat(-INFINITY), odd = even; /* two chains, to hide latency */
         int j = 0;
         for (; j + 2 <= sub->keys; j += 2) {
             even = larger(load(s + j * MR), even);
@@ -165,8 +166,8 @@ static void take_max(int vecs, const SubBlock *sub, vec *top) {
     }
 }
 
-/* What comes after the product: softcap, bias, alibi, and visibility. `top` is the maximum of
- * the scores before and after. */
+/* All steps after the product: scale, softcap, bias, ALiBi, mask. `top` is the maximum of the
+ * scores, before and after. */
 static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
     if (t->softcap > 0) {
@@ -192,13 +193,13 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub,
     if (sub->visibility == PARTIAL) apply_mask(vecs, sub, top);
 }
 
-/* Weights of scores relative to `top`. Subtracting before scaling costs an instruction more than a
- * multiply-add, but the largest weight is exact and no finite score overflows. */
+/* The weights of scores relative to `top`. Subtracting before scaling takes one instruction more
+ * than a multiply-add, but the largest weight is exact and no finite score overflows. */
 INLINE vec weight_from(vec score, vec top, vec exponent) {
     return weight_of((score - top) * exponent);
 }
 
-/* What makes weights of scores, for each row: its maximum, and the factor to a sum of 1. */
+/* What turns scores into normalized weights: the maximum of the row, and 1 / its sum. */
 typedef struct {
     vec top, inv_sum;
 } Softmax;
@@ -206,7 +207,7 @@ typedef struct {
 INLINE Softmax softmax_of(vec row_max, vec row_sum) {
     return (Softmax){
         choose(row_max == splat(-INFINITY), splat(0), row_max),
-        /* Beside an infinite score others weigh 0, though the sum is not a number. */
+        /* Beside an infinite score other weights are 0, though the sum is NaN. */
         choose(row_max == splat(INFINITY), splat(1), splat(1) / row_sum),
     };
 }

@@ -1,10 +1,11 @@
-/* What the steps of a tile share: its scratch, and its block of keys under way. */
+/* The scratch of a tile, and the state of its current block of keys. */
 #ifndef FASTATTN_SCRATCH_INL_H
 #define FASTATTN_SCRATCH_INL_H
 
 #include "convert-inl.h"
 
-/* A sub-block's keys as bits, in words as wide as a lane, so that lanes can test their own. */
+/* The visible keys of a sub-block are bits, in words as wide as a lane, so that each lane tests its
+ * own. */
 #define SUB_BLOCKS (BLOCK_K / SUB_BLOCK_K)
 #define MASK_WORDS (SUB_BLOCK_K / LANE_BITS)
 #define MICROPANELS (BLOCK_Q / MR)
@@ -14,32 +15,33 @@ static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
 }
 static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
-/* Which sub-blocks of the block of keys under way have been packed for the matmuls, by bits: those
- * that some query sees. The block ends at `end`. */
+/* Which sub-blocks of the current block have been packed, as bits: those with a key that is visible
+ * to some query. The block ends at `end`. */
 typedef struct {
     uint64_t keys, values;
     ptrdiff_t end;
 } PackedSubBlocks;
 
-/* What belongs to queries is [micropanel][row][MR], so that a micropanel is contiguous, or that of
- * the micropanel under way. Rows of scores and of sums are padded to a multiple of ROW_PAD. */
+/* Arrays with an element for each query are [micropanel][row][MR], so that a micropanel is
+ * contiguous, or hold only the current micropanel. Rows of scores and of sums are padded to a
+ * multiple of ROW_PAD. */
 typedef struct MatmulEngine MatmulEngine; /* see matmul.h */
 
 typedef struct Scratch {
-    struct Scratch *own;     /* itself, at the beginning of the scratch, once a tile has begun */
+    struct Scratch *own;     /* this struct, at the start of the scratch once `begin` has run */
     real *row_max, *row_sum; /* [micropanel][MR] */
     lane_int *any_visible;   /* [micropanel][MR]: has the query a visible key? -1 or 0 */
-    real *nan_beside_inf;    /* [micropanel][MR]: NaN where one was found beside Inf, else 0 */
+    real *nan_beside_inf;    /* [micropanel][MR]: NaN if there was one beside Inf, else 0 */
     uint64_t *overflowed;    /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
-    lane_int *visible;       /* [sub-block of the block][MASK_WORDS][MR]: see Visibility */
+    lane_int *visible;       /* [sub-block][MASK_WORDS][MR]: see Visibility */
     real *out;               /* [micropanel][value_dim][MR], the running sum */
     real *block_out;         /* [value_dim][MR], the sum of one block */
     real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
     real *bias;              /* [SUB_BLOCK_K][MR] */
     lane_int *kept;          /* [SUB_BLOCK_K][MR]: has dropout kept the weight? -1 or 0 */
-    real *more;              /* [SUB_BLOCK_K][MR]: what some head dims add to the scores */
+    real *more;              /* [SUB_BLOCK_K][MR]: the scores of BLOCK_D head dims */
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
-    real *keys, *values;     /* [keys of the block][dim]: widened ones */
+    real *keys, *values;     /* [key of the block][dim], widened */
 #ifdef BF16_TERMS
     uint32_t *q_terms; /* see matmul_bf16-inl.h */
     uint16_t *key_terms;
@@ -47,7 +49,7 @@ typedef struct Scratch {
     uint32_t *value_pairs;
     uint32_t *weight_terms;
     uint64_t *special_keys,
-        *special_values; /* [sub-block of the block]: bits of those that terms cannot express */
+        *special_values; /* [sub-block]: bits of the keys that terms cannot represent */
 #else
     real *decode_rows, *decode_sums; /* see decode-inl.h */
     real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low,
@@ -56,25 +58,70 @@ typedef struct Scratch {
 #endif
     PackedSubBlocks *packed;
     const MatmulEngine *engine;
-    ptrdiff_t out_rows, key_rows; /* of one micropanel, of the keys' terms */
+    ptrdiff_t out_rows, key_rows; /* of a micropanel in `out`, of the keys in key_terms */
 } Scratch;
 
-#ifndef BF16_TERMS
-/* May keys or values be multiplied where they lie? */
-static bool direct_keys(const Tile *t) {
-    return is_real(t->k_format) && !t->k_scales && t->score_function != ADDITIVE;
+/* Where the row of a key is, of rows from `at` on that are `row` bytes apart, pages `page` bytes. */
+static const char *row_of_key(const Tile *t, const char *at, ptrdiff_t row, ptrdiff_t page,
+                              ptrdiff_t key) {
+    if (!t->pages) return at + key * row;
+    return at + t->pages[key / t->page] * page + key % t->page * row;
 }
-static bool direct_values(const Tile *t) { return is_real(t->v_format) && !t->v_scales; }
+static const char *key_at(const Tile *t, ptrdiff_t key) {
+    return row_of_key(t, t->k, t->k_key, t->k_page, key);
+}
+static const char *value_at(const Tile *t, ptrdiff_t key) {
+    return row_of_key(t, t->v, t->v_key, t->v_page, key);
+}
+static const float *key_scales(const Tile *t, ptrdiff_t key) {
+    const char *at = (const char *)t->k_scales;
+    return at ? (const float *)row_of_key(t, at, t->k_scales_key, t->k_scales_page, key) : NULL;
+}
+static const float *value_scales(const Tile *t, ptrdiff_t key) {
+    const char *at = (const char *)t->v_scales;
+    return at ? (const float *)row_of_key(t, at, t->v_scales_key, t->v_scales_page, key) : NULL;
+}
+
+/* How many of `keys` keys from `key` on are side by side: those of its page. */
+static int adjacent_keys(const Tile *t, ptrdiff_t key, ptrdiff_t keys) {
+    ptrdiff_t left = t->pages ? t->page - key % t->page : keys;
+    return (int)(left < keys ? left : keys);
+}
+
+/* The keys [begin, end) widened to `real`, one behind the other, and times their scales. */
+static void widen_keys(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
+    for (int keys; begin < end; begin += keys, to += keys * t->head_dim) {
+        keys = adjacent_keys(t, begin, end - begin);
+        widen(key_at(t, begin), t->k_key, t->k_dim, t->k_format, key_scales(t, begin), keys,
+              t->head_dim, to);
+    }
+}
+static void widen_values(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
+    for (int keys; begin < end; begin += keys, to += keys * t->value_dim) {
+        keys = adjacent_keys(t, begin, end - begin);
+        widen(value_at(t, begin), t->v_key, t->v_dim, t->v_format, value_scales(t, begin), keys,
+              t->value_dim, to);
+    }
+}
+
+#ifndef BF16_TERMS
+/* Is each sub-block in one piece? */
+static bool whole_sub_blocks(const Tile *t) { return !t->pages || t->page % SUB_BLOCK_K == 0; }
+
+/* Can keys or values be multiplied where they are? */
+static bool direct_keys(const Tile *t) {
+    return is_real(t->k_format) && t->score_function != ADDITIVE && whole_sub_blocks(t);
+}
+static bool direct_values(const Tile *t) { return is_real(t->v_format) && whole_sub_blocks(t); }
 #endif
 
-/* Keys or values of type `real` from the one `key` on: where they lie, or widened in the scratch.
- */
+/* Keys or values of type `real`: in place, or widened in the scratch. */
 typedef struct {
     const real *data;
     ptrdiff_t row, dim;
 } View;
 
-/* Lay the scratch out from `base` on; returns its bytes. */
+/* Lay out the scratch at `base`. Returns its size in bytes. */
 static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch *s) {
     size_t bytes = 0;
     ptrdiff_t row = micropanels * MR, block_k = round_up(t->block_k, 2 * ROW_PAD);
@@ -135,12 +182,11 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     return bytes;
 }
 
-/* What the queries of a micropanel see of a sub-block: nothing, every key, or those whose bits are
- * set in the micropanel's mask words, [MASK_WORDS][MR]. */
+/* Which keys of a sub-block are visible to the queries of a micropanel: none, those whose bits are
+ * set in mask_words, [MASK_WORDS][MR], or all. */
 typedef enum { EMPTY, PARTIAL, FULL } Visibility;
 
-/* A sub-block of keys for one micropanel: those of the SUB_BLOCK_K that the micropanel sees some
- * of. */
+/* A sub-block as one micropanel reads it: only the keys in its key ranges. */
 typedef struct {
     ptrdiff_t key;
     int keys;
@@ -149,7 +195,7 @@ typedef struct {
     Visibility visibility;
 } SubBlock;
 
-/* What one micropanel knows of the block under way. */
+/* The current block of a micropanel. */
 typedef struct {
     SubBlock sub_blocks[SUB_BLOCKS];
     bool any_visible; /* is any key visible? */

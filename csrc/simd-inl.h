@@ -1,9 +1,8 @@
 /* Vectors of one width per instruction set, and the few operations on them that C lacks.
  *
- * Everything that depends on the instruction set stands here, so that a kernel has one body. A
- * vector is the compiler's own type (GCC and Clang vector extensions): + - * < & work on it.
- * `real` is float, or double with -DREAL_IS_DOUBLE.
- */
+ * Everything that depends on the instruction set is here, so that each kernel has one body. A
+ * vector is the compiler's own type (GCC and Clang vector extensions): + - * < & work on it. `real`
+ * is float, or double with -DREAL_IS_DOUBLE. */
 #ifndef FASTATTN_SIMD_INL_H
 #define FASTATTN_SIMD_INL_H
 
@@ -20,7 +19,7 @@
 #include <arm_neon.h>
 #endif
 
-/* LANES is written out because the preprocessor chooses by it. */
+/* LANES is written out because the preprocessor compares it. */
 #ifdef REAL_IS_DOUBLE
 typedef double real;
 typedef int64_t lane_int;
@@ -69,6 +68,7 @@ INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
 INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
 
 typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2)));
+typedef uint8_t ubyte_lanes __attribute__((vector_size(LANES)));
 typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
 
 #ifdef REAL_IS_DOUBLE
@@ -110,6 +110,11 @@ INLINE vec load_halves(const char *p) {
 }
 #endif
 #else
+INLINE int as_int(const char *p) {
+    int x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
 INLINE vec load_bfloats(const char *p) {
 #if defined(__AVX512F__) /* GCC converts by halves */
     __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -120,7 +125,7 @@ INLINE vec load_bfloats(const char *p) {
     return (vec)(__builtin_convertvector(x, uvec) << 16);
 #endif
 }
-/* To nearest, ties to even; unlike the hardware's own instruction it keeps subnormals. */
+/* To nearest, ties to even; the hardware's own instruction would flush subnormals. */
 INLINE void store_bfloats(char *p, vec x) {
     uvec bits = (uvec)x, nearest = bits + 0x7fff + (bits >> 16 & 1);
     uvec upper = (uvec)(x != x) & (bits | 0x400000);
@@ -130,6 +135,26 @@ INLINE void store_bfloats(char *p, vec x) {
 #else
     half_lanes lanes = __builtin_convertvector(upper, half_lanes);
     __builtin_memcpy(p, &lanes, sizeof lanes);
+#endif
+}
+/* LANES numbers of 4 bits, each plus 8. */
+INLINE vec load_nibbles(const char *p) {
+#if defined(__AVX512F__)
+    __m128i x = _mm_loadl_epi64((const __m128i *)p);
+    __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(x, x));
+    __m512i low = _mm512_srlv_epi32(twice, _mm512_set1_epi64((long long)4 << 32));
+    low = _mm512_and_epi32(low, _mm512_set1_epi32(15));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(low, _mm512_set1_epi32(8)));
+#elif defined(__AVX2__)
+    __m128i x = _mm_cvtsi32_si128(as_int(p));
+    __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(x, x));
+    __m256i low = _mm256_srlv_epi32(twice, _mm256_set1_epi64x((long long)4 << 32));
+    low = _mm256_and_si256(low, _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(low, _mm256_set1_epi32(8)));
+#else
+    ivec x = {0};
+    for (int i = 0; i < LANES; i++) x[i] = ((uint8_t)p[i / 2] >> i % 2 * 4 & 15) - 8;
+    return __builtin_convertvector(x, vec);
 #endif
 }
 INLINE vec load_bytes(const char *p) {
@@ -153,6 +178,22 @@ INLINE vec load_halves(const char *p) {
     return (vec)vcvt_f32_f16(x);
 #endif
 }
+/* LANES float8_e4m3fn: the bits of halves that are 2**-8 times as large, all but NaN. */
+#define HAS_FLOAT8
+INLINE vec load_float8(const char *p) {
+    half_lanes halves;
+#if defined(__AVX512F__)
+    halves = (half_lanes)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
+    ubyte_lanes bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    halves = __builtin_convertvector(bytes, half_lanes);
+#endif
+    half_lanes bits = (halves & 0x7f) << 7 | (halves & 0x80) << 8;
+    vec x = load_halves((const char *)&bits) * 256;
+    ivec nan = x * x > splat(448 * 448);
+    return (vec)((ivec)x | nan);
+}
 INLINE void store_halves(char *p, vec x) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -166,7 +207,8 @@ INLINE void store_halves(char *p, vec x) {
 #endif
 #endif
 
-/* Lane by lane `yes` where the sign bit of `condition` is set, as comparisons set all bits. */
+/* In each lane `yes` if the sign bit of `condition` is set, as comparisons set all bits, else `no`.
+ */
 INLINE vec choose(ivec condition, vec yes, vec no) {
 #if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
     return _mm512_mask_blend_pd(_mm512_movepi64_mask((__m512i)condition), no, yes);
@@ -235,7 +277,7 @@ INLINE uint64_t nonzero_bytes(const char *p) {
 #endif
 }
 
-/* Keep the compiler from knowing a value. */
+/* Hide a value from the optimizer. */
 #if defined(__x86_64__)
 #define HIDE_VALUE(x) __asm__ volatile("" : "+v"(x))
 #elif defined(__aarch64__)
@@ -309,14 +351,14 @@ INLINE vec floor_vec(vec x) {
 }
 INLINE vec fraction(vec x) { return x - floor_vec(x); }
 INLINE vec scale_by_power(vec y, vec x) {
-    /* floor(x) + bias lands in the lowest bits of the sum, whence it is shifted to the exponent. */
+    /* floor(x) + bias is in the lowest bits of the sum; shift it to the exponent. */
     vec sum = floor_vec(x) + splat((real)((1ull << MANTISSA_BITS) + EXPONENT_BIAS));
     vec power = (vec)((ivec)sum << MANTISSA_BITS);
     return (vec)((ivec)(y * power) & ~(x < FLUSH));
 }
 #endif
 
-/* The lower and the upper halves of a and b, element by element in turn. */
+/* The lower and the upper halves of a and b, interleaved. */
 #define LOW2 0, 2
 #define HIGH2 1, 3
 #define LOW4 0, 4, 1, 5
@@ -349,4 +391,15 @@ INLINE void transpose(vec rows[LANES]) {
         for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
     }
 }
+
+/* In lane l, the sum over the lanes of x[l]. */
+INLINE vec sum_lanes(vec x[LANES]) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
+    return x[0];
+}
+
 #endif

@@ -62,6 +62,61 @@ cdef bint interrupted(double *last_look) noexcept nogil:
         return PyErr_CheckSignals() < 0
 
 
+# The memory that the threads of a call work in: for each a tile, which begins as a copy of the
+# prototype, its scratch, its arrays of rows, and room for a reduction of weights. A thread is the
+# first to write its own.
+cdef struct Workspace:
+    Tile prototype
+    void *allocated
+    char *threads
+    Py_ssize_t rows  # of a tile, in whole micropanels
+    Py_ssize_t scratch_at, rows_at, reduction_at, thread_bytes
+
+
+cdef inline Py_ssize_t padded(Py_ssize_t bytes) noexcept nogil:
+    """To whole cache lines."""
+    return (bytes + 63) // 64 * 64
+
+
+cdef char *allocate_workspace(
+    Workspace *workspace, int threads, Py_ssize_t scratch_bytes, Py_ssize_t reduction_bytes,
+    Py_ssize_t shared_bytes,
+) except NULL:
+    """Allocate the memory of so many threads. Return `shared_bytes` of it that all share."""
+    cdef Py_ssize_t total
+    cdef int thread
+    cdef char *memory
+    workspace.scratch_at = padded(sizeof(Tile))
+    workspace.rows_at = workspace.scratch_at + padded(scratch_bytes)
+    workspace.reduction_at = workspace.rows_at + <Py_ssize_t>lay_out_rows(
+        &workspace.prototype, workspace.rows, NULL
+    )
+    workspace.thread_bytes = workspace.reduction_at + padded(reduction_bytes)
+    total = threads * workspace.thread_bytes + shared_bytes + 64
+    workspace.allocated = malloc(total)
+    if workspace.allocated is NULL:
+        raise MemoryError(f"{total} bytes of scratch")
+    memory = <char *>workspace.allocated
+    memory += (-<uintptr_t>memory) % 64
+    workspace.threads = memory
+    for thread in range(threads):
+        (<Tile *>(memory + thread * workspace.thread_bytes)).scratch = NULL
+    return memory + threads * workspace.thread_bytes
+
+
+cdef Tile *tile_of(Workspace *workspace, int thread) noexcept nogil:
+    """The tile of a thread, which is made when the thread first asks for it."""
+    cdef char *memory = workspace.threads + thread * workspace.thread_bytes
+    cdef Tile *tile = <Tile *>memory
+    if tile.scratch is NULL:
+        tile[0] = workspace.prototype
+        tile.scratch = memory + workspace.scratch_at
+        lay_out_rows(tile, workspace.rows, memory + workspace.rows_at)
+        tile.bins = <double *>(memory + workspace.reduction_at)
+        tile.heaps = <Candidate *>(memory + workspace.reduction_at)
+    return tile
+
+
 # Run one item of a call with a thread's tile. False if `stopped`, or if a signal came in between,
 # which only the caller's thread listens for.
 ctypedef bint (*Item)(
@@ -71,7 +126,7 @@ ctypedef bint (*Item)(
 cdef struct Region:
     Item run
     const void *call
-    Tile *tiles  # of the threads
+    Workspace *workspace
     Py_ssize_t items
     int threads
     double last_look
@@ -80,7 +135,8 @@ cdef struct Region:
 
 cdef inline void run_item(Region *region, Py_ssize_t item, int thread) noexcept nogil:
     if not region.stopped and not region.run(
-        region.call, &region.tiles[thread], item, thread == 0, &region.last_look, &region.stopped
+        region.call, tile_of(region.workspace, thread), item, thread == 0, &region.last_look,
+        &region.stopped,
     ):
         region.stopped = True
 
@@ -95,14 +151,14 @@ cdef void run_in_parallel(Region *region) noexcept nogil:
 
 
 cdef bint parallel_for(
-    Item run, const void *call, Tile *tiles, Py_ssize_t items, int threads
+    Item run, const void *call, Workspace *workspace, Py_ssize_t items, int threads
 ) noexcept nogil:
     """Run all items on `threads` of the `available_threads`. False if a signal handler raised: its
     exception is set.
     """
     cdef Py_ssize_t item
     cdef Region region
-    region.run, region.call, region.tiles = run, call, tiles
+    region.run, region.call, region.workspace = run, call, workspace
     region.items, region.threads = items, threads
     region.last_look, region.stopped = seconds(), False
     if threads == 1:

@@ -1,12 +1,53 @@
-/* The kernels of a tile, one body for every instruction set and dtype.
+/* The kernels of a tile: one body for every instruction set and dtype.
  *
- * Compiled once for each pair, with that instruction set's flags, -DTABLE=<the table's name> and
- * -DREAL_IS_DOUBLE for float64, or -DBF16_TERMS=<n> where the products are those of
- * matmul_bf16-inl.h. A micropanel is what one register tile holds: MR queries in MR_VECS vectors.
- * Within a block of keys, S^T = K Q^T, the weights P^T = exp(S^T - max) and O^T = V^T P^T follow
- * each other as in FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that
- * of the whole block and O^T is rescaled once per block; in bfloat16 terms otherwise:
- * online_softmax_bf16-inl.h.
+ * Compiled once for each table of kernels, with the flags of its instruction set and
+ * -DTABLE=<name>, and -DREAL_IS_DOUBLE for float64 or -DBF16_TERMS=<n> for bfloat16 hardware.
+ *
+ * The loop nest of the forward pass:
+ *
+ *   kernels.pyx, forward.pxi
+ *     for each work item, on several threads            (batch entry, key head, tile, split)
+ *     |  begin                                          pack Q, scaled
+ *     |  for each block of BLOCK_K keys                 attend
+ *   tile.c, block-inl.h, online_softmax_*-inl.h
+ *     |  |  for each micropanel of MR queries           attend_block
+ *     |  |  |  for each sub-block of SUB_BLOCK_K keys
+ *     |  |  |  |  S^T = K Q^T                           multiply_keys: NR keys x MR queries
+ *     |  |  |  |  softcap, bias, ALiBi, mask            finish_scores
+ *     |  |  |  row_max = max(row_max, S)                rescale row_sum and O^T
+ *     |  |  |  for each sub-block
+ *     |  |  |  |  P^T = exp(S^T - row_max)              row_sum += P
+ *     |  |  |  |  O^T += V^T P^T                        NR value dims x MR queries
+ *     |  finish                                         out = O / row_sum, lse
+ *     |  a second pass over the keys, if asked for      weights, bins or top k, from new scores
+ *
+ * This is FlashAttention (Dao et al. 2022, algorithm 1), except that the maximum is that of a whole
+ * block. The backward pass (backward.pxi, backward-inl.h) has the same loops in another order: for
+ * each block of keys, each tile of queries, each sub-block, each micropanel.
+ *
+ * Glossary:
+ *
+ *   tile          the queries of one work item, up to BLOCK_Q, of all heads that share a key head
+ *   lane          an element of a vector; queries are in the lanes, except in decoding
+ *   micropanel    MR queries: the lanes of MR_VECS vectors (BLIS's word)
+ *   register tile NR rows x MR queries of sums, held in registers; rows are keys or value dims
+ *   block         BLOCK_K keys, which stay in the cache while all micropanels read them
+ *   sub-block     SUB_BLOCK_K keys, whose weights stay in the first-level cache
+ *   split         a run of a key head's keys that is a work item by itself: split-KV, for decoding
+ *   engine        an implementation of the matmuls: see matmul.h
+ *   pack          to store an operand as an engine reads it
+ *   term          one of the bfloat16 numbers whose sum is a float16 or float32 number
+ *   special       a number, or a row with one, that an engine cannot represent
+ *   decode        the engine for few queries: dims in the lanes
+ *   metric        a score function that is not a dot product: distances, additive scores
+ *   visible       a key is visible to a query unless a key range, a mask or a bias of -inf hides it
+ *   EMPTY, PARTIAL, FULL   none, some or all keys of a sub-block are visible to a micropanel
+ *   weight        WEIGHT_UNIT * exp(score - row_max); row_sum is their sum, and normalizes them
+ *   rescale       to multiply sums by exp(old - new) when row_max grows
+ *   lse, lse_rest the log-sum-exp of a row, and what its rounding lost
+ *   rerun         a second run of a tile, for results that overflowed: see range-inl.h
+ *   bin           a rectangle of queries x keys whose weights are summed for a weight map
+ *   real          the type that a table computes in: float or double
  */
 #include "block-inl.h"
 #include "matmul.h"
@@ -31,9 +72,9 @@ static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
     return lay_out(t, t->differentiating ? MICROPANELS : micropanels_for(queries), NULL, &s);
 }
 
-/* How products become scores and these become weights. Where nothing in natural units is added to
- * a score, nor may its scale be near the end of the range, the factor log2(e) of the exponent goes
- * into the queries. */
+/* Choose how products become scores, and scores become weights. The factor log2(e) of the exponent
+ * goes into the queries, unless something in natural units is added to the scores, or scores may be
+ * near the end of the range. */
 static void choose_scaling(Tile *t, const MatmulEngine *engine) {
     double size = fabs(t->scale);
     t->check_range = may_overflow(t);
@@ -46,7 +87,8 @@ static void choose_scaling(Tile *t, const MatmulEngine *engine) {
         t->metric_scale = t->q_scale;
         t->q_scale = 1;
     } else if (engine->exact_queries && size > 0 && size < INFINITY) {
-        /* Only by a power of 2, so that nothing is rounded; the rest of the scale comes later. */
+        /* Queries are scaled by a power of 2, which rounds nothing; the rest is applied to scores.
+         */
         double power = exp2(floor(log2(size)));
         t->q_scale = t->scale < 0 ? -power : power;
         if (natural || t->softcap > 0) t->score_scale = size / power;
@@ -54,7 +96,7 @@ static void choose_scaling(Tile *t, const MatmulEngine *engine) {
     }
 }
 
-/* The micropanel's share of the interval bookkeeping that the Tile explains. */
+/* Set the key ranges of a micropanel, and widen that of the tile. */
 static void bound_micropanel(Tile *t, int p) {
     ptrdiff_t first = PTRDIFF_MAX, last = 0, inner_first = 0, inner_last = PTRDIFF_MAX;
     for (ptrdiff_t i = p * MR; i < t->n_queries && i < (p + 1) * MR; i++) {
@@ -74,8 +116,8 @@ static void bound_micropanel(Tile *t, int p) {
     if (last > t->last) t->last = last;
 }
 
-/* The inverse of load_queries: (row `lane` of the LANES from `first` on)[d] = columns[d][lane] *
- * share[lane], but 0 where the query has no visible key, whatever is in its column. */
+/* Store LANES rows of results: (row first + lane)[d] = columns[d][lane] * inv_sum[lane], but 0
+ * where no key is visible, whatever the column holds. */
 static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec inv_sum,
                        ivec any_visible) {
     int rows = fewer(t->n_queries - first, LANES);
@@ -97,7 +139,7 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
     }
 }
 
-/* A row starts with its sink, a score without a value, or with nothing. */
+/* A row starts with its sink, which is a score without a value, or empty. */
 static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
     for (ptrdiff_t i = first; i < first + LANES; i++) {
         double sink = t->has_sinks && i < t->n_queries ? t->sink[i] : -INFINITY;
@@ -138,14 +180,15 @@ static void attend(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     end_matmuls();
 }
 
-/* Results of the rows and columns that a second run is for. */
+/* Store the results that the rerun is for. */
 static void store_rerun(const Tile *t, const Scratch *s, int p) {
     for (ptrdiff_t d = 0; d < t->value_dim && t->micropanel[p].rerun; d++)
         for (uint64_t bits = s->overflowed[p * t->value_dim + d]; bits; bits &= bits - 1) {
             int i = __builtin_ctzll(bits), at = p * MR + i;
             real sum = s->out[(p * s->out_rows + d) * MR + i], x = sum / s->row_sum[at];
             x *= (real)t->keep_factor;
-            if (isfinite(sum) && isinf(x)) x = copysign(REAL_MAX, x); /* a mean, rounded up */
+            if (isfinite(sum) && isinf(x))
+                x = copysign(REAL_MAX, x); /* the mean of finite values, rounded up */
             write_number(t->out[at] + d * t->out_dim, t->out_format, s->row_sum[at] == 0 ? NAN : x);
         }
 }
@@ -154,7 +197,7 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES;
         ivec any_visible = *(const ivec *)(s->any_visible + at);
-        /* A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says. */
+        /* A sum of 0 with a visible key: all scores are -inf, and the formula gives 0 / 0. */
         vec sum = load(s->row_sum + at);
         vec inv_sum = choose(sum == splat(0), splat(NAN), splat((real)t->keep_factor) / sum);
         store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, inv_sum, any_visible);
@@ -171,7 +214,8 @@ static int finish(Tile *t) {
     double unit = t->exponent == LOG2_E ? 1 : t->exponent * LN2;
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         s.row_max[i] += s.nan_beside_inf[i];
-        double top = s.row_max[i] * unit; /* log(NaN) where the top is Inf: Inf - Inf was weighed */
+        double top =
+            s.row_max[i] * unit; /* if the top is Inf the sum has Inf - Inf, and its log is NaN */
         if (t->want_lse && delivers(t, i))
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i] / WEIGHT_UNIT);
     }
@@ -200,7 +244,7 @@ static double combine_splits(char *partial, ptrdiff_t splits, ptrdiff_t bytes, p
             const real *results =
                 (const real *)(partial + i * bytes + rows * (ptrdiff_t)sizeof top);
             double x = results[row * value_dim + d];
-            /* A split whose scores are all -inf is NaN, and adds nothing to the others. */
+            /* A split whose scores are all -inf is NaN, but adds nothing to the others. */
             if (WEIGHT(i) != 0) mean += WEIGHT(i) / sum * x, finite &= isfinite(x);
         }
         mean = finite ? fmin(fmax(mean, -REAL_MAX), REAL_MAX) : mean;

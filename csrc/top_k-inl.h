@@ -1,6 +1,7 @@
-/* Each query's top k keys. Where they may be shows while the scores pass by in attend; they are
- * collected when the scores are made once more, as for weights().
- */
+/* The top k keys of each query.
+ *
+ * While attend makes the scores, the maxima of sub-blocks give a threshold that the top k reach. A
+ * second pass over the scores collects the keys that do. */
 #ifndef FASTATTN_TOP_K_INL_H
 #define FASTATTN_TOP_K_INL_H
 
@@ -16,7 +17,7 @@ static bool less(Candidate a, Candidate b) {
     return a.score < b.score || (a.score == b.score && a.key > b.key);
 }
 
-/* Let the root of a heap, where the least candidate belongs, sift down to its place. */
+/* Restore a heap, with the least candidate at its root, whose root has been replaced. */
 static void sift_down(Candidate *heap, ptrdiff_t n) {
     Candidate moving = heap[0];
     ptrdiff_t at = 0;
@@ -28,14 +29,14 @@ static void sift_down(Candidate *heap, ptrdiff_t n) {
     heap[at] = moving;
 }
 
-/* Candidates come in the order of their keys: one that equals the least loses to it. */
+/* Candidates come in the order of their keys, so one that equals the least comes after it. */
 static void heap_push(Candidate *heap, ptrdiff_t n, double score, ptrdiff_t key) {
     if (!(score > heap->score)) return;
     *heap = (Candidate){score, key};
     sift_down(heap, n);
 }
 
-/* First, the sub-blocks whose largest scores are the largest: no other has one of the top k. */
+/* In attend: collect the sub-blocks with the largest maxima, as the top k of sub-blocks. */
 static void collect_sub_block_max(const Tile *t, int p, const SubBlock *sub) {
     vec top[MR_VECS];
     take_max(t->micropanel[p].vecs, sub, top);
@@ -44,15 +45,15 @@ static void collect_sub_block_max(const Tile *t, int p, const SubBlock *sub) {
                   sub->key);
 }
 
-/* As many keys as sub-blocks have been collected are no less than the least of these. */
+/* At least top_k keys reach the least of the collected maxima. */
 static void set_top_k_thresholds(Tile *t) {
     for (ptrdiff_t i = 0; i < t->n_queries && t->top_k > 0; i++)
         t->top_k_threshold[i] = t->heaps[i * t->top_k].score;
     clear_heaps(t);
 }
 
-/* Then keys. Without the sub-blocks a row whose scores rise from key to key would collect them all.
- */
+/* In the second pass: collect keys. Without the threshold, a row whose scores rise from key to key
+ * would push each of them. */
 static void collect_top_k_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
     vec top[MR_VECS];
     take_max(t->micropanel[p].vecs, sub, top);
@@ -68,7 +69,7 @@ static void collect_top_k_keys(const Tile *t, const Scratch *s, int p, const Sub
     (void)s;
 }
 
-/* A row that is not a number has no order. */
+/* A row whose sum is NaN has no order. */
 static void write_ranks(const Tile *t, const Scratch *s, ptrdiff_t i) {
     const Candidate *heap = t->heaps + i * t->top_k;
     real top = s->row_max[i], sum = s->row_sum[i];

@@ -1,6 +1,5 @@
-/* What becomes of weights that are not wanted one by one: their sums over bins of queries x keys,
- * for which the scores are made once more, as for weights().
- */
+/* The second pass over the scores, once row_max and row_sum are known: weights, or their sums over
+ * bins of queries x keys. */
 #ifndef FASTATTN_WEIGHT_MAP_INL_H
 #define FASTATTN_WEIGHT_MAP_INL_H
 
@@ -11,7 +10,7 @@
 #include "range-inl.h"
 #include "score_options-inl.h"
 
-/* Scores to the weights of the result, in place. */
+/* Turn scores into normalized weights, in place. */
 static void normalize_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
     vec exponent = splat((real)t->exponent);
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -34,7 +33,7 @@ static void store_weights(const Tile *t, const Scratch *s, int p, const SubBlock
                          sub->scores[j * MR + i]);
 }
 
-/* Make the scores of the keys [begin, end) once more, now that the sums are known. */
+/* Compute the scores of the keys [begin, end) again, and pass each sub-block to `use`. */
 static void each_sub_block(Tile *t, ptrdiff_t begin, ptrdiff_t end,
                            void (*use)(const Tile *, const Scratch *, int, const SubBlock *)) {
     Scratch s = scratch_of(t);
@@ -53,7 +52,7 @@ static void weights(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     each_sub_block(t, begin, end, store_weights);
 }
 
-/* The sums of each column's weights, in place. Returns the number of columns. */
+/* Sum the weights of each column of bins, in place. Returns the number of columns. */
 static int sum_columns(const Tile *t, int vecs, const SubBlock *sub, ptrdiff_t first) {
     if (t->columns == t->n_keys) return sub->keys;
     int columns = 0;
@@ -68,8 +67,8 @@ static int sum_columns(const Tile *t, int vecs, const SubBlock *sub, ptrdiff_t f
     return columns;
 }
 
-/* Add columns of sums to the bins. Vectors whose lanes go to the same slots are added first, then
- * neighbours in a vector, as rows of the transpose. */
+/* Add columns of sums to the bins. Vectors whose lanes have the same slots are added first, then
+ * neighbouring lanes, as rows of the transpose. */
 static void add_to_bins(const Tile *t, int p, const SubBlock *sub, ptrdiff_t first, int columns) {
     int vecs = t->micropanel[p].vecs;
     for (int n = 0, next; n < vecs; n = next) {

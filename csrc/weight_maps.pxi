@@ -25,15 +25,13 @@ cdef Py_ssize_t reduction_bytes(const CallParams *params) noexcept nogil:
         bytes = reduction.slots * (reduction.columns + MAX_LANES) * <Py_ssize_t>sizeof(double)
     if reduction.top_k:
         bytes = queries * reduction.top_k * <Py_ssize_t>sizeof(Candidate)
-    return (bytes + 63) // 64 * 64
+    return bytes
 
 
-cdef void init_tile_reduction(const CallParams *params, Tile *tile, char *room) noexcept nogil:
-    """What all tiles of a thread have in common; `room` has reduction_bytes."""
-    tile.bins = <double *>room
+cdef void init_tile_reduction(const CallParams *params, Tile *tile) noexcept nogil:
+    """What all tiles of a call have in common for a reduction."""
     tile.bin_row = params.reduction.columns + MAX_LANES
     tile.columns, tile.n_keys = params.reduction.columns, params.n_keys
-    tile.heaps = <Candidate *>room
     tile.top_k = params.reduction.top_k
 
 
@@ -44,7 +42,7 @@ cdef void set_tile_reduction(const CallParams *params, Tile *tile, WorkItem work
     cdef char *indices
     if reduction.sums is not NULL:
         first = bin_of(work.first // params.group, params.n_queries, reduction.rows)
-        for i in range(MAX_BLOCK_Q):
+        for i in range(tile_rows(params)):
             tile.slot[i] = -1
             if i < tile.n_queries:
                 query, head = (work.first + i) // params.group, (work.first + i) % params.group

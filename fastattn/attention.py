@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from .core.device_array import DeviceArray
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .dispatch import select
 
 __all__ = ["scaled_dot", "solve"]
 
 
+@attention
 def scaled_dot(
     q, k, v, *,
-    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     block_table=None,
     dropout=None, dropout_offset=None,
-    return_lse=False, return_weights=False, out=None,
+    return_lse=False, return_max=False, return_weights=False, out=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
     """Exact softmax attention, ``softmax(scale * q @ k.T) @ v``, in O(S) memory.
@@ -32,13 +34,19 @@ def scaled_dot(
         ``h`` reads key head ``h // (Hq // Hkv)`` (grouped-query and multi-query attention).
     v : array_like, (..., Hkv, Sk, Dv)
         Values; `Dv` may differ from `D`.
-    scale : float, optional
-        Factor of the dot products; ``1 / sqrt(D)`` by default.
+    scale : float or array_like, (Hq,), optional
+        Factor of the dot products, one for all query heads or one for each; ``1 / sqrt(D)`` by
+        default.
     softcap : float, optional
-        Bounds the scaled scores smoothly: ``softcap * tanh(score / softcap)``; finite and > 0.
+        Bounds the scaled scores smoothly: ``softcap * tanh(score / softcap)``; finite and > 0, the
+        same for all heads.
     bias : array_like of real numbers, optional
         Added to the scores; broadcastable to ``(..., Hq, Sq, Sk)``. ``-inf``, and nothing else,
         hides the key.
+    relative_bias : array_like of real numbers, (Hq, 2 * R + 1), optional
+        A bias for each distance of a key: ``relative_bias[h, clip(j - (i + q_offset), -R, R) + R]``
+        is added to the score of query ``i`` and key ``j``. ``-inf`` hides the key here too.
+        `t5_relative_bias` makes one of T5's table.
     alibi : array_like, (Hq,), optional
         Slopes: ``alibi[h] * abs(i + q_offset - j)`` is subtracted from the score of query ``i``
         and key ``j``.
@@ -52,8 +60,8 @@ def scaled_dot(
     q_offset : int or array_like of int, optional
         Position of the first query on the key axis, broadcastable to the leading axes. The default
         ``Sk - Sq`` lets the last query see the last key; 0 aligns the first ones. Required with
-        `kv_lengths` if any of `causal`, `window` and `alibi` is given: 0 for a padded batch of
-        whole sequences, ``kv_lengths - Sq`` for a cache.
+        `kv_lengths` if any of `causal`, `window`, `alibi` and `relative_bias` is given: 0 for a
+        padded batch of whole sequences, ``kv_lengths - Sq`` for a cache.
     kv_lengths : array_like of int, optional
         Hide the keys ``j >= kv_lengths``; broadcastable to the leading axes, in ``0..Sk``.
     spans : (start, stop), optional
@@ -82,6 +90,8 @@ def scaled_dot(
         default.
     return_lse : bool, default False
         Also return the logarithm of the softmax's denominator.
+    return_max : bool, default False
+        Also return each row's largest score.
     return_weights : bool, default False
         Also return the softmax weights, the only Sq x Sk array that is ever made.
     out : ndarray, (..., Hq, Sq, Dv), optional
@@ -106,6 +116,9 @@ def scaled_dot(
         bools count as float64, float16 with bfloat16 as float32), in the memory order of `q`.
     lse : ndarray, (..., Hq, Sq), if `return_lse`
         Natural logarithm; float32, or float64 for float64 inputs.
+    row_max : ndarray, (..., Hq, Sq), if `return_max`
+        The largest score among the keys that the query sees, with all that is added to it; ``-inf``
+        if there is none. Sinks do not count. Of the dtype of `lse`.
     weights : ndarray, (..., Hq, Sq, Sk), if `return_weights`
         0 where a key is hidden.
 
@@ -118,11 +131,11 @@ def scaled_dot(
 
     Notes
     -----
-    The score of query ``i`` and key ``j`` is made in this order: scale, softcap, bias, alibi. A
-    query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A key that a query does not
-    see never touches its result, whatever NaN or Inf it holds. Numbers beyond the range in which
-    sums are kept (of the options, or a score) act as its largest finite number; a bias of ``inf``
-    makes its row NaN, and a sink of ``inf`` takes all the weight.
+    The score of query ``i`` and key ``j`` is made in this order: scale, softcap, bias,
+    relative_bias, alibi. A query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A
+    key that a query does not see never touches its result, whatever NaN or Inf it holds. Numbers
+    beyond the range in which sums are kept (of the options, or a score) act as its largest finite
+    number; a bias of ``inf`` makes its row NaN, and a sink of ``inf`` takes all the weight.
 
     Dropout is by Philox4x32-7, a generator of counters: Salmon et al. (2011), "Parallel Random
     Numbers: As Easy as 1, 2, 3". Of the flattened leading index ``b`` of the result, the query head
@@ -151,7 +164,10 @@ def scaled_dot(
     Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3; block tables are Kwon
     et al. (2023), "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", section 4.1. It is computed block by block as in Dao et al. (2022),
-    "FlashAttention", algorithm 1.
+    "FlashAttention", algorithm 1. Learned biases of clipped distances are Shaw et al. (2018),
+    "Self-Attention with Relative Position Representations", section 3.1, with numbers for their
+    vectors, as in Raffel et al. (2020), "Exploring the Limits of Transfer Learning with a Unified
+    Text-to-Text Transformer", section 2.1.
 
     Examples
     --------
@@ -177,6 +193,7 @@ def scaled_dot(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, out, threads, precision, block_table=block_table,
+        relative_bias=relative_bias, return_max=return_max,
         dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
     return solve(problem, backend, out)
@@ -188,7 +205,7 @@ def solve(problem: Problem, backend: str | None, out, run=None):
     """
     run = run or select(problem, backend).run
     result = problem.new_result() if problem.out is None else problem.out
-    lse, weights = run(problem, result)
+    lse, row_max, weights = run(problem, result)
     if problem.out is not None:
         result = out
     else:
@@ -200,8 +217,7 @@ def solve(problem: Problem, backend: str | None, out, run=None):
             out[:] = result
             result = out
     if problem.one_head and not problem.on_device:
-        lse = None if lse is None else lse[0]
-        weights = None if weights is None else weights[0]
-    if weights is None:
-        return result if lse is None else (result, lse)
-    return (result, weights) if lse is None else (result, lse, weights)
+        lse, row_max, weights = (None if x is None else x[0] for x in (lse, row_max, weights))
+    if lse is row_max is weights is None:
+        return result
+    return (result, *(x for x in (lse, row_max, weights) if x is not None))

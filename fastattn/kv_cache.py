@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from .attention import scaled_dot, solve
-from .core.arguments import count, integers, plain
-from .core.dtypes import FLOATS, float_type, is_float
-from .core.options import span_sides
-from .core.problem import make_problem
+from .attention import scaled_dot
+from .cache_attention import attend
+from .core.arguments import count, integer, integers, plain
+from .core.dtypes import FLOATS, as_real, is_float
+from .core.page_pool import PAGE, PagePool
+from .core.sequences import Sequences
+from .core.signatures import attention
+from .core.storage import storage
 
 __all__ = ["KVCache"]
 
-_STORED = (*FLOATS, "int8")
-_INT8_MAX = 127
-_SMALLEST_SCALE = np.finfo(np.float32).smallest_subnormal
 # What `attend` takes: the cache says itself which keys there are and where they are.
-_OPTIONS = set(scaled_dot.__kwdefaults__ or ()) - {"kv_lengths", "q_offset"}
-
-
-class _State(NamedTuple):
-    """What a cache holds at one moment. It is replaced, never changed, so that a call that runs
-    beside an `append` of another thread sees the cache as it was at its start.
-    """
-
-    # Keys, values, and the scales of both where they have some: (batch, kv_heads, capacity, ...).
-    arrays: list[np.ndarray]
-    lengths: np.ndarray  # (batch,), int64
-    longest: int
-    ragged: bool  # do the lengths differ?
+_OPTIONS = set(scaled_dot.__kwdefaults__ or ()) - {"kv_lengths", "q_offset", "block_table"}
 
 
 class KVCache:
-    """The keys and values of a batch of sequences, and attention to them.
+    """The keys and values of a batch of sequences in a pool of pages, and attention to them.
+
+    Growing, forking and reordering copy no keys: sequences share pages of 64 tokens, and one that
+    appends to a page which others have gone on in copies that page.
 
     Parameters
     ----------
     batch : int
-        How many sequences.
+        How many sequences, or slots for them.
     kv_heads : int
         Heads of the keys and values; those of the queries are a multiple.
     head_dim : int
@@ -47,28 +36,45 @@ class KVCache:
     value_dim : int, optional
         Length of a value; `head_dim` by default.
     capacity : int, default 256
-        Tokens of each sequence that there is room for at first. Where more come the room doubles,
-        so that tokens are copied at most twice on average, however many there will be.
+        Tokens of each sequence that there are pages for at first. Where more come as many pages are
+        added; none of them moves.
     max_tokens : int, optional
         The most that a sequence may have; no limit by default.
-    dtype : {"float32", "float64", "float16", "bfloat16", "int8"}, default "float32"
-        What is stored. Attention reads less memory with less: float16 and bfloat16 are widened,
-        and int8 is multiplied by its scale, as the kernel reads them, never as an array. int8 has
-        one scale per token and head, the largest absolute value over 127: off by at most 1/254 of
-        that. bfloat16 needs the package ``ml_dtypes``.
+    dtype : {"float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "int8", "int4"}
+        What is stored, "float32" by default. Attention reads less memory with less: what is stored
+        is widened as it is read, never as a whole. int8 has one scale per token and head, the
+        largest absolute value over 127: off by at most 1/254 of that. int4 has one per token, head
+        and 32 dims, the largest over 7: off by at most 1/14 of that. float8_e4m3fn rounds to 4
+        significant bits: off by at most 1/16 of a number from 2**-6 to 448 and by 2**-10 below;
+        beyond 464 it has NaN. bfloat16 and float8_e4m3fn need the package ``ml_dtypes``.
+    window : int, optional
+        A query at position ``p`` sees the keys ``p - window < j <= p`` only, its own among them.
+        What the queries of the last `append` need is kept until the next; other pages are given
+        back, so the cache does not grow with the sequence. Positions stay those of the sequence.
+    keep_first : int, default 0
+        With a `window`, the first tokens of a sequence that all its queries see besides: attention
+        sinks (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks").
 
     Attributes
     ----------
     lengths : ndarray of int64, (batch,)
-        How many tokens each sequence has.
+        How many tokens each sequence has had, those given back too.
     capacity : int
-        How many there is room for now.
+        How many tokens each there is room for now, if all have as many.
+    dtype : dtype
+        Of what is stored; uint8 for int4, of which it holds two.
+    nbytes : int
+        Of all pages, in use or not.
 
     Raises
     ------
     TypeError, ValueError
-        If a size is not a whole number of at least 1, `capacity` exceeds `max_tokens`, or `dtype`
-        is none of these or cannot be had.
+        If a size is not a whole number of at least 1, `capacity` exceeds `max_tokens`, `keep_first`
+        is given without a `window`, or `dtype` is none of these or cannot be had.
+
+    Notes
+    -----
+    One thread may change a cache while others attend: a call sees the cache as it was at its start.
 
     Examples
     --------
@@ -85,63 +91,102 @@ class KVCache:
     >>> out.shape
     (1, 4, 1, 16)
     >>> cache
-    KVCache(int8, batch 1, kv_heads 2, head_dim 16, lengths 8, capacity 256, 0.02 MiB)
+    KVCache(int8, batch 1, kv_heads 2, head_dim 16, lengths 8, 1 of 4 pages, 0.02 MiB)
+
+    A prompt that two sequences share:
+
+    >>> cache = fastattn.KVCache(2, 2, 16)
+    >>> cache.append(*(np.repeat(project(2, 5), 2, axis=0) for _ in "kv"), counts=[5, 0])
+    >>> cache.fork(0)
+    1
+    >>> cache.lengths
+    array([5, 5])
     """
 
     def __init__(
         self, batch, kv_heads, head_dim, *, value_dim=None, capacity=256, max_tokens=None,
-        dtype="float32",
-    ):  # fmt: skip
-        self._heads = count("batch", batch), count("kv_heads", kv_heads)
+        dtype="float32", window=None, keep_first=0,
+    ) -> None:  # fmt: skip
+        batch, self._kv_heads = count("batch", batch), count("kv_heads", kv_heads)
         head_dim = count("head_dim", head_dim)
-        value_dim = head_dim if value_dim is None else count("value_dim", value_dim)
+        self._dims = head_dim, head_dim if value_dim is None else count("value_dim", value_dim)
         capacity = count("capacity", capacity)
         self._max_tokens = None if max_tokens is None else count("max_tokens", max_tokens)
         if self._max_tokens is not None and capacity > self._max_tokens:
             most = self._max_tokens
             raise ValueError(f"capacity: expected at most max_tokens {most}, got {capacity}")
-        stored = _storage(dtype)
-        scales = [] if stored.kind != "i" else [((), np.dtype(np.float32))] * 2
-        # What is stored of a token and head, by shape and dtype: key, value, and their scales.
-        self._kinds = [((head_dim,), stored), ((value_dim,), stored), *scales]
-        lengths = np.zeros(self._heads[0], np.int64)
-        self._state = _State(self._allocate(capacity), lengths, 0, False)
+        self._storage = storage(dtype)
+        window = None if window is None else count("window", window)
+        keep_first = integer("keep_first", keep_first)
+        if keep_first < 0 or (keep_first and window is None):
+            least = "0 without a window" if window is None else "at least 0"
+            raise ValueError(f"keep_first: expected {least}, got {keep_first}")
+        pool = self._new_pool(batch * -(-capacity // PAGE))
+        self._sequences = Sequences(pool, batch, window, keep_first)
+
+    def _new_pool(self, pages: int) -> PagePool:
+        # Numbers of keys and of values first, then their scales.
+        k, v = (self._storage.fields(dim) for dim in self._dims)
+        pool = PagePool(
+            self._kv_heads, [field for pair in zip(k, v, strict=True) for field in pair]
+        )
+        pool.grow(pages)
+        return pool
 
     @property
     def lengths(self) -> np.ndarray:
-        """How many tokens each sequence has, (batch,)."""
-        return self._state.lengths.copy()
+        """How many tokens each sequence has had, (batch,)."""
+        return self._sequences.now.lengths.copy()
 
     @property
     def capacity(self) -> int:
         """How many tokens of each sequence there is room for."""
-        return self._state.arrays[0].shape[2]
+        return self._sequences.pool.pages // len(self._sequences.now.lengths) * PAGE
 
     @property
     def dtype(self) -> np.dtype:
-        """What is stored."""
-        return self._kinds[0][1]
+        """Of what is stored."""
+        return self._storage.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, in use or not."""
+        return self._sequences.pool.nbytes
 
     def __repr__(self) -> str:
-        (head_dim,), (value_dim,) = (shape for shape, _ in self._kinds[:2])
-        arrays, lengths, _, ragged = self._state
-        tokens = f"{lengths.min()}..{lengths.max()}" if ragged else f"{lengths[0]}"
+        (head_dim, value_dim), state = self._dims, self._sequences.now
+        pool, window = self._sequences.pool, self._sequences.window
+        lengths = state.lengths
+        tokens = f"{lengths.min()}..{lengths.max()}" if state.ragged else f"{lengths[0]}"
         return (
-            f"KVCache({self.dtype}, batch {self._heads[0]}, kv_heads {self._heads[1]}, "
+            f"KVCache({self._storage.name}, batch {len(lengths)}, kv_heads {self._kv_heads}, "
             f"head_dim {head_dim}, "
             + f"value_dim {value_dim}, " * (value_dim != head_dim)
-            + f"lengths {tokens}, capacity {arrays[0].shape[2]}, "
+            + f"lengths {tokens}, "
             + f"max_tokens {self._max_tokens}, " * (self._max_tokens is not None)
-            + f"{sum(x.nbytes for x in arrays) / 2**20:.2f} MiB)"
+            + f"window {window}, " * (window is not None)
+            + f"keep_first {self._sequences.keep_first}, " * bool(self._sequences.keep_first)
+            + f"{pool.pages - pool.free} of {pool.pages} pages, {pool.nbytes / 2**20:.2f} MiB)"
         )
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        sequences = state.pop("_sequences")
+        return state | {"sequences": sequences.packed()}
+
+    def __setstate__(self, state: dict) -> None:
+        packed = state.pop("sequences")
+        self.__dict__.update(state)
+        self._sequences = Sequences.unpacked(self._new_pool, packed)
 
     def __copy__(self) -> KVCache:
         """A cache of its own, which shares no memory with this one."""
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        arrays, *rest = self._state
-        other._state = _State([x.copy() for x in arrays], *rest)
+        other.__setstate__(self.__getstate__())
         return other
+
+    def __deepcopy__(self, memo) -> KVCache:
+        return self.__copy__()
 
     def append(self, k, v, counts=None) -> None:
         """Add tokens behind those that are there.
@@ -160,7 +205,8 @@ class KVCache:
         ------
         TypeError, ValueError
             If a shape or dtype is wrong, a count is not in ``0..n``, a sequence would have more
-            than `max_tokens`, or int8 is to hold a NaN, an Inf or more than float32 can. Nothing
+            than `max_tokens`, or int8 or int4 is to hold a NaN, an Inf or more than
+            float32 can. Nothing
             has been stored then.
         MemoryError
             If there is no room for more. Nothing has been stored then.
@@ -178,30 +224,24 @@ class KVCache:
         n = k.shape[2]
         if v.shape[2] != n:
             raise ValueError(f"v: expected {n} tokens as in k, got {v.shape[2]}")
-        state = self._state
+        state = self._sequences.now
         if counts is not None:
             counts = self._counts(counts, n)
             if (counts == n).all():
                 counts = None
-        after = self._after(state, n if counts is None else counts)
-        if self._max_tokens is not None and after.longest > self._max_tokens:
+        longest = state.longest + n if counts is None else int((state.lengths + counts).max())
+        if self._max_tokens is not None and longest > self._max_tokens:
             raise ValueError(
                 f"k: expected at most max_tokens {self._max_tokens} in a sequence, got {n} for one "
-                f"that would have {after.longest}"
+                f"that would have {longest}"
             )
-        new = [k, v]
-        if self.dtype.kind == "i":
-            seen = None if counts is None else np.arange(n) < counts[:, None, None]
-            (k, k_scales), (v, v_scales) = _quantised("k", k, seen), _quantised("v", v, seen)
-            new = [k, v, k_scales, v_scales]
-        if after.longest > after.arrays[0].shape[2]:
-            after = after._replace(arrays=self._grown(state, after.longest))
+        seen = None if counts is None else np.arange(n) < counts[:, None, None]
+        k, v = self._storage.rounded("k", k, seen), self._storage.rounded("v", v, seen)
+        fields = [field for pair in zip(k, v, strict=True) for field in pair]
         with np.errstate(over="ignore", invalid="ignore"):
-            for stored, x in zip(after.arrays, new, strict=True):
-                for b, first, last in _places(state, after):
-                    stored[b, :, first:last] = x[b, :, : last - first]
-        self._state = after
+            self._sequences.append(fields, n if counts is None else counts, self._max_tokens)
 
+    @attention
     def attend(self, q, counts=None, causal=True, *, backend=None, out=None, **options):
         """Attention of the last positions of each sequence to all that it has.
 
@@ -219,19 +259,21 @@ class KVCache:
         causal : bool, default True
             Hide from each query what follows it.
         backend, out, **options
-            As of `fastattn.scaled_dot`, but for `q_offset` and `kv_lengths`, which are the cache's
-            own. For arrays of queries by keys there are ``lengths.max()`` keys.
+            As of `fastattn.scaled_dot`, but for `q_offset`, `kv_lengths` and `block_table`, which
+            are the cache's own. For arrays of queries by keys there are ``lengths.max()`` keys. A
+            window of the cache holds besides.
 
         Returns
         -------
-        out, lse, weights
-            As of `fastattn.scaled_dot`: the dtype is the widest of `q` and what is stored, that of
-            `q` with int8.
+        out, lse, row_max, weights
+            As of `fastattn.scaled_dot`, with the dtype of `q`. What is computed in is the widest of
+            that and what is stored as float16, bfloat16, float32 or float64.
 
         Raises
         ------
         TypeError, ValueError
-            As `scaled_dot` would, before any work.
+            As `scaled_dot` would, before any work; or if a key that one of the queries would see
+            has been given back, as the `window` says.
 
         Examples
         --------
@@ -244,28 +286,64 @@ class KVCache:
         """
         for name in options.keys() - _OPTIONS:
             raise TypeError(f"{name}: attend() has no such option")
-        q = plain("q", q)
-        batch = self._heads[0]
+        q, state = plain("q", q), self._sequences.now
+        batch = len(state.lengths)
         if q.ndim != 4 or q.shape[0] != batch:
             raise ValueError(f"q: expected shape ({batch}, heads, n, head_dim), got {q.shape}")
-        n = q.shape[2]
-        state = self._state
         if counts is not None:
-            counts = self._counts(counts, n, state.lengths)
-            options["q_offset"] = state.lengths - counts
-            if (counts == n).all():
-                counts = None
-            else:
-                options["spans"] = _spans_of_rows(counts, n, options.get("spans"))
-        if state.ragged:
-            options["kv_lengths"] = state.lengths
-            options.setdefault("q_offset", state.lengths - n)
-        k, v, *scales = (x[:, :, : state.longest] for x in state.arrays)
-        options |= zip(("k_scales", "v_scales"), scales, strict=False)
-        results = solve(make_problem(q, k, v, causal=causal, out=out, **options), backend, out)
-        if counts is not None and options.get("sinks") is not None:
-            _clear_rows(results, counts, n, options.get("return_lse", False))
-        return results
+            counts = self._counts(counts, q.shape[2], state.lengths)
+        return attend(
+            self._sequences, state, self._storage, self._dims, q, counts, causal, backend, out,
+            options,
+        )  # fmt: skip
+
+    def keys(self, b) -> np.ndarray:
+        """The keys that are held of a sequence, oldest first.
+
+        Parameters
+        ----------
+        b : int
+            Which sequence.
+
+        Returns
+        -------
+        ndarray, (kv_heads, n, head_dim)
+            A copy, float32, or float64 where that is stored. With a window those that queries from
+            the last `append` on can see.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such sequence.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> cache = fastattn.KVCache(1, 1, 2, window=2, keep_first=1)
+        >>> for x in range(1, 6):
+        ...     cache.append(np.full((1, 1, 1, 2), float(x)), np.zeros((1, 1, 1, 2)))
+        >>> cache.keys(0)[0, :, 0]
+        array([1., 4., 5.], dtype=float32)
+        """
+        return self._held(b, 0)
+
+    def values(self, b) -> np.ndarray:
+        """The values that are held of a sequence, as `keys`: (kv_heads, n, value_dim)."""
+        return self._held(b, 1)
+
+    def _held(self, b, kind: int) -> np.ndarray:
+        state = self._sequences.now
+        b = self._slot(b)
+        fields = [self._sequences.rows(state, b, view) for view in state.views[kind::2]]
+        real = np.float64 if self.dtype == np.float64 else np.float32
+        return as_real(fields[0], fields[1] if fields[1:] else None, real, self._dims[kind])
+
+    def _slot(self, b) -> int:
+        b, batch = integer("b", b), len(self._sequences.now.lengths)
+        if not 0 <= b < batch:
+            raise ValueError(f"b: expected 0..{batch - 1}, got {b}")
+        return b
 
     def truncate(self, n) -> None:
         """Keep the first tokens of each sequence, at most.
@@ -273,12 +351,13 @@ class KVCache:
         Parameters
         ----------
         n : int or array_like of int, (batch,)
-            How many; a sequence that has fewer keeps what it has. The room stays.
+            How many; a sequence that has fewer keeps what it has.
 
         Raises
         ------
         TypeError, ValueError
-            If `n` is not made of integers of at least 0, or has another shape.
+            If `n` is not made of integers of at least 0, or has another shape; or with a window, if
+            it drops more of a sequence than its last `append` brought.
 
         Examples
         --------
@@ -291,37 +370,89 @@ class KVCache:
         array([2, 0])
         """
         n = integers("n", n)
-        arrays, lengths, *_ = self._state
+        lengths, last = self._sequences.now[3:5]
         if n.shape not in ((), lengths.shape):
             raise ValueError(f"n: expected shape () or {lengths.shape}, got {n.shape}")
         if n.min() < 0:
             raise ValueError(f"n: expected at least 0, got {n.min()}")
-        self._state = _state(arrays, np.minimum(lengths, n))
+        if self._sequences.window is not None:
+            for b in np.flatnonzero(lengths - np.minimum(lengths, n) > last):
+                raise ValueError(
+                    f"n: expected at least {lengths[b] - last[b]} of sequence {b}, as a window "
+                    f"keeps what its last append needs, got {np.broadcast_to(n, lengths.shape)[b]}"
+                )
+        self._sequences.truncate(n)
 
-    @staticmethod
-    def _after(state: _State, counts) -> _State:
-        """`state` with so many tokens more, for which there may be no room yet."""
-        if isinstance(counts, int):  # for all sequences
-            longest = state.longest + counts
-            return _State(state.arrays, state.lengths + counts, longest, state.ragged)
-        return _state(state.arrays, state.lengths + counts)
+    def reorder(self, indices) -> None:
+        """Let each sequence be a copy of one that is there: beams that go on from the best.
+
+        Parameters
+        ----------
+        indices : array_like of int, (new_batch,)
+            Which, at least one; the same several times, too. The batch becomes theirs.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `indices` are no integers in ``0..batch - 1``, or not one axis of them.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> cache = fastattn.KVCache(2, 1, 4)
+        >>> cache.append(np.ones((2, 1, 3, 4)), np.ones((2, 1, 3, 4)), counts=[3, 1])
+        >>> cache.reorder([1, 1, 0])
+        >>> cache.lengths
+        array([1, 1, 3])
+        """
+        indices, batch = integers("indices", indices), len(self._sequences.now.lengths)
+        if indices.ndim != 1 or indices.size < 1:
+            raise ValueError(f"indices: expected shape (n,) with n >= 1, got {indices.shape}")
+        for b in indices[(indices < 0) | (indices >= batch)]:
+            raise ValueError(f"indices: expected 0..{batch - 1}, got {b}")
+        self._sequences.reorder(indices)
+
+    def free(self, b) -> None:
+        """Empty the slot `b`; its pages are given back unless others share them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such sequence.
+        """
+        self._sequences.replace(self._slot(b), None)
+
+    def fork(self, b) -> int:
+        """Put a copy of the sequence `b` into an empty slot, the first; return its index.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such sequence, or no other slot is empty.
+        """
+        b = self._slot(b)
+        for other in np.flatnonzero(self._sequences.now.lengths == 0):
+            if other != b:
+                self._sequences.replace(int(other), b)
+                return int(other)
+        raise ValueError(f"b: expected an empty slot for a copy of sequence {b}, got none")
 
     def _operand(self, name, value, kind) -> np.ndarray:
         x = plain(name, value)
         if not is_float(x.dtype):
             raise TypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {x.dtype}")
-        (dim,) = self._kinds[kind][0]
-        batch, kv_heads = self._heads
-        if x.ndim != 4 or x.shape[:2] != self._heads or x.shape[3] != dim:
+        dim, heads = self._dims[kind], (len(self._sequences.now.lengths), self._kv_heads)
+        if x.ndim != 4 or x.shape[:2] != heads or x.shape[3] != dim:
             raise ValueError(
-                f"{name}: expected shape ({batch}, {kv_heads}, n, {dim}), got {x.shape}"
+                f"{name}: expected shape ({heads[0]}, {heads[1]}, n, {dim}), got {x.shape}"
             )
         return x
 
     def _counts(self, value, n, held=None) -> np.ndarray:
         """How many of `n` rows each sequence has; of queries, no more than the tokens it holds."""
         counts = integers("counts", value)
-        batch = self._heads[0]
+        batch = len(self._sequences.now.lengths)
         if counts.shape != (batch,):
             raise ValueError(f"counts: expected shape ({batch},), got {counts.shape}")
         for b in np.flatnonzero((counts < 0) | (counts > n)):
@@ -331,90 +462,3 @@ class KVCache:
                 f"counts: expected at most the {held[b]} tokens of sequence {b}, got {counts[b]}"
             )
         return counts
-
-    def _allocate(self, capacity) -> list[np.ndarray]:
-        return [np.empty((*self._heads, capacity, *shape), dtype) for shape, dtype in self._kinds]
-
-    def _grown(self, state: _State, needed: int) -> list[np.ndarray]:
-        """The arrays with room for so many tokens of each sequence."""
-        capacity = max(needed, 2 * state.arrays[0].shape[2])
-        if self._max_tokens is not None:
-            capacity = min(capacity, self._max_tokens)
-        grown = self._allocate(capacity)
-        empty = state._replace(lengths=np.zeros_like(state.lengths), longest=0, ragged=False)
-        for stored, larger in zip(state.arrays, grown, strict=True):
-            for b, _, last in _places(empty, state):
-                larger[b, :, :last] = stored[b, :, :last]
-        return grown
-
-
-def _state(arrays, lengths) -> _State:
-    longest = int(lengths.max())
-    return _State(arrays, lengths, longest, bool((lengths != longest).any()))
-
-
-def _places(before: _State, after: _State):
-    """``(b, first, last)`` of the tokens that each sequence gained, all at once where they are
-    alike.
-    """
-    if not (before.ragged or after.ragged):
-        yield slice(None), before.longest, after.longest
-    else:
-        first, last = before.lengths.tolist(), after.lengths.tolist()
-        yield from zip(range(len(first)), first, last, strict=True)
-
-
-def _live_rows(counts, n) -> np.ndarray:
-    """Which rows are queries, (batch, 1, n)."""
-    return np.arange(n) < counts[:, None, None]
-
-
-def _spans_of_rows(counts, n, spans):
-    """Spans in which the rows that are no queries see nothing, and the others what they did."""
-    live = _live_rows(counts, n)
-    if spans is None:
-        return 0, np.where(live, np.iinfo(np.int64).max, 0)
-    start, stop = span_sides(spans)
-    stop = integers("spans", stop)
-    return start, np.where(live, stop, 0)
-
-
-def _clear_rows(results, counts, n, return_lse) -> None:
-    """A row that is no query gets nothing of its sink either."""
-    dead = ~_live_rows(counts, n)
-    out = results[0] if isinstance(results, tuple) else results
-    np.copyto(out, 0, where=dead[..., None])
-    if return_lse:
-        np.copyto(results[1], -np.inf, where=dead)
-
-
-def _storage(dtype) -> np.dtype:
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if name not in _STORED:
-        raise ValueError(f"dtype: expected one of {', '.join(_STORED)}, got {name}")
-    try:
-        return float_type(name)
-    except ModuleNotFoundError:
-        raise ValueError("dtype: bfloat16 needs the package ml_dtypes") from None
-
-
-def _quantised(name, x, seen):
-    """``(numbers, scales)``, int8 and float32 per row, of the rows that are `seen`; None: all."""
-    real = np.float64 if x.dtype == np.float64 else np.float32
-    if seen is not None:
-        x = np.where(seen[..., None], x, np.zeros((), x.dtype))
-    x = x.astype(real, copy=False)
-    with np.errstate(all="ignore"):
-        top = np.abs(x).max(axis=-1)
-        scales = (top / real(_INT8_MAX)).astype(np.float32)
-        scales[(scales == 0) & (top > 0)] = _SMALLEST_SCALE
-        if not np.isfinite(scales).all():
-            raise ValueError(
-                f"{name}: expected numbers for int8 that float32 holds, got a NaN, an Inf or more"
-            )
-        steps = x / np.where(scales == 0, np.float32(1), scales)[..., None]
-    np.rint(steps, out=steps)
-    # Only a subnormal scale, which is coarse, makes more steps than there are.
-    np.minimum(steps, _INT8_MAX, out=steps)
-    np.maximum(steps, -_INT8_MAX, out=steps)
-    return steps.astype(np.int8), scales

@@ -76,7 +76,7 @@ def _attend(backend, problem: Problem, grad_out) -> dict[str, np.ndarray]:
 
 def _differentiate(backend, problem: Problem, grad_out) -> dict[str, np.ndarray]:
     out = problem.new_result()
-    lse, _ = backend.run(problem, out)
+    lse, *_ = backend.run(problem, out)
     return backend.run_backward(Backward(problem, out, lse, grad_out, None))
 
 

@@ -12,6 +12,7 @@ from .core.arguments import flag, integers, plain
 from .core.options import dropout_start, window_sides
 from .core.output import destination, empty_like
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .documents import document_lengths
 from .jvp import has_tangents, pushed_forward, tangents_of
 from .vjp import differentiated, differentiates, without_out
@@ -24,6 +25,7 @@ _WITHOUT = {"bias", "block_table", "kv_lengths", "mask", "return_weights", "span
 OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - _OWN - _WITHOUT - {"backend", "out"}
 
 
+@attention
 def varlen(
     q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, *, lengths=None, lengths_k=None,
     causal=False, window=None, q_offset=None, out=None, backend=None, **options,
@@ -52,9 +54,9 @@ def varlen(
     out : ndarray, (total_q, Hq, Dv), optional
         Filled and returned.
     backend, **options
-        As of `fastattn.scaled_dot`: scale, softcap, alibi, sinks, dropout and what concerns how it
-        is computed and returned. Distances of `alibi` are counted within each sequence; dropout
-        counts queries and keys as they are packed.
+        As of `fastattn.scaled_dot`: scale, softcap, relative_bias, alibi, sinks, dropout and what
+        concerns how it is computed and returned. Distances of `relative_bias` and `alibi` are
+        counted within each sequence; dropout counts queries and keys as they are packed.
 
     Returns
     -------

@@ -7,6 +7,8 @@ from importlib import import_module
 
 import numpy as np
 
+from .int4 import GROUP, unpack
+
 __all__ = [
     "FLOAT32",
     "FLOAT64",
@@ -28,9 +30,9 @@ _FLOATS = "float16, bfloat16, float32 or float64 (integers and bools become floa
 
 
 def float_type(name: str) -> np.dtype:
-    """The dtype called `name`; bfloat16 needs ``ml_dtypes``."""
-    if name == "bfloat16":
-        return np.dtype(import_module("ml_dtypes").bfloat16)
+    """The dtype called `name`; bfloat16 and float8_e4m3fn need ``ml_dtypes``."""
+    if name in ("bfloat16", "float8_e4m3fn"):
+        return np.dtype(getattr(import_module("ml_dtypes"), name))
     return np.dtype(name)
 
 
@@ -91,7 +93,12 @@ def is_real(dtype) -> bool:
     return dtype.kind in "fiu" or _is_bfloat16(dtype)
 
 
-def as_real(x, scales, real):
-    """Keys or values in the dtype `real`, each row times its number in `scales` where given."""
+def as_real(x, scales, real, dim):
+    """Keys or values of `dim` numbers in the dtype `real`, as they lie or as a cache stores them:
+    int8 with `scales` (..., 1) or int4 with (..., groups), which are uint8.
+    """
+    if x.dtype == np.uint8:
+        scales = np.repeat(scales, GROUP, axis=-1)[..., :dim]
+        x = unpack(x, dim)
     x = x.astype(real)
-    return x if scales is None else x * scales[..., None].astype(real)
+    return x if scales is None else x * scales.astype(real)

@@ -14,8 +14,8 @@ from .sparse_mask import is_sparse, sparse_mask
 
 __all__ = [
     "bias_array", "check_block_mask", "check_wrt", "dropout_of", "dropout_start", "key_lengths",
-    "mask_array", "per_head", "query_offset", "span_arrays", "span_sides", "window_sides",
-    "wrt_names",
+    "mask_array", "per_head", "query_offset", "relative_bias_array", "score_scale", "span_arrays",
+    "span_sides", "window_sides", "wrt_names",
 ]  # fmt: skip
 
 _INT64 = np.dtype(np.int64)
@@ -50,6 +50,27 @@ def per_head(name, value, heads, real) -> np.ndarray:
     if x.shape != (heads,):
         raise ValueError(f"{name}: expected shape ({heads},), one per query head, got {x.shape}")
     return in_range(x, real).astype(np.float64)
+
+
+def score_scale(value, heads, real) -> float | np.ndarray:
+    """One number for all query heads, or one for each as `per_head` has them."""
+    x = plain("scale", value)
+    if x.ndim:
+        return per_head("scale", x, heads, real)
+    return float(in_range(np.asarray(number("scale", x)), real))
+
+
+def relative_bias_array(value, heads, real) -> np.ndarray:
+    """A number for each query head and distance as float64, as `per_head` has them."""
+    x = plain("relative_bias", value)
+    if not is_real(x.dtype):
+        raise TypeError(f"relative_bias: expected real numbers, got {x.dtype}")
+    if x.ndim != 2 or x.shape[0] != heads or x.shape[1] % 2 == 0:
+        raise ValueError(
+            f"relative_bias: expected shape ({heads}, 2 * R + 1), one row per query head and an "
+            f"odd number of distances, got {x.shape}"
+        )
+    return np.ascontiguousarray(in_range(x, real), np.float64)
 
 
 def window_sides(value) -> tuple[int | None, int | None]:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from .arguments import integers
 from .visibility import KeyRange
 
-__all__ = ["block_table_array", "check_pool", "page_runs", "rows_in_pages", "usable_table"]
+__all__ = [
+    "Held", "block_table_array", "check_pool", "page_runs", "rows_in_pages", "usable_table",
+]  # fmt: skip
+
+
+class Held(NamedTuple):
+    """What a `KVCache` says of its keys and values, which takes the place of a block table. Nothing
+    of it is checked.
+    """
+
+    table: np.ndarray  # (batch, pages), int64
+    n_keys: int  # no more than the rows of these
+    head_dim: int
+    value_dim: int
+    scales: tuple[np.ndarray, ...]  # of k and v, (n_pages, kv_heads, page, groups), or none
+    widens: bool  # do the dtypes of k and v count for that of the result?
 
 
 def check_pool(q, k, v) -> None:
@@ -42,12 +58,12 @@ def usable_table(table: np.ndarray, n_pages: int, page: int, visible: KeyRange) 
     """`table` with 0 for the entries that nobody needs, whatever they were, or an error if one that
     a query needs is no page of the pool.
     """
-    wrong: np.ndarray = (table < 0) | (table >= n_pages)
+    wrong = (table < 0) | (table >= n_pages)
     if not wrong.any():
         return table
-    needed: np.ndarray = _needed(visible, table.shape[1], page)
+    needed = _needed(visible, table.shape[1], page)
     if table.shape[0] == 1:
-        needed = needed.any(axis=0, keepdims=True)
+        needed = np.logical_or.reduce(needed, axis=0, keepdims=True)
     for b, n in np.argwhere(wrong & needed):
         raise ValueError(
             f"block_table: expected pages in 0..{n_pages - 1}, got {table[b, n]} for page {n} of "

@@ -27,6 +27,8 @@ from .options import (
     mask_array,
     per_head,
     query_offset,
+    relative_bias_array,
+    score_scale,
     span_arrays,
     window_sides,
 )
@@ -87,8 +89,10 @@ class Problem:
     # (batch, pages), int64: then k, v and their scales are pools, (n_pages, kv_heads, page, ...),
     # and key j of an entry is row j % page of its page j // page.
     block_table: np.ndarray | None
-    k_scales: np.ndarray | None  # (batch, kv_heads, keys), float32, packed keys: k and v are int8
-    v_scales: np.ndarray | None  # then, and each of their rows is multiplied by its number here
+    # (batch, kv_heads, keys, groups), float32: k and v are int8, one group, or int4, two numbers in
+    # a uint8 and 32 dims a group. None: they are floats, those of a cache float8_e4m3fn too.
+    k_scales: np.ndarray | None
+    v_scales: np.ndarray | None
     dtype: np.dtype  # of the result: the widest of q, k and v, whose float dtypes are their own
     batch: tuple[int, ...]
     heads: int
@@ -97,15 +101,17 @@ class Problem:
     n_keys: int
     head_dim: int
     value_dim: int
-    scale: float
+    scale: float | np.ndarray  # (heads,), float64
     softcap: float | None
     bias: np.ndarray | None  # (batch, heads, queries, keys), any real dtype, any byte order
+    relative_bias: np.ndarray | None  # (heads, 2 R + 1), float64, from the distance -R on
     alibi: np.ndarray | None  # (heads,), float64
     sinks: np.ndarray | None  # (heads,), float64
     q_offset: int | np.ndarray  # (batch), int64
     key_range: KeyRange
     mask: Any  # ndarray (batch, heads, queries, keys), bool, or a SparseMask, or None
     return_lse: bool
+    return_max: bool
     return_weights: bool
     out: np.ndarray | None  # the caller's, with an axis of heads, where a backend may fill it
     one_head: bool  # all operands were two-dimensional: drop the head axis on return; on a
@@ -116,6 +122,7 @@ class Problem:
     gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
     score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
+    score_grad: Callable | None  # that of score_mod by its score, of the same arguments
     block_mask: BlockMask | None  # of that mask_mod
     score_function: ScoreFunction
     dropout: Dropout | None
@@ -173,15 +180,15 @@ def make_problem(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    k_scales=None, v_scales=None, score_function=DOT, block_table=None, dropout=None,
-    dropout_offset=None,
+    score_function=DOT, block_table=None, held=None, relative_bias=None, return_max=False,
+    dropout=None, dropout_offset=None, score_grad=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
     With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
-    The scales of int8 keys and values are a `KVCache`'s own, and not checked. A `score_function`
-    other than `DOT` comes with a scale; what is wrong with its weights is said of ``w``.
+    A `score_function` other than `DOT` comes with a scale; what is wrong with its weights is said
+    of ``w``. `held`, a `Held`, stands for a `block_table` where `k` and `v` are a `KVCache`'s.
 
     Raises
     ------
@@ -193,7 +200,10 @@ def make_problem(
         k, v = operand("k", k, q), operand("v", v, q)
     arguments = None
     if gradients:
-        arguments = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
+        arguments = {
+            "q": q, "k": k, "v": v, "scale": scale, "bias": bias, "relative_bias": relative_bias,
+            "alibi": alibi, "sinks": sinks,
+        }  # fmt: skip
         if score_function.name == "additive":
             arguments["w"] = score_function.weights
     one_head = False
@@ -212,7 +222,7 @@ def make_problem(
         originals = (q, k, v)
         q_dtype, k_dtype, v_dtype = float_dtype("q", q), k.dtype, v.dtype
         dtype = q_dtype
-        if k_scales is None:
+        if held is None or held.widens:
             k_dtype, v_dtype = float_dtype("k", k), float_dtype("v", v)
             dtype = widest({q_dtype, k_dtype, v_dtype})
         q, k, v = _readable(q, q_dtype), _readable(k, k_dtype), _readable(v, v_dtype)
@@ -224,13 +234,20 @@ def make_problem(
     heads, n_queries, head_dim = q_shape[-3:]
     kv_heads, n_keys, k_dim = k_shape[-3:]
     v_heads, v_keys, value_dim = v_shape[-3:]
+    k_scales = v_scales = None
+    if held is not None:
+        block_table, n_keys, k_dim, value_dim = held[:4]
+        v_keys = n_keys
+        k_scales, v_scales = held.scales or (None, None)
     if k_dim != head_dim:
         raise ValueError(f"k: expected head_dim {head_dim} as in q, got {k_dim}")
     if head_dim < 1:
         raise ValueError("q: expected head_dim of at least 1, got 0")
     if v_keys != n_keys:
         raise ValueError(f"v: expected {n_keys} keys as in k, got {v_keys}")
-    if block_table is not None:
+    if held is not None:
+        pass
+    elif block_table is not None:
         block_table = block_table_array(block_table, batch[0])
         n_keys *= block_table.shape[1]
         if kv_lengths is None:
@@ -251,7 +268,10 @@ def make_problem(
 
     rows = (*batch, heads, n_queries)
     real = FLOAT64 if dtype is FLOAT64 else FLOAT32
-    scale = head_dim**-0.5 if scale is None else _within(number("scale", scale), real)
+    if scale is None:
+        scale = head_dim**-0.5
+    else:
+        scale = _within(scale, real) if type(scale) is float else score_scale(scale, heads, real)
     if softcap is not None:
         softcap = number("softcap", softcap)
         if not 0 < softcap < np.inf:
@@ -261,6 +281,8 @@ def make_problem(
         bias = bias_array(bias, (*rows, n_keys), q)
     if mask is not None:
         mask = mask_array(mask, (*rows, n_keys), q)
+    if relative_bias is not None:
+        relative_bias = relative_bias_array(relative_bias, heads, real)
     if alibi is not None:
         alibi = per_head("alibi", alibi, heads, real)
     if sinks is not None:
@@ -273,22 +295,27 @@ def make_problem(
         causal = flag("causal", causal)
     if return_lse is not False:
         return_lse = flag("return_lse", return_lse)
+    if return_max is not False:
+        return_max = flag("return_max", return_max)
     if return_weights is not False:
         return_weights = flag("return_weights", return_weights)
     window = (None, None) if window is None else window_sides(window)
     if kv_lengths is not None:
         kv_lengths = key_lengths(kv_lengths, batch, n_keys)
-        positional = causal or alibi is not None or window != (None, None)
+        positional = (
+            causal or window != (None, None) or alibi is not None or relative_bias is not None
+        )
         if q_offset is None and positional:
             raise ValueError(
-                "q_offset: expected a value with kv_lengths and causal, window or alibi, got None; "
-                "pass 0 for a padded batch of whole sequences, kv_lengths - n_queries for a cache"
+                "q_offset: expected a value with kv_lengths and causal, window, alibi or "
+                "relative_bias, got None; pass 0 for a padded batch of whole sequences, "
+                "kv_lengths - n_queries for a cache"
             )
     q_offset = n_keys - n_queries if q_offset is None else query_offset(q_offset, batch)
     if spans is not None:
         spans = span_arrays(spans, rows, n_keys)
     visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
-    if block_table is not None:
+    if block_table is not None and held is None:
         block_table = usable_table(block_table, k_shape[0], k_shape[2], visible)
     if dropout is not None or dropout_offset is not None:
         dropout = dropout_of(dropout, dropout_offset)
@@ -301,12 +328,15 @@ def make_problem(
         function("score_mod", score_mod)
     if mask_mod is not None:
         function("mask_mod", mask_mod)
+    if score_grad is not None:
+        function("score_grad", score_grad)
     if block_mask is not None:
         check_block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
         mask_mod = block_mask.mask_mod
 
     if out is not None:
-        inputs = (q, k, v, bias, *(mask.arrays if type(mask) is SparseMask else (mask,)))
+        masks = mask.arrays if type(mask) is SparseMask else (mask,)
+        inputs = (q, bias, *masks) if held is not None else (q, k, v, bias, *masks)
         out = destination(out, (*rows, value_dim), dtype, one_head, inputs)
         if out is None:
             copied += ("out",)
@@ -314,12 +344,12 @@ def make_problem(
         q=q, k=k, v=v, block_table=block_table, k_scales=k_scales, v_scales=v_scales, dtype=dtype,
         batch=batch, heads=heads, kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys,
         head_dim=head_dim, value_dim=value_dim, scale=scale, softcap=softcap, bias=bias,
-        alibi=alibi, sinks=sinks, q_offset=q_offset, key_range=visible, mask=mask,
-        return_lse=return_lse, return_weights=return_weights, out=out, one_head=one_head,
-        threads=threads, precision=precision, copied=copied, gradients=requested,
-        score_mod=score_mod,
-        mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
-        dropout=dropout,
+        relative_bias=relative_bias, alibi=alibi, sinks=sinks, q_offset=q_offset,
+        key_range=visible, mask=mask, return_lse=return_lse, return_max=return_max,
+        return_weights=return_weights, out=out, one_head=one_head, threads=threads,
+        precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
+        mask_mod=mask_mod, score_grad=score_grad, block_mask=block_mask,
+        score_function=score_function, dropout=dropout,
     )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ static double farthest(const double *wanted, const real *found, int n) {
 /* The largest error of the means and, of rows normalized anew, of lse and lse_rest together. */
 static double prepare(Tile *t) {
     double worst = 0, lse[MAX_BLOCK_Q];
-    memcpy(lse, t->lse, sizeof lse);
+    memcpy(lse, t->lse, sizeof(double) * (size_t)t->n_queries);
     kernels.backward->prepare(t);
     t->value_dim = 0;
     kernels.begin(t);
@@ -215,6 +215,10 @@ static double check(ScoreFunction score_function, int n_queries, int causal, int
     for (int d = 0; d < HEAD_DIM; d++) weights[d] = d % 3 - 1;
     real *k = rows_of(N_KEYS * HEAD_DIM), *v = rows_of(N_KEYS * VALUE_DIM);
     memset(&t, 0, sizeof t);
+    size_t row_bytes = lay_out_rows(&t, MAX_BLOCK_Q, NULL);
+    char *rows = aligned_alloc(64, row_bytes);
+    memset(rows, 0, row_bytes);
+    lay_out_rows(&t, MAX_BLOCK_Q, rows);
     t.k = (char *)k, t.v = (char *)v;
     t.q_format = t.k_format = t.v_format = t.out_format = t.grad_out_format = t.grad_k_format =
         t.grad_v_format = (NumberFormat){'f', sizeof(real), 0};
@@ -254,7 +258,7 @@ static double check(ScoreFunction score_function, int n_queries, int causal, int
         free((void *)t.q[i]), free(t.out[i]), free(t.weights[i]);
         free((void *)t.mask[i]), free((void *)t.bias[i]);
     }
-    free(k), free(v);
+    free(k), free(v), free(rows);
     return worst;
 }
 

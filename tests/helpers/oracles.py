@@ -16,7 +16,7 @@ from fastattn.core.problem import Problem, make_problem
 
 
 def brute_force(
-    q, k, v, *, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    q, k, v, *, scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     dropout=None,
 ):  # fmt: skip
@@ -34,7 +34,8 @@ def brute_force(
         return np.broadcast_to(x, shape)[index]
 
     left, right = window if isinstance(window, tuple) else (window, window)
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = np.broadcast_to(1 / math.sqrt(head_dim) if scale is None else scale, heads)
+    reach = 0 if relative_bias is None else np.shape(relative_bias)[1] // 2
     out, lse, weights = np.zeros((*rows, value_dim)), np.zeros(rows), np.zeros((*rows, n_keys))
     for *b, h, i in np.ndindex(rows):
         b, kv_index = tuple(b), (*b, h // (heads // kv_heads))
@@ -56,13 +57,18 @@ def brute_force(
                 continue
             if bias is not None and at(bias, (*rows, n_keys), index) == -np.inf:
                 continue
+            distance = min(max(j - place, -reach), reach) + reach
+            if relative_bias is not None and relative_bias[h][distance] == -np.inf:
+                continue
             q_i = at(q, (*batch, heads, n_queries, head_dim), row)
             k_j = at(k, (*batch, kv_heads, n_keys, head_dim), (*kv_index, j))
-            s[j] = scale * math.fsum(float(x) * float(y) for x, y in zip(q_i, k_j, strict=True))
+            s[j] = scale[h] * math.fsum(float(x) * float(y) for x, y in zip(q_i, k_j, strict=True))
             if softcap is not None:
                 s[j] = softcap * math.tanh(s[j] / softcap)
             if bias is not None:
                 s[j] += float(at(bias, (*rows, n_keys), index))
+            if relative_bias is not None:
+                s[j] += float(relative_bias[h][distance])
             if alibi is not None:
                 s[j] -= alibi[h] * abs(place - j)
         terms = [*s.values()] + ([] if sinks is None else [float(sinks[h])])
@@ -123,11 +129,14 @@ def plain_numpy(p: Problem, dtype):
         seen = reference.visible(p)
         q = np.broadcast_to(cast(p.q), p.rows(p.head_dim))
         k, v = (reference.per_query_head(cast(x), p) for x in (p.k, p.v))
-        s = plain_measure(p, q, k).astype(real) * real.type(p.scale)
+        scale = np.asarray(p.scale).astype(real)[..., None, None]
+        s = plain_measure(p, q, k).astype(real) * scale
         if p.softcap is not None:
             s = real.type(p.softcap) * np.tanh(s / real.type(p.softcap))
         if p.bias is not None:
             s = s + cast(p.bias)
+        if p.relative_bias is not None:
+            s = s + cast(p.relative_bias)[reference.distance_index(p)]
         if p.alibi is not None:
             i, j = reference.positions(p)
             s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j).astype(real)
@@ -210,6 +219,10 @@ def assert_solves(results, p: Problem):
     wanted = [("out", exact[0], plain[0], p.dtype)]
     if p.return_lse:  # kept in the accumulator's dtype, so measured in that
         wanted.append(("lse", exact[1], plain_sums[1], p.accumulator))
+    if p.return_max:
+        largest = reference.row_max(p, exact[0].dtype.type)
+        rounded = reference.row_max(p).astype(p.accumulator)
+        wanted.append(("row_max", largest, rounded, p.accumulator))
     if p.return_weights:
         wanted.append(("weights", exact[2], plain[2], p.dtype))
     assert len(results) == len(wanted)

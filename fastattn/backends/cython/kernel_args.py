@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ...core.extension import kernels
 from ...core.problem import DOT, Problem
 from ...core.threads import worth_threads
@@ -16,11 +18,12 @@ ADDITIVE_FLOPS = 10
 
 def attend(p: Problem, result, lse=None, weights=None, sums=None, indices=None) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
+    table = None if p.block_table is None else np.ascontiguousarray(p.block_table)
     kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
         p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
         lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
-        None if p.score_function is DOT else p.score_function, sums, indices, p.dropout,
+        None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
     )  # fmt: skip
 
 
@@ -29,8 +32,8 @@ def compute_dtype(problem: Problem) -> str:
     p = problem
     if p.dtype.char == "f" and p.precision == "bfloat16":
         return "E"
-    if p.k_scales is not None and p.dtype.char != "d":
-        return "f"  # scaled numbers are no halves
+    if p.k.dtype.itemsize == 1 and p.dtype.char != "d":
+        return "f"  # what a cache stores in a byte or less is widened
     return p.dtype.char
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from ...core.backward import Backward
 from ...core.block_mask import NONE
 from ...core.problem import DOT, Problem
 from ...core.thread_pool import share
@@ -57,12 +58,12 @@ def unsupported(problem: Problem) -> str | None:
     missing = _missing()
     if missing is not None:
         return missing
+    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
+        return "no kernel for a relative bias, the largest scores, or a scale for each head"
     if p.is_sparse:
         return "no kernel for a sparse mask"
     from .numbers import format_of
 
-    if p.block_table is not None:
-        return "no kernel for keys in pages"
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
     if p.dropout is not None:
@@ -71,13 +72,29 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
         _Call(p, result, lse, weights).run()
-    return lse, weights
+    return lse, None, weights
+
+
+def unsupported_backward(problem: Problem) -> str | None:
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    if not problem.is_flex:
+        return "it computes gradients of flex alone"
+    if problem.score_mod is not None and problem.score_grad is None:
+        return "score_mod has no score_grad"
+    return unsupported(problem)
+
+
+def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+    """The gradients of `backward` by the names of their arguments."""
+    from . import gradients
+
+    return gradients.run_backward(backward)
 
 
 class _Call:
@@ -113,7 +130,7 @@ class _Call:
         t["tiles"] = tiles = -(-fold * p.n_queries // rows)
         for operand, x in (("q", p.q), ("k", p.k), ("v", p.v), ("out", result)):
             t[f"{operand}_format"] = (
-                numbers.REAL if x.dtype == p.accumulator else numbers.format_of(x.dtype)
+                numbers.REAL if x.dtype == p.accumulator else numbers.STORED[x.dtype.name]
             )
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
         flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
@@ -123,7 +140,11 @@ class _Call:
             self.point(p, operand, getattr(p, operand))
         for operand, scales in (("k_scales", p.k_scales), ("v_scales", p.v_scales)):
             if scales is not None:
-                self.point(p, operand, scales[..., None])
+                self.point(p, operand, scales)
+        if p.block_table is not None:
+            table = np.broadcast_to(p.block_table, (*p.batch, p.block_table.shape[1]))
+            t["block_table"] = self.address(np.ascontiguousarray(table))
+            t["table_pages"], t["page"] = table.shape[1], p.k.shape[2]
         self.point(p, "out", result)
         intervals = p.key_range.bounds()
         if intervals is not None:
@@ -162,6 +183,10 @@ class _Call:
         of_keys = operand in ("k", "v", "k_scales", "v_scales")
         heads = p.kv_heads if of_keys else p.heads
         rows = array.shape[-2] if of_keys or operand == "blocks" else p.n_queries
+        if of_keys and p.block_table is not None:
+            self.record[f"{operand}_page"] = array.strides[0]
+            # The page numbered 0, which need not be there.
+            array = np.lib.stride_tricks.as_strided(array, array.shape[1:], array.strides[1:])
         array = np.broadcast_to(array, (*p.batch, heads, rows, array.shape[-1]))
         table = np.array(self.address(array), np.int64)
         for n, stride in zip(array.shape[:-2], array.strides[:-2], strict=True):

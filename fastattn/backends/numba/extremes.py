@@ -7,6 +7,7 @@ from math import frexp, inf, ldexp
 import numpy as np
 
 from .exponential import WEIGHT_UNIT
+from .key_rows import key_rows, value_rows
 from .memory import ahead, floats, ints, load, load_unaligned, own_vector, reals, store
 from .numbers import REAL, finite_most, widen
 from .tile import (
@@ -81,25 +82,21 @@ def scores_may_overflow(t, scale):
     for i in range(t.rows):
         q = row_of(t, t.q, t.q_row, i)
         of_q = max(of_q, largest(t, q, 0, t.q_dim, 1, t.head_dim, t.q_format, 0, scale))
-    of_k = largest_of_keys(t, t.k_head, t.k_row, t.k_dim, t.head_dim, t.k_format, t.k_scale, scale)
+    for key in range(t.first, t.last, STRIP_KEYS):
+        last = min(key + STRIP_KEYS, t.last)
+        at, row, dim = key_rows(t, key, last, scale)
+        of_k = max(of_k, largest(t, at, row, dim, last - key, t.head_dim, REAL, 0, scale))
     return abs(t.scale) * of_q * max(1.0, of_k * t.head_dim) > 0.5 * finite_most(scale)
 
 
 @compiled
 def values_may_overflow(t, scale):
-    of_v = largest_of_keys(t, t.v_head, t.v_row, t.v_dim, t.value_dim, t.v_format, t.v_scale, scale)
-    return WEIGHT_UNIT * t.n_keys * of_v > 0.5 * finite_most(scale)
-
-
-@compiled
-def largest_of_keys(t, head, row, dim, dims, format, scales, scale):
-    """The largest finite magnitude among the keys, or the values, that somebody may see."""
-    most = 0.0
+    of_v = 0.0
     for key in range(t.first, t.last, STRIP_KEYS):
-        keys = min(STRIP_KEYS, t.last - key)
-        at = head + key * row
-        most = max(most, largest(t, at, row, dim, keys, dims, format, scales + 4 * key, scale))
-    return most
+        last = min(key + STRIP_KEYS, t.last)
+        at, row, dim = value_rows(t, key, last, scale)
+        of_v = max(of_v, largest(t, at, row, dim, last - key, t.value_dim, REAL, 0, scale))
+    return WEIGHT_UNIT * t.n_keys * of_v > 0.5 * finite_most(scale)
 
 
 @compiled

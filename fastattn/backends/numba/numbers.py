@@ -6,6 +6,7 @@ from math import copysign, inf, isinf, ldexp
 
 import numpy as np
 
+from ...core.int4 import GROUP
 from .memory import (
     ahead,
     flags,
@@ -18,10 +19,12 @@ from .memory import (
     reals,
 )
 from .vectors import (
+    VECTOR_BYTES,
     choose,
     compiled,
     constant,
     from_bits,
+    lanes,
     magnitude,
     per_type,
     splat,
@@ -31,8 +34,8 @@ from .vectors import (
 )
 
 __all__ = [
-    "FORMATS", "REAL", "bounded", "finite_most", "format_of", "is_finite", "read", "rounded",
-    "widen", "write",
+    "FORMATS", "REAL", "STORED", "bounded", "finite_most", "format_of", "is_finite", "read",
+    "rounded", "widen", "write",
 ]  # fmt: skip
 
 REAL = 0  # the type of the computation
@@ -46,6 +49,9 @@ FORMATS = {
 }  # fmt: skip
 if np.finfo(np.longdouble).nmant == 63 and np.dtype(np.longdouble).itemsize == 16:
     FORMATS.setdefault(np.dtype(np.longdouble).name, X87)
+# What only a cache has, which `widen` alone knows; int4 are two in a byte.
+FLOAT8, INT4 = 14, 15
+STORED = {**FORMATS, "float8_e4m3fn": FLOAT8, "uint8": INT4}
 
 finite_most = per_type(float(np.finfo(np.float32).max), float(np.finfo(np.float64).max))
 
@@ -71,13 +77,37 @@ def bfloat16(bits):
 
 
 @compiled
+def float8(bits):
+    """A float8_e4m3fn, as float64."""
+    magnitude = from_bits((bits & 0x7F) << 49, 0.0) * 2.0**1016
+    if bits & 0x7F == 0x7F:
+        magnitude = from_bits(0x7FF8 << 48, 0.0)
+    return -magnitude if bits & 0x80 else magnitude
+
+
+@compiled
 def widen(address, row, step, rows, dims, format, scales, target):
-    """Rows of halves, of float32, or of int8 times their `scales`, strides in bytes, as rows of
+    """Rows of any format, those of int8 and int4 times their `scales`, strides in bytes, as rows of
     `target`, one behind the other.
     """
+    groups = (dims + GROUP - 1) // GROUP
     for j in range(rows):
         source, to = address + j * row, ahead(target, j * dims)
-        if format == INT8:
+        if format == REAL:
+            numbers = reals(source, to[0])
+            apart = step // (VECTOR_BYTES // lanes(to[0]))
+            for d in range(dims):
+                to[d] = numbers[d * apart]
+        elif format == INT4:
+            packed = flags(source)
+            for d in range(dims):
+                half_byte = np.int64(packed[d // 2 * step]) >> 4 * (d % 2) & 15
+                to[d] = np.float64(half_byte - 8) * np.float64(scales[j * groups + d // GROUP])
+        elif format == FLOAT8:
+            packed = flags(source)
+            for d in range(dims):
+                to[d] = float8(np.int64(packed[d * step]))
+        elif format == INT8:
             scale, numbers = np.float64(scales[j]), flags(source)
             for d in range(dims):
                 to[d] = np.float64(np.int8(numbers[d * step])) * scale

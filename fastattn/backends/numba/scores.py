@@ -9,11 +9,11 @@ import numpy as np
 from .exponential import tanh
 from .extremes import far_scores, find_nans
 from .hooks import POSITIVE, as_score, for_rows
+from .key_rows import key_rows
 from .memory import (
     ahead,
     doubles,
     flags,
-    floats,
     ints,
     load,
     load_flags,
@@ -22,7 +22,7 @@ from .memory import (
     rows_to_columns,
     store,
 )
-from .numbers import REAL, bounded, is_finite, read, rounded, widen
+from .numbers import REAL, bounded, is_finite, read, rounded
 from .score_functions import score_keys
 from .tile import (
     FAR_SCORES,
@@ -81,13 +81,7 @@ def score_block(t, begin, scale, score_function, bias, score_mod, mask_mod):
         panel[LIVE] = 0
     for strip in range(STRIPS):
         first, last = strip_of(begin, strip, t.first, t.last)
-        k = t.k_head + first * t.k_row
-        k_row, k_dim = t.k_row, t.k_dim
-        if t.k_format != REAL and first < last:
-            widen(k, k_row, k_dim, last - first, t.head_dim, t.k_format,
-                  floats(t.k_scale + 4 * first), reals(t.widened, scale))  # fmt: skip
-            k_dim = VECTOR_BYTES // lanes(scale)
-            k, k_row = t.widened, t.head_dim * k_dim
+        k, k_row, k_dim = key_rows(t, first, last, scale)
         for p in range(t.panels):
             panel = ints(t.panel + 8 * PANEL_FIELDS * p)
             key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])

@@ -74,6 +74,10 @@ NUMBERS = (
     "again",  # how a tile is solved another time, see below
     # Where the keys, the values and the scales of int8 ones begin.
     "k_head", "v_head", "k_scale", "v_scale",
+    # Of keys in pages the table, (batch, table_pages), that of the tile's batch entry, the keys of
+    # a page, and how many bytes apart pages are; a table of 0 stands for no pages.
+    "block_table", "table_pages", "own_pages", "page",
+    "k_page", "v_page", "k_scales_page", "v_scales_page",
     # Per row: its query, the index of its head in the tables, and the keys start <= j < stop.
     "row_query", "row_head", "row_start", "row_stop",
     # Of the panel at hand, a word per lane: the keys of a strip as bits, or addresses.
@@ -150,6 +154,8 @@ def open_tile(t, item, scale, mask_mod):
     t.v_head = ints(t.v)[key_head]
     if t.k_scales != 0:
         t.k_scale, t.v_scale = ints(t.k_scales)[key_head], ints(t.v_scales)[key_head]
+    if t.block_table != 0:
+        t.own_pages = t.block_table + 8 * t.batch * t.table_pages
     size = TILE_VECS * lanes(scale)
     t.panels = (t.rows + size - 1) // size
     queries, heads = ints(t.row_query), ints(t.row_head)

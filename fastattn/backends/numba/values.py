@@ -8,11 +8,11 @@ import numpy as np
 
 from .exponential import WEIGHT_UNIT, weight_of
 from .extremes import solve_again
+from .key_rows import value_rows
 from .memory import (
     ahead,
     columns_to_rows,
     flags,
-    floats,
     ints,
     load,
     load_flags,
@@ -20,7 +20,7 @@ from .memory import (
     reals,
     store,
 )
-from .numbers import REAL, finite_most, read, widen, write
+from .numbers import REAL, finite_most, read, write
 from .tile import (
     ATTEND,
     ATTEND_AGAIN,
@@ -73,13 +73,7 @@ def attend_block(t, begin, scale):
             clear(t, p, t.block_total if panel[STARTED] else t.total, scale)
     for strip in range(STRIPS):
         first, last = strip_of(begin, strip, t.first, t.last)
-        v = t.v_head + first * t.v_row
-        v_row, v_dim = t.v_row, t.v_dim
-        if t.v_format != REAL and first < last:
-            widen(v, v_row, v_dim, last - first, t.value_dim, t.v_format,
-                  floats(t.v_scale + 4 * first), reals(t.widened, scale))  # fmt: skip
-            v_dim = VECTOR_BYTES // lanes(scale)
-            v, v_row = t.widened, t.value_dim * v_dim
+        v, v_row, v_dim = value_rows(t, first, last, scale)
         for p in range(t.panels):
             panel = ints(t.panel + 8 * PANEL_FIELDS * p)
             total = t.block_total if panel[STARTED] else t.total

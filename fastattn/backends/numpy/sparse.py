@@ -17,8 +17,8 @@ from ...core.bins import no_top_keys
 from ...core.dtypes import as_real
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
-from .score_functions import score_function_gradients
-from .tiles import capped_products_of, dropped, sum_in_range
+from .score_functions import score_function_gradients, unscaled_scores
+from .tiles import Paged, capped_products_of, dropped, sum_in_range
 
 __all__ = ["run", "run_backward", "run_map", "run_top"]
 
@@ -35,11 +35,13 @@ class Head(NamedTuple):
     where: tuple[int, ...]  # its index in a result
     kv_where: tuple[int, ...]
     q: np.ndarray  # (queries, head_dim)
-    k: np.ndarray  # (keys, head_dim)
-    v: np.ndarray  # (keys, value_dim)
-    k_scales: np.ndarray | None  # (keys,)
-    v_scales: np.ndarray | None
+    k: np.ndarray | Paged  # (keys, head_dim), or of pages (n_pages, page, head_dim)
+    v: np.ndarray | Paged
+    k_scales: np.ndarray | Paged | None  # (keys, groups)
+    v_scales: np.ndarray | Paged | None
+    scale: np.float64
     bias: np.ndarray | None  # (queries, keys)
+    relative_bias: np.ndarray | None  # (2 R + 1,)
     slope: Any  # of alibi, or None
     sink: Any
     q_offset: int
@@ -51,17 +53,20 @@ class Entries(NamedTuple):
     queries: slice
     rows: np.ndarray  # (entries,), from the first query on, ascending
     keys: np.ndarray  # (entries,)
-    bias: np.ndarray | None  # (entries,)
+    biases: list[np.ndarray]  # (entries,), in the order in which they are added
 
 
-def run(p: Problem, result, lse, weights) -> None:
-    """Fill `result`, and `lse` and `weights` where given; weights hold 0 already."""
+def run(p: Problem, result, lse, row_max, weights) -> None:
+    """Fill `result`, and `lse`, `row_max` and `weights` where given; weights hold 0 already."""
     with np.errstate(all="ignore"):
         for h, e in _blocks(p):
-            w, row_lse = _softmax(p, h, e, _scores(p, h, e))
+            s = _scores(p, h, e)
+            w, row_lse = _softmax(p, h, e, s)
             result[h.where][e.queries] = _mean(p, h, e, dropped(p, w, _kept(p, h, e)))
             if lse is not None:
                 lse[h.where][e.queries] = row_lse
+            if row_max is not None:
+                row_max[h.where][e.queries] = _row_max(e, s, -np.inf)
             if weights is not None:
                 weights[h.where][e.queries][e.rows, e.keys] = w
 
@@ -128,17 +133,20 @@ def _blocks(p: Problem) -> Iterator[tuple[Head, Entries]]:
 def _head(p: Problem, batch: tuple[int, ...], head: int) -> Head:
     where, kv_where = (*batch, head), (*batch, head // p.group)
 
-    def of(x, index, heads, axes):
-        if x is None:
-            return None
-        rest = x.shape[x.ndim - axes :]
-        return np.broadcast_to(x, (*p.batch, heads, *rest))[index]
+    def of(x, index, heads):
+        return None if x is None else np.broadcast_to(x, (*p.batch, heads, *x.shape[-2:]))[index]
+
+    def of_keys(x):
+        if x is None or p.block_table is None:
+            return of(x, kv_where, p.kv_heads)
+        pool = np.broadcast_to(x, (len(x), p.kv_heads, *x.shape[2:]))
+        return Paged(pool[:, kv_where[-1]], p.block_table[batch if len(p.block_table) > 1 else 0])
 
     return Head(
         where, kv_where,
-        of(p.q, where, p.heads, 2), of(p.k, kv_where, p.kv_heads, 2),
-        of(p.v, kv_where, p.kv_heads, 2), of(p.k_scales, kv_where, p.kv_heads, 1),
-        of(p.v_scales, kv_where, p.kv_heads, 1), of(p.bias, where, p.heads, 2),
+        of(p.q, where, p.heads), of_keys(p.k), of_keys(p.v), of_keys(p.k_scales),
+        of_keys(p.v_scales), np.float64(p.scale if isinstance(p.scale, float) else p.scale[head]),
+        of(p.bias, where, p.heads), None if p.relative_bias is None else p.relative_bias[head],
         None if p.alibi is None else p.accumulator.type(p.alibi[head]),
         None if p.sinks is None else p.accumulator.type(p.sinks[head]),
         p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
@@ -146,13 +154,17 @@ def _head(p: Problem, batch: tuple[int, ...], head: int) -> Head:
 
 
 def _entries(p: Problem, h: Head, queries: slice, interval) -> Entries:
-    """What is seen of some rows: a bias of -inf leaves entries out."""
+    """What is seen of some rows: biases of -inf leave entries out."""
     rows, keys = p.mask.entries(p.mask.pattern_of(h.where[:-1]), queries, interval)
-    if h.bias is None:
-        return Entries(queries, rows, keys, None)
-    bias = h.bias[queries.start + rows, keys]
-    seen = bias != -np.inf
-    return Entries(queries, rows[seen], keys[seen], bias[seen])
+    e = Entries(queries, rows, keys, [])
+    if h.bias is not None:
+        e.biases.append(h.bias[queries.start + rows, keys])
+    if h.relative_bias is not None:
+        e.biases.append(h.relative_bias[_distance_index(h, e)])
+    seen = np.all([bias != -np.inf for bias in e.biases], axis=0)
+    if seen.all():
+        return e
+    return Entries(queries, rows[seen], keys[seen], [bias[seen] for bias in e.biases])
 
 
 def _pieces(e: Entries) -> Iterator[slice]:
@@ -162,13 +174,19 @@ def _pieces(e: Entries) -> Iterator[slice]:
 
 
 def _keys(p: Problem, h: Head, e: Entries, piece: slice) -> np.ndarray:
-    scales = None if h.k_scales is None else h.k_scales[e.keys[piece]]
-    return as_real(h.k[e.keys[piece]], scales, p.accumulator)
+    keys = e.keys[piece]
+    return as_real(_gathered(h.k, keys), _gathered(h.k_scales, keys), p.accumulator, p.head_dim)
 
 
 def _values(p: Problem, h: Head, e: Entries, piece: slice) -> np.ndarray:
-    scales = None if h.v_scales is None else h.v_scales[e.keys[piece]]
-    return as_real(h.v[e.keys[piece]], scales, p.accumulator)
+    keys = e.keys[piece]
+    return as_real(_gathered(h.v, keys), _gathered(h.v_scales, keys), p.accumulator, p.value_dim)
+
+
+def _gathered(x: np.ndarray | Paged | None, keys):
+    if isinstance(x, Paged):
+        return x.pool[x.pages[keys // x.pool.shape[1]], keys % x.pool.shape[1]]
+    return None if x is None else x[keys]
 
 
 def _queries(p: Problem, h: Head, e: Entries, piece: slice) -> np.ndarray:
@@ -180,9 +198,28 @@ def _capped_products(p: Problem, h: Head, e: Entries) -> np.ndarray:
     s = np.empty(len(e.keys), p.accumulator)
     for piece in _pieces(e):
         q, k = _queries(p, h, e, piece)[:, None], _keys(p, h, e, piece)[:, None]
-        scaled = q * p.accumulator.type(p.scale) if p.score_function is DOT else q
-        s[piece] = capped_products_of(p, scaled, k, q)[:, 0, 0]
+        scaled = q * h.scale.astype(p.accumulator) if p.score_function is DOT else q
+        s[piece] = capped_products_of(p, h.scale, scaled, k, q)[:, 0, 0]
     return s
+
+
+def _unscaled(p: Problem, h: Head, e: Entries) -> np.ndarray:
+    """What the scale of each score multiplies: (entries,)."""
+    found = np.empty(len(e.keys), p.accumulator)
+    for piece in _pieces(e):
+        q, k = _queries(p, h, e, piece), _keys(p, h, e, piece)
+        if p.score_function is DOT:
+            found[piece] = (q * k).sum(axis=-1)
+        else:
+            found[piece] = unscaled_scores(p.score_function, q[:, None], k[:, None])[:, 0, 0]
+    return found
+
+
+def _distance_index(h: Head, e: Entries) -> np.ndarray:
+    """Where the distance of each key stands in the relative bias."""
+    assert h.relative_bias is not None
+    reach = len(h.relative_bias) // 2
+    return np.clip(e.keys - (e.rows + (e.queries.start + h.q_offset)), -reach, reach) + reach
 
 
 def _kept(p: Problem, h: Head, e: Entries) -> np.ndarray | None:
@@ -203,10 +240,10 @@ def _scores(p: Problem, h: Head, e: Entries) -> np.ndarray:
 
 
 def _added(p: Problem, h: Head, e: Entries, products) -> np.ndarray:
-    """The scores of `products`: with bias, then alibi."""
+    """The scores of `products`: with the biases, then alibi."""
     real, s = p.accumulator.type, products
-    if e.bias is not None:
-        bias = in_range(e.bias, real).astype(real)
+    for bias in e.biases:
+        bias = in_range(bias, real).astype(real)
         s = sum_in_range(s + bias, s, bias)
     if h.slope is not None:
         s = sum_in_range(s - h.slope * _distances(h, e).astype(real), s, h.slope)
@@ -219,12 +256,18 @@ def _length(side: slice) -> int:
 
 def _row_tops(p: Problem, h: Head, e: Entries, s) -> np.ndarray:
     """What scores are taken relative to: the largest of each row or its sink, 0 where is none."""
-    top = np.full(_length(e.queries), -np.inf if h.sink is None else h.sink, p.accumulator)
+    top = _row_max(e, s, -np.inf if h.sink is None else h.sink)
+    return np.where(top == -np.inf, p.accumulator.type(0), top)
+
+
+def _row_max(e: Entries, s, initial) -> np.ndarray:
+    """The largest number of each row, at least `initial`."""
+    top = np.full(_length(e.queries), initial, s.dtype)
     starts = np.flatnonzero(np.diff(e.rows, prepend=-1))
     if len(starts):
         rows = e.rows[starts]
         top[rows] = np.maximum(top[rows], np.maximum.reduceat(s, starts))
-    return np.where(top == -np.inf, p.accumulator.type(0), top)
+    return top
 
 
 def _softmax(p: Problem, h: Head, e: Entries, s) -> tuple[np.ndarray, np.ndarray]:
@@ -309,22 +352,32 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
     head = h.where[-1]
     if "sinks" in found:
         found["sinks"][head] -= (sink * delta).sum()
+
+    def of_factor(factor):
+        """The gradient of what `factor` multiplies in each score."""
+        sums = _row_sums(factor, e, w, grad_s)
+        return sums.settled(mean, from_lse, sink, b.tolerance(shift))[1].sum()
+
+    slope = 1 if p.softcap is None else 1 - (products / real.type(p.softcap)) ** 2
+    if "scale" in found:
+        found["scale"][head] += of_factor(_unscaled(p, h, e) * slope)
+    if "relative_bias" in found:
+        own = found["relative_bias"][head]
+        own += np.bincount(_distance_index(h, e), grad_s, len(own))
     if "alibi" in found:
-        sums = _row_sums(h, e, w, grad_s)
-        _, slopes = sums.settled(mean, from_lse, sink, b.tolerance(shift))
-        found["alibi"][head] -= slopes.sum()
+        found["alibi"][head] -= of_factor(_distances(h, e))
     if "bias" in found:
         _add_to_bias(_broadcast_view(found["bias"], h.where), e, grad_s)
-    if p.softcap is not None:
-        grad_s = grad_s * (1 - (products / real.type(p.softcap)) ** 2)
+    grad_s = grad_s * slope
     grad_q = np.zeros((_length(e.queries), p.head_dim), real)
-    grad_k, grad_v = (_broadcast_view(found[x], h.kv_where) for x in "kv")
+    of_keys = {x: _broadcast_view(found[x], h.kv_where) for x in "kv" if x in found}
     for piece in _pieces(e):
         rows, keys = e.rows[piece], e.keys[piece]
-        more_q, more_k, more_w = _of_products(p, h, e, piece, grad_s[piece] * real.type(p.scale))
+        more_q, more_k, more_w = _of_products(p, h, e, piece, grad_s[piece] * h.scale.astype(real))
         _add_sums(grad_q, rows, more_q)
-        _add_scattered(grad_k, keys, more_k)
-        _add_scattered(grad_v, keys, used[piece, None] * grad_out[rows])
+        if of_keys:
+            _add_scattered(of_keys["k"], keys, more_k)
+            _add_scattered(of_keys["v"], keys, used[piece, None] * grad_out[rows])
         if "w" in found:
             found["w"] += more_w
     _broadcast_view(found["q"], h.where)[e.queries] += grad_q
@@ -352,11 +405,11 @@ def _settled(b: Backward, h: Head, e: Entries, s, lse) -> tuple[np.ndarray, np.n
     return shift, total
 
 
-def _row_sums(h: Head, e: Entries, w, grad_s) -> RowSums:
+def _row_sums(factor, e: Entries, w, grad_s) -> RowSums:
     """In float64."""
-    apart, n = _distances(h, e), _length(e.queries)
+    n = _length(e.queries)
     w, grad_s = w.astype(np.float64), grad_s.astype(np.float64)
-    terms = w, grad_s, w * apart, grad_s * apart
+    terms = w, grad_s, w * factor, grad_s * factor
     return RowSums(*(np.bincount(e.rows, x, minlength=n) for x in terms))
 
 

@@ -16,13 +16,14 @@ from .tiles import (
     dropped,
     kept,
     key_blocks,
+    keys_of,
     product,
     queries_of,
     query_blocks,
     rescale,
-    rows_of,
     scores,
     shift_of,
+    values_of,
 )
 
 __all__ = ["run_forward_mode"]
@@ -88,22 +89,22 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
         shift = shift_of(top)
         factor = np.where(none, 0, rescale(old, shift))
         weight = where_visible(seen, np.exp(s - shift[..., None]))
-        k, v = (rows_of(x, None, keys, real) for x in (h.k, h.v))
+        k, v = keys_of(p, h, keys), values_of(p, h, keys)
         total = total * factor + weight.sum(axis=-1)
         slope, mean, moved = slope * factor, mean * factor[..., None], moved * factor[..., None]
         keep = kept(p, h, queries, keys)
         used = dropped(p, weight, keep)
         mean += product(used, seen, v)
         if moving.q or moving.k:
-            dk = rows_of(along.k, None, keys, real) if moving.k else None
-            ds = _score_tangents(p, q, k, dq, dk)
+            dk = keys_of(p, along, keys) if moving.k else None
+            ds = _score_tangents(p, h.scale, q, k, dq, dk)
             if p.softcap is not None:
                 ds *= 1 - (products / real.type(p.softcap)) ** 2
             ds = where_visible(seen, weight * ds)
             slope += ds.sum(axis=-1)
             moved += product(dropped(p, ds, keep), seen, v)
         if moving.v:
-            moved += product(used, seen, rows_of(along.v, None, keys, real))
+            moved += product(used, seen, values_of(p, along, keys))
     empty = total == 0
     total = np.where(empty, 1, total)
     slope /= total
@@ -111,10 +112,10 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
     return moved / total - slope[..., None] * (mean / total), slope
 
 
-def _score_tangents(p: Problem, q, k, dq, dk) -> np.ndarray:
+def _score_tangents(p: Problem, scale, q, k, dq, dk) -> np.ndarray:
     """Those of the scores before softcap; `q` and `dq` are those of `queries_of`."""
     if p.score_function is not DOT:
-        return p.accumulator.type(p.scale) * score_function_tangents(p.score_function, q, k, dq, dk)
+        return scale.astype(p.accumulator) * score_function_tangents(p.score_function, q, k, dq, dk)
     if dk is None:
         return dq @ k.swapaxes(-1, -2)
     ds = q @ dk.swapaxes(-1, -2)

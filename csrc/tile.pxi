@@ -1,0 +1,192 @@
+# Part of kernels.pyx: the declarations of tile_sizes.h, tile.h and instruction_sets.h.
+
+cdef extern from "tile_sizes.h" nogil:
+    enum:
+        BLOCK_K
+        SUB_BLOCK_K
+        MAX_BLOCK_Q
+        FMA_BLOCK_Q_BYTES
+        BLOCK_D
+        MAX_LANES
+        METRIC_BLOCK_D
+        MAX_FMA_ROWS
+        MIN_BF16X3_ROWS
+        MAX_SPLIT_ROWS
+        SPLIT_KEYS
+        MAX_SPLITS
+
+cdef extern from "tile.h" nogil:
+    const double WEIGHT_UNIT
+
+    ctypedef struct NumberFormat:
+        char kind
+        int bytes, swapped
+
+    ctypedef enum ScoreFunction:
+        DOT
+        DISTANCE
+        ADDITIVE
+        SQUARED_DISTANCE
+    ctypedef struct Candidate:
+        pass
+
+    void set_drop_words(
+        Tile *t, Py_ssize_t i, uint64_t seed, uint64_t entry, uint64_t head, uint64_t query
+    )
+    Py_ssize_t bin_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t bins)
+
+    ctypedef struct Tile:
+        const char **q
+        char **out
+        const char *k
+        const char *v
+        const float *k_scales
+        const float *v_scales
+        NumberFormat q_format, k_format, v_format, out_format, grad_out_format
+        Py_ssize_t q_dim, out_dim, k_key, k_dim, v_key, v_dim, k_scales_key, v_scales_key
+        const int64_t *pages
+        Py_ssize_t page, k_page, v_page, k_scales_page, v_scales_page
+        Py_ssize_t n_queries, head_dim, value_dim, block_k
+        double scale, margin
+        ScoreFunction score_function
+        const double *dim_weights
+        Py_ssize_t *start
+        Py_ssize_t *stop
+        double softcap
+        bint has_mask, has_bias, has_alibi, has_sinks
+        const char **mask
+        const char **bias
+        Py_ssize_t mask_key, bias_key
+        NumberFormat bias_format
+        double *slope
+        double *sink
+        Py_ssize_t *position
+        bint has_dropout
+        uint32_t drop_threshold
+        uint64_t drop_first_key
+        double keep_factor
+        char **weights
+        Py_ssize_t weights_key
+        bint want_lse
+        double *lse
+        double *lse_rest
+        void *scratch
+        bint differentiating
+        const char **grad_out
+        const char **result
+        NumberFormat grad_out_format
+        Py_ssize_t grad_out_dim, result_dim
+        double *mean
+        double *delta
+        char *grad_k
+        char *grad_v
+        NumberFormat grad_k_format, grad_v_format
+        Py_ssize_t grad_k_key, grad_v_key
+        bint adds_k, adds_v
+        bint wants_bias, wants_sums, rows_share_bias
+        char **grad_bias
+        double (*row_sums)[4]
+        double *bins
+        int *slot
+        Py_ssize_t bin_row, columns, n_keys
+        Candidate *heaps
+        Py_ssize_t top_k
+        double *top_k_threshold
+        int64_t **keys
+        Py_ssize_t first, last
+
+    size_t lay_out_rows(Tile *, Py_ssize_t rows, char *base)
+
+    ctypedef struct BackwardKernels:
+        size_t (*scratch_bytes)(const Tile *) noexcept nogil
+        void (*prepare)(Tile *) noexcept nogil
+        void (*normalize)(Tile *) noexcept nogil
+        void (*begin_keys)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        bint (*differentiate)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*add)(Tile *) noexcept nogil
+        void (*store_keys)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+
+    ctypedef struct TileKernels:
+        int block_q, mr, block_k
+        size_t (*scratch_bytes)(const Tile *, Py_ssize_t) noexcept nogil
+        void (*begin)(Tile *) noexcept nogil
+        void (*attend)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        bint (*finish)(Tile *) noexcept nogil
+        void (*weights)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*accumulate_bins)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*collect_top_k)(Tile *, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*rank_top_k)(Tile *) noexcept nogil
+        double (*combine_splits)(
+            char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, char *, Py_ssize_t,
+            NumberFormat,
+        ) noexcept nogil
+        int real_bytes
+        const BackwardKernels *backward
+        double (*peak)(Py_ssize_t) noexcept nogil
+
+cdef extern from "sparse.h" nogil:
+    ctypedef struct SparseLists:
+        const int64_t *starts
+        const char *items
+        int item_bytes
+
+    ctypedef struct SparseRow:
+        pass
+
+    ctypedef struct SparseHead:
+        const char *q
+        const char *k
+        const char *v
+        const char *bias
+        Py_ssize_t q_row, bias_row
+        const float *k_scales
+        const float *v_scales
+        Py_ssize_t left, right, offset, length
+        const char *start
+        const char *stop
+        Py_ssize_t start_row, stop_row
+        double slope, sink
+        char *out
+        char *weights
+        char *lse
+        Py_ssize_t out_row, weights_row, lse_row
+        const char *grad_out
+        const char *result
+        const char *grad_lse
+        Py_ssize_t grad_out_row, result_row, grad_lse_row
+        double coarse
+        SparseRow *rows
+        double (*row_sums)[4]
+        char *grad_bias
+        Py_ssize_t grad_bias_row, grad_bias_key
+        char *grad_k
+        char *grad_v
+
+    ctypedef struct SparseKernels:
+        int real_bytes
+        size_t (*scratch_bytes)(const Tile *) noexcept nogil
+        void (*attend)(
+            Tile *, const SparseHead *, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+        void (*differentiate_queries)(
+            Tile *, const SparseHead *, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+        void (*differentiate_keys)(
+            Tile *, const SparseHead *, Py_ssize_t, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+
+cdef extern from "instruction_sets.h" nogil:
+    ctypedef struct InstructionSet:
+        const char *name
+        const char *features
+        bint (*runs_here)() noexcept nogil
+        const TileKernels *float64
+        const TileKernels *float32
+        const TileKernels *float16
+        const TileKernels *bfloat16
+        const TileKernels *fma
+        const SparseKernels *sparse_float64
+        const SparseKernels *sparse_float32
+
+    const InstructionSet INSTRUCTION_SETS[]
+    const int N_INSTRUCTION_SETS

@@ -1,0 +1,146 @@
+"""What `KVCache.attend` does: a problem whose keys are the pages that a cache holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from .attention import solve
+from .core.arguments import integers
+from .core.dtypes import float_dtype, widest
+from .core.options import span_sides
+from .core.output import destination
+from .core.pages import Held
+from .core.problem import Problem, make_problem
+from .core.sequences import Sequences, Snapshot
+from .core.storage import Storage
+from .core.visibility import key_range
+from .merge import merge
+
+__all__ = ["attend"]
+
+
+def attend(
+    sequences: Sequences, state: Snapshot, storage: Storage, dims: tuple[int, int], q, counts,
+    causal, backend, out, options: dict,
+):  # fmt: skip
+    """The results of the queries `q` at the end of each sequence; `counts` of them, if given."""
+    n = q.shape[2]
+    if counts is not None and (counts == n).all():
+        counts = None
+    if counts is not None:
+        options["q_offset"] = state.lengths - counts
+        options["spans"] = _spans_of_rows(counts, n, options.get("spans"))
+    if state.ragged:
+        options["kv_lengths"] = state.lengths
+        options.setdefault("q_offset", state.lengths - n)
+    own = float_dtype("q", q)
+    wide = widest({own, storage.dtype}) if storage.widens else own
+    narrows = wide is not own
+    k, v, *scales = state.views
+    held = Held(state.table, state.longest, *dims, tuple(scales), storage.widens)
+    p = make_problem(
+        q.astype(wide) if narrows else q, k, v, causal=causal, held=held,
+        out=None if narrows else out, **options,
+    )  # fmt: skip
+    if narrows and out is not None:
+        destination(out, p.rows(p.value_dim), own, False, (q,))
+    to = None if narrows else out
+    if sequences.window is None:
+        results = solve(p, backend, to)
+    else:
+        results = _through_window(sequences, sequences.window, state, p, counts, backend, to)
+    results = results if isinstance(results, tuple) else (results,)
+    if narrows:
+        results = _narrowed(results, p, own, out)
+    if counts is not None and p.sinks is not None:
+        _clear_rows(results, counts, n)
+    return results if len(results) > 1 else results[0]
+
+
+def _through_window(
+    sequences: Sequences, window: int, state: Snapshot, p: Problem, counts, backend, out
+):
+    """The results where each query sees a window of the keys, and the first ones of the cache."""
+    r = p.key_range
+    counts = np.minimum(p.n_queries, state.lengths) if counts is None else counts
+    first = state.lengths - counts - window + 1  # that each sequence's first query sees
+    _check_held(sequences, state, counts, first)
+    left = window - 1 if r.left is None else min(r.left, window - 1)
+    through = key_range(p.n_queries, p.n_keys, r.offset, True, (left, None), r.lengths, r.spans)
+    near = replace(p, key_range=through)
+    last = state.lengths - counts + p.n_queries - window
+    if not min(sequences.keep_first, int(last.max())) > 0:
+        return solve(near, backend, out)
+
+    offset = np.reshape(r.offset, (-1, 1, 1)) if isinstance(r.offset, np.ndarray) else r.offset
+    before = offset + np.arange(p.n_queries)[None, None] - window + 1
+    stop = np.clip(before, 0, min(sequences.keep_first, p.n_keys))
+    start, end = (0, stop) if r.spans is None else (r.spans[0], np.minimum(r.spans[1], stop))
+    spans = np.broadcast_to(start, p.rows()), np.broadcast_to(end, p.rows())
+    far = replace(p, key_range=r._replace(spans=spans), sinks=None, return_lse=True, out=None)
+    near = replace(near, return_lse=True, out=None)
+    return _joined(p, solve(near, backend, None), solve(far, backend, None), out)
+
+
+def _check_held(sequences: Sequences, state: Snapshot, counts, first) -> None:
+    for b in np.flatnonzero(counts):
+        _, *rest = sequences.held(state, int(b))
+        if rest and first[b] < rest[0][0]:
+            raise ValueError(
+                f"q: expected at most the {state.last[b]} queries of the last append to sequence "
+                f"{b}, as older keys are given back, got {counts[b]}"
+            )
+
+
+def _joined(p: Problem, near: tuple, far: tuple, out):
+    """The results of `p` from those of two sets of keys."""
+    result, lse = merge(near[:2], far[:2])
+    if out is not None:
+        out[:] = result
+        result = out
+    joined = [result, *([lse] if p.return_lse else [])]
+    if p.return_max:
+        joined.append(np.maximum(near[2], far[2]))
+    if p.return_weights:
+        shift = np.where(lse == -np.inf, 0, lse)
+        with np.errstate(all="ignore"):
+            shares = (np.exp(x[1] - shift)[..., None].astype(p.dtype) for x in (near, far))
+            joined.append(sum(x[-1] * share for x, share in zip((near, far), shares, strict=True)))
+    return tuple(joined)
+
+
+def _narrowed(results: tuple, p: Problem, dtype, out) -> tuple:
+    """Results of `p` in the dtype of the queries, and sums in the one that goes with it."""
+    sums = np.float64 if dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):
+        cast = [x.astype(dtype if x.ndim > 3 else sums) for x in results]
+    if out is not None:
+        out[:] = cast[0]
+        cast[0] = out
+    return tuple(cast)
+
+
+def _live_rows(counts, n) -> np.ndarray:
+    """Which rows are queries, (batch, 1, n)."""
+    return np.arange(n) < counts[:, None, None]
+
+
+def _spans_of_rows(counts, n, spans):
+    """Spans in which the rows that are no queries see nothing, and the others what they did."""
+    live = _live_rows(counts, n)
+    if spans is None:
+        return 0, np.where(live, np.iinfo(np.int64).max, 0)
+    start, stop = span_sides(spans)
+    stop = integers("spans", stop)
+    return start, np.where(live, stop, 0)
+
+
+def _clear_rows(results: tuple, counts, n) -> None:
+    """A row that is no query gets nothing of its sink either."""
+    dead = ~_live_rows(counts, n)
+    np.copyto(results[0], 0, where=dead[..., None])
+    for x in results[1:]:
+        if x.ndim == 3:  # of sums; weights are 0
+            np.copyto(x, -np.inf, where=dead)
