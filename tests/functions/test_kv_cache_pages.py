@@ -168,6 +168,19 @@ def test_window_with_options():
     np.testing.assert_allclose(lse[0], np.log(total)[..., 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("keep_first", [0, 6])
+def test_window_without_a_causal_mask(keep_first):
+    """What is ahead is seen among the first tokens only."""
+    model = Model(1, 4, keep_first)
+    q = model.append(20)
+    out = model.cache.attend(q, causal=False, backend="numpy")
+    (k, v), p, j = model.held[0], np.arange(20)[:, None], np.arange(20)
+    s = np.einsum("hid,hjd->hij", q[0].astype(float), np.repeat(k, 2, axis=0)) / np.sqrt(DIM)
+    weights = np.exp(np.where((j < keep_first) | ((p - 4 < j) & (j <= p)), s, -np.inf))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ np.repeat(v, 2, axis=0)
+    np.testing.assert_allclose(out[0], wanted, atol=2e-6)
+
+
 def test_what_a_window_has_given_back():
     model = Model(1, 10)
     model.append(300)
