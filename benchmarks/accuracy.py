@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastattn.bench.contestants import named
 
 import fastattn
 from fastattn.bench import machine, timing
+from fastattn.bench.candidates import named
 from fastattn.bench.cases import Case
 from fastattn.bench.ranking import conditions, prepare, rms_error
 

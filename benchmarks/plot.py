@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,6 +23,7 @@ STYLES = {
     "fastattn-numba": ("#CC79A7", "D"),
     "fastattn-numpy": ("#E69F00", "s"),
     "fastattn-jax": ("#D55E00", "o"),
+    "fastattn": ("#D55E00", "o"),
     "torch": ("#0072B2", "^"),
     "onnxruntime": ("#009E73", "v"),
     "openvino": ("#56B4E9", "P"),
@@ -37,8 +39,15 @@ BARS = {
     "integrations": ("integrations-jax", "integrations-jax-training"),
 }
 
+# What the candidates and the axes are called.
+NAMES = {"numpy-formula": "plain NumPy", "jax": "JAX"}
+LENGTH = "sequence length (queries and keys)"
+RATE, MEMORY = "GFLOP/s, more is better", "MiB beyond inputs and result, at the peak"
+
 # Whose peak is that of multiply-adds; that of tiles of half precision is ten times as far.
 FMA_TYPES = ("float32", "float64")
+
+LETTERS_PER_INCH = 17  # of a caption
 
 Rankings = dict[str, dict[str, Any]]
 
@@ -49,22 +58,23 @@ def main(path: Path) -> None:
     rankings = {r["name"]: r for r in data["rankings"] if "tokens" not in r}
     models = {r["name"]: r for r in data["rankings"] if "tokens" in r}
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    pictures = {"time": times(rankings), "memory": memory(rankings)}
+    by_length = {name: r for name, r in rankings.items() if name.partition("-")[0].isdigit()}
+    pictures = {"time": (times(by_length), by_length), "memory": (memory(by_length), by_length)}
     for name, cases in BARS.items():
-        if shown := [rankings[case] for case in cases if case in rankings]:
-            pictures[name] = bars(shown)
+        if shown := {case: rankings[case] for case in cases if case in rankings}:
+            pictures[name] = bars(list(shown.values())), shown
     if models:
-        pictures["models"] = model_bars(models)
-    for name, figure in pictures.items():
-        shown = models if name == "models" else rankings
-        figure.text(0.01, 0.01, caption(data, shown), fontsize=7.5, color="0.35")
+        pictures["models"] = model_bars(models), models
+    for name, (figure, shown) in pictures.items():
+        text = fill(caption(data, shown), int(figure.get_figwidth() * LETTERS_PER_INCH))
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="0.35")
         target = path.with_name(f"{path.stem}-{name}.png")
         figure.savefig(target, dpi=160)
         print(target)
 
 
 def caption(data: dict[str, Any], rankings: Rankings) -> str:
-    """The machine and the conditions, and who took part, in two lines."""
+    """The machine and the conditions, and who took part."""
     machine = data["machine"]
     versions = {
         entry["name"]: entry["version"]
@@ -74,76 +84,75 @@ def caption(data: dict[str, Any], rankings: Rankings) -> str:
     }
     return (
         f"{machine['cpu']}, {data['threads']} threads, {data['instruction set']}, "
-        f"{machine['system']}, {data['date']}; medians of {data['repeat']} interleaved rounds\n"
-        f"fastattn {data['fastattn']}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        f"{machine['system']}, {data['date']}; medians of {data['repeat']} interleaved rounds; "
+        f"fastattn {data['fastattn']}, "
+        + ", ".join(f"{called(name)} {version}" for name, version in versions.items())
     )
 
 
 def times(rankings: Rankings):
     """Time against length above, the rate that it means below; plain and causal."""
-    figure, panels = plt.subplots(2, 2, figsize=(10, 8.5), sharey="row", layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
-    for column, suffix, title in zip(panels.T, ("", "-causal"), ("plain", "causal"), strict=True):
+    figure, panels = plt.subplots(2, 2, figsize=(10, 9), sharey="row", layout="constrained")
+    masks = {"": "every key is seen", "-causal": "causal mask"}
+    for column, (suffix, mask) in zip(panels.T, masks.items(), strict=True):
         for name in candidates(rankings):
             line(column[0], name, points(rankings, suffix, name, "median", 1e3))
             line(column[1], name, points(rankings, suffix, name, "flops per second", 1e-9))
-        length_axis(column[0], f"(1, 8, length, 64) float32, {title}")
+        length_axis(column[0], f"8 heads of 64, float32, {mask}")
         column[0].set_yscale("log")
         length_axis(column[1], "")
         column[1].set_ylim(bottom=0)
-    panels[0, 0].set_ylabel("time in ms")
-    panels[1, 0].set_ylabel("GFLOP/s")
-    panels[0, 0].legend(frameon=False)
+    panels[0, 0].set_ylabel("ms, less is better")
+    panels[1, 0].set_ylabel(RATE)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=4, loc="outside upper center")
     return figure
 
 
 def memory(rankings: Rankings):
     """Memory beyond inputs and result against length."""
-    figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in candidates(rankings):
         line(axes, name, points(rankings, "", name, "memory", 2.0**-20))
     lengths = [n for n in LENGTHS if str(n) in rankings]
     axes.plot(lengths, [4 * 8 * n * 64 * 4 / 2**20 for n in lengths], ":", color="0.5", lw=1.5,
               label="inputs and result")  # fmt: skip
-    length_axis(axes, "(1, 8, length, 64) float32, plain")
+    length_axis(axes, "8 heads of 64, float32, every key is seen")
     axes.set_yscale("log")
-    axes.set_ylabel("peak memory beyond inputs and result, MiB")
-    axes.legend(frameon=False)
+    axes.set_ylabel(MEMORY)
+    figure.legend(frameon=False, loc="outside right center")
     return figure
 
 
 def bars(shown: list[dict[str, Any]]):
     """The rate in some cases, fastest on top, below the machine's own limit."""
-    height = 1 + 0.3 * max(len(ranking["entries"]) for ranking in shown)
+    height = 1.7 + 0.3 * max(len(ranking["entries"]) for ranking in shown)
     figure, panels = plt.subplots(
         1, len(shown), figsize=(10, height), squeeze=False, layout="constrained"
     )
-    caption_share = 0.4 / height
-    figure.get_layout_engine().set(rect=(0, caption_share, 1, 1 - caption_share))
     for axes, ranking in zip(panels[0], shown, strict=True):
         rate, unit, limit = (
-            ("bytes per second", "GB/s", "read bandwidth")
+            ("bytes per second", "GB/s", "memory")
             if ranking["decodes"]
             else ("flops per second", "GFLOP/s", "FMA peak")
         )
         entries = ranking["entries"][::-1]
         rates = [entry[rate] / 1e9 for entry in entries]
-        names = [entry["name"] for entry in entries]
-        drawn = axes.barh(names, rates, color=[style(n)[0] if ours(n) else "0.7" for n in names])
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.bar_label(drawn, fmt="%.0f", padding=4, bbox=white)
-        for label in axes.get_yticklabels():
-            label.set_fontweight("bold" if ours(label.get_text()) else "normal")
-        axes.set_title(ranking["case"], loc="right", fontsize=10, fontweight="bold")
-        axes.set_xlabel(unit)
-        axes.set_xlim(0, 1.25 * max(rates))
-        if ranking["decodes"] or ranking["dtype"] in FMA_TYPES:
-            peak = ranking["peak"] / 1e9
+        peak = ranking["peak"] / 1e9
+        limited = ranking["decodes"] or ranking["dtype"] in FMA_TYPES
+        end = 1.25 * max(peak, *rates) if limited else 1.25 * max(rates)
+        axes.set_xlim(0, end)
+        axes.set_xlabel(f"{unit}\n(dashed: {limit}, {peak:.0f})" if limited else unit)
+        if limited:
             axes.axvline(peak, color="0.3", ls="--", lw=1, zorder=1)
-            axes.set_xlim(0, 1.15 * max(peak, *rates))
-            axes.set_xlabel(f"{unit} ({limit}: {peak:.0f})")
+        names = [entry["name"] for entry in entries]
+        drawn = axes.barh(
+            [called(name) for name in names], rates, color=[color(name) for name in names]
+        )
+        label_bars(axes, drawn, [f"{value:.0f}" for value in rates])
+        for label, name in zip(axes.get_yticklabels(), names, strict=True):
+            label.set_fontweight("bold" if ours(name) else "normal")
+        axes.set_title(in_words(ranking), loc="left", fontsize=9)
     return figure
 
 
@@ -153,23 +162,51 @@ def model_bars(rankings: Rankings):
         len(rankings), 1, figsize=(7, 1.3 * len(rankings) + 0.8), squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0, 0.08, 1, 0.92))
     for axes, ranking in zip(panels[:, 0], rankings.values(), strict=True):
         entries = ranking["entries"][::-1]
         names = [entry["name"] for entry in entries]
-        colors = [style("fastattn-cython")[0] if ours(n) else "0.7" for n in names]
-        drawn = axes.barh(names, [1e3 * entry["median"] for entry in entries], color=colors)
-        axes.bar_label(drawn, [duration(entry["median"]) for entry in entries], padding=4)
-        axes.set_title(ranking["case"], loc="left", fontsize=10)
-        axes.set_xlim(0, 1.2e3 * entries[0]["median"])
+        drawn = axes.barh(
+            names, [entry["median"] for entry in entries], color=[color(name) for name in names]
+        )
+        label_bars(axes, drawn, [duration(entry["median"]) for entry in entries])
+        axes.set_title(f"{ranking['case']}: time, less is better", loc="left", fontsize=10)
         axes.set_xticks([])
     return figure
 
 
+def label_bars(axes, drawn, labels: list[str]) -> None:
+    """A label in each long bar and behind each short one, where no line is."""
+    longest = max(bar.get_width() for bar in drawn)
+    for bar, label in zip(drawn, labels, strict=True):
+        inside = bar.get_width() > longest / 2
+        axes.annotate(
+            label, (bar.get_width(), bar.get_y() + bar.get_height() / 2),
+            (-4 if inside else 4, 0), textcoords="offset points", va="center_baseline",
+            ha="right" if inside else "left", color="white" if inside else "black",
+            fontweight="bold" if inside else "normal",
+        )  # fmt: skip
+
+
+def in_words(ranking: dict[str, Any]) -> str:
+    """A case, for a title of three lines."""
+    heads, kv_heads = ranking["heads"], ranking["kv_heads"]
+    queries, keys = ranking["n_queries"], ranking["n_keys"]
+    many = "queries" if queries > 1 else "query"
+    length = f"{keys} tokens" if queries == keys else f"{queries} {many}, {keys} keys"
+    shared = f", {kv_heads} of keys" if kv_heads not in (None, heads) else ""
+    options = [
+        ranking["dtype"],
+        "causal" if ranking["causal"] else "",
+        ranking["work"].removeprefix("forward"),
+        f"inside {called(ranking['inside'])}" if ranking["inside"] else "",
+    ]
+    named = ", ".join(filter(None, options))
+    return f"{length}\n{heads} heads of {ranking['head_dim']}{shared}\n{named}"
+
+
 def candidates(rankings: Rankings) -> list[str]:
     """The names, in the order of the legend: ours, then the others."""
-    called = [r for r in rankings.values() if not (r.get("inside") or r.get("function"))]
-    found = {e["name"] for ranking in called for e in ranking["entries"]}
+    found = {e["name"] for ranking in rankings.values() for e in ranking["entries"]}
     return [*(n for n in STYLES if n in found), *sorted(found - STYLES.keys())]
 
 
@@ -188,7 +225,7 @@ def line(axes, name: str, values) -> None:
     color, marker = style(name)
     axes.plot(*zip(*values, strict=True) if values else ([], []), color=color, marker=marker,
               markersize=5, lw=2.8 if ours(name) else 1.2, zorder=3 if ours(name) else 2,
-              label=name)  # fmt: skip
+              label=called(name))  # fmt: skip
 
 
 def length_axis(axes, title: str) -> None:
@@ -197,8 +234,17 @@ def length_axis(axes, title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS], rotation=45)
     axes.minorticks_off()
-    axes.set_xlabel("queries = keys")
+    axes.set_xlabel(LENGTH)
     axes.grid(color="0.9")
+
+
+def called(name: str) -> str:
+    return NAMES.get(name, name)
+
+
+def color(name: str) -> str:
+    """Of a bar: ours stand out."""
+    return style(name)[0] if ours(name) else "0.55"
 
 
 def ours(name: str) -> bool:

@@ -7,6 +7,7 @@
 #ifndef FASTATTN_BACKWARD_INL_H
 #define FASTATTN_BACKWARD_INL_H
 
+#include "dropout-inl.h"
 #ifdef BF16_TERMS
 #include "backward_bf16-inl.h"
 #else
@@ -187,10 +188,15 @@ static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, Su
     finish_scores(t, s, p, sub, top);
     real unit;
     bool fit = multiply_values(t, g, p, sub, &unit);
-    fit &= differentiate_scores(t, g, p, sub, unit);
+    if (t->has_dropout) {
+        draw_kept(t, s, p, sub);
+        drop(t, s, p, sub, g->grad_scores);
+    }
+    fit &= differentiate_scores(t, g, p, sub, unit * (real)t->keep_factor);
     if (t->wants_bias) add_to_bias(t, g, p, sub);
     if (t->wants_sums) add_to_row_sums(t, g, p, sub);
     if (t->softcap > 0) softcap_gradient(t, g, p, sub);
+    if (t->has_dropout) drop(t, s, p, sub, sub->scores);
     sum_sub_block(t, g, p, sub, fit, sums);
 }
 
@@ -295,7 +301,7 @@ static void store_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     lay_out_backward(t, &g);
     store_key_rows(g.grad_k, t->head_dim, end - begin, begin, t->scale / WEIGHT_UNIT, t->adds_k,
                    t->grad_k, t->grad_k_key, t->grad_k_format);
-    store_key_rows(g.grad_v, t->value_dim, end - begin, begin, 1 / WEIGHT_UNIT, t->adds_v,
-                   t->grad_v, t->grad_v_key, t->grad_v_format);
+    store_key_rows(g.grad_v, t->value_dim, end - begin, begin, t->keep_factor / WEIGHT_UNIT,
+                   t->adds_v, t->grad_v, t->grad_v_key, t->grad_v_format);
 }
 #endif

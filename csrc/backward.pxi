@@ -276,7 +276,7 @@ def differentiate(
     tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     str compute_dtype, int threads,
-    cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None,
+    cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None, dropout,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
@@ -300,6 +300,7 @@ def differentiate(
     cdef CallParams *params = &backward.call
     bind_params(
         params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+        dropout,
     )
     bind_operand(params, &backward.grad_out, grad_out, 3)
     bind_operand(params, &backward.result, out, 3)

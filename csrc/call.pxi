@@ -31,6 +31,15 @@ cdef struct WeightReduction:
     Py_ssize_t top_k  # 0: not asked for
 
 
+cdef struct Dropout:
+    # fastattn.core.dropout.Dropout: `offset` is of (batch, head, query, key).
+    bint given
+    uint64_t seed
+    uint64_t offset[4]
+    uint32_t threshold
+    double factor
+
+
 cdef struct CallParams:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
@@ -50,6 +59,7 @@ cdef struct CallParams:
     const double *alibi  # per head; NULL if not given
     const double *sinks
     WeightReduction reduction
+    Dropout dropout
 
 
 cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, int rank) except -1:
@@ -197,6 +207,11 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
             tile.position[i] = position
         if params.sinks is not NULL:
             tile.sink[i] = params.sinks[head]
+        if params.dropout.given:
+            set_drop_words(
+                tile, i, params.dropout.seed, work.batch + params.dropout.offset[0],
+                head + params.dropout.offset[1], query + params.dropout.offset[2],
+            )
         head += 1
         if head == (work.kv_head + 1) * params.group:
             head = work.kv_head * params.group
@@ -271,10 +286,23 @@ cdef int bind_key_range(CallParams *params, key_range) except -1:
     return 0
 
 
+cdef int bind_dropout(CallParams *params, dropout) except -1:
+    cdef int i
+    params.dropout.given = dropout is not None
+    params.dropout.threshold, params.dropout.factor, params.dropout.offset[3] = 0, 1, 0
+    if dropout is not None:
+        params.dropout.seed = dropout.seed
+        params.dropout.threshold = dropout.threshold
+        params.dropout.factor = dropout.factor
+        for i in range(4):
+            params.dropout.offset[i] = dropout.offset[i]
+    return 0
+
+
 cdef int bind_params(
     CallParams *params, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
-    key_range, cnp.ndarray mask, cnp.ndarray bias,
+    key_range, cnp.ndarray mask, cnp.ndarray bias, dropout,
 ) except -1:
     """The parameters of either direction, with one tile and one split per key head."""
     cdef int i
@@ -288,6 +316,7 @@ cdef int bind_params(
     bind_operand(params, &params.v, v, 3)
     bind_operand(params, &params.out, out, 3)
     bind_key_range(params, key_range)
+    bind_dropout(params, dropout)
     bind_operand(params, &params.mask, mask, 3)
     bind_operand(params, &params.bias, bias, 3)
     bind_operand(params, &params.weights, None, 3)
@@ -336,6 +365,10 @@ cdef int init_tile(
     tile.weights_key = tile.top_k = 0
     tile.want_lse = tile.differentiating = False
     tile.margin = 0
+    tile.has_dropout = params.dropout.given
+    tile.drop_threshold = params.dropout.threshold
+    tile.drop_first_key = params.dropout.offset[3]
+    tile.keep_factor = params.dropout.factor
     return 0
 
 

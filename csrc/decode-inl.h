@@ -14,16 +14,6 @@
 #include "matmul_fma-inl.h"
 #include "online_softmax_fma-inl.h"
 
-/* In lane l, the sum over the lanes of x[l]. */
-INLINE vec sum_lanes(vec x[LANES]) {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++)
-            x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
-    return x[0];
-}
-
 /* Rows of contiguous numbers: in place, or widened. */
 typedef struct {
     const char *data;
@@ -286,13 +276,13 @@ static void decode_multiply_keys(const Tile *t, const Scratch *s, int p, const S
 
 static void decode_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks,
                               real *out) {
-    (void)p;
     memset(s->decode_sums, 0,
            sizeof(real) * (size_t)(t->n_queries * round_up(t->value_dim, LANES)));
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
         if (sub->visibility == EMPTY) continue;
         weigh(1, t->exponent, sub, b->top, b->sum);
+        if (t->has_dropout) drop_weights(t, s, p, sub);
         WITH_STORED_FORMAT(decode_format(t->v_dim, t->v_format), decode_add_values, t, s, sub);
     }
     transpose_decode_sums(t, s, out);

@@ -78,7 +78,7 @@ def attend(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
-    score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table,
+    score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table, dropout,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
@@ -90,7 +90,7 @@ def attend(
     `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
     is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
     character: see `compute_dtype_of`. `score_function` is None for dot products, else a pair of its
-    name and its weights. All arguments must have been validated: nothing is checked here.
+    name and its weights. `dropout` is None or a `Dropout`. All arguments must have been validated: nothing is checked here.
 
     With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
     bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last
@@ -105,6 +105,7 @@ def attend(
     cdef char *shared
     bind_params(
         &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+        dropout,
     )
     bind_operand(&params, &params.k_scales, k_scales, 3)
     bind_operand(&params, &params.v_scales, v_scales, 3)

@@ -2,12 +2,18 @@
 
 /* setup.py compiles tile.c once for each table, with the flags of its instruction set, and defines
  * WITHOUT_<instruction set> if the compiler lacks them. */
-#define DECLARE(name) extern const TileKernels name##_float32, name##_float64;
+#define DECLARE(name)                                                                              \
+    extern const TileKernels name##_float32, name##_float64;                                       \
+    extern const SparseKernels name##_sparse_float32, name##_sparse_float64;
+
+/* A gather multiplies no matrices. */
+#define SPARSE_KERNELS(name)                                                                       \
+    .sparse_float64 = &name##_sparse_float64, .sparse_float32 = &name##_sparse_float32
 
 /* Without bfloat16 hardware float16 and bfloat16 are widened to float32 as they are read. */
 #define MULTIPLY_ADD_KERNELS(name)                                                                 \
     .float64 = &name##_float64, .float32 = &name##_float32, .float16 = &name##_float32,            \
-    .bfloat16 = &name##_float32, .fma = &name##_float32
+    .bfloat16 = &name##_float32, .fma = &name##_float32, SPARSE_KERNELS(name)
 
 static int always(void) { return 1; }
 
@@ -69,6 +75,7 @@ const InstructionSet INSTRUCTION_SETS[] = {
         .float16 = &amx_float16,
         .bfloat16 = &amx_bfloat16,
         .fma = &avx512_float32,
+        SPARSE_KERNELS(avx512),
     },
 #endif
 #ifndef WITHOUT_avx512_bf16
@@ -81,6 +88,7 @@ const InstructionSet INSTRUCTION_SETS[] = {
         .float16 = &avx512_float32,
         .bfloat16 = &avx512_bf16_bfloat16,
         .fma = &avx512_float32,
+        SPARSE_KERNELS(avx512),
     },
 #endif
     {

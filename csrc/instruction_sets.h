@@ -2,6 +2,7 @@
 #ifndef FASTATTN_INSTRUCTION_SETS_H
 #define FASTATTN_INSTRUCTION_SETS_H
 
+#include "sparse.h"
 #include "tile.h"
 
 typedef struct {
@@ -11,6 +12,7 @@ typedef struct {
     /* The kernels by compute dtype; `fma` multiplies float32 by multiply-adds, whatever the
      * hardware: kernel_choice.pxi says when. */
     const TileKernels *float64, *float32, *float16, *bfloat16, *fma;
+    const SparseKernels *sparse_float64, *sparse_float32; /* by the dtype of sums */
 } InstructionSet;
 
 extern const InstructionSet INSTRUCTION_SETS[]; /* ends in the one that always runs */

@@ -119,8 +119,8 @@ def instruction_sets():
 
 
 def kernel_tables():
-    """By the instruction sets of this machine and by a product's dtype: which kernels these are.
-    Where two are equal, so is every result.
+    """Which kernels serve each compute dtype, by instruction set of this machine. Equal kernels give
+    equal results.
     """
     tables = {}
     for i in range(N_INSTRUCTION_SETS):

@@ -11,7 +11,7 @@ from cpython.unicode cimport PyUnicode_AsUTF8
 from cython.parallel cimport parallel, prange, threadid
 from libc.float cimport DBL_EPSILON, FLT_EPSILON
 from libc.math cimport INFINITY, fabs, log
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.stdlib cimport getenv as c_getenv
 from libc.string cimport memcpy, memset
@@ -56,4 +56,5 @@ include "call.pxi"
 include "weight_maps.pxi"
 include "forward.pxi"
 include "backward.pxi"
+include "sparse.pxi"
 include "peak.pxi"

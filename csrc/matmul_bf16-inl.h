@@ -16,6 +16,7 @@
 #include <immintrin.h>
 
 #include "convert-inl.h"
+#include "dropout-inl.h"
 #include "masking-inl.h"
 #include "matmul.h"
 #include "register_tile-inl.h"
@@ -486,6 +487,27 @@ static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top
     }
 }
 
+static pair *weights_of(const Scratch *s, const SubBlock *sub) {
+    return s->weight_terms + sub->key % BLOCK_K / 2 * MR;
+}
+
+/* The terms of weights that are dropped become 0: of a pair of keys the even one has the lower
+ * half. */
+static void drop_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    pair *to = weights_of(s, sub);
+    draw_kept(t, s, p, sub);
+    for (int j = 0; j < sub->keys; j += 2, to += MR)
+        for (int n = 0; n < t->micropanel[p].vecs; n++) {
+            const lane_int *kept = s->kept + j * MR + n * LANES;
+            __m512i even = _mm512_load_si512(kept), odd = _mm512_load_si512(kept + MR);
+            __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd);
+            for (int i = 0; i < BF16_TERMS; i++) {
+                pair *at = to + i * WEIGHT_TERM + n * LANES;
+                _mm512_store_si512(at, _mm512_and_si512(_mm512_load_si512(at), both));
+            }
+        }
+}
+
 /* Add the special numbers of a sub-block's values to the queries they are visible to. */
 static void add_special_values(const Tile *t, const Scratch *s, int p, const BlockState *b,
                                const SubBlock *sub, real *out) {
@@ -497,6 +519,8 @@ static void add_special_values(const Tile *t, const Scratch *s, int p, const Blo
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             vec score = load(sub->scores + j * MR + n * LANES);
             vec weight = weight_from(score, b->top[n], exponent);
+            if (t->has_dropout)
+                weight = choose(*(const ivec *)(s->kept + j * MR + n * LANES), weight, splat(0));
             for (ptrdiff_t d = 0; d < t->value_dim; d++) {
                 real *o = out + d * MR + n * LANES;
                 if (!(unrepresentable(splat(s->values[d])) & 1)) continue;
@@ -505,10 +529,6 @@ static void add_special_values(const Tile *t, const Scratch *s, int p, const Blo
             }
         }
     }
-}
-
-static pair *weights_of(const Scratch *s, const SubBlock *sub) {
-    return s->weight_terms + sub->key % BLOCK_K / 2 * MR;
 }
 
 /* Add the weighted values of the sub-blocks [i, end) of a block. */

@@ -74,6 +74,7 @@ static void fma_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b
         if (sub->visibility == EMPTY) continue;
         View v = values_from(t, s, sub->key);
         weigh(vecs, t->exponent, sub, b->top, b->sum);
+        if (t->has_dropout) drop_weights(t, s, p, sub);
         if (sub->visibility == PARTIAL && !all_finite(v, sub->keys, t->value_dim)) {
             if (!accumulate) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
             masked_matmul(sub, vecs, v, t->value_dim, out);

@@ -76,6 +76,7 @@ static void bf16_attend_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin,
             continue;
         }
         weigh(vecs, t->exponent, sub, b.top, b.sum, weights_of(s, sub), WEIGHT_TERM);
+        if (t->has_dropout) drop_weights(t, s, p, sub);
         ensure_packed(t, s, sub->key, &s->packed->values, s->engine->pack_values);
         if (bits_of(s->special_values, sub)) {
             sum_sub_blocks(t, s, p, &b, first, i + 1, block_out, &accumulate);

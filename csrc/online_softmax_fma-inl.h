@@ -4,6 +4,7 @@
 #define FASTATTN_ONLINE_SOFTMAX_FMA_INL_H
 
 #include "block-inl.h"
+#include "dropout-inl.h"
 #include "top_k-inl.h"
 
 INLINE void weigh_vecs(const int vecs, const bool scaled, int keys, real *scores, vec exponent,
@@ -38,6 +39,11 @@ static void weigh(int vecs, double exponent, const SubBlock *sub, const vec *top
     VECS(3)
 #endif
 #undef VECS
+}
+
+static void drop_weights(const Tile *t, const Scratch *s, int p, const SubBlock *sub) {
+    draw_kept(t, s, p, sub);
+    drop(t, s, p, sub, sub->scores);
 }
 
 static void update_row_max(const Tile *t, int vecs, BlockState *b, real *row_max) {

@@ -3,12 +3,19 @@
 #define FASTATTN_PLATFORM_H
 
 #include <ctype.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#include <process.h>
+#include <windows.h>
+#else
+#include <pthread.h>
+#include <sched.h>
 #include <time.h>
 #include <unistd.h>
+#endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #endif
@@ -23,11 +30,25 @@ static inline int omp_get_place_num_procs(int place) { return 0; }
 static inline void omp_get_place_proc_ids(int place, int *ids) {}
 #endif
 
+#ifdef _WIN32
+static inline double seconds(void) {
+    LARGE_INTEGER ticks, per_second;
+    QueryPerformanceCounter(&ticks);
+    QueryPerformanceFrequency(&per_second);
+    return (double)ticks.QuadPart / (double)per_second.QuadPart;
+}
+
+#ifdef _MSC_VER /* MinGW has these under their POSIX names */
+static inline int sched_yield(void) { return !SwitchToThread(); }
+static inline int getpid(void) { return _getpid(); }
+#endif
+#else
 static inline double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+#endif
 
 /* Is this the thread that the process began with? In a forked process it is the one that forked. */
 static inline int is_first_thread(void) {
@@ -38,6 +59,9 @@ static inline int is_first_thread(void) {
 #endif
 }
 
+#ifdef _WIN32
+static inline int creatable_threads(int wanted) { return wanted; }
+#else
 static inline void *wait_for_all(void *mutex) {
     pthread_mutex_lock(mutex);
     pthread_mutex_unlock(mutex);
@@ -74,6 +98,7 @@ static inline int creatable_threads(int most) {
     free(threads);
     return n > 1 ? n : 1;
 }
+#endif
 
 /* Grow the calling thread's pool for a region of at most `most` threads; returns how many it has.
  * OpenMP's runtimes end the process if a thread cannot be created, so try that before they do. */

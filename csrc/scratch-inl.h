@@ -38,6 +38,7 @@ typedef struct Scratch {
     real *block_out;         /* [value_dim][MR], the sum of one block */
     real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
     real *bias;              /* [SUB_BLOCK_K][MR] */
+    lane_int *kept;          /* [SUB_BLOCK_K][MR]: has dropout kept the weight? -1 or 0 */
     real *more;              /* [SUB_BLOCK_K][MR]: the scores of BLOCK_D head dims */
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
     real *keys, *values;     /* [key of the block][dim], widened */
@@ -140,6 +141,9 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(block_out, MR * s->out_rows)
     TAKE(bias, t->has_bias ? SUB_BLOCK_K * MR : 0)
     TAKE(more, t->head_dim > BLOCK_D ? SUB_BLOCK_K * MR : 0)
+    /* Counters of dropout may begin before a sub-block and end behind it. */
+    TAKE(kept, t->has_dropout ? (SUB_BLOCK_K + 2 * KEYS_PER_COUNTER) * MR : 0)
+    s->kept += KEYS_PER_COUNTER * MR;
     TAKE(visible, SUB_BLOCKS * MASK_WORDS * MR)
 #ifdef BF16_TERMS
     TAKE(q, MR * t->head_dim)

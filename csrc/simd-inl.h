@@ -224,6 +224,24 @@ INLINE vec choose(ivec condition, vec yes, vec no) {
 #endif
 }
 
+/* The products of the lower halves of 64-bit lanes. */
+typedef uint64_t wide __attribute__((vector_size(VEC_BYTES)));
+typedef uint32_t half_wide __attribute__((vector_size(VEC_BYTES / 2)));
+INLINE wide multiply_low(wide a, uint32_t b) {
+    wide factor = (wide){0} + b;
+#if defined(__AVX512F__)
+    return (wide)_mm512_mul_epu32((__m512i)a, (__m512i)factor);
+#elif defined(__AVX2__)
+    return (wide)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
+#elif defined(__SSE2__)
+    return (wide)_mm_mul_epu32((__m128i)a, (__m128i)factor);
+#elif defined(__aarch64__)
+    return (wide)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)factor));
+#else
+    return (a & 0xffffffffu) * factor;
+#endif
+}
+
 /* Is any lane not 0? */
 INLINE bool any_lane(ivec x) {
     lane_int any = 0;
@@ -373,4 +391,15 @@ INLINE void transpose(vec rows[LANES]) {
         for (int i = 0; i < LANES; i++) rows[i] = zipped[i];
     }
 }
+
+/* In lane l, the sum over the lanes of x[l]. */
+INLINE vec sum_lanes(vec x[LANES]) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
+    return x[0];
+}
+
 #endif

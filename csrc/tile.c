@@ -186,6 +186,7 @@ static void store_rerun(const Tile *t, const Scratch *s, int p) {
         for (uint64_t bits = s->overflowed[p * t->value_dim + d]; bits; bits &= bits - 1) {
             int i = __builtin_ctzll(bits), at = p * MR + i;
             real sum = s->out[(p * s->out_rows + d) * MR + i], x = sum / s->row_sum[at];
+            x *= (real)t->keep_factor;
             if (isfinite(sum) && isinf(x))
                 x = copysign(REAL_MAX, x); /* the mean of finite values, rounded up */
             write_number(t->out[at] + d * t->out_dim, t->out_format, s->row_sum[at] == 0 ? NAN : x);
@@ -198,7 +199,7 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
         ivec any_visible = *(const ivec *)(s->any_visible + at);
         /* A sum of 0 with a visible key: all scores are -inf, and the formula gives 0 / 0. */
         vec sum = load(s->row_sum + at);
-        vec inv_sum = choose(sum == splat(0), splat(NAN), splat(1) / sum);
+        vec inv_sum = choose(sum == splat(0), splat(NAN), splat((real)t->keep_factor) / sum);
         store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, inv_sum, any_visible);
     }
 }

@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "philox.h"
 #include "tile_sizes.h"
 
 /* The weight of a row's largest score. A power of 2, which rounds nothing, and large, because sums
@@ -67,6 +68,13 @@ typedef struct {
     NumberFormat bias_format;
     double *slope, *sink;
     ptrdiff_t *position; /* of query i on the key axis */
+
+    /* Dropout: see dropout-inl.h. Of each query the two words of its head's key and those of its
+     * index; the index of the first key; a number below drop_threshold drops its weight. */
+    int has_dropout;
+    uint32_t drop_threshold, *drop_words[4];
+    uint64_t drop_first_key;
+    double keep_factor; /* 1 without dropout */
 
     char **weights; /* filled by weights() where a key is visible; zero before */
     ptrdiff_t weights_key;
@@ -128,6 +136,17 @@ typedef struct {
     double q_scale, metric_scale, score_scale, exponent;
 } Tile;
 
+/* Set the drop_words of the tile's query i. */
+static inline void set_drop_words(Tile *t, ptrdiff_t i, uint64_t seed, uint64_t entry,
+                                  uint64_t head, uint64_t query) {
+    uint32_t key[2];
+    philox_key_of(seed, entry, head, key);
+    t->drop_words[0][i] = key[0];
+    t->drop_words[1][i] = key[1];
+    t->drop_words[2][i] = (uint32_t)query;
+    t->drop_words[3][i] = (uint32_t)(query >> 32);
+}
+
 /* Lay out the arrays of a tile at `base`, for as many queries as `rows`: those of whole
  * micropanels. Returns their size in bytes. */
 static inline size_t lay_out_rows(Tile *t, ptrdiff_t rows, char *base) {
@@ -144,6 +163,9 @@ static inline size_t lay_out_rows(Tile *t, ptrdiff_t rows, char *base) {
     TAKE(slope)
     TAKE(sink)
     TAKE(position)
+    for (int w = 0; w < 4; w++) {
+        TAKE(drop_words[w])
+    }
     TAKE(weights)
     TAKE(lse)
     TAKE(lse_rest)

@@ -1,4 +1,4 @@
-# Part of kernels.pyx: the declarations of tile_sizes.h, tile.h and instruction_sets.h.
+# Part of kernels.pyx: the declarations of tile_sizes.h, tile.h, sparse.h and instruction_sets.h.
 
 cdef extern from "tile_sizes.h" nogil:
     enum:
@@ -30,6 +30,9 @@ cdef extern from "tile.h" nogil:
     ctypedef struct Candidate:
         pass
 
+    void set_drop_words(
+        Tile *t, Py_ssize_t i, uint64_t seed, uint64_t entry, uint64_t head, uint64_t query
+    )
     Py_ssize_t bin_of(Py_ssize_t i, Py_ssize_t n, Py_ssize_t bins)
 
     ctypedef struct Tile:
@@ -58,6 +61,10 @@ cdef extern from "tile.h" nogil:
         double *slope
         double *sink
         Py_ssize_t *position
+        bint has_dropout
+        uint32_t drop_threshold
+        uint64_t drop_first_key
+        double keep_factor
         char **weights
         Py_ssize_t weights_key
         bint want_lse
@@ -117,6 +124,57 @@ cdef extern from "tile.h" nogil:
         const BackwardKernels *backward
         double (*peak)(Py_ssize_t) noexcept nogil
 
+cdef extern from "sparse.h" nogil:
+    ctypedef struct SparseLists:
+        const int64_t *starts
+        const char *items
+        int item_bytes
+
+    ctypedef struct SparseRow:
+        pass
+
+    ctypedef struct SparseHead:
+        const char *q
+        const char *k
+        const char *v
+        const char *bias
+        Py_ssize_t q_row, bias_row
+        const float *k_scales
+        const float *v_scales
+        Py_ssize_t left, right, offset, length
+        const char *start
+        const char *stop
+        Py_ssize_t start_row, stop_row
+        double slope, sink
+        char *out
+        char *weights
+        char *lse
+        Py_ssize_t out_row, weights_row, lse_row
+        const char *grad_out
+        const char *result
+        const char *grad_lse
+        Py_ssize_t grad_out_row, result_row, grad_lse_row
+        double coarse
+        SparseRow *rows
+        double (*row_sums)[4]
+        char *grad_bias
+        Py_ssize_t grad_bias_row, grad_bias_key
+        char *grad_k
+        char *grad_v
+
+    ctypedef struct SparseKernels:
+        int real_bytes
+        size_t (*scratch_bytes)(const Tile *) noexcept nogil
+        void (*attend)(
+            Tile *, const SparseHead *, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+        void (*differentiate_queries)(
+            Tile *, const SparseHead *, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+        void (*differentiate_keys)(
+            Tile *, const SparseHead *, Py_ssize_t, const SparseLists *, Py_ssize_t, Py_ssize_t
+        ) noexcept nogil
+
 cdef extern from "instruction_sets.h" nogil:
     ctypedef struct InstructionSet:
         const char *name
@@ -127,6 +185,8 @@ cdef extern from "instruction_sets.h" nogil:
         const TileKernels *float16
         const TileKernels *bfloat16
         const TileKernels *fma
+        const SparseKernels *sparse_float64
+        const SparseKernels *sparse_float32
 
     const InstructionSet INSTRUCTION_SETS[]
     const int N_INSTRUCTION_SETS

@@ -51,7 +51,7 @@ html_theme_options = {
     "footer_end": ["theme-version"],
     "secondary_sidebar_items": ["page-toc"],
 }
-html_sidebars = {"index": [], "api": ["page-toc"]}
+html_sidebars = {"index": []}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -92,6 +92,7 @@ sphinx_gallery_conf = {
     "default_thumb_file": str(HERE / "generated" / "thumbnail.png"),
     "show_signature": False,
     "show_memory": False,
+    "write_computation_times": False,
     "plot_gallery": "True",
     "abort_on_example_error": True,
 }

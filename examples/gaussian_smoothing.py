@@ -87,12 +87,12 @@ def draw(pyplot, x, y, others, truth):
         left.plot(grid, smooth, color=color, linewidth=2.5 if n == best else 1.2,
                   label=f"alpha {ALPHAS[n]:g}, {what}")  # fmt: skip
         right.axvline(ALPHAS[n], color=color, linewidth=1)
-    left.set(xlabel="x", ylabel="y", ylim=(-2.7, 1.9))
-    left.legend(frameon=False, ncols=3, fontsize=8, loc="lower left")
+    left.set(xlabel="x", ylabel="y")
+    left.legend(frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
     right.plot(ALPHAS, others, "o-", color="0.6", label="each from the others", markersize=4)
     right.plot(ALPHAS, truth, "o-", color="black", label="the curve itself", markersize=4)
     right.set(xlabel="alpha", ylabel="error (root mean square)", xscale="log", ylim=(0, None))
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 

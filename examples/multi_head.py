@@ -20,7 +20,6 @@ import numpy as np
 from common import arguments, save_picture
 
 import fastattn
-from fastattn import plot
 
 Q = np.array([[1, 2], [3, 4], [5, 6]])
 K = np.array([[1, 0], [0, 1], [1, 1]])
@@ -88,15 +87,8 @@ def shapes_of_attention(layer, texts):
 
 
 def draw(pyplot, weights):
-    figure, panels = pyplot.subplots(
-        2, 4, figsize=(9, 5), sharex=True, sharey=True, layout="constrained"
-    )
-    for head, (ax, shift) in enumerate(zip(panels.flat, SHIFTS, strict=True)):
-        plot.attention(weights[head], ax=ax, vmin=0, vmax=1, colorbar=False)
-        ax.set_title(f"head {head}: {shift:+} words", fontsize=10)
-        ax.label_outer()
-    figure.colorbar(panels[0, 0].images[0], ax=panels, label="weight", shrink=0.7)
-    return figure
+    titles = [f"head {head}: {shift:+} words" for head, shift in enumerate(SHIFTS)]
+    return fastattn.plot.heads(weights, titles=titles, vmax=1)
 
 
 def main():

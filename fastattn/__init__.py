@@ -1,5 +1,6 @@
 """Exact softmax attention for NumPy at the speed limit of the machine."""
 
+from . import plot
 from .additive import additive
 from .attention import scaled_dot
 from .backward import scaled_dot_backward
@@ -13,6 +14,7 @@ from .jvp import jvp
 from .kv_cache import KVCache
 from .merge import merge
 from .multihead import MultiHeadAttention
+from .relative_bias import t5_relative_bias
 from .similarity import cosine, dot, pool
 from .varlen import varlen
 from .vjp import vjp
@@ -37,10 +39,12 @@ __all__ = [
     "jvp",
     "key_importance",
     "merge",
+    "plot",
     "pool",
     "scaled_dot",
     "scaled_dot_backward",
     "show_config",
+    "t5_relative_bias",
     "top_keys",
     "varlen",
     "vjp",

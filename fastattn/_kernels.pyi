@@ -1,6 +1,9 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .core.dropout import Dropout
 from .core.visibility import KeyRange
 
 FEATURES: tuple[str, ...]
@@ -30,7 +33,7 @@ def attend(
     batch: tuple[int, ...],
     heads: int,
     kv_heads: int,
-    scale: float,
+    scale: Any,
     softcap: float,
     bias: np.ndarray | None,
     alibi: np.ndarray | None,
@@ -46,7 +49,63 @@ def attend(
     sums: np.ndarray | None,
     indices: np.ndarray | None,
     block_table: np.ndarray | None,
+    dropout: Dropout | None,
 ) -> None: ...
+def attend_sparse(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    k_scales: np.ndarray | None,
+    v_scales: np.ndarray | None,
+    out: np.ndarray,
+    batch: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    scale: Any,
+    softcap: float,
+    bias: np.ndarray | None,
+    alibi: np.ndarray | None,
+    sinks: np.ndarray | None,
+    key_range: KeyRange,
+    starts: np.ndarray,
+    keys: np.ndarray,
+    lse: np.ndarray | None,
+    weights: np.ndarray | None,
+    score_function: tuple[str, np.ndarray | None] | None,
+    threads: int,
+) -> None: ...
+def differentiate_sparse(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    grad_out: np.ndarray,
+    grad_lse: np.ndarray | None,
+    rows: np.ndarray,
+    coarse: float,
+    grad_q: np.ndarray,
+    grad_k: np.ndarray,
+    grad_v: np.ndarray,
+    batch: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    scale: Any,
+    softcap: float,
+    bias: np.ndarray | None,
+    alibi: np.ndarray | None,
+    sinks: np.ndarray | None,
+    key_range: KeyRange,
+    starts: np.ndarray,
+    keys: np.ndarray,
+    score_function: tuple[str, np.ndarray | None] | None,
+    threads: int,
+    grad_bias: np.ndarray | None,
+    row_sums: np.ndarray | None,
+) -> None: ...
+def transposed(
+    starts: np.ndarray, keys: np.ndarray, n_keys: int
+) -> tuple[np.ndarray, np.ndarray]: ...
 def differentiate(
     q: np.ndarray,
     k: np.ndarray,
@@ -63,7 +122,7 @@ def differentiate(
     batch: tuple[int, ...],
     heads: int,
     kv_heads: int,
-    scale: float,
+    scale: Any,
     softcap: float,
     bias: np.ndarray | None,
     alibi: np.ndarray | None,
@@ -75,4 +134,5 @@ def differentiate(
     grad_bias: np.ndarray | None,
     row_sums: np.ndarray | None,
     key_heads: np.ndarray,
+    dropout: Dropout | None,
 ) -> None: ...

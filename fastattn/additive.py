@@ -11,13 +11,15 @@ from .core.dtypes import float_dtype, widest
 from .core.linear import project, rows
 from .core.options import check_wrt
 from .core.problem import Problem, ScoreFunction, gradient_of, make_problem
+from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, without_weights
-from .similarity import refuse
+from .similarity import DIFFERENTIABLE, refuse
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["additive"]
 
 
+@attention
 def additive(q, k, v, *, w_q, w_k, w, b=None, out=None, backend=None, **options):
     """Exact softmax attention by the additive score, ``w @ tanh(q_i @ w_q + k_j @ w_k + b)``.
 
@@ -43,7 +45,7 @@ def additive(q, k, v, *, w_q, w_k, w, b=None, out=None, backend=None, **options)
 
     Returns
     -------
-    out, lse, weights
+    out, lse, row_max, weights
         As of `fastattn.scaled_dot`.
 
     Raises
@@ -116,7 +118,7 @@ def _additive(
 ):  # fmt: skip
     without_out(options)
     inputs, parameters = _additive_arrays(q, k, v, w_q, w_k, w, b)
-    optional = {name: options.get(name) for name in ("bias", "alibi", "sinks")}
+    optional = {name: options.get(name) for name in DIFFERENTIABLE}
     check_wrt(wrt, {**parameters, "b": b, **optional})
     own = tuple(name for name in wrt if name in ("w_q", "w_k", "b"))
     inner = tuple(name for name in wrt if name not in own)

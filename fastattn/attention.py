@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from .core.device_array import DeviceArray
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .dispatch import select
 
 __all__ = ["scaled_dot", "solve"]
 
 
+@attention
 def scaled_dot(
     q, k, v, *,
-    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     block_table=None,
-    return_lse=False, return_weights=False, out=None,
+    dropout=None, dropout_offset=None,
+    return_lse=False, return_max=False, return_weights=False, out=None,
     backend=None, threads=None, precision=None,
 ):  # fmt: skip
     """Exact softmax attention, ``softmax(scale * q @ k.T) @ v``, in O(S) memory.
@@ -31,13 +34,19 @@ def scaled_dot(
         ``h`` reads key head ``h // (Hq // Hkv)`` (grouped-query and multi-query attention).
     v : array_like, (..., Hkv, Sk, Dv)
         Values; `Dv` may differ from `D`.
-    scale : float, optional
-        Factor of the dot products; ``1 / sqrt(D)`` by default.
+    scale : float or array_like, (Hq,), optional
+        Factor of the dot products, one for all query heads or one for each; ``1 / sqrt(D)`` by
+        default.
     softcap : float, optional
-        Bounds the scaled scores smoothly: ``softcap * tanh(score / softcap)``; finite and > 0.
+        Bounds the scaled scores smoothly: ``softcap * tanh(score / softcap)``; finite and > 0, the
+        same for all heads.
     bias : array_like of real numbers, optional
         Added to the scores; broadcastable to ``(..., Hq, Sq, Sk)``. ``-inf``, and nothing else,
         hides the key.
+    relative_bias : array_like of real numbers, (Hq, 2 * R + 1), optional
+        A bias for each distance of a key: ``relative_bias[h, clip(j - (i + q_offset), -R, R) + R]``
+        is added to the score of query ``i`` and key ``j``. ``-inf`` hides the key here too.
+        `t5_relative_bias` makes one of T5's table.
     alibi : array_like, (Hq,), optional
         Slopes: ``alibi[h] * abs(i + q_offset - j)`` is subtracted from the score of query ``i``
         and key ``j``.
@@ -51,8 +60,8 @@ def scaled_dot(
     q_offset : int or array_like of int, optional
         Position of the first query on the key axis, broadcastable to the leading axes. The default
         ``Sk - Sq`` lets the last query see the last key; 0 aligns the first ones. Required with
-        `kv_lengths` if any of `causal`, `window` and `alibi` is given: 0 for a padded batch of
-        whole sequences, ``kv_lengths - Sq`` for a cache.
+        `kv_lengths` if any of `causal`, `window`, `alibi` and `relative_bias` is given: 0 for a
+        padded batch of whole sequences, ``kv_lengths - Sq`` for a cache.
     kv_lengths : array_like of int, optional
         Hide the keys ``j >= kv_lengths``; broadcastable to the leading axes, in ``0..Sk``.
     spans : (start, stop), optional
@@ -70,8 +79,19 @@ def scaled_dot(
         shared, ``Sk = pages * page`` is the key axis of all other options, and `kv_lengths` is
         required. An entry that no query of its sequence can need, beyond its length or hidden by
         `causal`, `window` or `spans` from all of them, may be any number.
+    dropout : (rate, seed), optional
+        After the softmax drop each weight with the probability `rate`, ``0 <= rate < 1``, and
+        divide the others by ``1 - rate``. The seed, in ``0..2**64 - 1``, and the place of a weight
+        alone say whether it is dropped: see Notes. `lse` and `weights` are those without dropout; a
+        rate of 0 is none.
+    dropout_offset : (b, h, i, j), optional
+        Where in a larger call this one starts, of the flattened leading axes, the query heads, the
+        queries and the keys: it drops what the whole drops there. In ``0..2**63 - 1``; zeros by
+        default.
     return_lse : bool, default False
         Also return the logarithm of the softmax's denominator.
+    return_max : bool, default False
+        Also return each row's largest score.
     return_weights : bool, default False
         Also return the softmax weights, the only Sq x Sk array that is ever made.
     out : ndarray, (..., Hq, Sq, Dv), optional
@@ -96,6 +116,9 @@ def scaled_dot(
         bools count as float64, float16 with bfloat16 as float32), in the memory order of `q`.
     lse : ndarray, (..., Hq, Sq), if `return_lse`
         Natural logarithm; float32, or float64 for float64 inputs.
+    row_max : ndarray, (..., Hq, Sq), if `return_max`
+        The largest score among the keys that the query sees, with all that is added to it; ``-inf``
+        if there is none. Sinks do not count. Of the dtype of `lse`.
     weights : ndarray, (..., Hq, Sq, Sk), if `return_weights`
         0 where a key is hidden.
 
@@ -108,12 +131,21 @@ def scaled_dot(
 
     Notes
     -----
-    The score of query ``i`` and key ``j`` is made in this order: scale, softcap, bias, alibi. A
-    query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A key that a query does not
-    see never touches its result, whatever NaN or Inf it holds. Numbers beyond the range in which
-    sums are kept (of the options, or a score) act as its largest finite number; a bias of ``inf``
-    makes its row NaN, and a sink of ``inf`` takes all the weight. There is no dropout: it belongs
-    to training losses that this function does not know; drop whole heads or positions outside it.
+    The score of query ``i`` and key ``j`` is made in this order: scale, softcap, bias,
+    relative_bias, alibi. A query that sees no key gets 0 (and an lse of ``-inf``, or its sink). A
+    key that a query does not see never touches its result, whatever NaN or Inf it holds. Numbers
+    beyond the range in which sums are kept (of the options, or a score) act as its largest finite
+    number; a bias of ``inf`` makes its row NaN, and a sink of ``inf`` takes all the weight.
+
+    Dropout is by Philox4x32-7, a generator of counters: Salmon et al. (2011), "Parallel Random
+    Numbers: As Easy as 1, 2, 3". Of the flattened leading index ``b`` of the result, the query head
+    ``h``, the query ``i`` and the key ``j``, `dropout_offset` included, the first two words of the
+    counter ``(b, b >> 32, h, h >> 32)`` under the key ``(seed, seed >> 32)`` are the key under
+    which the counter ``(j // 8, j // 8 >> 32, i, i >> 32)`` gives four words of 32 bits for eight
+    keys (words lowest first). Key ``j`` has word ``j % 8 // 2``, an odd one with the halves of its
+    word exchanged, and is dropped if that is below ``rate * 2**32``, rounded: the rate has steps of
+    2**-32. No backend, number of threads, block or slice changes it. A key that is dropped still
+    counts as seen: a NaN in its value makes NaN of its column.
 
     The indices of a CSR array may be in any order, and an entry stored twice counts once: it is
     seen if any of its values is not zero. With them the keys of a query are gathered one by one, so
@@ -132,7 +164,10 @@ def scaled_dot(
     Ainslie et al. (2023), section 2; ALiBi is Press et al. (2022), section 3; block tables are Kwon
     et al. (2023), "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", section 4.1. It is computed block by block as in Dao et al. (2022),
-    "FlashAttention", algorithm 1.
+    "FlashAttention", algorithm 1. Learned biases of clipped distances are Shaw et al. (2018),
+    "Self-Attention with Relative Position Representations", section 3.1, with numbers for their
+    vectors, as in Raffel et al. (2020), "Exploring the Limits of Transfer Learning with a Unified
+    Text-to-Text Transformer", section 2.1.
 
     Examples
     --------
@@ -158,6 +193,8 @@ def scaled_dot(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         return_lse, return_weights, out, threads, precision, block_table=block_table,
+        relative_bias=relative_bias, return_max=return_max,
+        dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
     return solve(problem, backend, out)
 
@@ -168,7 +205,7 @@ def solve(problem: Problem, backend: str | None, out, run=None):
     """
     run = run or select(problem, backend).run
     result = problem.new_result() if problem.out is None else problem.out
-    lse, weights = run(problem, result)
+    lse, row_max, weights = run(problem, result)
     if problem.out is not None:
         result = out
     else:
@@ -180,8 +217,7 @@ def solve(problem: Problem, backend: str | None, out, run=None):
             out[:] = result
             result = out
     if problem.one_head and not problem.on_device:
-        lse = None if lse is None else lse[0]
-        weights = None if weights is None else weights[0]
-    if weights is None:
-        return result if lse is None else (result, lse)
-    return (result, weights) if lse is None else (result, lse, weights)
+        lse, row_max, weights = (None if x is None else x[0] for x in (lse, row_max, weights))
+    if lse is row_max is weights is None:
+        return result
+    return (result, *(x for x in (lse, row_max, weights) if x is not None))

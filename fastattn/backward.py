@@ -13,11 +13,12 @@ __all__ = ["scaled_dot_backward"]
 
 def scaled_dot_backward(
     grad_out, q, k, v, out, lse, *, grad_lse=None, wrt=(),
-    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     block_table=None,
+    dropout=None, dropout_offset=None,
     backend=None, threads=None, precision=None,
-):  # fmt: skip
+) -> tuple[np.ndarray, ...]:  # fmt: skip
     """The gradients of `scaled_dot` from its results and theirs, in O(S) memory.
 
     `vjp` is the convenient half; this one keeps nothing between the passes but what it is given.
@@ -35,12 +36,14 @@ def scaled_dot_backward(
         function for each set, come the gradients through the whole.
     grad_lse : array_like, (..., Hq, Sq), optional
         Gradient with respect to `lse`; 0 by default.
-    wrt : tuple of {"bias", "alibi", "sinks"}, default ()
+    wrt : tuple of {"scale", "bias", "relative_bias", "alibi", "sinks"}, default ()
         The options whose gradients are wanted besides. That of a bias of queries x keys is such an
         array itself; one that broadcasts stays as small as it is.
-    scale, softcap, bias, alibi, sinks, causal, window, q_offset, kv_lengths, spans, mask
-    block_table
+    scale, softcap, bias, relative_bias, alibi, sinks
+    causal, window, q_offset, kv_lengths, spans, mask, block_table
         As they were given to `scaled_dot`.
+    dropout, dropout_offset
+        Likewise: the same weights are dropped again.
     backend, threads, precision
         As in `scaled_dot`; a backend that has no backward pass is passed over, or an error if it
         is named.
@@ -64,9 +67,13 @@ def scaled_dot_backward(
     normalised anew, at the price of another product of queries and keys. With
     ``delta = (grad_out * out).sum(-1) - grad_lse`` the gradient of the scores is
     ``ds = w * (grad_out @ v.T - delta)``; then ``dv = w.T @ grad_out``, ``dbias = ds``,
-    ``dalibi = -sum(ds * abs(i + q_offset - j))``, ``dsinks = -sum(exp(sinks - lse) * delta)``, and
-    with ``dp = scale * ds * (1 - (capped / softcap)**2)`` ``dq = dp @ k`` and ``dk = dp.T @ q``:
-    Dao et al. (2022), "FlashAttention", appendix B.2.
+    ``dalibi = -sum(ds * abs(i + q_offset - j))``, ``dsinks = -sum(exp(sinks - lse) * delta)``,
+    `drelative_bias` sums `ds` along its diagonals, and with
+    ``dp = scale * ds * (1 - (capped / softcap)**2)`` ``dq = dp @ k``, ``dk = dp.T @ q`` and
+    ``dscale = sum(dp * (q @ k.T)) / scale``: Dao et al. (2022), "FlashAttention", appendix B.2.
+
+    With dropout the weights of ``dv = w.T @ grad_out`` are those that were kept, divided by
+    ``1 - rate``, and ``grad_out @ v.T`` is 0 where one was dropped and divided likewise elsewhere.
 
     A key that no query sees gets a gradient of exactly 0, a query that sees no key too, and what
     they hold reaches no other gradient, NaN or not.
@@ -90,6 +97,8 @@ def scaled_dot_backward(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
         threads=threads, precision=precision, gradients=True, wrt=wrt, block_table=block_table,
+        relative_bias=relative_bias,
+        dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
     return solve_backward(problem, backend, grad_out, out, lse, grad_lse)
 

@@ -113,6 +113,8 @@ def _joined(p: Problem, near: tuple, far: tuple, out):
         out[:] = result
         result = out
     joined = [result, *([lse] if p.return_lse else [])]
+    if p.return_max:
+        joined.append(np.maximum(near[2], far[2]))
     if p.return_weights:
         shift = np.where(lse == -np.inf, 0, lse)
         with np.errstate(all="ignore"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from .backward import of_its_array, solve_backward
 from .core.backward import Backward
+from .core.dropout import Dropout
 from .core.problem import DOT, Gradient, Problem, make_problem
 from .core.sparse_mask import SparseMask
 from .merge import merge
@@ -61,23 +62,34 @@ class Chunk(NamedTuple):
         first = self.keys.start
         shift = self.queries.start - first
         found = {name: getattr(p, name) for name in ("scale", "softcap", "threads", "precision")}
+        if isinstance(p.scale, np.ndarray):
+            found["scale"] = self.of(p.scale, "h")
         r = p.key_range
         found["window"] = (r.left, r.right)
         found["q_offset"] = shift + (
             self.of(p.q_offset, "") if isinstance(p.q_offset, np.ndarray) else p.q_offset
         )
-        for name, axes in (("bias", "hqj"), ("mask", "hqj"), ("alibi", "h"), ("sinks", "h")):
+        if p.dropout is not None:
+            found |= self._dropout(p, p.dropout)
+        for name in ("bias", "relative_bias", "mask", "alibi", "sinks"):
             x = getattr(p, name)
             if isinstance(x, SparseMask):
                 found[name] = x.part(self.batch, self.queries, self.keys)
             elif x is not None and not (name == "sinks" and first > 0):
-                found[name] = x[self.heads] if axes == "h" else self.of(x, axes)
+                found[name] = self.of(x, _AXES[name])
         if r.lengths is not None:
             lengths = self.of(r.lengths, "") - first
             found["kv_lengths"] = np.clip(lengths, 0, self.keys.stop - first)
         if r.spans is not None:
             found["spans"] = tuple(self.of(x, "hq") - first for x in r.spans)
         return found
+
+    def _dropout(self, p: Problem, dropout: Dropout) -> dict[str, Any]:
+        # Its batch entries are a run of the flattened ones: axes are split from the first one on.
+        first = tuple(side.start for side in self.batch)
+        entry = int(np.ravel_multi_index(first, p.batch)) if first else 0
+        own = dropout.shifted(entry, self.heads.start, self.queries.start, self.keys.start)
+        return {"dropout": (own.rate, own.seed), "dropout_offset": own.offset}
 
     def backward(self, b: Backward) -> Backward:
         """`b` for the chunk's queries."""
@@ -103,7 +115,10 @@ class Chunk(NamedTuple):
         return dict(zip(("q", "k", "v", *wrt), found, strict=True))
 
 
-_AXES = {"q": "hq.", "k": "gj.", "v": "gj.", "bias": "hqj", "alibi": "h", "sinks": "h"}
+_AXES = {
+    "q": "hq.", "k": "gj.", "v": "gj.", "bias": "hqj", "relative_bias": "h.", "mask": "hqj",
+    "alibi": "h", "sinks": "h",
+}  # fmt: skip
 
 
 class Gradients:
@@ -121,7 +136,7 @@ class Gradients:
         with np.errstate(all="ignore"):
             for name, x in found.items():
                 total, axes = self.found[name], _AXES[name]
-                own = total[chunk.heads] if axes == "h" else chunk.of(total, axes[-total.ndim :])
+                own = chunk.of(total, axes[-total.ndim :])
                 own += of_its_array(x, Gradient(name, own.shape, own.dtype))
 
 
@@ -201,16 +216,17 @@ def _cut(side: slice, row: int, multiple: int) -> Iterator[slice]:
 
 
 def fill(p: Problem, result, found: Iterable[tuple[Chunk, tuple]]):
-    """What a backend's `run` fills and returns, from ``(out, lse, weights)`` of each block."""
+    """What a backend's `run` fills and returns, from ``(out, lse, row_max, weights)`` of blocks."""
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
+    row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
     weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     for chunk, results in found:
-        for target, x, axes in zip((result, lse, weights), results, ("hq.", "hq", "hqj"),
-                                   strict=True):  # fmt: skip
+        targets = result, lse, row_max, weights
+        for target, x, axes in zip(targets, results, ("hq.", "hq", "hq", "hqj"), strict=True):
             if target is not None:
                 with np.errstate(all="ignore"):
                     chunk.of(target, axes)[...] = x
-    return lse, weights
+    return lse, row_max, weights
 
 
 class Union:
@@ -220,12 +236,17 @@ class Union:
         self.chunk = chunk
         self.out: Any = None
         self.lse: Any = None
+        self.row_max: Any = None
         self.weights: Any = None
 
-    def add(self, keys: slice, out, lse, weights=None) -> None:
-        """The results of attention to some of the chunk's keys, of `keys`."""
+    def add(self, p: Problem, keys: slice, out, lse, *more) -> None:
+        """The results of attention to some of the chunk's keys, of `keys`, with those besides that
+        `p` asks for.
+        """
+        row_max = more[0] if p.return_max else None
+        weights = more[-1] if p.return_weights else None
         if self.out is None:
-            self.out, self.lse = out, lse
+            self.out, self.lse, self.row_max = out, lse, row_max
             if weights is not None and keys == self.chunk.keys:
                 self.weights = weights
             elif weights is not None:
@@ -233,6 +254,8 @@ class Union:
                 self.weights = np.zeros(shape, weights.dtype)
                 self._of(keys)[...] = weights
             return
+        if row_max is not None:
+            self.row_max = np.maximum(self.row_max, row_max)
         before = self.lse
         wide = np.float64  # many sets are not to round the sum as often
         self.out, self.lse = merge((self.out.astype(wide), before.astype(wide)),

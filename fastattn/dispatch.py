@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
-# serve, in words, or None, `run(problem, result)`, which fills `result` -> (lse, weights), and
-# `plan(problem)`, what it says of itself to `explain`. One that computes gradients has besides
+# serve, in words, or None, `run(problem, result)`, which fills `result` -> (lse, row_max, weights),
+# and `plan(problem)`, what it says of itself to `explain`. One that computes gradients also has
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
 # with each axis along which the argument broadcasts either in full or summed already. One that
 # makes maps of the weights has `run_map(problem, rows, columns)` -> their sums over cells, and
@@ -53,8 +53,6 @@ def unsupported(backend, problem: Problem) -> str | None:
 
 def unsupported_backward(backend, problem: Problem) -> str | None:
     """Why the module `backend` cannot compute the gradients of `problem`, or None."""
-    if problem.is_flex:
-        return "flex has no gradients"
     if not hasattr(backend, "run_backward"):
         return "it computes no gradients"
     if type(problem.q) is not _ndarray and backend is not cuda:

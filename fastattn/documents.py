@@ -9,7 +9,7 @@ from .core.arguments import FAR, integers
 __all__ = ["document_lengths", "document_spans"]
 
 
-def document_spans(lengths_q, lengths_k=None, causal=False):
+def document_spans(lengths_q, lengths_k=None, causal=False) -> tuple[np.ndarray, np.ndarray]:
     """The spans of packed documents: each query sees the keys of its own document.
 
     Parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import solve
 from .core.problem import DISTANCE, Problem, make_problem
+from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, tangents_of
 from .similarity import positive
 from .vjp import differentiated, differentiates, without_out
@@ -11,6 +12,7 @@ from .vjp import differentiated, differentiates, without_out
 __all__ = ["euclidean"]
 
 
+@attention
 def euclidean(q, k, v, *, scale=1.0, out=None, backend=None, **options):
     """Exact softmax attention by distance: the score is ``-scale * |q_i - k_j|``, not squared.
 
@@ -25,7 +27,7 @@ def euclidean(q, k, v, *, scale=1.0, out=None, backend=None, **options):
 
     Returns
     -------
-    out, lse, weights
+    out, lse, row_max, weights
         As of `fastattn.scaled_dot`.
 
     Raises
@@ -66,7 +68,13 @@ def _distances(q, k, v, scale, **options) -> Problem:
 def _euclidean(q, k, v, *, wrt, scale=1.0, backend=None, return_lse=False, **options):
     without_out(options)
     p = _distances(q, k, v, scale, gradients=True, wrt=wrt, return_lse=True, **options)
-    return differentiated(p, backend, return_lse)
+    results, back = differentiated(p, backend, return_lse)
+
+    def pullback(grad_out, grad_lse=None):
+        found = zip(p.gradients, back(grad_out, grad_lse), strict=True)
+        return tuple(-x if gradient.name == "scale" else x for gradient, x in found)
+
+    return results, pullback
 
 
 @has_tangents(euclidean)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .attention import scaled_dot, solve
-from .core.problem import make_problem
+from .core.problem import Problem, make_problem
+from .core.signatures import attention
+from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["flex"]
 
@@ -11,7 +13,11 @@ __all__ = ["flex"]
 OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - {"backend"}
 
 
-def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=None, **options):
+@attention
+def flex(
+    q, k, v, score_mod=None, mask_mod=None, *,
+    block_mask=None, score_grad=None, backend=None, **options,
+):  # fmt: skip
     """Exact softmax attention whose scores and mask are functions of the user's.
 
     Parameters
@@ -27,12 +33,15 @@ def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=Non
     block_mask : BlockMask, optional
         Of `mask_mod`, which need not be given too: blocks that nobody sees are skipped, and the
         function is not called where everybody sees all. See `fastattn.block_mask`.
+    score_grad : function (score, batch, head, i, j) -> real, optional
+        The derivative of `score_mod` by its score, of the arguments that `score_mod` gets, for
+        ``fastattn.vjp(fastattn.flex, ...)``; ignored here.
     backend, **options
         As of `fastattn.scaled_dot`; a key must be seen by the options and by `mask_mod`.
 
     Returns
     -------
-    out, lse, weights
+    out, lse, row_max, weights
         As of `fastattn.scaled_dot`.
 
     Raises
@@ -66,10 +75,32 @@ def flex(q, k, v, score_mod=None, mask_mod=None, *, block_mask=None, backend=Non
     >>> fastattn.flex(q, k, v, relative_position, causal=True).shape
     (4, 100, 32)
     """
+    problem = _problem(q, k, v, score_mod, mask_mod, block_mask, score_grad, options)
+    return solve(problem, backend, options.get("out"))
+
+
+def _problem(q, k, v, score_mod, mask_mod, block_mask, score_grad, options, **more) -> Problem:
     for name in options.keys() - OPTIONS:
         raise TypeError(f"{name}: not an option of flex, which takes {', '.join(sorted(OPTIONS))}")
-    out = options.get("out")
-    problem = make_problem(
-        q, k, v, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask, **options
-    )
-    return solve(problem, backend, out)
+    return make_problem(
+        q, k, v, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask,
+        score_grad=score_grad, **options, **more,
+    )  # fmt: skip
+
+
+@differentiates(flex)
+def _flex(
+    q, k, v, score_mod=None, mask_mod=None, *,
+    wrt, block_mask=None, score_grad=None, backend=None, return_lse=False, **options,
+):  # fmt: skip
+    without_out(options)
+    if score_mod is not None and score_grad is None:
+        raise ValueError(
+            "score_grad: expected the derivative of score_mod by its score, a function of the same "
+            "arguments, got None"
+        )
+    problem = _problem(
+        q, k, v, score_mod, mask_mod, block_mask, score_grad, options,
+        gradients=True, wrt=wrt, return_lse=True,
+    )  # fmt: skip
+    return differentiated(problem, backend, return_lse)

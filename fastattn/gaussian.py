@@ -14,6 +14,7 @@ from .chunks import Chunk, Gradients, blocks, entries, fill, runs, singles
 from .core.arguments import flag, plain
 from .core.backward import Backward
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .core.visible_keys import keys_visible_to_any
 from .gaussian_methods import (
     Attended,
@@ -37,6 +38,7 @@ FEW_DIMS = 16
 FEW_QUERIES = 16
 
 
+@attention
 def gaussian(
     q, k, v, *, alpha=1.0, normalize=True, exclude_self=False,
     return_lse=False, return_weights=False, out=None, **options,
@@ -57,7 +59,8 @@ def gaussian(
         With `kv_lengths` it requires `q_offset`.
     return_lse, return_weights, out, **options
         As of `fastattn.scaled_dot`, except ``scale`` and ``softcap``, and ``sinks`` only where
-        `normalize` is True. `bias` and `alibi` change the score after the distance.
+        `normalize` is True. `bias`, `relative_bias` and `alibi` change the score after the
+        distance.
 
     Returns
     -------
@@ -152,7 +155,8 @@ def _run(call: Call, p: Problem, result, kept: _Kept | None = None):
             if kept is not None:
                 kept.add(chunk, by_product, found)
             total, share = _shares(call, chunk, found.lse)
-            yield chunk, (_scaled(found.out, share), total, _scaled(found.weights, share))
+            out, weights = _scaled(found.out, share), _scaled(found.weights, share)
+            yield chunk, (out, total, found.row_max, weights)
 
     with np.errstate(all="ignore"):
         seen = functools.reduce(np.logical_or, map(keys_visible_to_any, call.sets))

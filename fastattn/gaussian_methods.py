@@ -40,6 +40,7 @@ class Attended(NamedTuple):
 
     out: np.ndarray
     lse: np.ndarray
+    row_max: np.ndarray | None
     weights: np.ndarray | None
     inner_lse: np.ndarray  # of the product alone
 
@@ -113,10 +114,12 @@ def product(call: Call, chunk: Chunk, queries: Lifted) -> Attended:
         for one in call.sets:
             options = run.options(one) | {"scale": 2 * call.alpha}
             stated = make_problem(queries.vectors, k, v, return_lse=True,
-                          return_weights=p.return_weights, **options)  # fmt: skip
-            found.add(run.keys, *solve(stated, call.backend, None))
-    lse = found.lse - call.alpha * queries.squares
-    return Attended(found.out, lse, found.weights, found.lse)
+                          return_max=p.return_max, return_weights=p.return_weights,
+                          **options)  # fmt: skip
+            found.add(p, run.keys, *solve(stated, call.backend, None))
+    from_centre = call.alpha * queries.squares
+    row_max = None if found.row_max is None else found.row_max - from_centre
+    return Attended(found.out, found.lse - from_centre, row_max, found.weights, found.lse)
 
 
 def differences(call: Call, chunk: Chunk, value_dim: int | None = None) -> Attended:
@@ -128,9 +131,10 @@ def differences(call: Call, chunk: Chunk, value_dim: int | None = None) -> Atten
         for one in call.sets:
             options = run.options(one) | {"scale": -call.alpha}
             stated = make_problem(q, k, v, score_function=SQUARED_DISTANCE, return_lse=True,
-                          return_weights=p.return_weights, **options)  # fmt: skip
-            found.add(run.keys, *solve(stated, call.backend, None))
-    return Attended(found.out, found.lse, found.weights, found.lse)
+                          return_max=p.return_max, return_weights=p.return_weights,
+                          **options)  # fmt: skip
+            found.add(p, run.keys, *solve(stated, call.backend, None))
+    return Attended(found.out, found.lse, found.row_max, found.weights, found.lse)
 
 
 def _of_sums(p: Problem, x):

@@ -31,7 +31,7 @@ def has_tangents(function) -> Callable[[Callable], Callable]:
     return register
 
 
-def jvp(function, arrays, tangents, **options):
+def jvp(function, arrays, tangents, **options) -> tuple[Any, Any]:
     """Call a function of fastattn and get its derivative along tangents of its arrays.
 
     Parameters
@@ -44,7 +44,7 @@ def jvp(function, arrays, tangents, **options):
         One for each array, of its shape and any real dtype; None stands for zeros and costs
         nothing. Options have no tangents.
     **options
-        Of `function`, except ``out`` and ``return_weights``.
+        Of `function`, except ``out``, ``return_max`` and ``return_weights``.
 
     Returns
     -------
@@ -124,9 +124,10 @@ def tangents_of(arrays, options: dict, **more) -> tuple[Problem, str | None, boo
 
 
 def without_weights(options: dict) -> None:
-    """Take ``return_weights`` out of `options`, which must be False there."""
-    if flag("return_weights", options.pop("return_weights", False)):
-        raise ValueError("return_weights: expected False, as weights have no tangents, got True")
+    """Take ``return_weights`` and ``return_max`` out of `options`, which must be False there."""
+    for name, what in (("return_weights", "weights"), ("return_max", "largest scores")):
+        if flag(name, options.pop(name, False)):
+            raise ValueError(f"{name}: expected False, as {what} have no tangents, got True")
 
 
 def pushed_forward(p: Problem, tangents, backend, return_lse: bool):

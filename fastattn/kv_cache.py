@@ -10,6 +10,7 @@ from .core.arguments import count, integer, integers, plain
 from .core.dtypes import FLOATS, as_real, is_float
 from .core.page_pool import PAGE, PagePool
 from .core.sequences import Sequences
+from .core.signatures import attention
 from .core.storage import storage
 
 __all__ = ["KVCache"]
@@ -106,7 +107,7 @@ class KVCache:
     def __init__(
         self, batch, kv_heads, head_dim, *, value_dim=None, capacity=256, max_tokens=None,
         dtype="float32", window=None, keep_first=0,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         batch, self._kv_heads = count("batch", batch), count("kv_heads", kv_heads)
         head_dim = count("head_dim", head_dim)
         self._dims = head_dim, head_dim if value_dim is None else count("value_dim", value_dim)
@@ -241,6 +242,7 @@ class KVCache:
         with np.errstate(over="ignore", invalid="ignore"):
             self._sequences.append(fields, n if counts is None else counts, self._max_tokens)
 
+    @attention
     def attend(self, q, counts=None, causal=True, *, backend=None, out=None, **options):
         """Attention of the last positions of each sequence to all that it has.
 
@@ -264,7 +266,7 @@ class KVCache:
 
         Returns
         -------
-        out, lse, weights
+        out, lse, row_max, weights
             As of `fastattn.scaled_dot`, with the dtype of `q`. What is computed in is the widest of
             that and what is stored as float16, bfloat16, float32 or float64.
 

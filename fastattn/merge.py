@@ -10,7 +10,7 @@ from .core.dtypes import float_dtype, widest
 __all__ = ["merge"]
 
 
-def merge(*parts):
+def merge(*parts) -> tuple[np.ndarray, np.ndarray]:
     """Exact attention over disjoint sets of keys, from the partial results.
 
     Parameters

@@ -10,6 +10,7 @@ from .core.arguments import count, flag, plain
 from .core.dtypes import chosen_dtype, float_dtype, widest
 from .core.linear import project, rows
 from .core.options import wrt_names
+from .core.signatures import attention
 from .vjp import differentiates, vjp
 
 __all__ = ["MultiHeadAttention"]
@@ -81,7 +82,7 @@ class MultiHeadAttention:
     def __init__(
         self, embed_dim, num_heads, *,
         kv_heads=None, key_dim=None, value_dim=None, bias=True, dtype="float32", rng=None,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.embed_dim = count("embed_dim", embed_dim)
         self.num_heads = count("num_heads", num_heads)
         self.kv_heads = self.num_heads if kv_heads is None else count("kv_heads", kv_heads)
@@ -109,6 +110,7 @@ class MultiHeadAttention:
         given = "".join(f", {name}={getattr(self, name)}" for name in names)
         return f"MultiHeadAttention({self.embed_dim}, {self.num_heads}{given})"
 
+    @attention
     def __call__(self, query, key=None, value=None, **options):
         """Attend.
 

@@ -8,6 +8,7 @@ queries x keys, so it is for short sequences and for reading.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,18 +28,21 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     out, lse, weights = attend(problem)
     with np.errstate(all="ignore"):
         result[...] = out.astype(problem.dtype)
         return (
             lse.astype(problem.accumulator) if problem.return_lse else None,
+            row_max(problem).astype(problem.accumulator) if problem.return_max else None,
             weights.astype(problem.dtype) if problem.return_weights else None,
         )
 
 
 def unsupported_backward(problem: Problem) -> str | None:
-    """Why this backend cannot compute the gradients of `problem`: never."""
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    if problem.score_mod is not None and problem.score_grad is None:
+        return "score_mod has no score_grad"
     return None
 
 
@@ -68,9 +72,20 @@ def attend(problem: Problem, real=np.float64):
         v = per_query_head(values(problem, real), problem)
         # A mean of the largest numbers may be rounded up.
         out = drawn_in(
-            weighted_sum(weights, seen, v), np.isfinite(v).all(axis=-2)[..., None, :], real
+            weighted_sum(dropped(weights, problem), seen, v),
+            np.isfinite(v).all(axis=-2)[..., None, :],
+            problem.accumulator,
         )
     return out, lse, weights
+
+
+def row_max(p: Problem, real=np.float64) -> np.ndarray:
+    """The largest score of each query among the keys that it sees, (batch, heads, queries)."""
+    with np.errstate(all="ignore"):
+        s, seen = scores(p, real), visible(p)
+        if p.score_mod is not None:
+            seen &= s != -np.inf
+        return np.where(seen, s, -np.inf).max(axis=-1, initial=-np.inf)
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
@@ -119,26 +134,41 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         k, v = (per_query_head(x(p, real), p) for x in (keys, values))
         grad_out, lse = b.grad_out.astype(real), b.lse.astype(real)
         seen, capped = visible(p), capped_products(p, real)
-        weights, sink_weights = recomputed(scores(p, real, capped), seen, lse, b)
+        s = scores(p, real, capped)
+        if p.score_mod is not None:
+            seen &= s != -np.inf
+        weights, sink_weights = recomputed(s, seen, lse, b)
         delta = (grad_out * b.out.astype(real)).sum(axis=-1)
         if b.grad_lse is not None:
             delta = delta - b.grad_lse.astype(real)
 
-        grad_weights = grad_out @ v.swapaxes(-1, -2)
+        grad_weights = dropped(grad_out @ v.swapaxes(-1, -2), p)
         grad_s = np.where(seen, weights * (grad_weights - delta[..., None]), 0)
+        if p.score_mod is not None:
+            plain = scores(replace(p, score_mod=None), real, capped)
+            slopes = on_grid(p, p.score_grad, plain.astype(np.float64))
+            grad_s = np.where(seen, grad_s * slopes, 0)
         slope = 1.0 if p.softcap is None else 1 - (capped / p.softcap) ** 2
-        grad_measured = np.where(seen, real(p.scale) * grad_s * slope, 0)
+        grad_scaled = np.where(seen, grad_s * slope, 0)
+        grad_measured = np.where(seen, scale_of(p, real) * grad_scaled, 0)
 
-        seen_by = seen.swapaxes(-1, -2)
+        seen_by, used = seen.swapaxes(-1, -2), dropped(weights, p)
         found = {
             **score_function_gradients(p, q, k, seen, grad_measured),
-            "v": per_key_head(weighted_sum(weights.swapaxes(-1, -2), seen_by, grad_out), p),
+            "v": per_key_head(weighted_sum(used.swapaxes(-1, -2), seen_by, grad_out), p),
             "bias": grad_s,
         }
         leading = tuple(range(len(p.batch)))
+        of_heads = (*leading, -2, -1)
+        if b.wants("scale"):
+            terms = np.where(seen, grad_scaled * measured(p, q, k), 0)
+            found["scale"] = terms.sum(axis=of_heads)
+        if p.relative_bias is not None and b.wants("relative_bias"):
+            found["relative_bias"] = np.zeros(p.relative_bias.shape, np.longdouble)
+            np.add.at(found["relative_bias"], distance_index(p), grad_s)
         if b.wants("alibi"):
             i, j = positions(p)
-            found["alibi"] = -(grad_s * np.abs(i - j)).sum(axis=(-1, -2)).sum(axis=leading)
+            found["alibi"] = -(grad_s * np.abs(i - j)).sum(axis=of_heads)
         if b.wants("sinks"):
             found["sinks"] = -(sink_weights * delta).sum(axis=-1).sum(axis=leading)
     return found
@@ -152,6 +182,9 @@ def scores(p: Problem, real=np.float64, products=None) -> np.ndarray:
     s = capped_products(p, real) if products is None else products
     if p.bias is not None:
         bias = in_range(p.bias, p.accumulator).astype(real)
+        s = drawn_in(s + bias, np.isfinite(s) & np.isfinite(bias), p.accumulator)
+    if p.relative_bias is not None:
+        bias = p.relative_bias.astype(real)[distance_index(p)]
         s = drawn_in(s + bias, np.isfinite(s) & np.isfinite(bias), p.accumulator)
     if p.alibi is not None:
         i, j = positions(p)
@@ -175,24 +208,31 @@ def capped_products(p: Problem, real=np.float64) -> np.ndarray:
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
     k = per_query_head(keys(p, real), p)
     products = measured(p, q, k)
-    s = real(p.scale) * products
+    scale = scale_of(p, real)
+    s = scale * products
     finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
     lost = finite & ~np.isfinite(products)
     if lost.any():  # on the way to a score that may be in range
         s = np.where(lost, scaled_far_products(p, q, k, real), s)
-    s = drawn_in(s, finite & np.isfinite(p.scale), p.accumulator)
+    s = drawn_in(s, finite & np.isfinite(scale), p.accumulator)
     return s if p.softcap is None else p.softcap * np.tanh(s / p.softcap)
 
 
 def scaled_far_products(p: Problem, q, k, real) -> np.ndarray:
     """The scaled score function of vectors whose sums leave the range of `real`."""
+    scale = scale_of(p, real)
     unit = real(2.0) ** (np.finfo(real).maxexp // 2 + 32)
     if p.score_function.name == "dot":
-        return real(p.scale) * measured(p, q / unit, k / unit) * unit * unit
+        return scale * measured(p, q / unit, k / unit) * unit * unit
     if p.score_function.name == "distance":
-        return real(p.scale) * measured(p, q / unit, k / unit) * unit
+        return scale * measured(p, q / unit, k / unit) * unit
     weights = p.score_function.weights.astype(real) / unit
-    return real(p.scale) * (np.tanh(q[..., :, None, :] + k[..., None, :, :]) @ weights) * unit
+    return scale * (np.tanh(q[..., :, None, :] + k[..., None, :, :]) @ weights) * unit
+
+
+def scale_of(p: Problem, real) -> np.ndarray:
+    """The scale of each score: (heads, 1, 1), or (1, 1) if it is one number."""
+    return np.asarray(p.scale, real)[..., None, None]
 
 
 def measured(p: Problem, q, k) -> np.ndarray:
@@ -255,6 +295,8 @@ def visible(p: Problem) -> np.ndarray:
         seen &= (start[..., None] <= j) & (j < stop[..., None])
     if p.bias is not None:
         seen &= p.bias != -np.inf
+    if p.relative_bias is not None:
+        seen &= p.relative_bias[distance_index(p)] != -np.inf
     if p.mask_mod is not None:
         seen &= on_grid(p, p.mask_mod).astype(bool)
     return seen
@@ -299,6 +341,16 @@ def recomputed(s, seen, lse, b: Backward):
     return weights, np.where(alone, 0, np.exp(sinks - np.where(far, own_lse, lse)))
 
 
+def dropped(x, p: Problem) -> np.ndarray:
+    """`x`, (batch, heads, queries, keys), after dropout."""
+    if p.dropout is None:
+        return x
+    entries = np.arange(math.prod(p.batch)).reshape(*p.batch, 1, 1)
+    heads, queries = np.arange(p.heads)[:, None], np.arange(p.n_queries)
+    kept = p.dropout.kept(entries, heads, queries, slice(0, p.n_keys))
+    return np.where(kept, x / (1 - p.dropout.rate), 0)
+
+
 def weighted_sum(weights, seen, x):
     """``weights @ x``. A weight of 0 on an hidden row of x must not meet a NaN there: such rows are
     left out of the sum.
@@ -314,6 +366,16 @@ def positions(p: Problem):
     if isinstance(offset, np.ndarray):
         offset = offset[..., None, None, None]
     return np.arange(p.n_queries)[:, None] + offset, np.arange(p.n_keys)
+
+
+def distance_index(p: Problem):
+    """Where in the relative bias each query finds what is added to the score of each key."""
+    assert p.relative_bias is not None
+    i, j = positions(p)
+    reach = p.relative_bias.shape[-1] // 2
+    distance = np.clip(j - i, -reach, reach) + reach
+    heads = np.arange(p.heads)[:, None, None]
+    return heads, np.broadcast_to(distance, (*p.rows(), p.n_keys))
 
 
 def on_grid(p: Problem, function, *first) -> np.ndarray:

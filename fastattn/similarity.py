@@ -13,15 +13,20 @@ from .core.backward import Backward
 from .core.dtypes import float_dtype
 from .core.options import check_wrt
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .jvp import has_tangents, jvp
 from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]
 
+# The options whose gradients there are of every score.
+DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
+
 # The length of a float32 vector below which squares that matter may be subnormal.
 _SHORT = 1e-15
 
 
+@attention
 def dot(q, k, v, **options):
     """Exact softmax attention by the plain dot product, ``softmax(q @ k.T) @ v``.
 
@@ -34,7 +39,7 @@ def dot(q, k, v, **options):
 
     Returns
     -------
-    out, lse, weights
+    out, lse, row_max, weights
         As of `fastattn.scaled_dot`.
 
     Raises
@@ -58,6 +63,7 @@ def dot(q, k, v, **options):
     return scaled_dot(q, k, v, scale=1.0, **options)
 
 
+@attention
 def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     """Exact softmax attention by the cosine of the angle between query and key.
 
@@ -73,7 +79,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
 
     Returns
     -------
-    out, lse, weights
+    out, lse, row_max, weights
         As of `fastattn.scaled_dot`.
 
     Raises
@@ -100,6 +106,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     return solve(p, backend, out, partial(_run_cosine, backend=backend))
 
 
+@attention
 def pool(
     x, w, *, b=0.0, kv_lengths=None, mask=None,
     return_lse=False, return_weights=False, backend=None, threads=None,
@@ -165,6 +172,7 @@ def pool(
 @differentiates(dot)
 def _dot(q, k, v, *, wrt, **options):
     refuse("dot", options, "scale")
+    check_wrt(wrt, {name: options.get(name) for name in DIFFERENTIABLE})
     return vjp(scaled_dot, q, k, v, wrt=wrt, scale=1.0, **options)
 
 
@@ -173,6 +181,7 @@ def _cosine(
     q, k, v, *, wrt, temperature=1.0, backend=None, return_lse=False, **options
 ):  # fmt: skip
     refuse("cosine", options, "scale")
+    check_wrt(wrt, {name: options.get(name) for name in DIFFERENTIABLE})
     without_out(options)
     p = _cosine_problem(q, k, v, temperature, gradients=True, wrt=wrt, return_lse=True, **options)
     run = partial(_run_cosine, backend=backend)
@@ -194,10 +203,11 @@ def _run_cosine(p: Problem, result, backend):
         for run in runs(p, chunk):
             k, _ = _unit(run.of(p.k, "gj."), p.dtype)
             v = run.of(p.v, "gj.").astype(p.dtype, copy=False)
-            results = scaled_dot(q, k, v, return_lse=True, return_weights=p.return_weights,
-                                 backend=backend, **run.options(p))  # fmt: skip
-            found.add(run.keys, *results)
-        return found.out, found.lse, found.weights
+            results = scaled_dot(q, k, v, return_lse=True, return_max=p.return_max,
+                                 return_weights=p.return_weights, backend=backend,
+                                 **run.options(p))  # fmt: skip
+            found.add(p, run.keys, *results)
+        return found.out, found.lse, found.row_max, found.weights
 
     chunks = (chunk for entry in entries(p) for chunk in blocks(p, entry))
     return fill(p, result, ((chunk, attended(chunk)) for chunk in chunks))

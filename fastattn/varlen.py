@@ -9,9 +9,10 @@ import numpy as np
 
 from .attention import scaled_dot, solve
 from .core.arguments import flag, integers, plain
-from .core.options import window_sides
+from .core.options import dropout_start, window_sides
 from .core.output import destination, empty_like
 from .core.problem import Problem, make_problem
+from .core.signatures import attention
 from .documents import document_lengths
 from .jvp import has_tangents, pushed_forward, tangents_of
 from .vjp import differentiated, differentiates, without_out
@@ -24,6 +25,7 @@ _WITHOUT = {"bias", "block_table", "kv_lengths", "mask", "return_weights", "span
 OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - _OWN - _WITHOUT - {"backend", "out"}
 
 
+@attention
 def varlen(
     q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, *, lengths=None, lengths_k=None,
     causal=False, window=None, q_offset=None, out=None, backend=None, **options,
@@ -52,8 +54,9 @@ def varlen(
     out : ndarray, (total_q, Hq, Dv), optional
         Filled and returned.
     backend, **options
-        As of `fastattn.scaled_dot`: scale, softcap, alibi, sinks and what concerns how it is
-        computed and returned. Distances of `alibi` are counted within each sequence.
+        As of `fastattn.scaled_dot`: scale, softcap, relative_bias, alibi, sinks, dropout and what
+        concerns how it is computed and returned. Distances of `relative_bias` and `alibi` are
+        counted within each sequence; dropout counts queries and keys as they are packed.
 
     Returns
     -------
@@ -230,6 +233,10 @@ def _spans(packed: _Packed, offset, causal: bool, window) -> tuple[np.ndarray, n
 
 def _problem(packed: _Packed, call: _Call, options, **more) -> Problem:
     q, (k, v) = packed.q[:, call.queries], (x[:, call.keys] for x in (packed.k, packed.v))
+    if options.get("dropout") is not None:
+        b, h, i, j = dropout_start(options.get("dropout_offset"))
+        start = b, h, i + call.queries.start, j + call.keys.start
+        options = options | {"dropout_offset": start}
     return make_problem(q, k, v, q_offset=call.q_offset, spans=call.spans, **options, **more)
 
 

@@ -32,28 +32,29 @@ def differentiates(function) -> Callable[[Callable], Callable]:
     return register
 
 
-def vjp(function, *arrays, wrt=(), **options):
+def vjp(function, *arrays, wrt=(), **options) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     """Call a function of fastattn and get its gradients as a function of those of its result.
 
     Parameters
     ----------
     function : callable
-        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, `varlen`, or a
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, `varlen`, `flex`
+        (which takes ``score_grad=`` with a `score_mod`), or a
         `MultiHeadAttention`.
     *arrays : array_like
         Its positional arguments.
     wrt : tuple of str, default ()
-        The array options whose gradients are wanted besides: ``"bias"``, ``"alibi"``, ``"sinks"``;
-        of `pool` ``"b"``; of `additive` ``"w_q"``, ``"w_k"``, ``"w"`` and ``"b"`` too; of a
-        `MultiHeadAttention` its parameters: ``"w_q"``, ...
+        The options whose gradients are wanted besides: ``"scale"``, ``"bias"``,
+        ``"relative_bias"``, ``"alibi"``, ``"sinks"``; of `pool` ``"b"``; of `additive` ``"w_q"``,
+        ``"w_k"``, ``"w"`` and ``"b"`` too; of a `MultiHeadAttention` its parameters: ``"w_q"``, ...
     **options
         Of `function`, except ``out``.
 
     Returns
     -------
     out
-        What ``function(*arrays, **options)`` returns: a tuple with ``return_lse=True`` or
-        ``return_weights=True``. No gradient passes through the weights.
+        What ``function(*arrays, **options)`` returns: a tuple with ``return_lse=True``,
+        ``return_max=True`` or ``return_weights=True``, through which no gradient passes.
     pullback : callable
         ``pullback(grad_out, grad_lse=None)`` is a tuple: the gradient of each positional array in
         order, then of each option named in `wrt`. A gradient has the shape of its array (axes that
@@ -130,10 +131,10 @@ def differentiated(
     return_lse = flag("return_lse", return_lse)
     # What is wrong with the gradients is an error now, not after the forward pass.
     select(problem, backend, unsupported_backward)
-    out, lse, *weights = solve(problem, backend, None, run)
+    out, lse, *more = solve(problem, backend, None, run)
 
     def pullback(grad_out, grad_lse=None):
         return solve_backward(problem, backend, grad_out, out, lse, grad_lse, run_backward)
 
-    results = (out, *([lse] if return_lse else []), *weights)
+    results = (out, *([lse] if return_lse else []), *more)
     return (out if len(results) == 1 else results), pullback

@@ -12,12 +12,12 @@ from .dispatch import select, unsupported_map
 __all__ = ["attention_map", "key_importance", "top_keys"]
 
 _OPTIONS = (
-    "scale", "softcap", "bias", "alibi", "sinks", "causal", "window", "q_offset", "kv_lengths",
-    "spans", "mask", "threads", "precision",
+    "scale", "softcap", "bias", "relative_bias", "alibi", "sinks", "causal", "window",
+    "q_offset", "kv_lengths", "spans", "mask", "threads", "precision",
 )  # fmt: skip
 
 
-def key_importance(q, k, *, backend=None, **options):
+def key_importance(q, k, *, backend=None, **options) -> np.ndarray:
     """How much attention each key gets: the softmax weights summed over the queries.
 
     Parameters
@@ -27,9 +27,10 @@ def key_importance(q, k, *, backend=None, **options):
     k : array_like, (..., Hkv, Sk, D)
         Keys; both as of `fastattn.scaled_dot`, in the host's memory.
     backend, **options
-        As of `fastattn.scaled_dot`: ``scale``, ``softcap``, ``bias``, ``alibi``, ``sinks``,
-        ``causal``, ``window``, ``q_offset``, ``kv_lengths``, ``spans``, ``mask``, ``threads`` and
-        ``precision``. A backend that makes no maps is passed over, or an error if it is named.
+        As of `fastattn.scaled_dot`: ``scale``, ``softcap``, ``bias``, ``relative_bias``,
+        ``alibi``, ``sinks``, ``causal``, ``window``, ``q_offset``, ``kv_lengths``, ``spans``,
+        ``mask``, ``threads`` and ``precision``. A backend that makes no maps is passed over, or an
+        error if it is named.
 
     Returns
     -------
@@ -61,7 +62,7 @@ def key_importance(q, k, *, backend=None, **options):
     return _deliver(p, sums.sum(axis=-2))
 
 
-def attention_map(q, k, shape, *, backend=None, **options):
+def attention_map(q, k, shape, *, backend=None, **options) -> np.ndarray:
     """A small picture of the weights: summed over the keys of a cell, averaged over its queries.
 
     Parameters
@@ -110,7 +111,7 @@ def attention_map(q, k, shape, *, backend=None, **options):
     return _deliver(p, sums / queries[:, None])
 
 
-def top_keys(q, k, n, *, backend=None, **options):
+def top_keys(q, k, n, *, backend=None, **options) -> tuple[np.ndarray, np.ndarray]:
     """The `n` keys to which each query attends most, and their weights.
 
     Parameters

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arguments import FAR, broadcast, in_range, integer, integers, operand, plain
+from .arguments import FAR, broadcast, in_range, integer, integers, number, operand, plain
 from .block_mask import BlockMask
+from .dropout import Dropout
 from .dtypes import is_real
 from .sparse_mask import is_sparse, sparse_mask
 
 __all__ = [
-    "bias_array", "check_block_mask", "check_wrt", "key_lengths", "mask_array", "per_head",
-    "query_offset", "span_arrays", "span_sides", "window_sides",
-    "wrt_names",
+    "bias_array", "check_block_mask", "check_wrt", "dropout_of", "dropout_start", "key_lengths",
+    "mask_array", "per_head", "query_offset", "relative_bias_array", "score_scale", "span_arrays",
+    "span_sides", "window_sides", "wrt_names",
 ]  # fmt: skip
 
 _INT64 = np.dtype(np.int64)
@@ -49,6 +50,27 @@ def per_head(name, value, heads, real) -> np.ndarray:
     if x.shape != (heads,):
         raise ValueError(f"{name}: expected shape ({heads},), one per query head, got {x.shape}")
     return in_range(x, real).astype(np.float64)
+
+
+def score_scale(value, heads, real) -> float | np.ndarray:
+    """One number for all query heads, or one for each as `per_head` has them."""
+    x = plain("scale", value)
+    if x.ndim:
+        return per_head("scale", x, heads, real)
+    return float(in_range(np.asarray(number("scale", x)), real))
+
+
+def relative_bias_array(value, heads, real) -> np.ndarray:
+    """A number for each query head and distance as float64, as `per_head` has them."""
+    x = plain("relative_bias", value)
+    if not is_real(x.dtype):
+        raise TypeError(f"relative_bias: expected real numbers, got {x.dtype}")
+    if x.ndim != 2 or x.shape[0] != heads or x.shape[1] % 2 == 0:
+        raise ValueError(
+            f"relative_bias: expected shape ({heads}, 2 * R + 1), one row per query head and an "
+            f"odd number of distances, got {x.shape}"
+        )
+    return np.ascontiguousarray(in_range(x, real), np.float64)
 
 
 def window_sides(value) -> tuple[int | None, int | None]:
@@ -103,6 +125,42 @@ def _span(value, rows, n_keys) -> np.ndarray:
     x = value if quick else integers("spans", value)
     x = np.minimum(np.maximum(x, 0), n_keys)  # np.clip takes four times as long for a few
     return broadcast("spans", x, rows, "(..., heads, queries)")
+
+
+def dropout_of(value, offset) -> Dropout | None:
+    """What is to be dropped; None for a rate of 0."""
+    place = dropout_start(offset)
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"dropout: expected (rate, seed), got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"dropout: expected (rate, seed), got {len(value)} numbers")
+    rate, seed = number("dropout", value[0]), integer("dropout", value[1])
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout: expected a rate of at least 0 and below 1, got {rate}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"dropout: expected a seed in 0..2**64 - 1, got {seed}")
+    return Dropout(rate, seed, place) if rate > 0 else None
+
+
+def dropout_start(value) -> tuple[int, int, int, int]:
+    """The (b, h, i, j) of a call's first weight in a whole."""
+    if value is None:
+        return 0, 0, 0, 0
+    try:
+        items = tuple(value)
+    except TypeError:
+        raise TypeError(
+            f"dropout_offset: expected (b, h, i, j), got {type(value).__name__}"
+        ) from None
+    if len(items) != 4:
+        raise ValueError(f"dropout_offset: expected (b, h, i, j), got {len(items)} numbers")
+    b, h, i, j = (integer("dropout_offset", item) for item in items)
+    for x in (b, h, i, j):
+        if not 0 <= x < 1 << 63:
+            raise ValueError(f"dropout_offset: expected numbers in 0..2**63 - 1, got {x}")
+    return b, h, i, j
 
 
 def check_block_mask(value, mask_mod, grid) -> None:

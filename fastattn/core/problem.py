@@ -16,15 +16,19 @@ import numpy as np
 from .arguments import broadcast_shapes, count, flag, function, in_range, number, operand, vector
 from .block_mask import BlockMask
 from .device_array import DeviceArray
+from .dropout import Dropout
 from .dtypes import FLOAT32, FLOAT64, float_dtype, wider, widest
 from .options import (
     bias_array,
     check_block_mask,
     check_wrt,
+    dropout_of,
     key_lengths,
     mask_array,
     per_head,
     query_offset,
+    relative_bias_array,
+    score_scale,
     span_arrays,
     window_sides,
 )
@@ -97,15 +101,17 @@ class Problem:
     n_keys: int
     head_dim: int
     value_dim: int
-    scale: float
+    scale: float | np.ndarray  # (heads,), float64
     softcap: float | None
     bias: np.ndarray | None  # (batch, heads, queries, keys), any real dtype, any byte order
+    relative_bias: np.ndarray | None  # (heads, 2 R + 1), float64, from the distance -R on
     alibi: np.ndarray | None  # (heads,), float64
     sinks: np.ndarray | None  # (heads,), float64
     q_offset: int | np.ndarray  # (batch), int64
     key_range: KeyRange
     mask: Any  # ndarray (batch, heads, queries, keys), bool, or a SparseMask, or None
     return_lse: bool
+    return_max: bool
     return_weights: bool
     out: np.ndarray | None  # the caller's, with an axis of heads, where a backend may fill it
     one_head: bool  # all operands were two-dimensional: drop the head axis on return; on a
@@ -116,8 +122,10 @@ class Problem:
     gradients: tuple[Gradient, ...]  # in order of return; none for a forward pass alone
     score_mod: Callable | None  # (score, batch, head, i, j) -> score, after the other options
     mask_mod: Callable | None  # (batch, head, i, j) -> bool
+    score_grad: Callable | None  # that of score_mod by its score, of the same arguments
     block_mask: BlockMask | None  # of that mask_mod
     score_function: ScoreFunction
+    dropout: Dropout | None
 
     @property
     def is_flex(self) -> bool:
@@ -172,7 +180,8 @@ def make_problem(
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
-    score_function=DOT, block_table=None, held=None,
+    score_function=DOT, block_table=None, held=None, relative_bias=None, return_max=False,
+    dropout=None, dropout_offset=None, score_grad=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
@@ -191,7 +200,10 @@ def make_problem(
         k, v = operand("k", k, q), operand("v", v, q)
     arguments = None
     if gradients:
-        arguments = {"q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks}
+        arguments = {
+            "q": q, "k": k, "v": v, "scale": scale, "bias": bias, "relative_bias": relative_bias,
+            "alibi": alibi, "sinks": sinks,
+        }  # fmt: skip
         if score_function.name == "additive":
             arguments["w"] = score_function.weights
     one_head = False
@@ -256,7 +268,10 @@ def make_problem(
 
     rows = (*batch, heads, n_queries)
     real = FLOAT64 if dtype is FLOAT64 else FLOAT32
-    scale = head_dim**-0.5 if scale is None else _within(number("scale", scale), real)
+    if scale is None:
+        scale = head_dim**-0.5
+    else:
+        scale = _within(scale, real) if type(scale) is float else score_scale(scale, heads, real)
     if softcap is not None:
         softcap = number("softcap", softcap)
         if not 0 < softcap < np.inf:
@@ -266,6 +281,8 @@ def make_problem(
         bias = bias_array(bias, (*rows, n_keys), q)
     if mask is not None:
         mask = mask_array(mask, (*rows, n_keys), q)
+    if relative_bias is not None:
+        relative_bias = relative_bias_array(relative_bias, heads, real)
     if alibi is not None:
         alibi = per_head("alibi", alibi, heads, real)
     if sinks is not None:
@@ -278,16 +295,21 @@ def make_problem(
         causal = flag("causal", causal)
     if return_lse is not False:
         return_lse = flag("return_lse", return_lse)
+    if return_max is not False:
+        return_max = flag("return_max", return_max)
     if return_weights is not False:
         return_weights = flag("return_weights", return_weights)
     window = (None, None) if window is None else window_sides(window)
     if kv_lengths is not None:
         kv_lengths = key_lengths(kv_lengths, batch, n_keys)
-        positional = causal or alibi is not None or window != (None, None)
+        positional = (
+            causal or window != (None, None) or alibi is not None or relative_bias is not None
+        )
         if q_offset is None and positional:
             raise ValueError(
-                "q_offset: expected a value with kv_lengths and causal, window or alibi, got None; "
-                "pass 0 for a padded batch of whole sequences, kv_lengths - n_queries for a cache"
+                "q_offset: expected a value with kv_lengths and causal, window, alibi or "
+                "relative_bias, got None; pass 0 for a padded batch of whole sequences, "
+                "kv_lengths - n_queries for a cache"
             )
     q_offset = n_keys - n_queries if q_offset is None else query_offset(q_offset, batch)
     if spans is not None:
@@ -295,6 +317,8 @@ def make_problem(
     visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
     if block_table is not None and held is None:
         block_table = usable_table(block_table, k_shape[0], k_shape[2], visible)
+    if dropout is not None or dropout_offset is not None:
+        dropout = dropout_of(dropout, dropout_offset)
     if threads is not None:
         threads = count("threads", threads)
     if precision is not None and not (isinstance(precision, str) and precision == "bfloat16"):
@@ -304,6 +328,8 @@ def make_problem(
         function("score_mod", score_mod)
     if mask_mod is not None:
         function("mask_mod", mask_mod)
+    if score_grad is not None:
+        function("score_grad", score_grad)
     if block_mask is not None:
         check_block_mask(block_mask, mask_mod, (math.prod(batch), heads, n_queries, n_keys))
         mask_mod = block_mask.mask_mod
@@ -318,11 +344,12 @@ def make_problem(
         q=q, k=k, v=v, block_table=block_table, k_scales=k_scales, v_scales=v_scales, dtype=dtype,
         batch=batch, heads=heads, kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys,
         head_dim=head_dim, value_dim=value_dim, scale=scale, softcap=softcap, bias=bias,
-        alibi=alibi, sinks=sinks, q_offset=q_offset, key_range=visible, mask=mask,
-        return_lse=return_lse, return_weights=return_weights, out=out, one_head=one_head,
-        threads=threads,
+        relative_bias=relative_bias, alibi=alibi, sinks=sinks, q_offset=q_offset,
+        key_range=visible, mask=mask, return_lse=return_lse, return_max=return_max,
+        return_weights=return_weights, out=out, one_head=one_head, threads=threads,
         precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
-        mask_mod=mask_mod, block_mask=block_mask, score_function=score_function,
+        mask_mod=mask_mod, score_grad=score_grad, block_mask=block_mask,
+        score_function=score_function, dropout=dropout,
     )  # fmt: skip
 
 

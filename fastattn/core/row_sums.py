@@ -14,7 +14,7 @@ class RowSums(NamedTuple):
 
     weights: np.ndarray
     grads: np.ndarray  # of the scores
-    distances: np.ndarray  # weighted
+    distances: np.ndarray  # weighted; or another factor of a parameter of the scores
     slopes: np.ndarray  # gradients of the scores times the distances
 
     def settled(self, mean, from_lse, sink, tolerance) -> tuple[np.ndarray, np.ndarray]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 
 import fastattn
 
+from ..core.dropout import Dropout
 from ..core.options import span_sides
 from ..core.problem import Problem, make_problem
 from ..dispatch import select
@@ -27,6 +29,7 @@ def scaled_dot(
     q, k, v, *,
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    dropout=None, dropout_offset=None,
     return_lse=False, backend=None, threads=1, precision=None,
 ):  # fmt: skip
     """`fastattn.scaled_dot` on Dask's arrays: block of queries by block of keys.
@@ -40,8 +43,9 @@ def scaled_dot(
         those of `k`. Only one chunk of keys need be in memory for one of queries.
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : dask Array, or as in `scaled_dot`
         They are cut like the queries and keys.
-    scale, softcap, causal, window, return_lse, backend, precision
-        As in `fastattn.scaled_dot`.
+    scale, softcap, causal, window, dropout, dropout_offset, return_lse, backend, precision
+        As in `fastattn.scaled_dot`: chunks do not change which weights are dropped. With dropout
+        leading axes but the first are made one chunk.
     threads : int, default 1
         How many to use for each block; Dask works at several blocks at once.
 
@@ -78,7 +82,8 @@ def scaled_dot(
     """
     start, stop = (None, None) if spans is None else span_sides(spans)
     options = {"scale": scale, "softcap": softcap, "causal": causal, "window": window,
-               "backend": backend, "threads": threads, "precision": precision}  # fmt: skip
+               "backend": backend, "threads": threads, "precision": precision, "dropout": dropout,
+               "dropout_offset": dropout_offset}  # fmt: skip
     given = {
         "q": q, "k": k, "v": v, "bias": bias, "mask": mask, "alibi": alibi, "sinks": sinks,
         "q_offset": q_offset, "kv_lengths": kv_lengths, "start": start, "stop": stop,
@@ -126,14 +131,17 @@ def _attend(arrays: dict[str, da.Array], options: dict[str, Any], p: Problem) ->
         every = (*batch, *_AXES[name])
         labels[name] = every[len(every) - x.ndim :]
     cut = _cut(arrays, labels, sizes, p.group if p.kv_heads > 1 else 1)
+    if p.dropout is not None:  # so that the entries of a block follow one another
+        cut |= {axis: (sizes[axis],) for axis in batch[1:]}
     operands: list[Any] = []
-    for axis in "ij":
-        operands += [da.arange(sizes[axis], chunks=(cut[axis],)), axis]
+    places = dict(zip(_PLACES, (*"ijh", *batch[:1]), strict=False))
+    for axis in places.values():
+        operands += [da.arange(sizes[axis], chunks=(cut[axis],)), (axis,)]
     for name, x in arrays.items():
         operands += [x.rechunk(_chunks(x, labels[name], sizes, cut)), labels[name]]
     out = (*batch, *"hijd")
     packed = da.blockwise(
-        _part, out, *operands, names=tuple(arrays), options=options, n_keys=p.n_keys,
+        _part, out, *operands, names=(*places, *arrays), options=options, p=_Whole.of(p),
         align_arrays=False, adjust_chunks={**cut, "j": (1,) * len(cut["j"]), "d": p.value_dim + 1},
         meta=np.empty((0,) * len(out), p.accumulator),
     )  # fmt: skip
@@ -170,9 +178,30 @@ def _chunks(x: da.Array, labels, sizes, cut) -> tuple[tuple[int, ...], ...]:
 # ---------------------------------------------------------------------------- one block at a time
 
 
-def _part(rows, columns, *blocks, names, options, n_keys) -> np.ndarray:
+_PLACES = ("rows", "columns", "heads", "entries")  # whose numbers each block is told
+
+
+class _Whole(NamedTuple):
+    """What blocks need to know of the whole problem."""
+
+    n_keys: int
+    entries: int  # in one place of the first leading axis
+    dropout: Dropout | None
+
+    @classmethod
+    def of(cls, p: Problem) -> _Whole:
+        return cls(p.n_keys, math.prod(p.batch[1:]), p.dropout)
+
+
+def _part(*blocks, names, options, p: _Whole) -> np.ndarray:
     """One block of queries with one of keys, (..., queries, 1, Dv + 1)."""
     words = dict(zip(names, blocks, strict=True))
+    rows, columns, heads = (words.pop(name) for name in _PLACES[:3])
+    entries = words.pop("entries", np.zeros(1, int))
+    if p.dropout is not None:
+        start = (int(x[:1].sum()) for x in (entries * p.entries, heads, rows, columns))
+        options = options | {"dropout_offset": p.dropout.shifted(*start).offset}
+    n_keys = p.n_keys
     first, here = int(columns[:1].sum()), columns.size
     words["q_offset"] = words["q_offset"] + int(rows[:1].sum()) - first
     if first > 0:

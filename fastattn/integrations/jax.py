@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..core.arguments import flag, number, plain, renamed
-from ..core.options import span_sides, window_sides
+from ..core.options import dropout_of, dropout_start, span_sides, window_sides
 from .jax_operators import Call, attend
 
 __all__ = ["dot_product_attention", "scaled_dot"]
@@ -103,6 +104,7 @@ def scaled_dot(
     q, k, v, *,
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    dropout=None, dropout_offset=None,
     return_lse=False, backend=None, threads=None, precision=None,
 ):  # fmt: skip
     """`fastattn.scaled_dot` on JAX's arrays, with gradients.
@@ -115,7 +117,11 @@ def scaled_dot(
         On the CPU; float16, bfloat16, float32 or float64.
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
         JAX's arrays may be traced.
-    scale, softcap, causal, window, return_lse, backend, threads, precision
+    dropout : (rate, key), optional
+        As in `fastattn.scaled_dot`, with a key of `jax.random`, traced or not, in place of the
+        seed, which may be a number too. `jax.vmap` gives every place the same dropout, unless it
+        maps the key.
+    scale, softcap, causal, window, dropout_offset, return_lse, backend, threads, precision
         As in `fastattn.scaled_dot`. A scale of JAX's, traced or not, multiplies `q`; the others
         cannot be traced, which is a TypeError.
 
@@ -150,6 +156,9 @@ def scaled_dot(
               "kv_lengths": kv_lengths, "start": start, "stop": stop}  # fmt: skip
     options = {"scale": scale, "softcap": softcap, "causal": causal, "window": window,
                "threads": threads, "precision": precision}  # fmt: skip
+    if dropout is not None:
+        options["rate"], arrays["seed"] = _rate_and_seed(dropout)
+        options["dropout_offset"] = dropout_start(dropout_offset)
     (options if q_offset is None or isinstance(q_offset, int) else arrays)["q_offset"] = q_offset
     results = _attend(q, k, v, arrays, return_lse=return_lse, backend=backend, **options)
     if q.ndim == k.ndim == v.ndim == 2:
@@ -159,13 +168,27 @@ def scaled_dot(
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "causal": "is_causal",
           "window": "local_window_size", "return_lse": "return_residual"}  # fmt: skip
-_WORDS = {"start": "spans", "stop": "spans"}  # where an operand's is another
+_WORDS = {"start": "spans", "stop": "spans", "seed": "dropout"}  # where an operand's is another
 
 # How many axes an array has less than q, k and v if given in full; slopes and sinks always are.
 _FEWER_AXES = {
     "q": 0, "k": 0, "v": 0, "bias": 0, "mask": 0, "start": 1, "stop": 1, "q_offset": 3,
     "kv_lengths": 3,
 }  # fmt: skip
+
+
+def _rate_and_seed(dropout) -> tuple[float, jax.Array]:
+    """The seed as two words of 32 bits, the lower one first."""
+    if not isinstance(dropout, (tuple, list)) or not isinstance(dropout[-1], jax.Array):
+        dropout_of(dropout, None)
+        rate, seed = dropout
+        words = np.array([int(seed) & 0xFFFFFFFF, int(seed) >> 32], np.uint32)
+        return float(rate), jnp.asarray(words)
+    if len(dropout) != 2:
+        raise ValueError(f"dropout: expected (rate, key), got {len(dropout)} items")
+    rate, key = dropout
+    dropout_of((rate, 0), None)
+    return float(rate), jax.random.bits(key, (2,), "uint32")
 
 
 def _attend(

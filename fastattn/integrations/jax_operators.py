@@ -39,6 +39,9 @@ class Call(NamedTuple):
         words.update((name, x) for name, _, x in self.options)
         for name in "qkv":
             words[name] = self.swapped(words[name])
+        if "seed" in words:
+            low, high = words.pop("seed")
+            words["dropout"] = words.pop("rate"), int(low) | int(high) << 32
         if "stop" in words:
             words["spans"] = words.pop("start", 0), words.pop("stop")
         return words
@@ -56,9 +59,11 @@ class Call(NamedTuple):
 
     @property
     def vmap_method(self) -> str:
-        """`fastattn.scaled_dot` broadcasts what has leading axes; slopes and sinks have none."""
-        per_head = "alibi" in self.names or "sinks" in self.names
-        return "sequential" if per_head else "expand_dims"
+        """`fastattn.scaled_dot` broadcasts what has leading axes; slopes, sinks and a seed
+        have none.
+        """
+        without = {"alibi", "sinks", "seed"}.intersection(self.names)
+        return "sequential" if without else "expand_dims"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

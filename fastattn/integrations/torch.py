@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..core.arguments import renamed
-from .torch_operators import attend
+from .torch_operators import attend, new_seed
 from .torch_tensors import check_tensors
 
 __all__ = ["scaled_dot", "scaled_dot_product_attention"]
@@ -40,7 +40,10 @@ def scaled_dot_product_attention(
         numbers that are added to the scores. It may require a gradient. No L x S array is made of
         a causal bias.
     dropout_p : float, default 0.0
-        Nothing else is possible: drop whole heads or positions outside.
+        Drop each weight with that probability, at least 0 and below 1, and divide the others by
+        ``1 - dropout_p``. The seed of a call comes from torch's default generator, so
+        `torch.manual_seed` makes it reproducible; which weights are dropped is `scaled_dot`'s
+        choice, not torch's.
     is_causal : bool, default False
         Query ``i`` sees the keys ``j <= i``, whatever the lengths.
     scale : float, optional
@@ -81,7 +84,7 @@ def scaled_dot_product_attention(
         options.update(causal=True, q_offset=0)
     try:
         if dropout_p != 0:
-            raise ValueError(f"dropout_p: expected 0, got {dropout_p}; there is no dropout")
+            options["dropout"] = dropout_p, new_seed()
         if attn_mask is not None:
             if is_causal:
                 raise ValueError(
@@ -101,7 +104,10 @@ def scaled_dot_product_attention(
         raise renamed(error, _NAMES) from None
 
 
-_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask", "mask": "attn_mask"}
+_NAMES = {
+    "q": "query", "k": "key", "v": "value", "bias": "attn_mask", "mask": "attn_mask",
+    "dropout": "dropout_p",
+}  # fmt: skip
 
 
 def _mask(attn_mask, query, key) -> dict[str, Any]:
@@ -129,6 +135,7 @@ def scaled_dot(
     q, k, v, *,
     scale=None, softcap=None, bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    dropout=None, dropout_offset=None,
     return_lse=False, backend=None, threads=None, precision=None,
 ):  # fmt: skip
     """`fastattn.scaled_dot` on tensors, with gradients of `q`, `k`, `v`, `bias`, `alibi`, `sinks`.
@@ -139,7 +146,10 @@ def scaled_dot(
         On the CPU; none is copied.
     bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Tensor or as in `fastattn.scaled_dot`
         Tensors among them are on the CPU, too.
-    scale, softcap, causal, window, return_lse, backend, threads, precision
+    dropout : (rate, seed), optional
+        As in `fastattn.scaled_dot`; the seed may be a tensor, such as
+        ``torch.randint(2**63 - 1, ())``.
+    scale, softcap, causal, window, dropout_offset, return_lse, backend, threads, precision
         As in `fastattn.scaled_dot`. No gradient passes through `scale` and `softcap`: a tensor that
         requires one is an error.
 
@@ -170,6 +180,7 @@ def scaled_dot(
     out, lse = attend(
         q, k, v, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks, causal=causal,
         window=window, q_offset=q_offset, kv_lengths=kv_lengths, spans=spans, mask=mask,
-        return_lse=return_lse, backend=backend, threads=threads, precision=precision,
+        dropout=dropout, dropout_offset=dropout_offset, return_lse=return_lse, backend=backend,
+        threads=threads, precision=precision,
     )  # fmt: skip
     return (out, lse) if return_lse else out

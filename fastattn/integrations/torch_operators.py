@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 import fastattn
 
-from ..core.options import span_sides, window_sides
+from ..core.options import dropout_of, dropout_start, span_sides, window_sides
 from .torch_tensors import (
     alike,
     array,
@@ -24,16 +24,17 @@ from .torch_tensors import (
     transforms,
 )
 
-__all__ = ["attend"]
+__all__ = ["attend", "new_seed"]
 
 _TENSORS = """
     Tensor? bias=None, Tensor? alibi=None, Tensor? sinks=None, Tensor? mask=None,
-    Tensor? offsets=None, Tensor? kv_lengths=None, Tensor? start=None, Tensor? stop=None, *,
+    Tensor? offsets=None, Tensor? kv_lengths=None, Tensor? start=None, Tensor? stop=None,
+    Tensor? seed=None, *,
 """
 _OPTIONS = """
     float? scale=None, float? softcap=None, bool causal=False, SymInt? left=None,
     SymInt? right=None, SymInt? q_offset=None, str? backend=None, SymInt? threads=None,
-    str? precision=None
+    str? precision=None, float? rate=None, SymInt[]? place=None
 """
 
 # A library of its own rather than torch.library.custom_op: a call takes 10 us less.
@@ -48,8 +49,12 @@ _LIBRARY.define(
 )
 _FORWARD = torch.ops.fastattn.scaled_dot.default
 _BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
-_OPTIONAL = ("bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop")
-_WORDS = {"offsets": "q_offset", "start": "spans", "stop": "spans"}  # where an operand's is another
+_OPTIONAL = (
+    "bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop", "seed",
+)  # fmt: skip
+_WORDS = {  # where an operand's is another
+    "offsets": "q_offset", "start": "spans", "stop": "spans", "seed": "dropout",
+}  # fmt: skip
 
 
 def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None]:
@@ -109,7 +114,7 @@ def _straight_to_cpu(tensors) -> bool:
 
 def _operands(
     bias=None, alibi=None, sinks=None, mask=None, q_offset=None, kv_lengths=None, spans=None,
-    window=None, **options,
+    window=None, dropout=None, dropout_offset=None, **options,
 ):  # fmt: skip
     """Words as the operators take them: optional tensors in their order, to the last one given,
     and options.
@@ -122,13 +127,33 @@ def _operands(
         options["q_offset"] = q_offset
     else:
         offsets = q_offset
+    seed = None
+    if dropout is not None:
+        options["rate"], seed = _rate_and_seed(dropout)
+        options["place"] = dropout_start(dropout_offset)
     tensors = []  # each None costs autograd 0.3 us
-    optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop)
+    optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop, seed)
     for place, (name, x) in enumerate(zip(_OPTIONAL, optional, strict=True)):
         if x is not None:
             tensors += [None] * (place - len(tensors))
             tensors.append(as_tensor(x, _WORDS.get(name, name)))
     return tensors, options
+
+
+def new_seed() -> Tensor:
+    """A seed of dropout, from torch's generator."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
+def _rate_and_seed(dropout) -> tuple[float, Tensor]:
+    """The seed of `dropout` as a tensor, which a compiled graph can draw anew."""
+    if isinstance(dropout, (tuple, list)) and len(dropout) == 2 and isinstance(dropout[1], Tensor):
+        dropout_of((dropout[0], 0), None)
+        return float(dropout[0]), dropout[1]
+    dropout_of(dropout, None)
+    rate, seed = dropout
+    seed = int(seed)
+    return float(rate), torch.tensor(seed if seed < 1 << 63 else seed - (1 << 64))
 
 
 def _forward(q, k, v, *tensors, return_lse=False, **options):
@@ -140,6 +165,8 @@ def _run(q, k, v, return_lse, words) -> tuple[Tensor, Tensor | None]:
     for name, x in words.items():
         if isinstance(x, Tensor):
             words[name] = array(x, name)
+    if words.get("dropout") is not None:
+        words["dropout"] = _with_number(words["dropout"])
     found = fastattn.scaled_dot(
         array(q, "q"), array(k, "k"), array(v, "v"), return_lse=return_lse, **words
     )
@@ -147,6 +174,14 @@ def _run(q, k, v, return_lse, words) -> tuple[Tensor, Tensor | None]:
     if not q.is_contiguous() and (q.stride(-1) != 1 or not alike(out, q)):
         out = laid_out(out, empty_result(q, k, v))
     return out, tensor(found[1]) if return_lse else None
+
+
+def _with_number(dropout):
+    """`dropout` with a seed that is a number."""
+    if not isinstance(dropout, (tuple, list)) or len(dropout) != 2:
+        return dropout
+    rate, seed = dropout
+    return rate, int(seed) % (1 << 64) if isinstance(seed, Tensor) else seed
 
 
 def _forward_fake(q, k, v, *tensors, return_lse=False, **options):
@@ -313,6 +348,9 @@ def _words(tensors, options) -> dict:
     for name, x in zip(_OPTIONAL, tensors, strict=False):
         if x is not None:
             options[name] = array(x, name)
+    if "rate" in options:
+        options["dropout"] = options.pop("rate"), int(options.pop("seed")) % (1 << 64)
+        options["dropout_offset"] = options.pop("place", None)
     if "offsets" in options:
         options["q_offset"] = options.pop("offsets")
     if "start" in options:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .torch_operators import attend
+from .torch_operators import attend, new_seed
 from .transformers_masks import Mask, make_mask
 from .transformers_models import refuse_models_without_interface
 
@@ -77,7 +77,7 @@ def attention(
     Parameters
     ----------
     module : nn.Module
-        In its training mode no dropout is possible.
+        In its training mode there is dropout.
     query : Tensor, (batch, heads, queries, head_dim)
     key : Tensor, (batch, kv_heads, keys, head_dim)
     value : Tensor, (batch, kv_heads, keys, value_dim)
@@ -86,7 +86,7 @@ def attention(
         Numbers to be added to the scores (what the library's masks are), or of bool, True where a
         query may see a key. Without one every query sees every key.
     dropout : float, default 0.0
-        Ignored outside training.
+        As `dropout_p` of `scaled_dot_product_attention`; ignored outside training.
     scaling : float, optional
         ``1 / sqrt(head_dim)`` by default.
     softcap : float, optional
@@ -114,12 +114,14 @@ def attention(
     ValueError
         If the model asks for anything else; the message begins with its name.
     """
-    _refuse(dropout if module.training else 0.0, options)
+    _refuse(options)
     words = _seen(attention_mask, indices, key.shape[2])
     if position_bias is not None:
         bias = words.get("bias")
         words["bias"] = position_bias if bias is None else position_bias + bias
     words |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    if dropout and module.training:
+        words["dropout"] = dropout, new_seed()
     out, lse = attend(query, key, value, return_lse=sinks is not None, **words)
     if sinks is not None and lse is not None:
         # One more term of the sum: exp(lse) / (exp(lse) + exp(sink)) of each weight is left.
@@ -127,12 +129,7 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(dropout: float, options: dict[str, Any]) -> None:
-    if dropout:
-        raise ValueError(
-            f"dropout: expected 0, got {dropout}; fastattn has none: set the config's "
-            "attention_dropout (of BERT and its kin, attention_probs_dropout_prob) to 0"
-        )
+def _refuse(options: dict[str, Any]) -> None:
     for name in _REFUSED.intersection(options):
         x = options[name]
         if x is not None and x is not False:

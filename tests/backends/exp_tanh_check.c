@@ -11,14 +11,14 @@
 #include "math-inl.h"
 
 #ifdef REAL_IS_DOUBLE
-typedef long double wide;
+typedef long double wider;
 #define WIDE(function) function##l
 #define EPSILON DBL_EPSILON
 #define LEAST_NORMAL DBL_MIN
 #define EXP_BOUND 0.9
 #define TANH_BOUND 3.9
 #else
-typedef double wide;
+typedef double wider;
 #define WIDE(function) function
 #define EPSILON FLT_EPSILON
 #define LEAST_NORMAL FLT_MIN
@@ -49,24 +49,24 @@ static lane_uint to_bits(real x) {
 }
 
 /* In units of epsilon * (1 + |x|), relative. Results below the normal numbers may be 0. */
-static double exp_error(real x, real got, wide exact) {
-    const wide edge = (wide)LEAST_NORMAL * (1 + (wide)EPSILON * 1024);
+static double exp_error(real x, real got, wider exact) {
+    const wider edge = (wider)LEAST_NORMAL * (1 + (wider)EPSILON * 1024);
     if (got == 0 && exact < edge) return 0;
-    return (double)(WIDE(fabs)(got / (wide)WEIGHT_UNIT - exact) / exact / EPSILON / (1 - (wide)x));
+    return (double)(WIDE(fabs)(got / (wider)WEIGHT_UNIT - exact) / exact / EPSILON / (1 - (wider)x));
 }
 
-static double tanh_error(real x, real got, wide exact) {
+static double tanh_error(real x, real got, wider exact) {
     (void)x;
     int exponent;
     WIDE(frexp)(exact, &exponent);
-    wide ulp = WIDE(ldexp)(EPSILON, exponent - 1), least = WIDE(ldexp)(EPSILON, 2 - EXPONENT_BIAS - 1);
+    wider ulp = WIDE(ldexp)(EPSILON, exponent - 1), least = WIDE(ldexp)(EPSILON, 2 - EXPONENT_BIAS - 1);
     return (double)(WIDE(fabs)(got - exact) / (ulp > least ? ulp : least));
 }
 
 typedef struct {
     vec (*function)(vec);
-    wide (*exact)(wide);
-    double (*error)(real, real, wide);
+    wider (*exact)(wider);
+    double (*error)(real, real, wider);
 } Subject;
 
 static vec call_exp(vec x) { return weight_of(x * (real)LOG2_E); }
@@ -76,8 +76,8 @@ static vec call_pair(vec x) {
     VecPair both = exp_of_twice(x);
     return (both.high - (real)1) + both.low;
 }
-static wide exact_pair(wide x) { return WIDE(expm1)(2 * x); }
-static double relative_error(real x, real got, wide exact) {
+static wider exact_pair(wider x) { return WIDE(expm1)(2 * x); }
+static double relative_error(real x, real got, wider exact) {
     (void)x;
     return (double)(WIDE(fabs)((got - exact) / exact) / EPSILON);
 }

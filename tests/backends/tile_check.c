@@ -215,10 +215,11 @@ static double check(ScoreFunction score_function, int n_queries, int causal, int
     for (int d = 0; d < HEAD_DIM; d++) weights[d] = d % 3 - 1;
     real *k = rows_of(N_KEYS * HEAD_DIM), *v = rows_of(N_KEYS * VALUE_DIM);
     memset(&t, 0, sizeof t);
-    size_t row_bytes = lay_out_rows(&t, MAX_BLOCK_Q, NULL);
+    ptrdiff_t n_rows = (n_queries + kernels.mr - 1) / kernels.mr * kernels.mr;
+    size_t row_bytes = lay_out_rows(&t, n_rows, NULL);
     char *rows = aligned_alloc(64, row_bytes);
     memset(rows, 0, row_bytes);
-    lay_out_rows(&t, MAX_BLOCK_Q, rows);
+    lay_out_rows(&t, n_rows, rows);
     t.k = (char *)k, t.v = (char *)v;
     t.q_format = t.k_format = t.v_format = t.out_format = t.grad_out_format = t.grad_k_format =
         t.grad_v_format = (NumberFormat){'f', sizeof(real), 0};
@@ -232,6 +233,7 @@ static double check(ScoreFunction score_function, int n_queries, int causal, int
     t.score_function = score_function, t.dim_weights = weights;
     if (score_function == ADDITIVE && n_queries % 3 == 0) k[HIDDEN_KEY * HEAD_DIM + 5] = 1000;
     t.want_lse = 1;
+    t.keep_factor = 1;
     t.has_mask = options & MASK, t.has_bias = options & BIAS, t.has_alibi = options & ALIBI;
     t.softcap = options & SOFTCAP ? 0.5 : 0;
     t.has_sinks = options & SINKS;

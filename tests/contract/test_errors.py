@@ -42,16 +42,26 @@ TABLE = [
     # the score
     ({"scale": "1"}, TypeError, "scale", []),
     ({"scale": 1j}, TypeError, "scale", ["complex"]),
-    ({"scale": array(4)}, (TypeError, ValueError), "scale", ["4"]),
+    ({"scale": array(3)}, ValueError, "scale", ["(4,)", "one per query head", "(3,)"]),
+    ({"scale": array(4, 1)}, ValueError, "scale", ["(4,)", "(4, 1)"]),
+    ({"scale": np.ones(4, complex)}, TypeError, "scale", ["complex"]),
     ({"softcap": 0}, ValueError, "softcap", ["0"]),
     ({"softcap": -1.5}, ValueError, "softcap", ["-1.5", "0"]),
     ({"softcap": float("nan")}, ValueError, "softcap", ["nan"]),
     ({"softcap": "1"}, TypeError, "softcap", []),
+    ({"softcap": array(4)}, TypeError, "softcap", ["a real number", "(4,)"]),
     ({"bias": np.ones((5, 7), bool)}, TypeError, "bias", ["bool", "mask="]),
     ({"bias": np.ones((5, 7), complex)}, TypeError, "bias", ["complex"]),
     ({"bias": np.full((5, 7), None)}, TypeError, "bias", ["object"]),
     ({"bias": array(5, 6)}, ValueError, "bias", ["(5, 6)", "(2, 4, 5, 7)"]),
     ({"bias": array(3, 2, 4, 5, 7)}, ValueError, "bias", ["(3, 2, 4, 5, 7)"]),
+    ({"relative_bias": array(4, 6)}, ValueError, "relative_bias", ["(4, 2 * R + 1)", "(4, 6)"]),
+    ({"relative_bias": array(2, 5)}, ValueError, "relative_bias", ["(4, 2 * R + 1)", "(2, 5)"]),
+    ({"relative_bias": array(4, 0)}, ValueError, "relative_bias", ["(4, 0)"]),
+    ({"relative_bias": array(5)}, ValueError, "relative_bias", ["(5,)"]),
+    ({"relative_bias": array(2, 4, 5)}, ValueError, "relative_bias", ["(2, 4, 5)"]),
+    ({"relative_bias": np.ones((4, 5), complex)}, TypeError, "relative_bias", ["complex"]),
+    ({"relative_bias": np.ones((4, 5), bool)}, TypeError, "relative_bias", ["bool"]),
     ({"alibi": array(2)}, ValueError, "alibi", ["(2,)", "4"]),
     ({"alibi": 1.0}, ValueError, "alibi", ["4"]),
     ({"alibi": np.ones(4, complex)}, TypeError, "alibi", ["complex"]),
@@ -67,6 +77,7 @@ TABLE = [
     ({"window": (1, 2, 3)}, (TypeError, ValueError), "window", ["3"]),
     ({"window": 1.5}, TypeError, "window", ["float", "integer"]),
     ({"window": (1.0, None)}, TypeError, "window", ["float"]),
+    ({"window": (np.ones(4, int), 0)}, TypeError, "window", ["an integer", "ndarray"]),
     ({"window": "all"}, TypeError, "window", ["str"]),
     ({"q_offset": 1.5}, TypeError, "q_offset", ["float", "integer"]),
     ({"q_offset": [1, 2, 3]}, ValueError, "q_offset", ["(3,)", "(2,)"]),
@@ -85,9 +96,27 @@ TABLE = [
     ({"kv_lengths": 5, "window": 2}, ValueError, "q_offset", ["0", "kv_lengths - "]),
     ({"kv_lengths": 5, "window": (2, None)}, ValueError, "q_offset", ["0", "kv_lengths - "]),
     ({"kv_lengths": 5, "alibi": array(4)}, ValueError, "q_offset", ["0", "kv_lengths - "]),
+    ({"kv_lengths": 5, "relative_bias": array(4, 3)}, ValueError, "q_offset", ["relative_bias"]),
+    # dropout
+    ({"dropout": 0.1}, TypeError, "dropout", ["(rate, seed)", "float"]),
+    ({"dropout": (0.1,)}, ValueError, "dropout", ["(rate, seed)", "1"]),
+    ({"dropout": (0.1, 1, 2)}, ValueError, "dropout", ["(rate, seed)", "3"]),
+    ({"dropout": ("0.1", 1)}, TypeError, "dropout", ["number", "<U3"]),
+    ({"dropout": (1.0, 1)}, ValueError, "dropout", ["below 1", "1.0"]),
+    ({"dropout": (-0.1, 1)}, ValueError, "dropout", ["at least 0", "-0.1"]),
+    ({"dropout": (float("nan"), 1)}, ValueError, "dropout", ["nan"]),
+    ({"dropout": (0.1, 0.5)}, TypeError, "dropout", ["integer", "float"]),
+    ({"dropout": (0.1, -1)}, ValueError, "dropout", ["0..2**64 - 1", "-1"]),
+    ({"dropout": (0.0, 2**64)}, ValueError, "dropout", [str(2**64)]),
+    ({"dropout_offset": 3}, TypeError, "dropout_offset", ["(b, h, i, j)", "int"]),
+    ({"dropout_offset": (0, 0, 0)}, ValueError, "dropout_offset", ["(b, h, i, j)", "3"]),
+    ({"dropout_offset": (0, 0, 0, 1.5)}, TypeError, "dropout_offset", ["integer", "float"]),
+    ({"dropout_offset": (0, -1, 0, 0)}, ValueError, "dropout_offset", ["-1"]),
+    ({"dropout_offset": (0, 0, 0, 2**63)}, ValueError, "dropout_offset", [str(2**63)]),
     # how
     ({"causal": "yes"}, TypeError, "causal", ["str", "bool"]),
     ({"return_lse": "yes"}, TypeError, "return_lse", ["str", "bool"]),
+    ({"return_max": 1}, TypeError, "return_max", ["int", "bool"]),
     ({"return_weights": "yes"}, TypeError, "return_weights", ["str", "bool"]),
     ({"threads": 0}, ValueError, "threads", ["0", "1"]),
     ({"threads": -3}, ValueError, "threads", ["-3", "1"]),
@@ -143,11 +172,6 @@ def test_words_of_the_contract(no_backend):
         attend(Q, K, V, mask=array(5, 7).astype(int))
 
 
-def test_no_dropout():
-    with pytest.raises(TypeError, match="dropout"):
-        fastattn.scaled_dot(Q, K, V, dropout=0.1)
-
-
 def test_options_are_keywords_only():
     with pytest.raises(TypeError):
         fastattn.scaled_dot(Q, K, V, 0.5)
@@ -174,6 +198,13 @@ ALLOWED = [
     {"threads": 1000},
     {"threads": 2**70},
     {"causal": np.True_},
+    {"dropout": (0.5, 2**64 - 1)},
+    {"dropout": [np.float32(0.5), np.uint64(2**63)]},
+    {"dropout": (0, 0)},
+    {"dropout": (np.nextafter(1, 0), 0)},
+    {"dropout": (0.1, 1), "dropout_offset": (2**63 - 1,) * 4},
+    {"dropout": (0.1, 1), "dropout_offset": np.arange(4)},
+    {"dropout_offset": (1, 2, 3, 4)},
 ]
 
 

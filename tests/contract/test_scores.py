@@ -162,3 +162,155 @@ def test_order_of_return(target):
     assert (out.shape, weights.shape) == ((2, 4, 9, 8), (2, 4, 9, 13))
     out, lse, weights = target.attend(q, k, v, return_lse=True, return_weights=True)
     assert (lse.shape, weights.shape) == ((2, 4, 9), (2, 4, 9, 13))
+
+
+# ------------------------------------------------------------- a scale for each head, relative bias
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 1), (5, 5), (1, 1)])
+@pytest.mark.parametrize("names", [(), ("softcap",), ("bias", "sinks"), ("alibi",)], ids="+".join)
+def test_scale_of_each_head(target, names, heads, kv_heads):
+    shape = SHAPE._replace(heads=heads, kv_heads=kv_heads, n_queries=70, n_keys=150)
+    opts = options(names, shape)
+    opts["scale"] = np.linspace(-1, 2, heads)
+    check(target, *shape.arrays(), **opts)
+
+
+def test_scale_of_each_head_of_the_result(target):
+    """A head axis of q that broadcasts has the scales of what it becomes."""
+    q, k, v = SHAPE.arrays()
+    check(target, q[:, :1], k, v, scale=[0.5, 2.0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "longdouble", "int8"])
+def test_scale_of_any_real_dtype(target, dtype):
+    check(target, *SHAPE.arrays(), scale=np.arange(4).astype(dtype))
+
+
+@pytest.mark.parametrize("reach", [0, 1, 7, 40, 300])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 2), (3, 1), (17, 1)])
+@pytest.mark.parametrize("n_queries, n_keys", [(1, 200), (5, 70), (130, 90)])
+def test_relative_bias(target, n_queries, n_keys, heads, kv_heads, reach):
+    """``s += relative_bias[h, clip(j - (i + q_offset), -R, R) + R]``."""
+    shape = Shape(2, heads, n_queries, n_keys, 8, kv_heads=kv_heads)
+    bias = 2 * np.random.default_rng(reach).standard_normal((heads, 2 * reach + 1))
+    check(target, *shape.arrays(), relative_bias=bias)
+
+
+@pytest.mark.parametrize("q_offset", [0, 4, -3, 100, [1, -2], 2**40, -(2**61)], ids=str)
+def test_relative_bias_measures_from_q_offset(target, q_offset):
+    bias = np.random.default_rng(1).standard_normal((4, 9))
+    check(target, *SHAPE.arrays(), relative_bias=bias, q_offset=q_offset)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", ">f4", "float64", "longdouble", "int8", "uint64"]
+)
+@pytest.mark.parametrize("inputs", ["float32", "float64", "float16"])
+def test_relative_bias_of_any_real_dtype(target, dtype, inputs):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    bias = np.random.default_rng(3).integers(0, 5, (4, 2, 9)).astype(dtype)[:, 0]
+    check(target, *SHAPE.arrays(inputs), relative_bias=bias)
+
+
+@pytest.mark.parametrize("names", [(), ("bias",), ("-inf",), ("mask",), ("causal",)], ids="+".join)
+def test_relative_bias_of_minus_infinity_hides(target, names):
+    """Whatever is there: NaN and Inf in a key that all distances hide stay there."""
+    shape = Shape(2, 4, 70, 90, 8, kv_heads=2)
+    q, k, v = shape.arrays()
+    bias = np.random.default_rng(0).standard_normal((4, 41))
+    bias[:, ::3] = -np.inf
+    bias[0, :9] = -np.inf
+    check(target, q, k, v, relative_bias=bias, **options(names, shape))
+    k[0, 0, 40], v[0, 1, 40], k[1, 0, 50] = np.nan, np.inf, np.inf
+    check(target, q, k, v, relative_bias=bias, **options(names, shape))
+    bias[:, 20:] = -np.inf
+    bias[:, :15] = -np.inf
+    check(target, q, k, v, relative_bias=bias, **options(names, shape))
+
+
+def test_relative_bias_of_nothing_but_minus_infinity(target):
+    q, k, v = SHAPE.arrays()
+    bias = np.full((4, 5), -np.inf)
+    out, lse, row_max = target.attend(q, k, v, relative_bias=bias, return_lse=True, return_max=True)
+    assert (out == 0).all() and (lse == -np.inf).all() and (row_max == -np.inf).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_relative_bias_that_is_no_number(target, value):
+    """Its rows are NaN, others are untouched."""
+    bias = np.zeros((4, 9))
+    bias[2, 8] = value
+    check(target, *SHAPE.arrays(), relative_bias=bias, causal=True, q_offset=8)
+    check(target, *Shape(2, 4, 70, 90, 8, kv_heads=2).arrays(), relative_bias=bias)
+
+
+def test_relative_bias_is_the_bias_that_it_stands_for(target):
+    q, k, v = SHAPE.arrays("float64")
+    table = np.random.default_rng(1).standard_normal((4, 7))
+    distance = np.arange(13) - (np.arange(9)[:, None] + 4)
+    wanted = target.attend(q, k, v, bias=table[:, np.clip(distance, -3, 3) + 3])
+    np.testing.assert_allclose(target.attend(q, k, v, relative_bias=table), wanted, rtol=1e-12)
+
+
+# ----------------------------------------------------------------------------- the largest score
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_row_max(target, names):
+    """The largest score after everything is added, without sinks."""
+    opts = options(names, SHAPE, seed=COMBINATIONS.index(names))
+    check(target, *SHAPE.arrays(), return_max=True, **opts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("n_queries, n_keys", [(1, 10_000), (7, 600), (300, 700)])
+def test_row_max_of_many_keys(target, n_queries, n_keys, dtype):
+    arrays = Shape(1, 4, n_queries, n_keys, 16, kv_heads=2).arrays(dtype)
+    check(target, *arrays, return_max=True)
+    check(target, *arrays, return_max=True, sinks=np.array([-np.inf, 0, 50, np.inf]), causal=True)
+    check(target, *arrays, return_max=True, scale=[0.1, -0.2, 3, 0])
+
+
+def test_row_max_of_a_row_that_sees_nothing(target):
+    q, k, v = SHAPE.arrays()
+    _, row_max = target.attend(q, k, v, kv_lengths=[0, 5], sinks=[1.0] * 4, return_max=True)
+    assert (row_max[0] == -np.inf).all() and np.isfinite(row_max[1]).all()
+
+
+@pytest.mark.parametrize("sink", [None, 0.0, np.inf, np.nan])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_row_max_of_what_is_no_number(target, bad, sink):
+    shape = Shape(2, 4, 70, 90, 8, kv_heads=2)
+    q, k, v = shape.arrays()
+    k[0, 1, 20, 3] = bad
+    q[1, 2, 30, 5] = bad
+    sinks = None if sink is None else np.full(4, sink)
+    for more in ({}, {"causal": True, "q_offset": 0}):
+        p = make_problem(q, k, v, sinks=sinks, **more)
+        got = target.attend(q, k, v, return_max=True, sinks=sinks, **more)[1]
+        wanted = reference.row_max(p)
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)  # rounding of float32
+
+
+def test_row_max_beyond_the_range(target):
+    q, k, v = (x * np.float32(f) for x, f in zip(SHAPE.arrays(), (1e20, 1e20, 1), strict=True))
+    _, row_max = target.attend(q, k, v, return_max=True)
+    most = np.finfo(np.float32).max
+    np.testing.assert_array_equal(row_max, np.where(row_max > 0, most, -most))
+
+
+def test_order_of_return_with_the_largest_score(target):
+    """``out``, ``lse``, the maximum, ``weights``, each where asked."""
+    q, k, v = (x[0, 0] for x in SHAPE.arrays())
+    flags = {"return_lse": True, "return_max": True, "return_weights": True}
+    out, lse, row_max, weights = target.attend(q, k, v, **flags)
+    assert (out.shape, lse.shape, row_max.shape, weights.shape) == ((9, 8), (9,), (9,), (9, 13))
+    assert row_max.dtype == lse.dtype
+    top = weights.max(axis=-1)
+    np.testing.assert_allclose(np.exp(row_max - lse), top, rtol=1e-5)  # rounding of float32
+    for name, x in (("return_max", row_max), ("return_weights", weights)):
+        _, only = target.attend(q, k, v, **{name: True})
+        np.testing.assert_allclose(only, x, rtol=1e-6)

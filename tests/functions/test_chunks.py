@@ -8,7 +8,7 @@ from helpers.gradients import random_like
 from helpers.memory import STATUS
 from helpers.oracles import same_bits
 from helpers.problems import Shape, options
-from test_similarity import OPTIONS, SHAPE, check, cosines, distances
+from test_similarity import OPTIONS, SHAPE, check, cosines, distances, needs_many_axes
 
 import fastattn
 from fastattn import chunks, reference
@@ -127,6 +127,7 @@ def test_no_copy_of_an_operand(target, run_python, name, alpha, case):
     assert float(used) < 24
 
 
+@needs_many_axes
 @pytest.mark.parametrize("function", [fastattn.cosine, fastattn.gaussian])
 def test_many_axes(function):
     """NumPy broadcasts no more than 32 axes, and has arrays of 64."""

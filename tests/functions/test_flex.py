@@ -56,6 +56,105 @@ def check(dtype="float32", shape=SHAPE, return_lse=True, **opts):
     return results
 
 
+def slope_of_one(score, batch, head, i, j):
+    return 1.0
+
+
+def bent(score, batch, head, i, j):
+    return score + 0.3 * score * score / (1 + head) if j != 5 else -math.inf
+
+
+def slope_of_bent(score, batch, head, i, j):
+    return 1 + 0.6 * score / (1 + head)
+
+
+def check_gradients(dtype="float32", shape=SHAPE, wrt=(), **opts):
+    """`vjp` of `flex` on Numba gives the reference's gradients; returns them."""
+    arrays = shape.arrays(dtype)
+    found = []
+    for backend in ("numba", "reference"):
+        results, pullback = fastattn.vjp(
+            fastattn.flex, *arrays, wrt=wrt, return_lse=True, backend=backend, **opts
+        )
+        grads = [np.random.default_rng(n).standard_normal(x.shape) for n, x in enumerate(results)]
+        found.append(pullback(*grads))
+    for x, y in zip(*found, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        atol = (2e-5 if dtype == "float32" else 1e-12) * max(1, np.abs(y).max())
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+    return found[0]
+
+
+@needs_numba
+class TestGradients:
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_of_a_mask(self, dtype):
+        dq, _, _ = check_gradients(dtype, mask_mod=checkerboard)
+        assert (dq[:, :, 77] == 0).all()
+
+    def test_of_scores(self):
+        check_gradients(score_mod=relative, score_grad=slope_of_one)
+        check_gradients("float64", score_mod=bent, score_grad=slope_of_bent)
+
+    def test_with_options(self):
+        names = ("causal", "bias", "sinks", "alibi", "softcap", "spans", "mask")
+        chosen = options(names, SHAPE)
+        check_gradients(
+            "float64", score_mod=bent, score_grad=slope_of_bent, mask_mod=checkerboard,
+            wrt=("bias", "alibi", "sinks"), **chosen,
+        )  # fmt: skip
+
+    def test_of_a_block_mask(self):
+        arrays = Shape(1, 2, 700, 900, 8).arrays()
+        document = np.arange(1000) // 130
+
+        def alike(batch, head, i, j):
+            return document[i] == document[j]
+
+        made = fastattn.block_mask(alike, 700, 900)
+        out, pullback = fastattn.vjp(fastattn.flex, *arrays, block_mask=made)
+        whole, pull_whole = fastattn.vjp(fastattn.flex, *arrays, mask_mod=alike)
+        assert same_bits(out, whole)
+        for x, y in zip(pullback(out), pull_whole(out), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+    def test_blocks_that_nobody_sees_are_skipped(self):
+        """The block mask hides what its function would show."""
+        arrays = Shape(1, 1, 128, 256, 8).arrays()
+        liar = fastattn.block_mask(lambda batch, head, i, j: True, 128, 256)
+        liar.blocks[..., 2:] = 0
+        out, pullback = fastattn.vjp(fastattn.flex, *arrays, block_mask=liar)
+        _, dk, dv = pullback(out)
+        assert (dk[..., 128:, :] == 0).all()
+        assert (dv[..., 128:, :] == 0).all()
+        assert dk[..., :128, :].any()
+
+    def test_agree_with_a_small_step(self):
+        q, k, v = Shape(1, 1, 6, 7, 4).arrays("float64")
+        call = {"score_mod": bent, "score_grad": slope_of_bent}
+        out, pullback = fastattn.vjp(fastattn.flex, q, k, v, **call)
+        dq, _, _ = pullback(out)
+        step = 1e-6 * np.random.default_rng(0).standard_normal(q.shape)
+        ahead, back = (fastattn.flex(q + x, k, v, bent) for x in (step, -step))
+        np.testing.assert_allclose((ahead**2 - back**2).sum() / 4, (dq * step).sum(), rtol=1e-6)
+
+
+class TestGradientErrors:
+    def test_a_score_mod_needs_its_slope(self):
+        with pytest.raises(ValueError, match=r"^score_grad: expected the derivative"):
+            fastattn.vjp(fastattn.flex, *SHAPE.arrays(), relative)
+
+    def test_a_slope_is_a_function(self):
+        with pytest.raises(TypeError, match=r"^score_grad: expected a function, got int"):
+            fastattn.vjp(fastattn.flex, *SHAPE.arrays(), relative, score_grad=1)
+
+    @needs_numba
+    def test_flex_ignores_it(self):
+        arrays = SHAPE.arrays()
+        found = fastattn.flex(*arrays, relative, score_grad=slope_of_one)
+        assert same_bits(found, fastattn.flex(*arrays, relative))
+
+
 @needs_numba
 class TestFunctions:
     @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

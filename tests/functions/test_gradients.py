@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import fastattn
 
 SHAPE = Shape(2, 4, 70, 90, 16, kv_heads=2, value_dim=24)
-SINGLE_OPTIONS = [(), *((name,) for name in (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf"))]
+NAMES = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "scales", "mask", "-inf", "-inf distances")
+SINGLE_OPTIONS = [(), *((name,) for name in NAMES)]
 
 
 # ---------------------------------------------------------- the reference against its own results
@@ -27,7 +28,7 @@ def test_finite_differences(shape, names, seed):
     arrays = dict(zip("qkv", shape.arrays("float64", seed), strict=True))
     chosen = options(names, shape, seed)
     wrt = tuple(name for name in ARRAY_OPTIONS if name in chosen)
-    arrays |= {name: chosen.pop(name).astype(np.float64) for name in wrt}
+    arrays |= {name: np.float64(chosen.pop(name)) for name in wrt}
 
     def attend(**moved):
         return fastattn.scaled_dot(
@@ -49,7 +50,7 @@ def test_finite_differences(shape, names, seed):
 
     step = 1e-5
     for (name, x), gradient in zip(arrays.items(), found, strict=True):
-        direction = random_like(x, 9)
+        direction = np.asarray(random_like(x, 9))
         direction[~np.isfinite(x)] = 0
         ahead, back = (np.where(np.isfinite(x), x + sign * step * direction, x) for sign in (1, -1))
         slope = (loss(**{name: ahead}) - loss(**{name: back})) / (2 * step)

@@ -86,6 +86,27 @@ def test_labels_do_not_overlap(pyplot, inches):
         assert not any(a.overlaps(b) for a, b in zip(boxes[1:], boxes, strict=False))
 
 
+def test_heads_of_a_layer_on_one_scale():
+    weights = np.random.default_rng(0).dirichlet(np.ones(9), (6, 9))
+    figure = fastattn.plot.heads(weights, WORDS, WORDS, titles=list("abcdef"))
+    *panels, bar = figure.axes
+    for shown, ax, title in zip(weights, panels, "abcdef", strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), shown)
+        assert ax.images[0].get_clim() == (0, weights.max())
+        assert ax.get_title() == title
+    assert bar.get_ylabel() == "weight"
+    # Names stand to the left and below each column, and nowhere else.
+    assert [bool(ax.get_ylabel()) for ax in panels] == [True, False, False, False, True, False]
+    assert [bool(ax.get_xlabel()) for ax in panels] == [False, False, True, True, True, True]
+
+
+def test_heads_on_a_logarithmic_scale():
+    weights = np.random.default_rng(0).dirichlet(np.ones(9), (3, 9))
+    weights[0, 0, 0] = 0
+    clims = {ax.images[0].get_clim() for ax in plot.heads(weights, norm="log").axes[:3]}
+    assert clims == {(weights[weights > 0].min(), weights.max())}
+
+
 def test_importance_shows_the_values():
     values = WEIGHTS.sum(axis=0)
     ax = plot.importance(values, WORDS, label="all queries")
@@ -170,3 +191,22 @@ def test_without_matplotlib(monkeypatch):
         plot.attention(WEIGHTS)
     with pytest.raises(ImportError, match=r"pip install 'fastattn\[plot\]'"):
         plot.importance(WEIGHTS[0])
+
+
+class TestNeighbourhood:
+    def test_lines_are_as_wide_as_weights_are_heavy(self):
+        ax = plot.neighbourhood("node", ["a", "b", "c"], [0.1, 0.6, 0.3])
+        widths = [line.get_linewidth() for line in ax.lines]
+        assert widths[1] > widths[2] > widths[0] > 0
+        assert [text.get_text() for text in ax.texts] == ["a\n0.10", "b\n0.60", "c\n0.30", "node"]
+
+    def test_what_top_keys_has_not_found_is_left_out(self):
+        ax = plot.neighbourhood(3, np.array([4, 7, -1]), [0.6, 0.4, 0.0])
+        assert [text.get_text() for text in ax.texts] == ["4\n0.60", "7\n0.40", "3"]
+
+    def test_a_node_without_neighbours(self):
+        assert not plot.neighbourhood(3, [-1], [0.0]).lines
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"^neighbours: expected 2 labels, got 1"):
+            plot.neighbourhood(0, ["a"], [0.5, 0.5])

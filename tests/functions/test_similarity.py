@@ -359,6 +359,13 @@ def test_pool_of_padded_sequences():
     assert not fastattn.pool(x, np.ones(4), kv_lengths=0).any()
 
 
+# Arrays of NumPy 1 have 32 axes at most.
+needs_many_axes = pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.0.0", reason="NumPy 2 has arrays of 64 axes"
+)
+
+
+@needs_many_axes
 def test_pool_of_many_axes():
     """NumPy broadcasts no more than 32, and has arrays of 64."""
     x, w = np.random.default_rng(5).standard_normal((2, 7, 7))
@@ -367,6 +374,8 @@ def test_pool_of_many_axes():
         many = x.reshape(*(1,) * (n - 2), 7, 7)
         out = fastattn.pool(many, w, mask=mask.reshape(*(1,) * (n - 2), 7))
         assert same_bits(out.reshape(7, 7), fastattn.pool(x, w, mask=mask))
+    with pytest.raises(ValueError, match=r"^x: expected 2 to 63 axes, "):
+        fastattn.pool(np.ones((*[1] * 62, 5, 3)), np.ones(3))
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -408,7 +417,6 @@ def test_shapes_are_those_of_scaled_dot(name):
 
 @pytest.mark.parametrize("x, w, opts, message", [
     (np.ones(3), np.ones(3), {}, "x: expected 2 to 63 axes, "),
-    (np.ones((*[1] * 62, 5, 3)), np.ones(3), {}, "x: expected 2 to 63 axes, "),
     (np.ones((5, 3)), np.ones(4), {}, "w: expected dim 3 as in x, got 4"),
     (np.ones((5, 3)), np.ones((3, 2, 1)), {}, "w: expected 1 or 2 axes, .*, got 3"),
     (np.ones((5, 3)), np.ones(3), {"b": np.ones(2)}, r"b: expected shape .*, got \(2,\)"),

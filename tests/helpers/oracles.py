@@ -16,8 +16,9 @@ from fastattn.core.problem import Problem, make_problem
 
 
 def brute_force(
-    q, k, v, *, scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    q, k, v, *, scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
+    dropout=None,
 ):  # fmt: skip
     """``(out, lse, weights)`` key by key, straight from the contract; finite inputs only."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -33,7 +34,8 @@ def brute_force(
         return np.broadcast_to(x, shape)[index]
 
     left, right = window if isinstance(window, tuple) else (window, window)
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = np.broadcast_to(1 / math.sqrt(head_dim) if scale is None else scale, heads)
+    reach = 0 if relative_bias is None else np.shape(relative_bias)[1] // 2
     out, lse, weights = np.zeros((*rows, value_dim)), np.zeros(rows), np.zeros((*rows, n_keys))
     for *b, h, i in np.ndindex(rows):
         b, kv_index = tuple(b), (*b, h // (heads // kv_heads))
@@ -55,13 +57,18 @@ def brute_force(
                 continue
             if bias is not None and at(bias, (*rows, n_keys), index) == -np.inf:
                 continue
+            distance = min(max(j - place, -reach), reach) + reach
+            if relative_bias is not None and relative_bias[h][distance] == -np.inf:
+                continue
             q_i = at(q, (*batch, heads, n_queries, head_dim), row)
             k_j = at(k, (*batch, kv_heads, n_keys, head_dim), (*kv_index, j))
-            s[j] = scale * math.fsum(float(x) * float(y) for x, y in zip(q_i, k_j, strict=True))
+            s[j] = scale[h] * math.fsum(float(x) * float(y) for x, y in zip(q_i, k_j, strict=True))
             if softcap is not None:
                 s[j] = softcap * math.tanh(s[j] / softcap)
             if bias is not None:
                 s[j] += float(at(bias, (*rows, n_keys), index))
+            if relative_bias is not None:
+                s[j] += float(relative_bias[h][distance])
             if alibi is not None:
                 s[j] -= alibi[h] * abs(place - j)
         terms = [*s.values()] + ([] if sinks is None else [float(sinks[h])])
@@ -73,8 +80,34 @@ def brute_force(
         for j in s:
             weights[*row, j] = math.exp(s[j] - lse[row])
             v_j = at(v, (*batch, kv_heads, n_keys, value_dim), (*kv_index, j))
-            out[row] += weights[*row, j] * v_j
+            rate, seed = (0, 0) if dropout is None else dropout
+            entry = int(np.ravel_multi_index(b, batch)) if b else 0
+            if not is_dropped(rate, seed, entry, h, i, j):
+                out[row] += weights[*row, j] / (1 - rate) * v_j
     return out, lse, weights
+
+
+def is_dropped(rate: float, seed: int, b: int, h: int, i: int, j: int) -> bool:
+    """Does dropout take that weight? In Python's integers, as `scaled_dot` documents it."""
+
+    def words(x):
+        return x & 0xFFFFFFFF, x >> 32
+
+    key = philox((*words(b), *words(h)), words(seed))[:2]
+    word = philox((*words(j // 8), *words(i)), key)[j % 8 // 2]
+    number = word if j % 2 == 0 else (word << 16 | word >> 16) & 0xFFFFFFFF
+    return number < round(rate * 2**32)
+
+
+def philox(counter, key, rounds=7):
+    """Philox4x32 as in Salmon et al. (2011), section 3.3."""
+    (l0, r0, l1, r1), (k0, k1) = counter, key
+    for n in range(rounds):
+        m0, m1 = 0xD2511F53 * l0, 0xCD9E8D57 * l1
+        bump0, bump1 = (k0 + n * 0x9E3779B9) % 2**32, (k1 + n * 0xBB67AE85) % 2**32
+        l0, r0 = m1 >> 32 ^ r0 ^ bump0, m1 % 2**32
+        l1, r1 = m0 >> 32 ^ r1 ^ bump1, m0 % 2**32
+    return l0, r0, l1, r1
 
 
 def plain_numpy(p: Problem, dtype):
@@ -96,11 +129,14 @@ def plain_numpy(p: Problem, dtype):
         seen = reference.visible(p)
         q = np.broadcast_to(cast(p.q), p.rows(p.head_dim))
         k, v = (reference.per_query_head(cast(x), p) for x in (p.k, p.v))
-        s = plain_measure(p, q, k).astype(real) * real.type(p.scale)
+        scale = np.asarray(p.scale).astype(real)[..., None, None]
+        s = plain_measure(p, q, k).astype(real) * scale
         if p.softcap is not None:
             s = real.type(p.softcap) * np.tanh(s / real.type(p.softcap))
         if p.bias is not None:
             s = s + cast(p.bias)
+        if p.relative_bias is not None:
+            s = s + cast(p.relative_bias)[reference.distance_index(p)]
         if p.alibi is not None:
             i, j = reference.positions(p)
             s = s - p.alibi.astype(real)[:, None, None] * np.abs(i - j).astype(real)
@@ -115,7 +151,7 @@ def plain_numpy(p: Problem, dtype):
         if p.sinks is not None:
             total = total + np.exp(sinks - shift)
         weights = weights / np.where(total == 0, np.ones((), real), total)
-        out = (weights @ v).astype(real)
+        out = (reference.dropped(weights, p).astype(real) @ v).astype(real)
         return out, (shift + np.log(total))[..., 0], weights
 
 
@@ -183,6 +219,10 @@ def assert_solves(results, p: Problem):
     wanted = [("out", exact[0], plain[0], p.dtype)]
     if p.return_lse:  # kept in the accumulator's dtype, so measured in that
         wanted.append(("lse", exact[1], plain_sums[1], p.accumulator))
+    if p.return_max:
+        largest = reference.row_max(p, exact[0].dtype.type)
+        rounded = reference.row_max(p).astype(p.accumulator)
+        wanted.append(("row_max", largest, rounded, p.accumulator))
     if p.return_weights:
         wanted.append(("weights", exact[2], plain[2], p.dtype))
     assert len(results) == len(wanted)

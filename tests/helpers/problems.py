@@ -38,7 +38,7 @@ LONG_EDGES = (511, 512, 513, 1000)
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
-SCORE_OPTIONS = ("scale", "softcap", "bias", "alibi", "sinks")
+SCORE_OPTIONS = ("scale", "softcap", "bias", "relative_bias", "alibi", "sinks")
 INTERVAL_OPTIONS = ("causal", "window", "q_offset", "kv_lengths", "spans")
 
 
@@ -54,7 +54,8 @@ def float_type(name) -> np.dtype:
 def options(names, shape: Shape, seed=0) -> dict:
     """A random value for each named option of `fastattn.scaled_dot`, for inputs of `shape`.
 
-    ``"-inf"`` stands for a bias that excludes keys. Where the contract demands a ``q_offset`` and
+    ``"-inf"`` stands for a bias that excludes keys, ``"-inf distances"`` for a relative bias that
+    does, and ``"scales"`` for a scale per head. Where the contract demands a ``q_offset`` and
     none is named, it is 0.
     """
     rng = np.random.default_rng([seed, 1])
@@ -76,6 +77,9 @@ def options(names, shape: Shape, seed=0) -> dict:
         "kv_lengths": lambda: rng.integers(0, n_keys + 1, batch),
         "spans": lambda: (rng.integers(-2, n_keys + 1, rows), rng.integers(0, n_keys + 3, rows)),
         "mask": lambda: rng.random(grid) < 0.7,
+        "relative_bias": lambda: rng.standard_normal((heads, 2 * int(rng.integers(0, 12)) + 1)),
+        "scales": lambda: rng.uniform(-0.2, 1.0, heads),
+        "-inf distances": lambda: np.where(rng.random((heads, 15)) < 0.3, -np.inf, 0.5),
     }
     chosen = {}
     for name, draw in values.items():
@@ -84,7 +88,11 @@ def options(names, shape: Shape, seed=0) -> dict:
             chosen[name] = value
     if "-inf" in chosen:
         chosen["bias"] = chosen.pop("-inf") + chosen.get("bias", np.float32(0))
-    if "kv_lengths" in chosen and {"causal", "window", "alibi"} & chosen.keys():
+    if "-inf distances" in chosen:
+        chosen["relative_bias"] = chosen.pop("-inf distances")
+    if "scales" in chosen:
+        chosen["scale"] = chosen.pop("scales")
+    if "kv_lengths" in chosen and {"causal", "window", "alibi", "relative_bias"} & chosen.keys():
         chosen.setdefault("q_offset", 0)
     return chosen
 

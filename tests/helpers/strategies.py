@@ -15,7 +15,7 @@ few = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "mask", "-inf")
+EVERY_OPTION = (*INTERVAL_OPTIONS, *SCORE_OPTIONS, "scales", "mask", "-inf", "-inf distances")
 
 
 SMALL_DIMS = st.integers(1, 40)

@@ -148,3 +148,16 @@ def test_docstrings():
     failed, attempted = doctest.testmod(integration)
     assert attempted > 0
     assert failed == 0
+
+
+@pytest.mark.parametrize("axes", [(), (3,), (2, 3)], ids=str)
+def test_chunks_drop_what_the_whole_drops(axes):
+    rng = np.random.default_rng(6)
+    shapes = ((*axes, 4, 50, 8), (*axes, 2, 60, 8), (*axes, 2, 60, 8))
+    arrays = [rng.standard_normal(shape) for shape in shapes]
+    given = {"dropout": (0.3, 7), "dropout_offset": (1, 2, 3, 4)}
+    chunks = [(*(2 for _ in axes), heads, n, 8) for heads, n in ((2, 20), (1, 25), (1, 25))]
+    chunked = [da.from_array(x, chunks=c) for x, c in zip(arrays, chunks, strict=True)]
+    out = scaled_dot(*chunked, **given)
+    expected = fastattn.scaled_dot(*arrays, q_offset=10, **given)
+    np.testing.assert_allclose(out.compute(), expected, atol=1e-12)

@@ -409,3 +409,46 @@ def test_docstrings():
     failed, attempted = doctest.testmod(integration)
     assert attempted > 0
     assert failed == 0
+
+
+# ------------------------------------------------------------------------------------- dropout
+
+
+def test_dropout_by_a_key():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 30, 8))
+
+    @jax.jit
+    def drawn(key):
+        return scaled_dot(q, k, v, dropout=(0.3, key), dropout_offset=(0, 1, 2, 3))
+
+    first, second = drawn(jax.random.key(1)), drawn(jax.random.key(2))
+    assert (first != second).any() and (first == drawn(jax.random.key(1))).all()
+    low, high = map(int, jax.random.bits(jax.random.key(1), (2,), "uint32"))
+    own = {"dropout": (0.3, low | high << 32), "dropout_offset": (0, 1, 2, 3)}
+    expected = fastattn.scaled_dot(*map(np.asarray, (q, k, v)), **own)
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(scaled_dot(q, k, v, **own), expected)
+
+
+def test_gradients_of_dropout():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4))
+
+    def loss(q, key):
+        return (scaled_dot(q, k, v, dropout=(0.3, key)) ** 2).sum()
+
+    key = jax.random.key(3)
+    grad = jax.grad(loss)(q, key)
+    move = jax.random.normal(jax.random.key(4), q.shape)
+    slope = (loss(q + 1e-2 * move, key) - loss(q - 1e-2 * move, key)) / 2e-2
+    np.testing.assert_allclose((grad * move).sum(), slope, rtol=1e-2)
+    mapped = jax.vmap(loss, in_axes=(None, 0))(q, jax.random.split(key, 3))
+    np.testing.assert_allclose(
+        mapped, [loss(q, own) for own in jax.random.split(key, 3)], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.1, (0.1, 2, 3), (1.5, 0), (0.1, -1)], ids=str)
+def test_wrong_dropout(dropout):
+    q = jax.numpy.ones((1, 3, 4))
+    with pytest.raises((TypeError, ValueError), match=r"^dropout: expected"):
+        scaled_dot(q, q, q, dropout=dropout)

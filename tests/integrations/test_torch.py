@@ -128,7 +128,7 @@ def test_keys_of_every_entry_of_the_batch():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"dropout_p": 0.1}, "dropout_p: expected 0, got 0.1"),
+    ({"dropout_p": 1.0}, "dropout_p: expected a rate of at least 0 and below 1, got 1.0"),
     ({"is_causal": True, "attn_mask": torch.ones(20, 30)}, "attn_mask: expected None with"),
     ({"attn_mask": torch.ones(3)}, r"attn_mask: expected a shape .*, got \(3,\)"),
 ])  # fmt: skip
@@ -307,3 +307,45 @@ def test_docstrings():
     failed, attempted = doctest.testmod(integration)
     assert attempted > 0
     assert failed == 0
+
+
+# ------------------------------------------------------------------------------------- dropout
+
+
+def test_dropout_follows_torchs_generator():
+    q, k, v = tensors()
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return ours(q, k, v, dropout_p=0.3), ours(q, k, v, dropout_p=0.3)
+
+    first, second = drawn(1)
+    assert not torch.equal(first, second) and not torch.equal(first, ours(q, k, v))
+    assert all(map(torch.equal, drawn(1), (first, second)))
+    torch.manual_seed(1)
+    seed = int(torch.randint(2**63 - 1, ()))
+    own = fastattn.scaled_dot(*(x.numpy() for x in (q, k, v)), dropout=(0.3, seed))
+    np.testing.assert_array_equal(first, own)
+
+
+def test_dropout_has_gradients():
+    """Those of the call itself: the same weights are dropped again, compiled or not."""
+    q, k, v = (x.double().requires_grad_() for x in tensors())
+    for seed in (5, 2**64 - 1, torch.tensor(-7)):
+        given = {"dropout": (0.3, seed), "dropout_offset": (1, 2, 3, 4)}
+        assert torch.autograd.gradcheck(
+            lambda *x, given=given: scaled_dot(*x, **given),
+            (q[..., :3, :], k[..., :4, :], v[..., :4, :]),
+        )
+
+
+def test_dropout_is_compiled():
+    q, k, v = tensors()
+    compiled = torch.compile(
+        lambda *x: ours(*x, dropout_p=0.3), fullgraph=True, backend="aot_eager"
+    )
+    q.requires_grad_()
+    outs = [compiled(q, k, v) for _ in range(2)]
+    assert not torch.equal(*outs)
+    outs[0].sum().backward()
+    assert q.grad.isfinite().all()

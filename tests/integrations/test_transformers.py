@@ -370,7 +370,6 @@ def test_traced_by_jit_and_export():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"dropout": 0.1}, "dropout: expected 0, got 0.1; fastattn has none"),
     ({"head_mask": torch.ones(4)}, "head_mask: expected None, got Tensor"),
     ({"output_attentions": True}, "output_attentions: expected None, got True"),
     ({"block_indices": torch.zeros(1)}, "block_indices: expected None, got Tensor"),
@@ -382,12 +381,18 @@ def test_refused(options, message):
         integration.attention(torch.nn.Module(), x, x, x, None, **options)
 
 
-def test_models_dropout_is_refused_in_training_only():
-    config = transformers.BertConfig(**{**SIZES, "attn_implementation": "fastattn"})
-    model = transformers.BertModel(config)
-    assert model.eval()(tokens()).last_hidden_state.isfinite().all()
-    with pytest.raises(ValueError, match=r"^dropout: expected 0, got 0.1"):
-        model.train()(tokens())
+def test_models_drop_weights_in_training_only():
+    sizes = {**SIZES, "hidden_dropout_prob": 0.0, "attn_implementation": "fastattn"}
+    model = transformers.BertModel(transformers.BertConfig(**sizes))
+    plain = model.eval()(tokens()).last_hidden_state
+    assert torch.equal(plain, model(tokens()).last_hidden_state)
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        drawn.append(model.train()(tokens()).last_hidden_state)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], plain)
+    drawn[0].sum().backward()
     with pytest.raises(ValueError, match=r"^output_attentions: expected None, got True"):
         model.eval()(tokens(), output_attentions=True)
 

@@ -21,7 +21,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 WRITTEN = [DOCS / "index.rst", DOCS / "api.rst", *sorted(DOCS.glob("guide/**/*.rst"))]
 SPHINX = ("sphinx", "numpydoc", "pydata_sphinx_theme", "sphinx_gallery", "sphinx_copybutton",
           "matplotlib")  # fmt: skip
-MADE_BY_A_BUILD = shutil.ignore_patterns("__pycache__", "examples", "generated", "output", "sg_*")
+MADE_BY_A_BUILD = shutil.ignore_patterns("__pycache__", "examples", "generated", "output")
 PLAIN = (
     "attention", "backward", "documents", "explain", "gaussian", "jvp", "kv_cache", "additive",
     "euclidean", "merge", "multihead", "similarity", "varlen", "vjp", "weight_maps",
@@ -79,7 +79,7 @@ def test_site(tmp_path):
         shutil.copytree(ROOT / folder, source / folder, ignore=MADE_BY_A_BUILD)
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "-q", "docs", str(tmp_path / "site")],
-        cwd=source, env=child_environment(), timeout=600, check=False,
+        cwd=source, env=child_environment(), timeout=1200, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert built.returncode == 0, built.stdout

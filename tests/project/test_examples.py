@@ -17,6 +17,7 @@ DRAWN = {
     "multi_head": (),
     "predict_next": (),
     "find_the_marked": (),
+    "graph_classification": ("scipy",),
 }
 
 

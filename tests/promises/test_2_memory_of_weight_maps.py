@@ -1,34 +1,35 @@
-"""Promises 2 and 3 for maps: memory O(S), and tiles that no query sees are not read."""
+"""Promise 2 for maps of the weights: memory O(S)."""
 
 import sys
 
 import numpy as np
 import pytest
-import test_3_skipping as test_skipping
-from helpers.memory import STATUS
+from helpers.memory import reported
 from helpers.weight_maps import call
 from test_2_memory import HUGE
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+# How much memory a map takes beyond its result.
+MEMORY = """
+import sys
+import numpy as np
+import fastattn
+from helpers.memory import extra, report
 
-# Prints by how many MiB a call raises the peak of the process beyond its arrays and results.
-MEMORY = (
-    STATUS
-    + """
-backend, n_queries, n_keys, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+backend = sys.argv[1]
 rng = np.random.default_rng(0)
-q = rng.standard_normal((n_queries, 16), np.float32)
-k = rng.standard_normal((n_keys, 16), np.float32)
-arguments = {"key_importance": (), "attention_map": (64,), "top_keys": (16,)}[name]
-function = getattr(fastattn, name)
-function(q[:99], k[:99], *arguments, backend=backend, threads=2)  # whatever is made once
-before, top = status("VmRSS"), status("VmHWM")
-found = function(q, k, *arguments, backend=backend, threads=2, causal=True)
-after = status("VmHWM")
-found = found if isinstance(found, tuple) else (found,)
-print(max(after - max(before, top), 0) - sum(x.nbytes for x in found) / 2**20)
+arguments = {"key_importance": (), "attention_map": (64,), "top_keys": (16,)}
+found = {}
+for n_queries, n_keys in ((512, 65536), (65536, 512)):
+    q = rng.standard_normal((n_queries, 16), np.float32)
+    k = rng.standard_normal((n_keys, 16), np.float32)
+    for name, more in arguments.items():
+        how = {"backend": backend, "threads": 2}
+        function = getattr(fastattn, name)
+        function(q[:99], k[:99], *more, **how)  # whatever is made once
+        how["causal"] = True
+        found[f"{name}, {n_queries} queries"] = extra(lambda: function(q, k, *more, **how))
+report(**found)
 """
-)
 
 
 @pytest.fixture
@@ -38,13 +39,11 @@ def mapping(target):
     return target
 
 
-@linux
-@pytest.mark.parametrize("name", ["key_importance", "attention_map", "top_keys"])
-@pytest.mark.parametrize("n_queries, n_keys", [(512, 65536), (65536, 512)])
-def test_no_array_of_queries_by_keys(mapping, run_python, name, n_queries, n_keys):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.one_instruction_set
+def test_no_array_of_queries_by_keys(mapping, run_python):
     """512 x 65536 scores would be 128 MiB; a few tiles are less than 24."""
-    extra = run_python(MEMORY, mapping.backend, str(n_queries), str(n_keys), name)
-    assert float(extra) < 24
+    assert not reported(run_python(MEMORY, mapping.backend), 24)
 
 
 def test_out_of_memory_is_a_memory_error(mapping):
@@ -53,20 +52,3 @@ def test_out_of_memory_is_a_memory_error(mapping):
         call(mapping, "top_keys", q, k, 2)
     with pytest.raises(MemoryError):
         call(mapping, "attention_map", q, k, (HUGE[-1], 3))
-
-
-SKIPPING = test_skipping.PROGRAM.replace(
-    "    shown = ",
-    """    importance = fastattn.key_importance(q, k, backend=backend, **options)
-    indices, _ = fastattn.top_keys(q, k, 9, backend=backend, **options)
-    assert not importance[:first].any() and not importance[last:].any()
-    assert ((indices < 0) | (first <= indices) & (indices < last)).all()
-    shown = """,
-)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses mprotect")
-@pytest.mark.parametrize("case", ["kv_lengths", "window", "nothing", "mask"])
-def test_unseen_tiles_are_not_read(mapping, run_python, case):
-    assert "key_importance" in SKIPPING
-    assert run_python(SKIPPING, mapping.backend, case).strip() == "fine"

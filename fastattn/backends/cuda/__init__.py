@@ -46,6 +46,8 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if problem.score_function is not DOT:
         return "its kernels compute dot products alone"
+    if problem.dropout is not None:
+        return "its kernels have no dropout"
     return missing()
 
 
@@ -94,7 +96,7 @@ def _in_one_line(error) -> str:
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     device, stream_address = p.q.place() if isinstance(p.q, DeviceArray) else (None, 0)
     cuda = import_module("numba.cuda")
@@ -186,7 +188,7 @@ def _run(p: Problem, result, cuda, stream):
         grid = (blocks, slices, idle)
         attend[grid, tile.threads, stream](*arguments, first)
     out.deliver(stream)
-    return tuple(None if x is None else x.deliver(stream) for x in (lse, weights))
+    return tuple(None if x is None else x.deliver(stream) for x in (lse, None, weights))
 
 
 class _Result:

@@ -8,6 +8,8 @@ from ...core import extension
 from ...core.arguments import broadcast_shapes
 from ...core.bins import no_top_keys
 from ...core.problem import DOT, SQUARED_DISTANCE, Problem
+from ..numpy import weight_maps
+from . import sparse
 from .backward import run_backward
 from .kernel_args import attend, compute_dtype, kernels, threads
 
@@ -29,10 +31,14 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if extension.missing is not None:
         return extension.missing
-    if p.is_sparse:
-        return "no kernel for a sparse mask"
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
+    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
+        return "no kernel for a relative bias, the largest scores, or a scale for each head"
+    if p.is_sparse and p.block_table is not None:
+        return "no kernel for a sparse mask of keys in pages"
+    if p.is_sparse and p.dropout is not None:
+        return "no kernel for dropout under a sparse mask"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
     return None
@@ -46,17 +52,22 @@ _BIAS_FLOATS = ("float16", "bfloat16", "float32", "float64", np.dtype(np.longdou
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
-    attend(p, result, lse, weights)
-    return lse, weights
+    if p.is_sparse:
+        sparse.attend(p, result, lse, weights)
+    else:
+        attend(p, result, lse, weights)
+    return lse, None, weights
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
     """The weights summed over cells, float64 (batch, heads, rows, columns)."""
     p = problem
+    if p.is_sparse:
+        return weight_maps.run_map(p, rows, columns)
     sums = np.zeros((*p.batch, p.heads, rows, columns))
     attend(p, np.empty(p.rows(0), p.accumulator), sums=sums)
     return sums
@@ -65,6 +76,8 @@ def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
 def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices and weights of each query's strongest keys, (batch, heads, queries, n)."""
     p = problem
+    if p.is_sparse:
+        return weight_maps.run_top(p, n)
     indices, weights = no_top_keys(p, n)
     kept = slice(min(n, p.n_keys))
     attend(
@@ -78,7 +91,8 @@ def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
     if problem.block_table is not None:
         return "no kernel for gradients with keys in pages"
-    if problem.score_function is not DOT and problem.score_function is not SQUARED_DISTANCE:
+    dense = not problem.is_sparse and problem.score_function is not SQUARED_DISTANCE
+    if dense and problem.score_function is not DOT:
         return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
@@ -86,6 +100,13 @@ def unsupported_backward(problem: Problem) -> str | None:
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
+    if p.is_sparse:
+        return {
+            "kernel": f"keys gathered, summed in {p.accumulator}",
+            "instruction set": kernels.instruction_set(),
+            "threads": str(sparse.threads(p)),
+            "entries": str(p.mask.n_entries),
+        }
     together = max(1, p.group * p.n_queries)
     kind = compute_dtype(p), together, p.head_dim, p.value_dim, p.score_function is DOT
     queries, panel, keys = kernels.tile_size(*kind)

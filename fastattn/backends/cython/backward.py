@@ -11,6 +11,7 @@ from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
+from . import sparse
 from .kernel_args import compute_dtype, kernels, threads
 
 __all__ = ["run_backward"]
@@ -21,21 +22,25 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     those of `q`, `k`, `v` and of a bias of queries x keys have length 1 where their arrays do.
     """
     b, p = backward, backward.problem
-    if p.score_function is not DOT:
+    able = sparse.can_differentiate(b) if p.is_sparse else p.score_function is DOT
+    if not able:
         return numpy_backward.run_backward(b)
     arrays = {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}
     found["q"].fill(0)
-    grad_bias, key_heads = _prepare_bias(b)
+    grad_bias, key_heads = sparse.prepare_bias(b) if p.is_sparse else _prepare_bias(b)
     constant = b.wants("bias") and grad_bias is None
     row_sums = np.zeros(p.rows(4)) if constant or b.wants("alibi") else None
     rows = np.empty(p.rows(3))
-    kernels.differentiate(
-        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
-        found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, p.scale,
-        p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
-        threads(p), grad_bias, row_sums, key_heads,
-    )  # fmt: skip
+    if p.is_sparse:
+        sparse.differentiate(b, found, rows, row_sums, grad_bias)
+    else:
+        kernels.differentiate(
+            p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
+            found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, p.scale,
+            p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
+            threads(p), grad_bias, row_sums, key_heads, p.dropout,
+        )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
     if grad_bias is not None:

@@ -23,7 +23,7 @@ def attend(p: Problem, result, lse=None, weights=None, sums=None, indices=None) 
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
         p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
         lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
-        None if p.score_function is DOT else p.score_function, sums, indices, table,
+        None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from ...core.backward import Backward
 from ...core.block_mask import NONE
 from ...core.problem import DOT, Problem
 from ...core.thread_pool import share
@@ -57,23 +58,43 @@ def unsupported(problem: Problem) -> str | None:
     missing = _missing()
     if missing is not None:
         return missing
+    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
+        return "no kernel for a relative bias, the largest scores, or a scale for each head"
     if p.is_sparse:
         return "no kernel for a sparse mask"
     from .numbers import format_of
 
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
+    if p.dropout is not None:
+        return "its kernels have no dropout"
     return None
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
         _Call(p, result, lse, weights).run()
-    return lse, weights
+    return lse, None, weights
+
+
+def unsupported_backward(problem: Problem) -> str | None:
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    if not problem.is_flex:
+        return "it computes gradients of flex alone"
+    if problem.score_mod is not None and problem.score_grad is None:
+        return "score_mod has no score_grad"
+    return unsupported(problem)
+
+
+def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+    """The gradients of `backward` by the names of their arguments."""
+    from . import gradients
+
+    return gradients.run_backward(backward)
 
 
 class _Call:

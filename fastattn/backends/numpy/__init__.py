@@ -16,9 +16,11 @@ from .backward import run_backward, unsupported_backward
 from .tangents import run_forward_mode
 from .tiles import (
     BLOCK_K,
-    BLOCK_Q,
     Heads,
+    block_q,
     capped_products,
+    dropped,
+    kept,
     key_blocks,
     product,
     queries_of,
@@ -53,30 +55,31 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, result):
-    """Fill `result`; return ``(lse, weights)``, None for what was not asked for."""
+    """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
+    row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
     if p.is_sparse:
         weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
-        sparse.run(p, result, lse, weights)
-        return lse, weights
+        sparse.run(p, result, lse, row_max, weights)
+        return lse, row_max, weights
     weights = np.empty(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p):
-            _attend(p, heads, queries, result, lse, weights)
-    return lse, weights
+            _attend(p, heads, queries, result, lse, row_max, weights)
+    return lse, row_max, weights
 
 
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     return {
         "kernel": f"NumPy in {problem.accumulator}",
-        "tile": f"{BLOCK_Q} queries, {BLOCK_K} keys a block",
+        "tile": f"{block_q(problem)} queries, {BLOCK_K} keys a block",
         "threads": "as many as NumPy's BLAS takes",
     }
 
 
-def _attend(p: Problem, h: Heads, queries: slice, result, lse, weights) -> None:
+def _attend(p: Problem, h: Heads, queries: slice, result, lse, row_max, weights) -> None:
     """Attend from one block of queries to every block of keys that one of them sees."""
     q = queries_of(p, h, queries)
     sums = _sums(p, h, q, queries)
@@ -102,6 +105,8 @@ def _attend(p: Problem, h: Heads, queries: slice, result, lse, weights) -> None:
     total = np.where(shift == np.inf, 1, total)  # beside which others weigh nothing
     if lse is not None:
         deliver(lse, shift + np.log(total))
+    if row_max is not None:
+        deliver(row_max, sums.row_max)
     if weights is not None:
         view = weights[h.where][:, queries]
         view[...] = 0
@@ -119,6 +124,7 @@ class _Sums(NamedTuple):
     out: np.ndarray  # the weighted sum of values
     total: np.ndarray  # that of the weights
     top: np.ndarray  # the largest score, or the sink
+    row_max: np.ndarray  # the largest score
     some: np.ndarray  # is any key seen?
 
 
@@ -131,20 +137,23 @@ def _sums(p: Problem, h: Heads, q, queries: slice, margin=0.0) -> _Sums:
         top = np.broadcast_to(h.sinks, rows)
     shift = shift_of(top, margin)
     total = np.where(top == np.inf, real.type(1), np.exp(top - shift))
+    row_max = np.full(rows, -np.inf, real)
     some = np.zeros(rows, bool)
     out = np.zeros((*rows, p.value_dim), real)
     for keys in key_blocks(p, h, queries):
         s, seen = scores(p, h, capped_products(p, h, q, keys, queries), queries, keys)
         old_shift, none = shift, top == -np.inf
-        top = np.maximum(top, s.max(axis=-1))
+        row_max = np.maximum(row_max, s.max(axis=-1))
+        top = np.maximum(top, row_max)
         shift = shift_of(top, margin)
         weight = np.exp(s - shift[..., None])
         factor = np.where(none, 0, rescale(old_shift, shift))
         total = total * factor + weight.sum(axis=-1)
         values = values_of(p, h, keys)
+        weight = dropped(p, weight, kept(p, h, queries, keys))
         out = out * factor[..., None] + product(weight, seen, values)
         some |= True if seen is None else seen.any(axis=-1)
-    return _Sums(out, total, top, some)
+    return _Sums(out, total, top, row_max, some)
 
 
 def _infinite_values(p: Problem, h: Heads, queries: slice, out) -> np.ndarray:

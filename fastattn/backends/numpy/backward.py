@@ -14,11 +14,14 @@ from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
 from . import sparse
-from .score_functions import score_function_gradients, where_visible
+from .score_functions import score_function_gradients, unscaled_scores, where_visible
 from .tiles import (
     Heads,
     capped_products,
+    distance_index,
     distances,
+    dropped,
+    kept,
     key_blocks,
     keys_of,
     product,
@@ -33,13 +36,16 @@ __all__ = ["run_backward", "unsupported_backward"]
 
 
 def unsupported_backward(problem: Problem) -> str | None:
-    """Why this backend cannot compute the gradients of `problem`: never."""
+    """Why this backend cannot compute the gradients of `problem`, or None."""
+    if problem.is_flex:
+        return "a score_mod or mask_mod would be called for every score"
     return None
 
 
-def run_backward(backward: Backward) -> dict[str, np.ndarray]:
+def run_backward(backward: Backward, functions=None) -> dict[str, np.ndarray]:
     """The gradients of `backward` by the names of their arguments, each of the accumulator's dtype
-    and with the axes of the problem, of length 1 where its array broadcasts.
+    and with the axes of the problem, of length 1 where its array broadcasts. `functions` makes
+    those of `fastattn.flex` for some heads.
     """
     b, p = backward, backward.problem
     found: dict[str, np.ndarray] = {}
@@ -49,13 +55,16 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         found[name].fill(0)
     for gradient in p.gradients[3:]:
         shape = gradient.shape
-        shape = p.with_axes(shape) if gradient.name == "bias" else shape
+        if gradient.name == "bias":
+            shape = p.with_axes(shape)
+        elif gradient.name == "scale":
+            shape = (p.heads,)
         found[gradient.name] = np.zeros(shape, p.accumulator)
     if p.is_sparse:
         sparse.run_backward(b, found)
         return found
     with np.errstate(all="ignore"):
-        for heads, queries in query_blocks(p):
+        for heads, queries in query_blocks(p, functions):
             _differentiate(b, heads, _rows(b, heads, queries), found)
     return found
 
@@ -95,48 +104,87 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
 def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]) -> None:
     """Add what one block of queries contributes to every gradient."""
     p, real = b.problem, b.problem.accumulator.type
+    unmodified = h._replace(functions=None)
     grad_q = np.zeros_like(r.q)
-    row_sums = np.zeros((4, *r.delta.shape))
+    scale = h.scale.astype(real)
+    # Of what a score is multiplied by where the gradient of its scale is, and of distances.
+    scale_sums, row_sums = np.zeros((2, 4, *r.delta.shape))
     for keys in key_blocks(p, h, r.queries):
         k, v = keys_of(p, h, keys), values_of(p, h, keys)
         products = capped_products(p, h, r.q, keys)
-        s, seen = scores(p, h, products, r.queries, keys)
+        s, seen = plain, plain_seen = scores(p, unmodified, products, r.queries, keys)
+        if h.functions is not None:
+            s, seen = h.functions.modified(plain, plain_seen, r.queries, keys)
         seen_by = None if seen is None else np.broadcast_to(seen, s.shape).swapaxes(-1, -2)
         weights = np.exp(s - r.shift[..., None]) / r.total[..., None]
         weights = where_visible(seen, weights)
-        grad_s = weights * (r.grad_out @ v.swapaxes(-1, -2) - r.delta[..., None])
+        keep = kept(p, h, r.queries, keys)
+        grad_weights = dropped(p, r.grad_out @ v.swapaxes(-1, -2), keep)
+        grad_s = weights * (grad_weights - r.delta[..., None])
         grad_s = where_visible(seen, grad_s)
+        if h.functions is not None:
+            grad_s = h.functions.before(grad_s, plain, seen, r.queries, keys)
         if "bias" in found:
             _add(found["bias"], (*h.where, r.queries, keys), grad_s)
+        if "relative_bias" in found:
+            _add_along_diagonals(found["relative_bias"][h.where[-1]], h, r.queries, keys, grad_s)
         if "alibi" in found:
             row_sums += _row_sums(weights, grad_s, distances(h, r.queries, keys))
-        if p.softcap is not None:
-            grad_s = where_visible(seen, grad_s * (1 - (products / real(p.softcap)) ** 2))
+        slope = None if p.softcap is None else 1 - (products / real(p.softcap)) ** 2
+        if "scale" in found:
+            unscaled = _unscaled(p, h, r.queries, k)
+            unscaled = unscaled if slope is None else unscaled * slope
+            scale_sums += _row_sums(weights, grad_s, where_visible(seen, unscaled))
+        if slope is not None:
+            grad_s = where_visible(seen, grad_s * slope)
         of_keys = (*h.kv_where, keys, slice(None))
         if p.score_function is DOT:
             grad_q += product(grad_s, seen, k)
             grad_k = product(grad_s.swapaxes(-1, -2), seen_by, r.q)
         else:
             more_q, grad_k, more_w = score_function_gradients(
-                p.score_function, r.q, k, seen, grad_s
+                p.score_function, r.q, k, seen, grad_s * scale
             )
             grad_q += more_q
-            grad_k *= real(p.scale)
             if "w" in found:
-                found["w"] += more_w * real(p.scale)
-        grad_v = product(weights.swapaxes(-1, -2), seen_by, r.grad_out)
+                found["w"] += more_w
+        used = dropped(p, weights, keep).swapaxes(-1, -2)
+        grad_v = product(used, seen_by, r.grad_out)
         for name, x in (("k", grad_k), ("v", grad_v)) if "k" in found else ():
             _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
-    grad_q *= real(p.scale)
+    if p.score_function is DOT:
+        grad_q *= scale
     _add(found["q"], (*h.where, r.queries, slice(None)), grad_q)
     sink = np.zeros(())
     if h.sinks is not None:
         sink = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
     if "sinks" in found:
         found["sinks"][h.where[-1]] -= (sink * r.delta).sum(axis=-1).ravel()
-    if "alibi" in found:
-        _, slopes = RowSums(*row_sums).settled(r.mean, r.mean - r.delta, sink, b.tolerance(r.shift))
-        found["alibi"][h.where[-1]] -= slopes.sum(axis=-1).ravel()
+    for name, sign, parts in (("scale", 1, scale_sums), ("alibi", -1, row_sums)):
+        if name in found:
+            totals = RowSums(*parts)
+            slopes = totals.slopes
+            if p.score_mod is None:  # or they are gradients of other scores than the weights are of
+                passing = r.mean, r.mean - r.delta, sink, b.tolerance(r.shift)
+                _, slopes = totals.settled(*passing)
+            found[name][h.where[-1]] += sign * slopes.sum(axis=-1).ravel()
+
+
+def _add_along_diagonals(found, h: Heads, queries: slice, keys: slice, grad_s) -> None:
+    """Add a tile to the gradient of the relative bias of its heads, (heads, 2 R + 1)."""
+    index = distance_index(h, queries, keys).ravel()
+    for row, tile in zip(found, grad_s.reshape(len(found), -1), strict=True):
+        row += np.bincount(index, tile, len(row))
+
+
+def _unscaled(p: Problem, h: Heads, queries: slice, k) -> np.ndarray:
+    """What the scale of a tile's scores multiplies."""
+    q = h.q[:, :, queries].astype(k.dtype)
+    return (
+        q @ k.swapaxes(-1, -2)
+        if p.score_function is DOT
+        else unscaled_scores(p.score_function, q, k)
+    )
 
 
 def _row_sums(weights, grad_s, apart) -> np.ndarray:
@@ -147,7 +195,7 @@ def _row_sums(weights, grad_s, apart) -> np.ndarray:
     near = (apart - least).astype(weights.dtype)
     terms = weights, grad_s, weights * near, grad_s * near
     mass, grads, distance, slope = (x.sum(axis=-1, dtype=np.float64) for x in terms)
-    far = least[:, 0]
+    far = least[..., 0]
     return np.stack([mass, grads, distance + far * mass, slope + far * grads])
 
 

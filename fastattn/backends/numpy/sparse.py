@@ -17,8 +17,8 @@ from ...core.bins import no_top_keys
 from ...core.dtypes import as_real
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
-from .score_functions import score_function_gradients
-from .tiles import Paged, capped_products_of, sum_in_range
+from .score_functions import score_function_gradients, unscaled_scores
+from .tiles import Paged, capped_products_of, dropped, sum_in_range
 
 __all__ = ["run", "run_backward", "run_map", "run_top"]
 
@@ -39,7 +39,9 @@ class Head(NamedTuple):
     v: np.ndarray | Paged
     k_scales: np.ndarray | Paged | None  # (keys, groups)
     v_scales: np.ndarray | Paged | None
+    scale: np.float64
     bias: np.ndarray | None  # (queries, keys)
+    relative_bias: np.ndarray | None  # (2 R + 1,)
     slope: Any  # of alibi, or None
     sink: Any
     q_offset: int
@@ -51,17 +53,20 @@ class Entries(NamedTuple):
     queries: slice
     rows: np.ndarray  # (entries,), from the first query on, ascending
     keys: np.ndarray  # (entries,)
-    bias: np.ndarray | None  # (entries,)
+    biases: list[np.ndarray]  # (entries,), in the order in which they are added
 
 
-def run(p: Problem, result, lse, weights) -> None:
-    """Fill `result`, and `lse` and `weights` where given; weights hold 0 already."""
+def run(p: Problem, result, lse, row_max, weights) -> None:
+    """Fill `result`, and `lse`, `row_max` and `weights` where given; weights hold 0 already."""
     with np.errstate(all="ignore"):
         for h, e in _blocks(p):
-            w, row_lse = _softmax(p, h, e, _scores(p, h, e))
-            result[h.where][e.queries] = _mean(p, h, e, w)
+            s = _scores(p, h, e)
+            w, row_lse = _softmax(p, h, e, s)
+            result[h.where][e.queries] = _mean(p, h, e, dropped(p, w, _kept(p, h, e)))
             if lse is not None:
                 lse[h.where][e.queries] = row_lse
+            if row_max is not None:
+                row_max[h.where][e.queries] = _row_max(e, s, -np.inf)
             if weights is not None:
                 weights[h.where][e.queries][e.rows, e.keys] = w
 
@@ -140,7 +145,8 @@ def _head(p: Problem, batch: tuple[int, ...], head: int) -> Head:
     return Head(
         where, kv_where,
         of(p.q, where, p.heads), of_keys(p.k), of_keys(p.v), of_keys(p.k_scales),
-        of_keys(p.v_scales), of(p.bias, where, p.heads),
+        of_keys(p.v_scales), np.float64(p.scale if isinstance(p.scale, float) else p.scale[head]),
+        of(p.bias, where, p.heads), None if p.relative_bias is None else p.relative_bias[head],
         None if p.alibi is None else p.accumulator.type(p.alibi[head]),
         None if p.sinks is None else p.accumulator.type(p.sinks[head]),
         p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
@@ -148,13 +154,17 @@ def _head(p: Problem, batch: tuple[int, ...], head: int) -> Head:
 
 
 def _entries(p: Problem, h: Head, queries: slice, interval) -> Entries:
-    """What is seen of some rows: a bias of -inf leaves entries out."""
+    """What is seen of some rows: biases of -inf leave entries out."""
     rows, keys = p.mask.entries(p.mask.pattern_of(h.where[:-1]), queries, interval)
-    if h.bias is None:
-        return Entries(queries, rows, keys, None)
-    bias = h.bias[queries.start + rows, keys]
-    seen = bias != -np.inf
-    return Entries(queries, rows[seen], keys[seen], bias[seen])
+    e = Entries(queries, rows, keys, [])
+    if h.bias is not None:
+        e.biases.append(h.bias[queries.start + rows, keys])
+    if h.relative_bias is not None:
+        e.biases.append(h.relative_bias[_distance_index(h, e)])
+    seen = np.all([bias != -np.inf for bias in e.biases], axis=0)
+    if seen.all():
+        return e
+    return Entries(queries, rows[seen], keys[seen], [bias[seen] for bias in e.biases])
 
 
 def _pieces(e: Entries) -> Iterator[slice]:
@@ -188,9 +198,37 @@ def _capped_products(p: Problem, h: Head, e: Entries) -> np.ndarray:
     s = np.empty(len(e.keys), p.accumulator)
     for piece in _pieces(e):
         q, k = _queries(p, h, e, piece)[:, None], _keys(p, h, e, piece)[:, None]
-        scaled = q * p.accumulator.type(p.scale) if p.score_function is DOT else q
-        s[piece] = capped_products_of(p, scaled, k, q)[:, 0, 0]
+        scaled = q * h.scale.astype(p.accumulator) if p.score_function is DOT else q
+        s[piece] = capped_products_of(p, h.scale, scaled, k, q)[:, 0, 0]
     return s
+
+
+def _unscaled(p: Problem, h: Head, e: Entries) -> np.ndarray:
+    """What the scale of each score multiplies: (entries,)."""
+    found = np.empty(len(e.keys), p.accumulator)
+    for piece in _pieces(e):
+        q, k = _queries(p, h, e, piece), _keys(p, h, e, piece)
+        if p.score_function is DOT:
+            found[piece] = (q * k).sum(axis=-1)
+        else:
+            found[piece] = unscaled_scores(p.score_function, q[:, None], k[:, None])[:, 0, 0]
+    return found
+
+
+def _distance_index(h: Head, e: Entries) -> np.ndarray:
+    """Where the distance of each key stands in the relative bias."""
+    assert h.relative_bias is not None
+    reach = len(h.relative_bias) // 2
+    return np.clip(e.keys - (e.rows + (e.queries.start + h.q_offset)), -reach, reach) + reach
+
+
+def _kept(p: Problem, h: Head, e: Entries) -> np.ndarray | None:
+    """Which weights dropout keeps; None without it."""
+    if p.dropout is None:
+        return None
+    *batch, head = h.where
+    entry = np.ravel_multi_index(batch, p.batch) if batch else 0
+    return p.dropout.kept_of(entry, head, e.queries.start + e.rows, e.keys)
 
 
 def _distances(h: Head, e: Entries) -> np.ndarray:
@@ -202,10 +240,10 @@ def _scores(p: Problem, h: Head, e: Entries) -> np.ndarray:
 
 
 def _added(p: Problem, h: Head, e: Entries, products) -> np.ndarray:
-    """The scores of `products`: with bias, then alibi."""
+    """The scores of `products`: with the biases, then alibi."""
     real, s = p.accumulator.type, products
-    if e.bias is not None:
-        bias = in_range(e.bias, real).astype(real)
+    for bias in e.biases:
+        bias = in_range(bias, real).astype(real)
         s = sum_in_range(s + bias, s, bias)
     if h.slope is not None:
         s = sum_in_range(s - h.slope * _distances(h, e).astype(real), s, h.slope)
@@ -218,12 +256,18 @@ def _length(side: slice) -> int:
 
 def _row_tops(p: Problem, h: Head, e: Entries, s) -> np.ndarray:
     """What scores are taken relative to: the largest of each row or its sink, 0 where is none."""
-    top = np.full(_length(e.queries), -np.inf if h.sink is None else h.sink, p.accumulator)
+    top = _row_max(e, s, -np.inf if h.sink is None else h.sink)
+    return np.where(top == -np.inf, p.accumulator.type(0), top)
+
+
+def _row_max(e: Entries, s, initial) -> np.ndarray:
+    """The largest number of each row, at least `initial`."""
+    top = np.full(_length(e.queries), initial, s.dtype)
     starts = np.flatnonzero(np.diff(e.rows, prepend=-1))
     if len(starts):
         rows = e.rows[starts]
         top[rows] = np.maximum(top[rows], np.maximum.reduceat(s, starts))
-    return np.where(top == -np.inf, p.accumulator.type(0), top)
+    return top
 
 
 def _softmax(p: Problem, h: Head, e: Entries, s) -> tuple[np.ndarray, np.ndarray]:
@@ -296,33 +340,44 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
     s = _added(p, h, e, products)
     shift, total = _settled(b, h, e, s, lse)
     w = np.exp(s - shift[e.rows]) / total[e.rows]
-    grad_s = np.empty_like(w)
+    along = np.empty_like(w)
     for piece in _pieces(e):
-        along = (grad_out[e.rows[piece]] * _values(p, h, e, piece)).sum(axis=-1)
-        grad_s[piece] = w[piece] * (along - delta[e.rows[piece]])
+        along[piece] = (grad_out[e.rows[piece]] * _values(p, h, e, piece)).sum(axis=-1)
+    kept = _kept(p, h, e)
+    grad_s = w * (dropped(p, along, kept) - delta[e.rows])
+    used = dropped(p, w, kept)
     sink = np.zeros(())
     if h.sink is not None:
         sink = np.where(h.sink == -np.inf, 0, np.exp(h.sink - shift) / total)
     head = h.where[-1]
     if "sinks" in found:
         found["sinks"][head] -= (sink * delta).sum()
+
+    def of_factor(factor):
+        """The gradient of what `factor` multiplies in each score."""
+        sums = _row_sums(factor, e, w, grad_s)
+        return sums.settled(mean, from_lse, sink, b.tolerance(shift))[1].sum()
+
+    slope = 1 if p.softcap is None else 1 - (products / real.type(p.softcap)) ** 2
+    if "scale" in found:
+        found["scale"][head] += of_factor(_unscaled(p, h, e) * slope)
+    if "relative_bias" in found:
+        own = found["relative_bias"][head]
+        own += np.bincount(_distance_index(h, e), grad_s, len(own))
     if "alibi" in found:
-        sums = _row_sums(h, e, w, grad_s)
-        _, slopes = sums.settled(mean, from_lse, sink, b.tolerance(shift))
-        found["alibi"][head] -= slopes.sum()
+        found["alibi"][head] -= of_factor(_distances(h, e))
     if "bias" in found:
         _add_to_bias(_broadcast_view(found["bias"], h.where), e, grad_s)
-    if p.softcap is not None:
-        grad_s = grad_s * (1 - (products / real.type(p.softcap)) ** 2)
+    grad_s = grad_s * slope
     grad_q = np.zeros((_length(e.queries), p.head_dim), real)
     of_keys = {x: _broadcast_view(found[x], h.kv_where) for x in "kv" if x in found}
     for piece in _pieces(e):
         rows, keys = e.rows[piece], e.keys[piece]
-        more_q, more_k, more_w = _of_products(p, h, e, piece, grad_s[piece] * real.type(p.scale))
+        more_q, more_k, more_w = _of_products(p, h, e, piece, grad_s[piece] * h.scale.astype(real))
         _add_sums(grad_q, rows, more_q)
         if of_keys:
             _add_scattered(of_keys["k"], keys, more_k)
-            _add_scattered(of_keys["v"], keys, w[piece, None] * grad_out[rows])
+            _add_scattered(of_keys["v"], keys, used[piece, None] * grad_out[rows])
         if "w" in found:
             found["w"] += more_w
     _broadcast_view(found["q"], h.where)[e.queries] += grad_q
@@ -350,11 +405,11 @@ def _settled(b: Backward, h: Head, e: Entries, s, lse) -> tuple[np.ndarray, np.n
     return shift, total
 
 
-def _row_sums(h: Head, e: Entries, w, grad_s) -> RowSums:
+def _row_sums(factor, e: Entries, w, grad_s) -> RowSums:
     """In float64."""
-    apart, n = _distances(h, e), _length(e.queries)
+    n = _length(e.queries)
     w, grad_s = w.astype(np.float64), grad_s.astype(np.float64)
-    terms = w, grad_s, w * apart, grad_s * apart
+    terms = w, grad_s, w * factor, grad_s * factor
     return RowSums(*(np.bincount(e.rows, x, minlength=n) for x in terms))
 
 

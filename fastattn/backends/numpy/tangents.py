@@ -13,6 +13,8 @@ from .score_functions import score_function_tangents, where_visible
 from .tiles import (
     Heads,
     capped_products,
+    dropped,
+    kept,
     key_blocks,
     keys_of,
     product,
@@ -90,17 +92,19 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
         k, v = keys_of(p, h, keys), values_of(p, h, keys)
         total = total * factor + weight.sum(axis=-1)
         slope, mean, moved = slope * factor, mean * factor[..., None], moved * factor[..., None]
-        mean += product(weight, seen, v)
+        keep = kept(p, h, queries, keys)
+        used = dropped(p, weight, keep)
+        mean += product(used, seen, v)
         if moving.q or moving.k:
             dk = keys_of(p, along, keys) if moving.k else None
-            ds = _score_tangents(p, q, k, dq, dk)
+            ds = _score_tangents(p, h.scale, q, k, dq, dk)
             if p.softcap is not None:
                 ds *= 1 - (products / real.type(p.softcap)) ** 2
             ds = where_visible(seen, weight * ds)
             slope += ds.sum(axis=-1)
-            moved += product(ds, seen, v)
+            moved += product(dropped(p, ds, keep), seen, v)
         if moving.v:
-            moved += product(weight, seen, values_of(p, along, keys))
+            moved += product(used, seen, values_of(p, along, keys))
     empty = total == 0
     total = np.where(empty, 1, total)
     slope /= total
@@ -108,10 +112,10 @@ def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
     return moved / total - slope[..., None] * (mean / total), slope
 
 
-def _score_tangents(p: Problem, q, k, dq, dk) -> np.ndarray:
+def _score_tangents(p: Problem, scale, q, k, dq, dk) -> np.ndarray:
     """Those of the scores before softcap; `q` and `dq` are those of `queries_of`."""
     if p.score_function is not DOT:
-        return p.accumulator.type(p.scale) * score_function_tangents(p.score_function, q, k, dq, dk)
+        return scale.astype(p.accumulator) * score_function_tangents(p.score_function, q, k, dq, dk)
     if dk is None:
         return dq @ k.swapaxes(-1, -2)
     ds = q @ dk.swapaxes(-1, -2)

@@ -6,7 +6,7 @@ What an operand looks like in a tile, which tiles there are, and the arithmetic 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,12 +18,15 @@ from .score_functions import unscaled_scores
 
 __all__ = [
     "BLOCK_K",
-    "BLOCK_Q",
     "Heads",
     "Paged",
+    "block_q",
     "capped_products",
     "capped_products_of",
+    "distance_index",
     "distances",
+    "dropped",
+    "kept",
     "key_blocks",
     "keys_of",
     "product",
@@ -37,9 +40,10 @@ __all__ = [
     "values_of",
 ]
 
-# One tile of scores is BLOCK_Q x BLOCK_K for as many heads as fit TILE_ELEMENTS. Blocks of 512 keys
-# balance the rounding of the sum within a block against that of the sum over blocks.
-BLOCK_Q = 256
+# One tile of scores is BLOCK_K keys by at least MIN_BLOCK_Q queries, for as many heads as fit
+# TILE_ELEMENTS. Blocks of 512 keys balance the rounding of the sum within a block against that of
+# the sum over blocks.
+MIN_BLOCK_Q = 256
 BLOCK_K = 512
 TILE_ELEMENTS = 1 << 20
 
@@ -62,25 +66,45 @@ class Heads(NamedTuple):
     v: np.ndarray | Paged
     k_scales: np.ndarray | Paged | None
     v_scales: np.ndarray | Paged | None
+    scale: np.ndarray  # () or (kv_heads, group, 1, 1), float64
     bias: np.ndarray | None
+    relative_bias: np.ndarray | None  # (kv_heads, group, 2 R + 1), of the dtype of sums
     mask: np.ndarray | None
     alibi: np.ndarray | None
     sinks: np.ndarray | None
     spans: tuple[np.ndarray, ...] | None
     q_offset: int
+    functions: Any = None  # of `fastattn.flex`, for a tile: see `backends.numba.gradients`
 
 
-def query_blocks(p: Problem) -> Iterator[tuple[Heads, slice]]:
+def block_q(p: Problem) -> int:
+    """How many queries a tile takes.
+
+    The threads of a BLAS meet after every product, so few large ones are quicker, many times on a
+    busy machine. Where queries see different keys, smaller tiles are what lets some be skipped.
+    """
+    r = p.key_range
+    if r.left is not None or r.spans is not None or p.mask is not None or p.is_flex:
+        return MIN_BLOCK_Q
+    rows = TILE_ELEMENTS // (min(BLOCK_K, max(1, p.n_keys)) * p.group)
+    if r.right is not None:
+        rows = min(rows, max(p.n_queries // 4, MIN_BLOCK_Q))
+    return max(MIN_BLOCK_Q, rows // MIN_BLOCK_Q * MIN_BLOCK_Q)
+
+
+def query_blocks(p: Problem, functions=None) -> Iterator[tuple[Heads, slice]]:
     """Every block of queries, with the operands of as many heads as share a tile."""
-    block_q = min(BLOCK_Q, p.n_queries)
-    tile = max(1, block_q * min(BLOCK_K, p.n_keys) * p.group)
+    step = block_q(p)
+    tile = max(1, min(step, p.n_queries) * min(BLOCK_K, p.n_keys) * p.group)
     kv_step = max(1, TILE_ELEMENTS // tile)
     intervals = p.key_range.bounds()
     for batch in np.ndindex(p.batch):
         for kv in range(0, p.kv_heads, kv_step):
             heads = _operands(p, intervals, batch, slice(kv, min(kv + kv_step, p.kv_heads)))
-            for first in range(0, p.n_queries, BLOCK_Q):
-                yield heads, slice(first, min(first + BLOCK_Q, p.n_queries))
+            if functions is not None:
+                heads = heads._replace(functions=functions(heads.where))
+            for first in range(0, p.n_queries, step):
+                yield heads, slice(first, min(first + step, p.n_queries))
 
 
 def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
@@ -96,10 +120,12 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
             return Paged(pool, p.block_table[batch if len(p.block_table) > 1 else 0])
         return np.broadcast_to(x, (*p.batch, p.kv_heads, *x.shape[-2:]))[batch][kv][:, None]
 
-    def per_head(x):
-        return None if x is None else x.astype(p.accumulator).reshape(p.kv_heads, p.group, 1)[kv]
+    def per_head(x, dtype=p.accumulator):
+        if x is None:
+            return None
+        return x.astype(dtype).reshape(p.kv_heads, p.group, *x.shape[1:] or (1,))[kv]
 
-    full = (p.n_queries, p.n_keys)
+    full, scale = (p.n_queries, p.n_keys), np.asarray(p.scale)
     return Heads(
         where=(*batch, slice(kv.start * p.group, kv.stop * p.group)),
         kv_where=(*batch, kv),
@@ -109,7 +135,9 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         v=shared(p.v),
         k_scales=shared(p.k_scales),
         v_scales=shared(p.v_scales),
+        scale=per_head(scale, np.float64)[..., None] if scale.ndim else scale,
         bias=None if p.bias is None else grouped(p.bias, *full),
+        relative_bias=per_head(p.relative_bias),
         mask=None if p.mask is None else grouped(p.mask, *full),
         alibi=per_head(p.alibi),
         sinks=per_head(p.sinks),
@@ -140,7 +168,7 @@ def queries_of(p: Problem, h: Heads, queries: slice) -> np.ndarray:
     """Some queries, scaled for products."""
     real = p.accumulator
     q = h.q[:, :, queries].astype(real)
-    return q * real.type(p.scale) if p.score_function is DOT else q
+    return q * h.scale.astype(real) if p.score_function is DOT else q
 
 
 def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
@@ -153,8 +181,12 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
         last = stop.max(where=some, initial=0)
     for begin in range(first // BLOCK_K * BLOCK_K, last, BLOCK_K):
         keys = slice(begin, min(begin + BLOCK_K, p.n_keys))
+        if h.functions is not None:
+            keys = h.functions.visible_keys(queries, keys)
+            if keys.start == keys.stop:
+                continue
         masked = h.mask is not None and not h.mask[:, :, queries, keys].any()
-        if not masked and (h.bias is None or (h.bias[:, :, queries, keys] != -np.inf).any()):
+        if not masked and not any((x == -np.inf).all() for x in _biases(h, queries, keys)):
             yield keys
 
 
@@ -165,30 +197,30 @@ def capped_products(
     says which these are, scores of finite vectors are within the range of numbers.
     """
     k = keys_of(p, h, keys)
-    return capped_products_of(p, q, k, None if queries is None else h.q[:, :, queries])
+    return capped_products_of(p, h.scale, q, k, None if queries is None else h.q[:, :, queries])
 
 
-def capped_products_of(p: Problem, q, k, unscaled=None) -> np.ndarray:
+def capped_products_of(p: Problem, scale, q, k, unscaled=None) -> np.ndarray:
     """`capped_products` of vectors (..., queries, head_dim) and (..., keys, head_dim). `unscaled`
     are the queries as they were given.
     """
     if p.score_function is DOT:
         s = q @ k.swapaxes(-1, -2)
     else:
-        s = p.accumulator.type(p.scale) * unscaled_scores(p.score_function, q, k)
+        s = scale.astype(p.accumulator) * unscaled_scores(p.score_function, q, k)
     if unscaled is not None and not np.isfinite(s).all():
-        s = _products_in_range(p, unscaled, k, s)
+        s = _products_in_range(p, scale, unscaled, k, s)
     if p.softcap is None:
         return s
     cap = p.accumulator.type(p.softcap)
     return cap * np.tanh(s / cap)
 
 
-def _products_in_range(p: Problem, q, k, s) -> np.ndarray:
+def _products_in_range(p: Problem, scale, q, k, s) -> np.ndarray:
     """`s` without what overflowed though its vectors are finite; other bits stay as they are."""
     finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
-    lost = finite & ~np.isfinite(s)
-    if not lost.any() or not np.isfinite(p.scale):
+    lost = finite & ~np.isfinite(s) & np.isfinite(scale)
+    if not lost.any():
         return s
     wide = np.longdouble if p.accumulator == np.float64 else np.float64
     q, k = q.astype(wide), k.astype(wide)
@@ -198,7 +230,7 @@ def _products_in_range(p: Problem, q, k, s) -> np.ndarray:
         else unscaled_scores(p.score_function, q, k)
     )
     most = np.finfo(s.dtype).max
-    return np.where(lost, np.clip(wide(p.scale) * exact, -most, most), s).astype(s.dtype)
+    return np.where(lost, np.clip(scale.astype(wide) * exact, -most, most), s).astype(s.dtype)
 
 
 def shift_of(top, margin=0.0) -> np.ndarray:
@@ -215,13 +247,11 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     """``(s, seen)`` of one tile: the score, -inf where hidden; `seen` is None if all are seen."""
     real = p.accumulator.type
     s, seen = products, None
-    if h.bias is not None:
-        bias = h.bias[:, :, queries, keys]
+    for bias in _biases(h, queries, keys):
         rounded = in_range(bias, real).astype(real)
-        s = products + rounded
         if (rounded == -np.inf).any():
-            seen = bias != -np.inf
-        s = sum_in_range(s, products, rounded)
+            seen = bias != -np.inf if seen is None else seen & (bias != -np.inf)
+        s = sum_in_range(s + rounded, s, rounded)
     if h.alibi is not None:
         far = h.alibi[..., None] * distances(h, queries, keys).astype(real)
         s = sum_in_range(s - far, s, h.alibi[..., None])
@@ -237,7 +267,17 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
         seen = mask if seen is None else seen & mask
     if seen is not None:
         s = np.where(seen, s, -np.inf)
+    if h.functions is not None:
+        s, seen = h.functions.modified(s, seen, queries, keys)
     return s, seen
+
+
+def _biases(h: Heads, queries: slice, keys: slice) -> Iterator[np.ndarray]:
+    """What is added to the scores of one tile, in order."""
+    if h.bias is not None:
+        yield h.bias[:, :, queries, keys]
+    if h.relative_bias is not None:
+        yield h.relative_bias[:, :, distance_index(h, queries, keys)]
 
 
 def sum_in_range(total, a, b) -> np.ndarray:
@@ -246,6 +286,23 @@ def sum_in_range(total, a, b) -> np.ndarray:
         return total
     most = np.finfo(total.dtype).max
     return np.where(np.isfinite(a) & np.isfinite(b), np.clip(total, -most, most), total)
+
+
+def kept(p: Problem, h: Heads, queries: slice, keys: slice) -> np.ndarray | None:
+    """Which weights of one tile dropout keeps; None without it."""
+    if p.dropout is None:
+        return None
+    *batch, heads = h.where
+    entry = np.ravel_multi_index(batch, p.batch) if batch else 0
+    head = np.arange(heads.start, heads.stop).reshape(*h.shape, 1)
+    return p.dropout.kept(entry, head, np.arange(queries.start, queries.stop), keys)
+
+
+def dropped(p: Problem, x, kept) -> np.ndarray:
+    """One tile after dropout of all but those `kept`."""
+    if p.dropout is None:
+        return x
+    return np.where(kept, x * x.dtype.type(p.dropout.factor), x.dtype.type(0))
 
 
 def sums(p: Problem, h: Heads, q, queries: slice):
@@ -261,6 +318,14 @@ def sums(p: Problem, h: Heads, q, queries: slice):
         total = total * rescale(old, shift) + np.exp(s - shift[..., None]).sum(axis=-1)
     # Inf beside which others weigh nothing; with a NaN the top is NaN too.
     return shift_of(top), np.where(top == np.inf, top.dtype.type(1), total)
+
+
+def distance_index(h: Heads, queries: slice, keys: slice) -> np.ndarray:
+    """Where the distance of each key from each query stands in a row of the relative bias."""
+    assert h.relative_bias is not None
+    reach = h.relative_bias.shape[-1] // 2
+    i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
+    return np.clip(np.arange(keys.start, keys.stop) - i, -reach, reach) + reach
 
 
 def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:

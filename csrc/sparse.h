@@ -1,0 +1,57 @@
+/* Kernels of sparse masks: a row of scores is a query and the keys that are listed for it. */
+#ifndef FASTATTN_SPARSE_H
+#define FASTATTN_SPARSE_H
+
+#include "tile.h"
+
+/* Lists of indices, ascending: that of row i is items[starts[i]] to items[starts[i + 1] - 1]. */
+typedef struct {
+    const int64_t *starts;
+    const char *items;
+    int item_bytes;
+} SparseLists;
+
+/* What a query's weights are made of, and what it got: a row of doubles for each query. */
+typedef struct {
+    double lse, lse_rest, mean; /* weights are exp(score - lse - lse_rest); of their gradients */
+} SparseRow;
+
+/* One head of one batch entry: the rows of each operand by base pointer and byte stride. The formats
+ * of their numbers, and what all heads have in common, are those of the Tile. */
+typedef struct {
+    const char *q, *k, *v, *bias;
+    ptrdiff_t q_row, bias_row;
+    const float *k_scales, *v_scales;
+    /* Query i sees the keys j of its list with i + offset - left <= j <= i + offset + right,
+     * j < length and start[i] <= j < stop[i]. */
+    ptrdiff_t left, right, offset, length;
+    const char *start, *stop; /* int64, or NULL */
+    ptrdiff_t start_row, stop_row;
+    double slope, sink;
+    char *out, *weights, *lse; /* each may be NULL */
+    ptrdiff_t out_row, weights_row, lse_row;
+    /* Of a backward pass, besides: `lse` is given, and out_* are those of the gradient of q. */
+    const char *grad_out, *result, *grad_lse;
+    ptrdiff_t grad_out_row, result_row, grad_lse_row;
+    double coarse; /* an lse of this size or more is computed again */
+    SparseRow *rows;
+    double (*row_sums)[4]; /* as in the Tile; or NULL */
+    char *grad_bias;       /* `real` numbers, or NULL */
+    ptrdiff_t grad_bias_row, grad_bias_key;
+    char *grad_k, *grad_v;
+} SparseHead;
+
+/* One instruction set's kernels for one dtype of sums. Rows and keys go from `begin` to before `end`. */
+typedef struct {
+    int real_bytes;
+    size_t (*scratch_bytes)(const Tile *);
+    void (*attend)(Tile *, const SparseHead *, const SparseLists *keys, ptrdiff_t begin,
+                   ptrdiff_t end);
+    /* The gradients of queries, after which those of keys can be had from all heads of a group. */
+    void (*differentiate_queries)(Tile *, const SparseHead *, const SparseLists *keys,
+                                  ptrdiff_t begin, ptrdiff_t end);
+    void (*differentiate_keys)(Tile *, const SparseHead *heads, ptrdiff_t group,
+                               const SparseLists *queries, ptrdiff_t begin, ptrdiff_t end);
+} SparseKernels;
+
+#endif

@@ -1,0 +1,312 @@
+# Part of kernels.pyx: attention under a sparse mask, both directions.
+
+# Queries, or keys, of a work item.
+cdef enum:
+    SPARSE_ROWS = 256
+
+# Entries after which a call looks for signals.
+cdef enum:
+    SPARSE_ENTRIES = 1 << 15
+
+
+cdef struct SparseParams:
+    # The parameters of either direction; `call.out` is the gradient of q in a backward pass.
+    CallParams call
+    const SparseKernels *kernels
+    SparseLists keys, queries  # of each pattern, one after another: of queries, of keys
+    Py_ssize_t patterns  # 1, or one for each entry of the last axis of the batch
+    Operand grad_out, result, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
+    double coarse
+    Py_ssize_t head_bytes  # offset of a thread's SparseHeads in its scratch
+
+
+cdef void set_head(
+    const SparseParams *sparse, SparseHead *h, Py_ssize_t batch, Py_ssize_t head
+) noexcept nogil:
+    cdef const CallParams *params = &sparse.call
+    cdef const KeyRange *keys = &params.keys
+    cdef Py_ssize_t kv_head = head // params.group
+    h.q = row_ptr(&params.q, batch_ptr(params, &params.q, batch), head, 0)
+    h.k = row_ptr(&params.k, batch_ptr(params, &params.k, batch), kv_head, 0)
+    h.v = row_ptr(&params.v, batch_ptr(params, &params.v, batch), kv_head, 0)
+    h.bias = sparse_rows(params, &params.bias, batch, head)
+    h.q_row, h.bias_row = params.q.row, params.bias.row
+    h.k_scales = <float *>sparse_rows(params, &params.k_scales, batch, kv_head)
+    h.v_scales = <float *>sparse_rows(params, &params.v_scales, batch, kv_head)
+    h.left, h.right, h.offset, h.length = keys.left, keys.right, keys.offset, params.n_keys
+    if keys.offsets.data is not NULL:
+        h.offset = (<int64_t *>batch_ptr(params, &keys.offsets, batch))[0]
+    if keys.lengths.data is not NULL:
+        h.length = (<int64_t *>batch_ptr(params, &keys.lengths, batch))[0]
+    h.start = sparse_rows(params, &keys.start, batch, head)
+    h.stop = sparse_rows(params, &keys.stop, batch, head)
+    h.start_row, h.stop_row = keys.start.row, keys.stop.row
+    h.slope = 0 if params.alibi is NULL else params.alibi[head]
+    h.sink = 0 if params.sinks is NULL else params.sinks[head]
+    h.out = sparse_rows(params, &params.out, batch, head)
+    h.weights = sparse_rows(params, &params.weights, batch, head)
+    h.lse = sparse_rows(params, &params.lse, batch, head)
+    h.out_row, h.weights_row, h.lse_row = params.out.row, params.weights.row, params.lse.row
+    h.grad_out = sparse_rows(params, &sparse.grad_out, batch, head)
+    h.result = sparse_rows(params, &sparse.result, batch, head)
+    h.grad_lse = sparse_rows(params, &sparse.grad_lse, batch, head)
+    h.grad_out_row, h.result_row = sparse.grad_out.row, sparse.result.row
+    h.grad_lse_row = sparse.grad_lse.row
+    h.coarse = sparse.coarse
+    h.rows = <SparseRow *>sparse_rows(params, &sparse.rows, batch, head)
+    h.row_sums = <double (*)[4]>sparse_rows(params, &sparse.row_sums, batch, head)
+    h.grad_bias = sparse_rows(params, &sparse.grad_bias, batch, head)
+    h.grad_bias_row, h.grad_bias_key = sparse.grad_bias.row, sparse.grad_bias.dim
+    h.grad_k = sparse_rows(params, &sparse.grad_k, batch, kv_head)
+    h.grad_v = sparse_rows(params, &sparse.grad_v, batch, kv_head)
+
+
+cdef inline char *sparse_rows(
+    const CallParams *params, const Operand *operand, Py_ssize_t batch, Py_ssize_t head
+) noexcept nogil:
+    """The rows of a head, or NULL if the operand was not given."""
+    if operand.data is NULL:
+        return NULL
+    return row_ptr(operand, batch_ptr(params, operand, batch), head, 0)
+
+
+cdef SparseLists lists_of(
+    const SparseParams *sparse, const SparseLists *lists, Py_ssize_t rows, Py_ssize_t batch
+) noexcept nogil:
+    """The lists of a batch entry, of so many rows."""
+    cdef SparseLists own = lists[0]
+    if sparse.patterns > 1:
+        own.starts += batch % sparse.patterns * (rows + 1)
+    return own
+
+
+cdef Py_ssize_t next_rows(
+    const SparseLists *lists, Py_ssize_t row, Py_ssize_t end, bint listen, double *last_look,
+    bint *stopped,
+) noexcept nogil:
+    """The end of the rows to take next, or -1 if the call was stopped."""
+    cdef Py_ssize_t last = row + 1
+    if stopped[0] or (listen and interrupted(last_look)):
+        return -1
+    while last < end and lists.starts[last + 1] - lists.starts[row] <= SPARSE_ENTRIES:
+        last += 1
+    return last
+
+
+cdef bint sparse_queries(
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """Some queries of one head, in either direction: an Item of SparseParams."""
+    cdef const SparseParams *sparse = <const SparseParams *>call
+    cdef const CallParams *params = &sparse.call
+    cdef SparseHead *head = <SparseHead *>(<char *>tile.scratch + sparse.head_bytes)
+    cdef Py_ssize_t group = item % params.group, row, last, end
+    cdef Py_ssize_t blocks = ceil_div(params.n_queries, SPARSE_ROWS), kv_head, batch
+    cdef SparseLists keys
+    item //= params.group  # so that successive items read the same keys
+    row = item % blocks * SPARSE_ROWS
+    kv_head, batch = item // blocks % params.kv_heads, item // blocks // params.kv_heads
+    end = min(row + SPARSE_ROWS, params.n_queries)
+    set_head(sparse, head, batch, kv_head * params.group + group)
+    keys = lists_of(sparse, &sparse.keys, params.n_queries, batch)
+    while row < end:
+        last = next_rows(&keys, row, end, listen, last_look, stopped)
+        if last < 0:
+            return False
+        if tile.differentiating:
+            sparse.kernels.differentiate_queries(tile, head, &keys, row, last)
+        else:
+            sparse.kernels.attend(tile, head, &keys, row, last)
+        row = last
+    return True
+
+
+cdef bint sparse_keys(
+    const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
+) noexcept nogil:
+    """The gradients of some keys of one key head: an Item of SparseParams."""
+    cdef const SparseParams *sparse = <const SparseParams *>call
+    cdef const CallParams *params = &sparse.call
+    cdef SparseHead *heads = <SparseHead *>(<char *>tile.scratch + sparse.head_bytes)
+    cdef Py_ssize_t blocks = ceil_div(params.n_keys, SPARSE_ROWS), n, last
+    cdef Py_ssize_t row = item % blocks * SPARSE_ROWS, end = min(row + SPARSE_ROWS, params.n_keys)
+    cdef Py_ssize_t kv_head = item // blocks % params.kv_heads
+    cdef Py_ssize_t batch = item // blocks // params.kv_heads
+    cdef SparseLists queries = lists_of(sparse, &sparse.queries, params.n_keys, batch)
+    for n in range(params.group):
+        set_head(sparse, &heads[n], batch, kv_head * params.group + n)
+    while row < end:
+        last = next_rows(&queries, row, end, listen, last_look, stopped)
+        if last < 0:
+            return False
+        sparse.kernels.differentiate_keys(tile, heads, params.group, &queries, row, last)
+        row = last
+    return True
+
+
+cdef SparseLists sparse_lists(cnp.ndarray starts, cnp.ndarray items):
+    cdef SparseLists lists
+    lists.starts = <const int64_t *>cnp.PyArray_DATA(starts)
+    lists.items = <const char *>cnp.PyArray_DATA(items)
+    lists.item_bytes = items.descr.itemsize
+    return lists
+
+
+cdef int bind_sparse(
+    SparseParams *sparse, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out,
+    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray starts,
+    cnp.ndarray keys, cnp.ndarray lse, score_function, bint double_sums,
+) except -1:
+    """What both directions have in common."""
+    cdef CallParams *params = &sparse.call
+    cdef const InstructionSet *isa = chosen()
+    memset(sparse, 0, sizeof(SparseParams))
+    bind_params(params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, None, bias,
+                None)
+    bind_operand(params, &params.lse, lse, 2)
+    sparse.kernels = isa.sparse_float64 if double_sums else isa.sparse_float32
+    params.kernels = isa.float64 if double_sums else isa.fma
+    sparse.keys = sparse_lists(starts, keys)
+    sparse.patterns = starts.shape[0]
+    init_tile(params, tile, q, k, v, out, scale, softcap, bias)
+    if score_function is not None:
+        tile.score_function = {
+            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+        }[score_function[0]]
+        tile.dim_weights = doubles(score_function[1])
+    return 0
+
+
+cdef int run_sparse(
+    SparseParams *sparse, Workspace *workspace, Py_ssize_t key_blocks, int threads
+) except -1:
+    """Run the items of all queries, and then those of all keys, if there are any."""
+    cdef CallParams *params = &sparse.call
+    cdef Py_ssize_t items = params.key_heads * params.group * ceil_div(params.n_queries, SPARSE_ROWS)
+    threads = available_threads(min(threads, max(1, items, key_blocks)))
+    sparse.head_bytes = padded(sparse.kernels.scratch_bytes(&workspace.prototype))
+    workspace.rows = 1  # no query has anything of its own in the tile
+    allocate_workspace(
+        workspace, threads,
+        sparse.head_bytes + max(1, params.group) * <Py_ssize_t>sizeof(SparseHead), 0, 0,
+    )
+    try:
+        with nogil:
+            if parallel_for(sparse_queries, sparse, workspace, items, threads):
+                parallel_for(sparse_keys, sparse, workspace, key_blocks, threads)
+        if PyErr_Occurred() is not NULL:
+            return -1
+    finally:
+        free(workspace.allocated)
+    return 0
+
+
+def attend_sparse(
+    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
+    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
+    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range,
+    cnp.ndarray starts not None, cnp.ndarray keys not None,
+    cnp.ndarray lse, cnp.ndarray weights, score_function, int threads,
+):
+    """As `attend`, under the sparse mask of `starts`, int64 (patterns, queries + 1), and `keys`,
+    int32 or int64: see `fastattn.core.sparse_mask.SparseMask`.
+    """
+    cdef SparseParams sparse
+    cdef bint double_sums = out.descr.itemsize == 8
+    cdef Workspace workspace
+    cdef Tile *tile = &workspace.prototype
+    bind_sparse(
+        &sparse, tile, q, k, v, out, batch, heads, kv_heads, scale, softcap, bias, alibi, sinks,
+        key_range, starts, keys, lse, score_function, double_sums,
+    )
+    bind_operand(&sparse.call, &sparse.call.k_scales, k_scales, 3)
+    bind_operand(&sparse.call, &sparse.call.v_scales, v_scales, 3)
+    bind_operand(&sparse.call, &sparse.call.weights, weights, 3)
+    tile.weights_key = sparse.call.weights.dim
+    run_sparse(&sparse, &workspace, 0, threads)
+
+
+def differentiate_sparse(
+    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
+    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
+    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
+    cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
+    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range,
+    cnp.ndarray starts not None, cnp.ndarray keys not None, score_function, int threads,
+    cnp.ndarray grad_bias, cnp.ndarray row_sums,
+):
+    """As `differentiate`, under the sparse mask of `attend_sparse`. No gradient may broadcast along
+    the batch, the heads or the rows: each row of one is written by one thread. `grad_q` and
+    `grad_bias` have the dtype of sums.
+    """
+    cdef SparseParams sparse
+    cdef bint double_sums = grad_q.descr.itemsize == 8
+    cdef Workspace workspace
+    cdef Tile *tile = &workspace.prototype
+    cdef Py_ssize_t blocks
+    bind_sparse(
+        &sparse, tile, q, k, v, grad_q, batch, heads, kv_heads, scale, softcap, bias, alibi,
+        sinks, key_range, starts, keys, lse, score_function, double_sums,
+    )
+    key_starts, queries = transposed(starts, keys, k.shape[k.ndim - 2])
+    sparse.queries = sparse_lists(key_starts, queries)
+    bind_operand(&sparse.call, &sparse.grad_out, grad_out, 3)
+    bind_operand(&sparse.call, &sparse.result, out, 3)
+    bind_operand(&sparse.call, &sparse.grad_lse, grad_lse, 2)
+    bind_operand(&sparse.call, &sparse.rows, rows, 3)
+    bind_operand(&sparse.call, &sparse.grad_k, grad_k, 3)
+    bind_operand(&sparse.call, &sparse.grad_v, grad_v, 3)
+    bind_operand(&sparse.call, &sparse.grad_bias, grad_bias, 3)
+    bind_operand(&sparse.call, &sparse.row_sums, row_sums, 3)
+    sparse.coarse = coarse
+    tile.differentiating = True
+    tile.grad_out_format = number_format(grad_out)
+    tile.grad_out_dim, tile.result_dim = sparse.grad_out.dim, sparse.result.dim
+    tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
+    tile.grad_k_key, tile.grad_v_key = sparse.grad_k.row, sparse.grad_v.row
+    blocks = sparse.call.key_heads * ceil_div(sparse.call.n_keys, SPARSE_ROWS)
+    run_sparse(&sparse, &workspace, blocks, threads)
+
+
+def transposed(cnp.ndarray starts not None, cnp.ndarray keys not None, Py_ssize_t n_keys):
+    """The queries of each key, ascending, as ``(starts, queries)`` of the same form."""
+    cdef Py_ssize_t patterns = starts.shape[0], n_queries = starts.shape[1] - 1, p, i, j, at
+    cdef cnp.ndarray counts = np.zeros((patterns, n_keys + 1), np.int64)
+    cdef cnp.ndarray queries = np.empty(keys.shape[0], np.int32 if n_queries < 1 << 31 else np.int64)
+    cdef SparseLists lists = sparse_lists(starts, keys)
+    cdef int64_t *count = <int64_t *>cnp.PyArray_DATA(counts)
+    cdef char *query = <char *>cnp.PyArray_DATA(queries)
+    cdef int64_t *place
+    cdef int query_bytes = queries.descr.itemsize
+    cdef int64_t before = 0, own
+    with nogil:
+        for p in range(patterns):
+            place = count + p * (n_keys + 1)
+            for at in range(lists.starts[0], lists.starts[n_queries]):
+                place[sparse_item(&lists, at)] += 1
+            for j in range(n_keys + 1):  # where the queries of each key begin
+                own = place[j]
+                place[j] = before
+                before += own
+            for i in range(n_queries):
+                for at in range(lists.starts[i], lists.starts[i + 1]):
+                    j = sparse_item(&lists, at)
+                    if query_bytes == 4:
+                        (<int32_t *>query)[place[j]] = <int32_t>i
+                    else:
+                        (<int64_t *>query)[place[j]] = i
+                    place[j] += 1
+            for j in range(n_keys, 0, -1):  # each begins where the one before it has ended
+                place[j] = place[j - 1]
+            place[0] = lists.starts[0]
+            lists.starts += n_queries + 1
+    return counts, queries
+
+
+cdef inline Py_ssize_t sparse_item(const SparseLists *lists, Py_ssize_t at) noexcept nogil:
+    if lists.item_bytes == 4:
+        return (<const int32_t *>lists.items)[at]
+    return (<const int64_t *>lists.items)[at]

@@ -1,0 +1,89 @@
+"""Attention under a sparse mask by the compiled kernels, and its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...core.backward import Backward
+from ...core.problem import DOT, Problem
+from ...core.sparse_mask import SparseMask
+from ...core.threads import thread_count
+from .kernel_args import kernels
+
+__all__ = ["attend", "can_differentiate", "differentiate", "prepare_bias", "threads"]
+
+# Below this many flops a second thread costs more than it brings.
+ONE_THREAD_FLOPS = 2_000_000
+
+_NAMES = ("batch", "heads", "kv_heads", "scale", "bias", "alibi", "sinks", "key_range")
+
+
+def attend(p: Problem, result, lse, weights) -> None:
+    """Fill `result`, and `lse` and `weights` where given; weights hold 0 already."""
+    kernels.attend_sparse(
+        p.q, p.k, p.v, p.k_scales, p.v_scales, result, lse=lse, weights=weights, **_options(p)
+    )
+
+
+def can_differentiate(b: Backward) -> bool:
+    """Is every row of every gradient that of one query, or of one key?"""
+    p = b.problem
+    own = {"q": p.rows(), "k": (*p.batch, p.kv_heads, p.n_keys)}
+    own["v"] = own["k"]
+    shared = any(p.with_axes(getattr(p, name).shape)[:-1] != own[name] for name in own)
+    return not shared and not b.wants("w") and (_has_own_bias(b) or not _has_keys(b))
+
+
+def _bias_shape(b: Backward) -> tuple[int, ...]:
+    """That of the gradient of the bias; of none, the one of a constant."""
+    shapes = [g.shape for g in b.problem.gradients if g.name == "bias"]
+    return b.problem.with_axes(shapes[0] if shapes else ())
+
+
+def _has_own_bias(b: Backward) -> bool:
+    return b.wants("bias") and _bias_shape(b) == b.problem.rows(b.problem.n_keys)
+
+
+def _has_keys(b: Backward) -> bool:
+    """Is the gradient of a bias wanted that differs from key to key?"""
+    return _bias_shape(b)[-1] != 1
+
+
+def prepare_bias(b: Backward) -> tuple[np.ndarray | None, np.ndarray]:
+    """As of the dense kernels: where the gradient of a bias of queries x keys is to be summed."""
+    p = b.problem
+    grad_bias = np.zeros(p.rows(p.n_keys), p.accumulator) if _has_own_bias(b) else None
+    return grad_bias, np.empty((0, 0), np.int64)
+
+
+def differentiate(b: Backward, found: dict[str, np.ndarray], rows, row_sums, grad_bias) -> None:
+    """Fill the gradients of q, k and v in `found`, and `rows` and `row_sums` as the dense kernels
+    do; add to `grad_bias` where given.
+    """
+    p = b.problem
+    kernels.differentiate_sparse(
+        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
+        found["q"], found["k"], found["v"], grad_bias=grad_bias, row_sums=row_sums, **_options(p),
+    )  # fmt: skip
+
+
+def _options(p: Problem) -> dict[str, Any]:
+    """What both directions have in common."""
+    options = {name: getattr(p, name) for name in _NAMES}
+    return options | {
+        "softcap": p.softcap or 0.0,
+        "starts": p.mask.starts,
+        "keys": p.mask.keys,
+        "score_function": None if p.score_function is DOT else p.score_function,
+        "threads": threads(p),
+    }
+
+
+def threads(p: Problem) -> int:
+    """How many threads `p` is worth; what it computes does not depend on it."""
+    mask: SparseMask = p.mask
+    entries = mask.n_entries // max(1, len(mask.starts)) * int(np.prod(p.batch))
+    flops = 2 * (entries + p.n_queries) * p.heads * (p.head_dim + p.value_dim)
+    return 1 if flops < ONE_THREAD_FLOPS else thread_count(p.threads, kernels.openmp_threads())
