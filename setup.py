@@ -78,9 +78,7 @@ class Source(NamedTuple):
 
 
 class BuildKernels(build_ext):
-    """Compiles tile.c and sparse.c once per instruction set and dtype, and links all into the
-    extension.
-    """
+    """Compiles tile.c once per instruction set and dtype, and links all into the extension."""
 
     def build_extension(self, ext):
         if self.compiler.compiler_type == "msvc":
@@ -128,7 +126,7 @@ class BuildKernels(build_ext):
                 without.append(f"-DWITHOUT_{isa}")
                 continue
             named = [("tile.c", f"{isa}_{dtype}", x) for dtype, x in kernels.items()]
-            if FULL.keys() <= kernels.keys():
+            if kernels.keys() == FULL.keys():
                 named += [("sparse.c", f"{isa}_sparse_{dtype}", x) for dtype, x in FULL.items()]
             for name, table, defines in named:
                 defines = [*flags, *defines, f"-DTABLE={table}"]

@@ -36,8 +36,8 @@ INLINE void split_rows(const char *const *at, int rows, ptrdiff_t dim, ptrdiff_t
                 terms[0] = _mm512_loadu_si512(at[r] + d * 2);
                 out |= bfloats_from(SPECIAL_EXPONENT, terms[0]);
             } else {
-                vec a = load_dims(at[r], dim, d, dims, format, NULL) * unit;
-                vec b = load_dims(at[r], dim, d + LANES, dims, format, NULL) * unit;
+                vec a = load_dims(at[r], dim, d, dims, format, &unit);
+                vec b = load_dims(at[r], dim, d + LANES, dims, format, &unit);
                 split_bf16(a, b, terms);
                 out |= unrepresentable(a) | unrepresentable(b) | large(a) | large(b);
             }

@@ -10,6 +10,7 @@
 
 #pragma GCC diagnostic ignored "-Wunused-function" /* of what tile.c alone needs */
 
+#include "decode-inl.h"
 #include "distances-inl.h"
 #include "range-inl.h"
 
@@ -482,7 +483,7 @@ static void store_lse_of(const SparseHead *h, ptrdiff_t i, RowSoftmax row) {
     *(real *)(h->lse + i * h->lse_row) = (real)lse;
 }
 
-static bool all_finite(const real *x, ptrdiff_t dims) {
+static bool row_is_finite(const real *x, ptrdiff_t dims) {
     vec wrong = splat(0);
     for (ptrdiff_t d = 0; d < dims; d += LANES) wrong += load(x + d) * 0;
     return !any_lane(wrong != splat(0));
@@ -504,7 +505,7 @@ static void sparse_attend(Tile *t, const SparseHead *h, const SparseLists *keys,
         load_row(queries_of(t, h), i, s.own);
         RowSoftmax row = attend_row(t, h, &s, keys, i, t->value_dim);
         real share = row.any ? 1 / row.sum : 0;
-        bool lost = !all_finite(s.total_v, t->value_dim) || !isfinite(share);
+        bool lost = !row_is_finite(s.total_v, t->value_dim) || !isfinite(share);
         if (row.any && (lost || h->weights)) attend_row_again(t, h, &s, keys, i, row);
         if (row.any && lost)
             for (ptrdiff_t d = 0; d < t->value_dim; d++)

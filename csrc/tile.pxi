@@ -1,4 +1,4 @@
-# Part of kernels.pyx: the declarations of tile_sizes.h, tile.h and instruction_sets.h.
+# Part of kernels.pyx: the declarations of tile_sizes.h, tile.h, sparse.h and instruction_sets.h.
 
 cdef extern from "tile_sizes.h" nogil:
     enum:

@@ -452,7 +452,7 @@ class KVCache:
     def _counts(self, value, n, held=None) -> np.ndarray:
         """How many of `n` rows each sequence has; of queries, no more than the tokens it holds."""
         counts = integers("counts", value)
-        batch = len(self._sequences.now.lengths)
+        batch = len(self._sequences.now.lengths if held is None else held)
         if counts.shape != (batch,):
             raise ValueError(f"counts: expected shape ({batch},), got {counts.shape}")
         for b in np.flatnonzero((counts < 0) | (counts > n)):

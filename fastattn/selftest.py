@@ -133,7 +133,7 @@ def problems() -> dict[str, Problem]:
         "alibi": (square, {"alibi": slopes, "causal": True}),
         "softcap": (square, {"softcap": 3.0}),
         "sinks": (square, {"sinks": slopes}),
-        "score_mod": (square, {"score_mod": _nearer_is_more}),
+        "score_mod": (square, {"score_mod": _nearer_is_more, "score_grad": _slope}),
         "mask_mod": (square, {"mask_mod": _checkerboard, "causal": True}),
     }
     return {
@@ -144,6 +144,10 @@ def problems() -> dict[str, Problem]:
 
 def _nearer_is_more(score, batch, head, i, j):
     return score - abs(i - j) / (head + 2)
+
+
+def _slope(score, batch, head, i, j):
+    return 1.0
 
 
 def _checkerboard(batch, head, i, j):

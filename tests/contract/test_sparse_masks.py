@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.gradients import check_gradients
 from helpers.oracles import check, same_bits
+from helpers.paging import in_pages
 from helpers.problems import Shape, options
 
 import fastattn
@@ -300,6 +301,25 @@ def test_weight_maps(backend):
         dense = function(q, k, *args, mask=csr().toarray(), backend="reference", **given)
         for x, y in zip(np.atleast_1d(found), np.atleast_1d(dense), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("page", [1, 4, 5])
+def test_keys_in_pages(target, page):
+    q, k, v = SHAPE.arrays()
+    lengths = np.array([31, 7, 0])
+    n_keys = -(-31 // page) * page
+    mask = csr(23, n_keys, 0.4)
+    given = {"kv_lengths": lengths, "q_offset": lengths - 23, "causal": True}
+    pool_k, pool_v, table = in_pages(k, v, lengths, page)
+    call = {"mask": mask, "block_table": table, **given}
+    out, pullback = target.vjp(q, pool_k, pool_v, **call)
+    wanted, pull_wanted = fastattn.vjp(
+        fastattn.scaled_dot, q, k, v, mask=mask[:, :31], backend="reference", **given
+    )
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+    dq, dk, dv = pullback(out)
+    np.testing.assert_allclose(dq, pull_wanted(out)[0], rtol=1e-4, atol=1e-5)
+    assert dk is dv is None
 
 
 # ---------------------------------------------------------------------------- promises
