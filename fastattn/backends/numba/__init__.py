@@ -66,8 +66,6 @@ def unsupported(problem: Problem) -> str | None:
 
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
-    if p.dropout is not None:
-        return "its kernels have no dropout"
     return None
 
 
@@ -109,6 +107,7 @@ class _Call:
         )
         self.score_function, self.bias = score_functions.NUMBER[p.score_function.name], None
         self.kernel = launch.launcher(*self.hooks)
+        self.dropout = None if p.dropout is None else np.int64(1)
         self.scale = p.accumulator.type(p.scale if p.score_function is DOT else 1)
         self.threads = threads(p)
         self.sizes = tile.scratch(p.accumulator.itemsize, p.head_dim, p.value_dim)
@@ -120,6 +119,13 @@ class _Call:
         t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
         t["scale"], t["softcap"] = p.scale, p.softcap or 0
+        t["keep_factor"] = 1
+        if p.dropout is not None:
+            t["drop_seed"] = np.uint64(p.dropout.seed).astype(np.int64)
+            t["drop_threshold"], t["keep_factor"] = p.dropout.threshold, p.dropout.factor
+            names = ("drop_entry", "drop_head", "drop_query", "drop_key")
+            for name, start in zip(names, p.dropout.offset, strict=True):
+                t[name] = start
         if p.score_function is not DOT:
             unit = power_below(p.score_function.weights)  # or their sums might overflow
             t["measure_scale"] = np.float64(p.scale) * unit
@@ -201,8 +207,9 @@ class _Call:
 
     def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
         self.kernel(
-            tile.ctypes.data, begin, end, self.scale, self.score_function, self.bias, *self.hooks
-        )
+            tile.ctypes.data, begin, end, self.scale, self.score_function, self.bias,
+            self.dropout, *self.hooks,
+        )  # fmt: skip
 
     def start(self) -> Callable[[int, int], None]:
         """A thread's own launch, with a scratch of its own."""
