@@ -18,6 +18,9 @@ cdef struct BackwardParams:
     const int64_t *key_heads  # in groups of `sharers`, each of which is one item per block of keys
     Py_ssize_t sharers, blocks  # of keys
     Tickets q_tickets, k_tickets, v_tickets  # their blocks: tiles of queries, and blocks of keys
+    double *grad_relative_bias  # (kv_heads, rows, group), or NULL
+    Py_ssize_t relative_biases  # of a key head
+    int64_t *relative_ticket  # of the key heads and blocks of all items, in their order
 
 
 cdef Py_ssize_t gradient_index(
@@ -193,7 +196,7 @@ cdef bint differentiate_tile(
             head = work.kv_head * params.group + (work.first + i) % params.group
             query = (work.first + i) // params.group
             sums = <double *>row_ptr(&backward.row_sums, row_sums, head, query)
-            for n in range(4):
+            for n in range(ROW_SUMS):
                 sums[n] += tile.row_sums[i][n]
     store_release(counter, ticket + 1)
     return True
@@ -235,6 +238,21 @@ cdef bint differentiate_block(
     return True
 
 
+cdef bint add_relative_bias(
+    const BackwardParams *backward, Tile *tile, Py_ssize_t head, Py_ssize_t ticket, bint *stopped
+) noexcept nogil:
+    """Add what a block of a key head found for the relative bias. False if the call was stopped."""
+    cdef Py_ssize_t n
+    cdef double *to = backward.grad_relative_bias
+    if not wait_for_ticket(backward.relative_ticket, ticket, stopped):
+        return False
+    to += head % backward.call.kv_heads * backward.relative_biases
+    for n in range(backward.relative_biases):
+        to[n] += tile.grad_relative_bias[n]
+    store_release(backward.relative_ticket, ticket + 1)
+    return True
+
+
 cdef bint differentiate_item(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
@@ -249,7 +267,13 @@ cdef bint differentiate_item(
         group, block = item % groups, item // groups
     heads = backward.key_heads + group * backward.sharers
     for i in range(backward.sharers):
+        if tile.grad_relative_bias is not NULL:
+            memset(tile.grad_relative_bias, 0, backward.relative_biases * sizeof(double))
         if not differentiate_block(backward, tile, heads[i], block, listen, last_look, stopped):
+            return False
+        if tile.grad_relative_bias is not NULL and not add_relative_bias(
+            backward, tile, heads[i], item * backward.sharers + i, stopped
+        ):
             return False
     return True
 
@@ -275,6 +299,8 @@ def differentiate(
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     str compute_dtype, int threads,
     cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None,
+    cnp.ndarray scales, cnp.ndarray relative_bias, bint wants_scale,
+    cnp.ndarray grad_relative_bias,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
@@ -286,7 +312,9 @@ def differentiate(
     filled with the lse, the rest that its rounding lost, and the mean of the weights' gradients.
     `grad_bias` and `row_sums` are added to unless None. `grad_bias` broadcasts to the scores; it
     has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
-    `row_sums` is float64 (batch, heads, queries, 4) and contiguous: see `Tile.row_sums`.
+    `row_sums` is float64 (batch, heads, queries, 6) and contiguous: see `Tile.row_sums`, the last
+    two of which `wants_scale` asks for, beside `scales`. `grad_relative_bias`, float64 and
+    contiguous, is added to unless None, and has the shape of `relative_bias`.
     `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
     `grad_bias`. The rest is as for `attend`.
     """
@@ -298,6 +326,7 @@ def differentiate(
     cdef CallParams *params = &backward.call
     bind_params(
         params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+        scales, relative_bias,
     )
     bind_operand(params, &backward.grad_out, grad_out, 3)
     bind_operand(params, &backward.result, out, 3)
@@ -326,7 +355,7 @@ def differentiate(
     if tiles is NULL:
         raise MemoryError(f"{threads * sizeof(Tile)} bytes of scratch")
     try:
-        init_tile(params, tiles, q, k, v, grad_q, scale, softcap, bias)
+        init_tile(params, tiles, q, k, v, grad_q, scale, softcap, bias, relative_bias)
         tiles.differentiating = True
         tiles.grad_out_format = number_format(grad_out)
         tiles.grad_out_dim, tiles.result_dim = backward.grad_out.dim, backward.result.dim
@@ -334,11 +363,19 @@ def differentiate(
         tiles.grad_k_format, tiles.grad_v_format = number_format(grad_k), number_format(grad_v)
         tiles.grad_k_key, tiles.grad_v_key = backward.grad_k.row, backward.grad_v.row
         tiles.wants_bias, tiles.wants_sums = grad_bias is not None, row_sums is not None
+        tiles.wants_scale = wants_scale
         tiles.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
         scratch_bytes = params.kernels.backward.scratch_bytes(tiles)
         counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
         counts *= params.key_heads * <Py_ssize_t>sizeof(int64_t)
+        backward.relative_biases = 0
+        backward.grad_relative_bias = NULL
+        if grad_relative_bias is not None:
+            backward.grad_relative_bias = <double *>cnp.PyArray_DATA(grad_relative_bias)
+            backward.relative_biases = params.relative_bias_bytes // params.kernels.real_bytes
+        counts += sizeof(int64_t)
         total_bytes = threads * scratch_bytes + counts + 64
+        total_bytes += threads * backward.relative_biases * <Py_ssize_t>sizeof(double)
         scratch = <char *>malloc(total_bytes)
         if scratch is NULL:
             raise MemoryError(f"{total_bytes} bytes of scratch")
@@ -349,7 +386,10 @@ def differentiate(
             &backward, &backward.q_tickets, &params.out, params.num_tiles, tickets
         )
         tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, n, tickets)
-        assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        tickets = assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        backward.relative_ticket = tickets
+        for n in range(threads if grad_relative_bias is not None else 0):
+            tiles[n].grad_relative_bias = <double *>(tickets + 1) + n * backward.relative_biases
         run_backward(&backward, threads, tiles)
     finally:
         free(tiles)

@@ -39,6 +39,8 @@ cdef extern from "tile_sizes.h" nogil:
         MAX_SPLITS
 
 cdef extern from "tile.h" nogil:
+    enum:
+        ROW_SUMS
     const double WEIGHT_UNIT
 
     ctypedef struct NumberFormat:
@@ -79,9 +81,17 @@ cdef extern from "tile.h" nogil:
         double slope[MAX_BLOCK_Q]
         double sink[MAX_BLOCK_Q]
         Py_ssize_t position[MAX_BLOCK_Q]
+        bint has_scales
+        double scales[MAX_BLOCK_Q]
+        const void *relative_bias
+        Py_ssize_t reach, group
+        Py_ssize_t column[MAX_BLOCK_Q]
+        bint plain_relative_bias, hiding_relative_bias
+        double *grad_relative_bias
         char *weights[MAX_BLOCK_Q]
         Py_ssize_t weights_key
-        bint want_lse
+        bint want_lse, want_max
+        double max_score[MAX_BLOCK_Q]
         double lse[MAX_BLOCK_Q]
         double lse_rest[MAX_BLOCK_Q]
         void *scratch
@@ -97,9 +107,9 @@ cdef extern from "tile.h" nogil:
         NumberFormat grad_k_format, grad_v_format
         Py_ssize_t grad_k_key, grad_v_key
         bint adds_k, adds_v
-        bint wants_bias, wants_sums, rows_share_bias
+        bint wants_bias, wants_sums, wants_scale, rows_share_bias
         char *grad_bias[MAX_BLOCK_Q]
-        double row_sums[MAX_BLOCK_Q][4]
+        double row_sums[MAX_BLOCK_Q][ROW_SUMS]
         double *bins
         int slot[MAX_BLOCK_Q]
         Py_ssize_t bin_row, columns, n_keys

@@ -30,6 +30,8 @@ typedef struct {
     ptrdiff_t key;
 } Candidate;
 
+#define ROW_SUMS 6
+
 typedef struct {
     /* Operands and results. All strides are in bytes. */
     const char *q[MAX_BLOCK_Q]; /* one row per query */
@@ -58,12 +60,25 @@ typedef struct {
     NumberFormat bias_format;
     double slope[MAX_BLOCK_Q], sink[MAX_BLOCK_Q];
     ptrdiff_t position[MAX_BLOCK_Q]; /* of query i on the key axis */
+    int has_scales; /* scores are multiplied by those of their queries, and `scale` is 1 */
+    double scales[MAX_BLOCK_Q];
+    /* The relative bias of the key head, of type `real`; NULL: none. Row `reach + MAX_LANES + n` of
+     * [2 * (reach + MAX_LANES) + 1][group] is for keys n places before the query, and a column for
+     * each query head of the group. Rows outside -reach..reach repeat the last ones, so that the
+     * queries of a vector, whose heads take turns, find theirs one after another. */
+    const void *relative_bias;
+    ptrdiff_t reach, group;
+    ptrdiff_t column[MAX_BLOCK_Q]; /* of query i: its head within the group */
+    int plain_relative_bias, hiding_relative_bias; /* are all far from overflow? is some -inf? */
+    double *grad_relative_bias; /* of that layout, added to if not NULL */
 
     char *weights[MAX_BLOCK_Q]; /* filled by weights() where a key is visible; zero before */
     ptrdiff_t weights_key;
     int want_lse;
     double lse[MAX_BLOCK_Q];      /* filled by finish if want_lse */
-    double lse_rest[MAX_BLOCK_Q]; /* for gradients: what the rounding of lse lost */
+    int want_max;
+    double max_score[MAX_BLOCK_Q]; /* filled by finish if want_max: without the sink */
+    double lse_rest[MAX_BLOCK_Q];  /* for gradients: what the rounding of lse lost */
     void *scratch;                /* of scratch_bytes, 64-byte aligned */
 
     /* For gradients: the results and their gradients, and `delta`, which is subtracted from the
@@ -81,12 +96,13 @@ typedef struct {
     int adds_k, adds_v; /* add to the gradients of keys and values, or overwrite them? */
     /* The gradient of the bias is added to: a `real` row of keys for each query, or a `double` one
      * if queries share it. */
-    int wants_bias, wants_sums, rows_share_bias;
+    int wants_bias, wants_sums, wants_scale, rows_share_bias;
     char *grad_bias[MAX_BLOCK_Q];
     /* If wants_sums, filled by differentiate for each query: the sums of its weights and of the
      * gradients of its scores, and both sums weighted with the distance of the key, which is 0
-     * without alibi. */
-    double row_sums[MAX_BLOCK_Q][4];
+     * without alibi; then, if wants_scale, both weighted with the score's derivative by its scale.
+     */
+    double row_sums[MAX_BLOCK_Q][ROW_SUMS];
 
     /* For weight maps: accumulate_bins adds the weights of a query to its row of `bins`, in a
      * column for each of the runs that the keys are split into: see bin_of. */

@@ -45,6 +45,9 @@ def attend(
     score_function: tuple[str, np.ndarray | None] | None,
     sums: np.ndarray | None,
     indices: np.ndarray | None,
+    scales: np.ndarray | None,
+    relative_bias: np.ndarray | None,
+    max_score: np.ndarray | None,
 ) -> None: ...
 def differentiate(
     q: np.ndarray,
@@ -74,4 +77,8 @@ def differentiate(
     grad_bias: np.ndarray | None,
     row_sums: np.ndarray | None,
     key_heads: np.ndarray,
+    scales: np.ndarray | None,
+    relative_bias: np.ndarray | None,
+    wants_scale: bool,
+    grad_relative_bias: np.ndarray | None,
 ) -> None: ...

@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
-# serve, in words, or None, `run(problem, result)`, which fills `result` -> (lse, row_max,
-# weights), and `plan(problem)`, what it says of itself to `explain`. One that computes gradients has
-# besides `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
+# serve, in words, or None, `run(problem, result)`, which fills `result` -> (lse, row_max, weights),
+# and `plan(problem)`, what it says of itself to `explain`. One that computes gradients has besides
+# `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
 # with each axis along which the argument broadcasts either in full or summed already. One that
 # makes maps of the weights has `run_map(problem, rows, columns)` -> their sums over cells, and
 # `run_top(problem, n)` -> (indices, weights) of each query's strongest keys. One that may be there

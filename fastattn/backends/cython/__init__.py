@@ -33,8 +33,6 @@ def unsupported(problem: Problem) -> str | None:
         return "no kernel for a sparse mask"
     if p.is_flex:
         return "a score_mod or mask_mod cannot be compiled into it"
-    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
-        return "no kernel for a relative bias, the largest scores, or a scale for each head"
     if p.block_table is not None:
         return "no kernel for keys in pages"
     if p.bias is not None and not _readable(p.bias.dtype):
@@ -54,8 +52,9 @@ def run(problem: Problem, result):
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
-    attend(p, result, lse, weights)
-    return lse, None, weights
+    row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
+    attend(p, result, lse, weights, row_max=row_max)
+    return lse, row_max, weights
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
