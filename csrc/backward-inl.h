@@ -186,24 +186,33 @@ static void add_to_scale_sums(Tile *t, const BackwardScratch *g, int p, const Su
 typedef double doubles_of_lanes __attribute__((vector_size(LANES * 8)));
 typedef double loose_doubles __attribute__((vector_size(LANES * 8), aligned(8)));
 
-/* Add a sub-block's gradients to those of the relative bias. Neighbouring keys overlap but for one
- * place: keys that are LANES apart come one after another, so that no load waits for a store that
- * covers a part of it. */
+/* Add the gradients of one key and LANES queries to those of their relative biases. */
+INLINE void add_to_distances(const Tile *t, ptrdiff_t first, ptrdiff_t key, vec x) {
+    const real *base = t->relative_bias;
+    double *to = t->grad_relative_bias + (relative_bias_at(t, first, key) - base);
+    for (ptrdiff_t l = t->n_queries - first; l < LANES; l++) x[l] = 0; /* lanes without a query */
+    loose_doubles *sum = (loose_doubles *)to;
+    *sum += __builtin_convertvector(x, doubles_of_lanes) * (1 / WEIGHT_UNIT);
+}
+
+/* Add a sub-block's gradients to those of the relative bias. The places of neighbouring keys
+ * overlap: keys that are LANES apart come one after another, so that no load waits for a store that
+ * covers a part of it. Keys that are all farther than the table reaches are summed first. */
 static void add_to_relative_bias(const Tile *t, const BackwardScratch *g, int p,
                                  const SubBlock *sub) {
-    const real *base = t->relative_bias;
-    for (int begin = 0; begin < LANES; begin++)
-        for (int j = begin; j < sub->keys; j += LANES)
-            for (int n = 0; n < t->micropanel[p].vecs; n++) {
-                ptrdiff_t first = p * MR + n * LANES, lanes = t->n_queries - first;
-                vec x = load(g->grad_scores + j * MR + n * LANES);
-                double *to =
-                    t->grad_relative_bias + (relative_bias_at(t, first, sub->key + j) - base);
-                for (ptrdiff_t l = lanes; l < LANES; l++) x[l] = 0; /* lanes without a query */
-                doubles_of_lanes sum = *(const loose_doubles *)to;
-                sum += __builtin_convertvector(x, doubles_of_lanes) * (1 / WEIGHT_UNIT);
-                *(loose_doubles *)to = sum;
-            }
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t first = p * MR + n * LANES, last = sub->key + sub->keys - 1;
+        const real *grad = g->grad_scores + n * LANES;
+        if (relative_bias_at(t, first, sub->key) == relative_bias_at(t, first, last)) {
+            vec sum = splat(0);
+            for (int j = 0; j < sub->keys; j++) sum += load(grad + j * MR);
+            add_to_distances(t, first, last, sum);
+            continue;
+        }
+        for (int begin = 0; begin < LANES; begin++)
+            for (int j = begin; j < sub->keys; j += LANES)
+                add_to_distances(t, first, sub->key + j, load(grad + j * MR));
+    }
 }
 
 /* Turn the gradients of scores into those of the scores before the softcap. */

@@ -52,8 +52,9 @@ INLINE const real *relative_bias_at(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
 /* Is every relative bias of the micropanel and sub-block -inf? */
 static bool hidden_by_relative_bias(const Tile *t, int p, const SubBlock *sub) {
     ptrdiff_t last = fewer(t->n_queries, (p + 1) * MR) - 1;
-    const real *from = relative_bias_at(t, p * MR, sub->key + sub->keys - 1);
-    const real *to = relative_bias_at(t, last, sub->key);
+    /* Whole rows: at the ends of the table queries of all heads are on one. */
+    const real *from = relative_bias_at(t, p * MR, sub->key + sub->keys - 1) - t->column[p * MR];
+    const real *to = relative_bias_at(t, last, sub->key) + t->group - 1 - t->column[last];
     for (; from <= to; from++)
         if (*from != -INFINITY) return false;
     return true;

@@ -20,7 +20,7 @@ from ..dispatch import select, unsupported_backward
 
 __all__ = ["Call", "attend"]
 
-_DIFFERENTIABLE = ("bias", "alibi", "sinks")
+_DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
 
 
 class Call(NamedTuple):
@@ -56,8 +56,8 @@ class Call(NamedTuple):
 
     @property
     def vmap_method(self) -> str:
-        """`fastattn.scaled_dot` broadcasts what has leading axes; slopes and sinks have none."""
-        per_head = "alibi" in self.names or "sinks" in self.names
+        """`fastattn.scaled_dot` broadcasts what has leading axes; what heads have does not."""
+        per_head = not {"relative_bias", "alibi", "sinks"}.isdisjoint(self.names)
         return "sequential" if per_head else "expand_dims"
 
 

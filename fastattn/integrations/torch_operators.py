@@ -28,7 +28,8 @@ __all__ = ["attend"]
 
 _TENSORS = """
     Tensor? bias=None, Tensor? alibi=None, Tensor? sinks=None, Tensor? mask=None,
-    Tensor? offsets=None, Tensor? kv_lengths=None, Tensor? start=None, Tensor? stop=None, *,
+    Tensor? offsets=None, Tensor? kv_lengths=None, Tensor? start=None, Tensor? stop=None,
+    Tensor? relative_bias=None, *,
 """
 _OPTIONS = """
     float? scale=None, float? softcap=None, bool causal=False, SymInt? left=None,
@@ -48,7 +49,10 @@ _LIBRARY.define(
 )
 _FORWARD = torch.ops.fastattn.scaled_dot.default
 _BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
-_OPTIONAL = ("bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop")
+_DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
+_OPTIONAL = (
+    "bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop", "relative_bias",
+)  # fmt: skip
 _WORDS = {"offsets": "q_offset", "start": "spans", "stop": "spans"}  # where an operand's is another
 
 
@@ -109,7 +113,7 @@ def _straight_to_cpu(tensors) -> bool:
 
 def _operands(
     bias=None, alibi=None, sinks=None, mask=None, q_offset=None, kv_lengths=None, spans=None,
-    window=None, **options,
+    window=None, relative_bias=None, **options,
 ):  # fmt: skip
     """Words as the operators take them: optional tensors in their order, to the last one given,
     and options.
@@ -123,7 +127,7 @@ def _operands(
     else:
         offsets = q_offset
     tensors = []  # each None costs autograd 0.3 us
-    optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop)
+    optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop, relative_bias)
     for place, (name, x) in enumerate(zip(_OPTIONAL, optional, strict=True)):
         if x is not None:
             tensors += [None] * (place - len(tensors))
@@ -194,7 +198,7 @@ class _ScaledDot(torch.autograd.Function):
         q, k, v, *tensors, out, lse = ctx.saved_tensors
         names = ("q", "k", "v", *_OPTIONAL[: len(tensors)])
         needed = zip(names, ctx.needs_input_grad[1:], strict=True)
-        wrt = [name for name, wanted in needed if wanted and name in ("bias", "alibi", "sinks")]
+        wrt = [name for name, wanted in needed if wanted and name in _DIFFERENTIABLE]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         given = (grad_out, grad_lse, q, k, v, out, lse, *tensors)
