@@ -126,7 +126,7 @@ class BuildKernels(build_ext):
                 without.append(f"-DWITHOUT_{isa}")
                 continue
             named = [("tile.c", f"{isa}_{dtype}", x) for dtype, x in kernels.items()]
-            if kernels is FULL:
+            if kernels.keys() == FULL.keys():
                 named += [("sparse.c", f"{isa}_sparse_{dtype}", x) for dtype, x in FULL.items()]
             for name, table, defines in named:
                 defines = [*flags, *defines, f"-DTABLE={table}"]

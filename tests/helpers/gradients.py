@@ -50,10 +50,7 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
         found["scale"] = terms.sum(axis=(-1, -2)).sum(axis=leading)
         if p.relative_bias is not None:
             found["relative_bias"] = np.zeros(p.relative_bias.shape, real)
-            _, index = reference.distance_index(p)
-            for n in range(p.relative_bias.shape[1]):
-                diagonal = np.where(index == n, grad_s, np.zeros((), real))
-                found["relative_bias"][:, n] = diagonal.sum(axis=(-1, -2)).sum(axis=leading)
+            np.add.at(found["relative_bias"], reference.distance_index(p), grad_s)
         if p.alibi is not None:
             i, j = reference.positions(p)
             apart = np.abs(i - j).astype(real)
