@@ -81,9 +81,10 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
         for (int n = 0; n < DECODE_KEYS; n++)
             rows[n] = k.data + (j + n < keys ? j + n : keys - 1) * k.row;
         const float *groups[DECODE_KEYS];
+        if (format.kind == '4')
 #pragma GCC unroll 4
-        for (int n = 0; n < DECODE_KEYS && format.kind == '4'; n++)
-            groups[n] = scales + (j + n < keys ? j + n : keys - 1) * scales_of_row(format, dims);
+            for (int n = 0; n < DECODE_KEYS; n++)
+                groups[n] = scales + (j + n < keys ? j + n : keys - 1) * scales_of_row(format, dims);
         for (ptrdiff_t begin = 0; begin < dims; begin += DECODE_BLOCK_D) {
             ptrdiff_t end = begin + fewer(dims - begin, DECODE_BLOCK_D);
 #pragma GCC unroll 4

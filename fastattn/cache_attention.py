@@ -67,21 +67,33 @@ def _through_window(
     counts = np.minimum(p.n_queries, state.lengths) if counts is None else counts
     first = state.lengths - counts - window + 1  # that each sequence's first query sees
     _check_held(sequences, state, counts, first)
-    left = window - 1 if r.left is None else min(r.left, window - 1)
-    through = key_range(p.n_queries, p.n_keys, r.offset, True, (left, None), r.lengths, r.spans)
-    near = replace(p, key_range=through)
-    last = state.lengths - counts + p.n_queries - window
-    if not min(sequences.keep_first, int(last.max())) > 0:
-        return solve(near, backend, out)
+    if sequences.keep_first == 0:
+        left = window - 1 if r.left is None else min(r.left, window - 1)
+        through = key_range(p.n_queries, p.n_keys, r.offset, True, (left, None), r.lengths, r.spans)
+        return solve(replace(p, key_range=through), backend, out)
 
+    # A query among the first sees these and no others.
+    kept = min(sequences.keep_first, p.n_keys)
     offset = np.reshape(r.offset, (-1, 1, 1)) if isinstance(r.offset, np.ndarray) else r.offset
-    before = offset + np.arange(p.n_queries)[None, None] - window + 1
-    stop = np.clip(before, 0, min(sequences.keep_first, p.n_keys))
-    start, end = (0, stop) if r.spans is None else (r.spans[0], np.minimum(r.spans[1], stop))
-    spans = np.broadcast_to(start, p.rows()), np.broadcast_to(end, p.rows())
-    far = replace(p, key_range=r._replace(spans=spans), sinks=None, return_lse=True, out=None)
+    position = offset + np.arange(p.n_queries)[None, None]
+    among = position < kept
+    before = np.where(among, 0, position - window + 1)
+    near = _within(p, before, np.where(among, kept, position + 1))
+    stop = np.clip(before, 0, kept)
+    if not stop.any():
+        return solve(near, backend, out)
     near = replace(near, return_lse=True, out=None)
+    far = replace(_within(p, 0, stop), sinks=None, return_lse=True, out=None)
     return _joined(p, solve(near, backend, None), solve(far, backend, None), out)
+
+
+def _within(p: Problem, start, stop) -> Problem:
+    """`p` with no keys but ``start <= j < stop``."""
+    r, start = p.key_range, np.asarray(start)
+    if r.spans is not None:
+        start, stop = np.maximum(start, r.spans[0]), np.minimum(stop, r.spans[1])
+    start, stop = (np.clip(np.broadcast_to(x, p.rows()), 0, p.n_keys) for x in (start, stop))
+    return replace(p, key_range=r._replace(spans=(start, stop)))
 
 
 def _check_held(sequences: Sequences, state: Snapshot, counts, first) -> None:

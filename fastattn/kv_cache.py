@@ -52,8 +52,9 @@ class KVCache:
         What the queries of the last `append` need is kept until the next; other pages are given
         back, so the cache does not grow with the sequence. Positions stay those of the sequence.
     keep_first : int, default 0
-        With a `window`, the first tokens of a sequence that all its queries see besides: attention
-        sinks (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks").
+        With a `window`, the first tokens of a sequence that all its queries see besides, under a
+        causal mask those before them: attention sinks (Xiao et al. 2024, "Efficient Streaming
+        Language Models with Attention Sinks").
 
     Attributes
     ----------

@@ -89,7 +89,8 @@ def is_sparse(value) -> bool:
     if isinstance(value, SparseMask):
         return True
     items = value if _is_sequence(value) else [value]
-    return any(hasattr(x, "tocsr") or hasattr(x, "indptr") for x in items)
+    listed = any(hasattr(x, "tocsr") or hasattr(x, "indptr") for x in items)
+    return listed or len(items) == 0  # of a batch of none
 
 
 def _is_sequence(value) -> bool:
@@ -114,6 +115,8 @@ def sparse_mask(value, batch: tuple[int, ...], n_queries: int, n_keys: int) -> S
             f"mask: expected {batch[-1]} CSR arrays, one for each entry of the last leading axis, "
             f"got {len(value)}"
         )
+    if len(value) == 0:
+        return SparseMask(np.zeros((1, n_queries + 1), np.int64), np.empty(0, np.int32), n_keys)
     read: dict[int, SparseMask] = {}
     for n, x in enumerate(value):
         if id(x) not in read:

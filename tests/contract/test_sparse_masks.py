@@ -96,6 +96,13 @@ def test_one_for_each_entry_of_the_last_leading_axis(target):
     assert same_bits(target.attend(q, k, v, mask=array), found)
 
 
+def test_none_for_a_batch_of_none(target):
+    q, k, v = (x[:0] for x in SHAPE.arrays())
+    assert target.attend(q, k, v, mask=[]).shape == (0, 4, 23, 5)
+    with pytest.raises(ValueError, match=r"^mask: expected 3 CSR arrays, .* got 0"):
+        fastattn.scaled_dot(*SHAPE.arrays(), mask=[])
+
+
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0), (1, 1), (3, 200)])
 def test_sizes(target, sizes):
     n_queries, n_keys = sizes

@@ -155,17 +155,31 @@ def test_window_with_options():
     q = model.append(40)
     (k, v), p, j = model.held[0], np.arange(40)[:, None], np.arange(40)
     bias, sinks = RNG.standard_normal((HEADS, 40, 40)), np.linspace(-1, 1, HEADS)
-    out, lse, weights = model.cache.attend(
+    out, lse, top, weights = model.cache.attend(
         q, bias=bias, sinks=sinks, window=(10, 5), spans=(1, 38), backend="numpy",
-        return_lse=True, return_weights=True,
+        return_lse=True, return_max=True, return_weights=True,
     )  # fmt: skip
     seen = (j <= p) & ((p - 20 < j) | (j < 4)) & (p - 10 <= j) & (j >= 1) & (j < 38)
     s = np.einsum("hid,hjd->hij", q[0].astype(float), np.repeat(k, 2, axis=0)) / np.sqrt(DIM)
     s = np.where(seen, s + bias, -np.inf)
     total = np.exp(s).sum(axis=-1, keepdims=True) + np.exp(sinks)[:, None, None]
     np.testing.assert_allclose(weights[0], np.exp(s) / total, atol=1e-6)
+    np.testing.assert_allclose(top[0], s.max(axis=-1), atol=1e-6)
     np.testing.assert_allclose(out[0], np.exp(s) / total @ np.repeat(v, 2, axis=0), atol=2e-6)
     np.testing.assert_allclose(lse[0], np.log(total)[..., 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_first", [0, 6])
+def test_window_without_a_causal_mask(keep_first):
+    """What is ahead is seen among the first tokens only."""
+    model = Model(1, 4, keep_first)
+    q = model.append(20)
+    out = model.cache.attend(q, causal=False, backend="numpy")
+    (k, v), p, j = model.held[0], np.arange(20)[:, None], np.arange(20)
+    s = np.einsum("hid,hjd->hij", q[0].astype(float), np.repeat(k, 2, axis=0)) / np.sqrt(DIM)
+    weights = np.exp(np.where((j < keep_first) | ((p - 4 < j) & (j <= p)), s, -np.inf))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ np.repeat(v, 2, axis=0)
+    np.testing.assert_allclose(out[0], wanted, atol=2e-6)
 
 
 def test_what_a_window_has_given_back():

@@ -66,8 +66,6 @@ def unsupported(problem: Problem) -> str | None:
 
     if p.bias is not None and format_of(p.bias.dtype) is None:
         return f"no kernel for a bias of {p.bias.dtype}"
-    if p.dropout is not None:
-        return "its kernels have no dropout"
     return None
 
 
@@ -110,6 +108,7 @@ class _Call:
         )
         self.score_function, self.bias = score_functions.NUMBER[p.score_function.name], None
         self.kernel = launch.launcher(*self.hooks)
+        self.dropout = None if p.dropout is None else np.int64(1)
         scale = (
             float(np.abs(p.scale).max(initial=0)) if isinstance(p.scale, np.ndarray) else p.scale
         )
@@ -126,6 +125,13 @@ class _Call:
         t["scale"], t["softcap"] = scale, p.softcap or 0
         if isinstance(p.scale, np.ndarray):
             t["scales"] = self.address(p.scale)
+        t["keep_factor"] = 1
+        if p.dropout is not None:
+            t["drop_seed"] = np.uint64(p.dropout.seed).astype(np.int64)
+            t["drop_threshold"], t["keep_factor"] = p.dropout.threshold, p.dropout.factor
+            names = ("drop_entry", "drop_head", "drop_query", "drop_key")
+            for name, start in zip(names, p.dropout.offset, strict=True):
+                t[name] = start
         if p.score_function is not DOT:
             unit = power_below(p.score_function.weights)  # or their sums might overflow
             t["measure_scale"] = np.float64(scale) * unit
@@ -210,8 +216,9 @@ class _Call:
 
     def launch(self, tile: np.ndarray, begin: int, end: int) -> None:
         self.kernel(
-            tile.ctypes.data, begin, end, self.scale, self.score_function, self.bias, *self.hooks
-        )
+            tile.ctypes.data, begin, end, self.scale, self.score_function, self.bias,
+            self.dropout, *self.hooks,
+        )  # fmt: skip
 
     def start(self) -> Callable[[int, int], None]:
         """A thread's own launch, with a scratch of its own."""

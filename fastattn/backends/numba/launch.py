@@ -12,6 +12,7 @@ from numba import njit
 from numba.core.compiler_lock import global_compiler_lock
 
 from .disk import keep_on_disk
+from .dropout import draw_row_keys
 from .scores import score_block
 from .tile import ATTEND, BLOCK_KEYS, DONE, WEIGH, open_tile, start_rows, tile_at
 from .values import attend_block, finish, store_weights
@@ -29,12 +30,14 @@ def _digest() -> int:
 def _entry():
     digest = _digest()
 
-    def launch(address, begin, end, scale, score_function, bias, score_mod, mask_mod):
+    def launch(address, begin, end, scale, score_function, bias, dropout, score_mod, mask_mod):
         """Attend from the queries of the tiles begin <= item < end."""
         digest  # noqa: B018  a closure's variables are part of the key of the disk cache
         t = tile_at(address)
         for item in range(begin, end):
             open_tile(t, item, scale, mask_mod)
+            if dropout is not None:
+                draw_row_keys(t, scale)
             step = np.int64(ATTEND)
             while step != DONE:
                 if step != WEIGH:
@@ -44,7 +47,7 @@ def _entry():
                     if step == WEIGH:
                         store_weights(t, block, scale)
                     else:
-                        attend_block(t, block, scale)
+                        attend_block(t, block, scale, dropout)
                 step = finish(t, step, scale)
 
     return launch
@@ -67,10 +70,9 @@ keep_on_disk(_plain)
 
 
 def launcher(score_mod, mask_mod):
-    """``launch(address, begin, end, scale, score_function, bias, score_mod, mask_mod)`` for these,
-    or None: it compiles itself at its first call with numbers of a type, with or without a score
-    function
-    and a bias.
+    """``launch(address, begin, end, scale, score_function, bias, dropout, score_mod, mask_mod)``
+    for these, or None: it compiles itself at its first call with numbers of a type, with or without
+    a score function, a bias and dropout.
     """
     return _plain if score_mod is None and mask_mod is None else _with(score_mod, mask_mod)
 

@@ -79,6 +79,10 @@ NUMBERS = (
     # a page, and how many bytes apart pages are; a table of 0 stands for no pages.
     "block_table", "table_pages", "own_pages", "page",
     "k_page", "v_page", "k_scales_page", "v_scales_page",
+    # Dropout: its seed, where in a whole the call starts, and the number below which one drops its
+    # weight; per row the key of its head and its query, as words, and room for words.
+    "drop_seed", "drop_entry", "drop_head", "drop_query", "drop_key", "drop_threshold",
+    "drop_rows", "drop_words",
     # Per row: its query, the index of its head in the tables, and the keys start <= j < stop.
     "row_query", "row_head", "row_start", "row_stop",
     # Of the panel at hand, a word per lane: the keys of a strip as bits, or addresses.
@@ -92,7 +96,7 @@ NUMBERS = (
 TILE = np.dtype(
     [(name, np.int64) for name in NUMBERS]
     + [(name + part, np.int64) for name in ARRAYS for part in ("", "_row", "_dim")]
-    + [(name, np.float64) for name in ("scale", "softcap", "measure_scale", "unit")]
+    + [(name, np.float64) for name in ("scale", "softcap", "measure_scale", "unit", "keep_factor")]
 )
 tile_at = record_of(from_dtype(TILE))
 
@@ -127,6 +131,7 @@ def scratch(itemsize: int, head_dim: int, value_dim: int) -> dict[str, int]:
     rows = TILE_BYTES // itemsize
     panels = TILE_BYTES // PANEL_BYTES
     whole = {"row_query": rows, "row_head": rows, "row_start": rows, "row_stop": rows,
+             "drop_rows": 4 * rows, "drop_words": 4 * rows,
              "words": rows, "panel": panels * PANEL_FIELDS,
              "pieces": panels * STRIPS * TILE_VECS * PIECE_FIELDS}  # fmt: skip
     per_row = {"row_max": 1, "row_sum": 1, "max_score": 1, "top": 1, "rescale": 1,

@@ -6,6 +6,7 @@ from math import inf, log, nan
 
 import numpy as np
 
+from .dropout import drop
 from .exponential import WEIGHT_UNIT, weight_of
 from .extremes import solve_again
 from .key_rows import value_rows
@@ -64,7 +65,7 @@ from .vectors import (
 
 
 @inlined
-def attend_block(t, begin, scale):
+def attend_block(t, begin, scale, dropout):
     """Weigh the scores of the block and add its values to the rows' totals."""
     for p in range(t.panels):
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
@@ -81,7 +82,8 @@ def attend_block(t, begin, scale):
                 piece = ahead(pieces_of(t, p, strip), n * PIECE_FIELDS)
                 if piece[PIECE_VECS] > 0:
                     at = v + (piece[PIECE_FIRST] - first) * v_row
-                    attend(t, p, n, piece, begin, at, v_row, v_dim, reals(total, scale), scale)
+                    attend(t, p, n, piece, begin, at, v_row, v_dim, reals(total, scale), scale,
+                           dropout)  # fmt: skip
     for p in range(t.panels):
         panel = ints(t.panel + 8 * PANEL_FIELDS * p)
         if panel[LIVE]:
@@ -90,7 +92,7 @@ def attend_block(t, begin, scale):
 
 
 @compiled
-def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale):
+def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale, dropout):
     """Weigh the scores of a piece and add its values to the total."""
     size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
     vecs, key = piece[PIECE_VECS], piece[PIECE_FIRST]
@@ -99,6 +101,8 @@ def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale):
     seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
     total = ahead(total, p * size * t.value_dim + lane)
     weigh(t, p * size + lane, vecs, keys, weights, scale)
+    if dropout is not None:
+        drop(t, p * size + lane, vecs, keys, key, weights, scale)
     if t.unit != 1:
         shrink(vecs, keys, weights, constant(t.unit, scale))
     if piece[PIECE_STATE] == SEE_SOME and not all_finite(t, v, v_row, v_dim, keys, scale):
@@ -267,10 +271,10 @@ def store_rows(t, step, scale):
 def divide(t, p, n, scale):
     """Weighted sums to means; 0 where a row saw nothing, whatever is in its column."""
     size, most = TILE_VECS * lanes(scale), splat(finite_most(scale))
-    zero, one = splat(constant(0.0, scale)), splat(constant(1.0, scale))
+    zero, keep = splat(constant(0.0, scale)), splat(constant(t.keep_factor, scale))
     sums = load(ahead(reals(t.row_sum, scale), p * size + n)) * splat(constant(t.unit, scale))
     # A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says.
-    share = choose(sums == zero, splat(constant(nan, scale)), one / sums)
+    share = choose(sums == zero, splat(constant(nan, scale)), keep / sums)
     saw = load_flags(ahead(flags(t.saw), p * size + n), sums)
     column = ahead(reals(t.total, scale), p * size * t.value_dim + n)
     for d in range(t.value_dim):

@@ -275,7 +275,7 @@ def to_exponent(typingctx, sum):
     return sum(sum), emit
 
 
-# csrc/minimax.py: 2**f - 1 = f * polynomial(f) for |f| <= 1/2, highest power first.
+# tools/minimax.py: 2**f - 1 = f * polynomial(f) for |f| <= 1/2, highest power first.
 _POLYNOMIAL = {
     types.float32: (
         0.000154035121869, 0.00133906973649, 0.00961823735112, 0.0555035750476, 0.240226497968,
