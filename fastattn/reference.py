@@ -151,7 +151,7 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         if b.wants("scale"):
             terms = np.where(seen, grad_scaled * measured(p, q, k), 0)
             found["scale"] = terms.sum(axis=of_heads)
-        if b.wants("relative_bias"):
+        if p.relative_bias is not None and b.wants("relative_bias"):
             found["relative_bias"] = np.zeros(p.relative_bias.shape, np.longdouble)
             np.add.at(found["relative_bias"], distance_index(p), grad_s)
         if b.wants("alibi"):
@@ -348,6 +348,7 @@ def positions(p: Problem):
 
 def distance_index(p: Problem):
     """Where in the relative bias each query finds what is added to the score of each key."""
+    assert p.relative_bias is not None
     i, j = positions(p)
     reach = p.relative_bias.shape[-1] // 2
     distance = np.clip(j - i, -reach, reach) + reach

@@ -39,7 +39,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     row_sums = np.zeros(p.rows(6)) if sums else None
     scale, scales = scale_args(p, per_head=b.wants("scale"))
     relative_bias, of_relative_bias = relative_bias_rows(p), None
-    if b.wants("relative_bias"):
+    if relative_bias is not None and b.wants("relative_bias"):
         of_relative_bias = np.zeros(relative_bias.shape)
     rows = np.empty(p.rows(3))
     kernels.differentiate(

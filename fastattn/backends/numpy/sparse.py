@@ -210,6 +210,7 @@ def _unscaled(p: Problem, h: Head, e: Entries) -> np.ndarray:
 
 def _distance_index(h: Head, e: Entries) -> np.ndarray:
     """Where the distance of each key stands in the relative bias."""
+    assert h.relative_bias is not None
     reach = len(h.relative_bias) // 2
     return np.clip(e.keys - (e.rows + (e.queries.start + h.q_offset)), -reach, reach) + reach
 

@@ -268,6 +268,7 @@ def sums(p: Problem, h: Heads, q, queries: slice):
 
 def distance_index(h: Heads, queries: slice, keys: slice) -> np.ndarray:
     """Where the distance of each key from each query stands in a row of the relative bias."""
+    assert h.relative_bias is not None
     reach = h.relative_bias.shape[-1] // 2
     i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
     return np.clip(np.arange(keys.start, keys.stop) - i, -reach, reach) + reach
