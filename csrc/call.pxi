@@ -363,8 +363,9 @@ cdef int bind_params(
     params.relative_bias, params.relative_bias_bytes = NULL, 0
     if relative_bias is not None:
         params.relative_bias = <char *>cnp.PyArray_DATA(relative_bias)
-        # An axis of length 1 may have any stride.
-        params.relative_bias_bytes = relative_bias.nbytes // max(1, kv_heads)
+        params.relative_bias_bytes = (
+            relative_bias.shape[1] * relative_bias.shape[2] * relative_bias.itemsize
+        )
     params.max_score.data = NULL
     params.group = heads // kv_heads if kv_heads else 1
     params.n_queries = q.shape[q.ndim - 2]

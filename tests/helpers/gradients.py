@@ -46,7 +46,7 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
             "bias": grad_s,
         }
         leading = tuple(range(len(p.batch)))
-        terms = grad_s * slope * plain_measure(p, q, k).astype(real)
+        terms = np.where(seen, grad_s * slope * plain_measure(p, q, k), 0).astype(real)
         found["scale"] = terms.sum(axis=(-1, -2)).sum(axis=leading)
         if p.relative_bias is not None:
             found["relative_bias"] = np.zeros(p.relative_bias.shape, real)

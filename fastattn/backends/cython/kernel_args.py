@@ -62,7 +62,7 @@ def from_relative_bias_rows(p: Problem, grad) -> np.ndarray:
     grad[:, _PAD] += grad[:, :_PAD].sum(axis=1)
     grad[:, -_PAD - 1] += grad[:, -_PAD:].sum(axis=1)
     x = grad[:, -_PAD - 1 : _PAD - 1 : -1]
-    return x.swapaxes(1, 2).reshape(p.heads, -1)
+    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(p.heads, -1)
 
 
 def compute_dtype(problem: Problem) -> str:
