@@ -162,6 +162,60 @@ static void add_to_row_sums(Tile *t, const BackwardScratch *g, int p, const SubB
     }
 }
 
+/* Add a sub-block to the row_sums of the scale, whose factor in a score before the softcap is the
+ * score without it. */
+static void add_to_scale_sums(Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t first = p * MR + n * LANES;
+        vec weighted = splat(0), grads = splat(0);
+        for (int j = 0; j < sub->keys; j++) {
+            ptrdiff_t at = j * MR + n * LANES;
+            vec factor = load(g->unscaled + at);
+            if (t->softcap > 0) factor *= load(g->slope + at);
+            if (sub->visibility == PARTIAL)
+                factor = choose(visible_lanes(sub, n, j), factor, splat(0));
+            weighted += load(sub->scores + at) * factor;
+            grads += load(g->grad_scores + at) * factor;
+        }
+        for (int i = 0; i < LANES && first + i < t->n_queries; i++) {
+            t->row_sums[first + i][4] += weighted[i] / WEIGHT_UNIT;
+            t->row_sums[first + i][5] += grads[i] / WEIGHT_UNIT;
+        }
+    }
+}
+
+typedef double doubles_of_lanes __attribute__((vector_size(LANES * 8)));
+typedef double loose_doubles __attribute__((vector_size(LANES * 8), aligned(8)));
+
+/* Add the gradients of one key and LANES queries to those of their relative biases. */
+INLINE void add_to_distances(const Tile *t, ptrdiff_t first, ptrdiff_t key, vec x) {
+    const real *base = t->relative_bias;
+    double *to = t->grad_relative_bias + (relative_bias_at(t, first, key) - base);
+    for (ptrdiff_t l = t->n_queries - first; l < LANES; l++) x[l] = 0; /* lanes without a query */
+    loose_doubles *sum = (loose_doubles *)to;
+    *sum += __builtin_convertvector(x, doubles_of_lanes) * (1 / WEIGHT_UNIT);
+}
+
+/* Add a sub-block's gradients to those of the relative bias. The places of neighbouring keys
+ * overlap: keys that are LANES apart come one after another, so that no load waits for a store that
+ * covers a part of it. Keys that are all farther than the table reaches are summed first. */
+static void add_to_relative_bias(const Tile *t, const BackwardScratch *g, int p,
+                                 const SubBlock *sub) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t first = p * MR + n * LANES, last = sub->key + sub->keys - 1;
+        const real *grad = g->grad_scores + n * LANES;
+        if (relative_bias_at(t, first, sub->key) == relative_bias_at(t, first, last)) {
+            vec sum = splat(0);
+            for (int j = 0; j < sub->keys; j++) sum += load(grad + j * MR);
+            add_to_distances(t, first, last, sum);
+            continue;
+        }
+        for (int begin = 0; begin < LANES; begin++)
+            for (int j = begin; j < sub->keys; j += LANES)
+                add_to_distances(t, first, sub->key + j, load(grad + j * MR));
+    }
+}
+
 /* Turn the gradients of scores into those of the scores before the softcap. */
 static void softcap_gradient(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     for (int j = 0; j < sub->keys; j++)
@@ -179,6 +233,10 @@ static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, Su
     const Scratch *s = &g->forward;
     vec top[MR_VECS];
     s->engine->multiply_keys(t, s, p, sub, NULL);
+    for (int j = 0; j < sub->keys && t->wants_scale; j++)
+        for (int n = 0; n < t->micropanel[p].vecs; n++)
+            store(g->unscaled + j * MR + n * LANES, load(sub->scores + j * MR + n * LANES));
+    if (t->has_scales) multiply_by_scales(t, p, sub, sub->scores, top);
     for (int j = 0; j < sub->keys && t->softcap > 0; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             vec raw = load(sub->scores + j * MR + n * LANES);
@@ -195,8 +253,11 @@ static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, Su
     fit &= differentiate_scores(t, g, p, sub, unit * (real)t->keep_factor);
     if (t->wants_bias) add_to_bias(t, g, p, sub);
     if (t->wants_sums) add_to_row_sums(t, g, p, sub);
+    if (t->wants_scale) add_to_scale_sums(t, g, p, sub);
+    if (t->wants_relative_bias) add_to_relative_bias(t, g, p, sub);
     if (t->softcap > 0) softcap_gradient(t, g, p, sub);
     if (t->has_dropout) drop(t, s, p, sub, sub->scores);
+    if (t->has_scales) fit &= multiply_by_scales(t, p, sub, g->grad_scores, top);
     sum_sub_block(t, g, p, sub, fit, sums);
 }
 

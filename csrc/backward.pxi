@@ -18,6 +18,9 @@ cdef struct BackwardParams:
     const int64_t *key_heads  # in groups of `sharers`, each of which is one item per block of keys
     Py_ssize_t sharers, blocks  # of keys
     Tickets q_tickets, k_tickets, v_tickets  # their blocks: tiles of queries, and blocks of keys
+    double *grad_relative_bias  # (kv_heads, rows, group), or NULL
+    Py_ssize_t relative_biases  # of a key head
+    int64_t *relative_ticket  # of the key heads and blocks of all items, in their order
 
 
 cdef Py_ssize_t gradient_index(
@@ -193,7 +196,7 @@ cdef bint differentiate_tile(
             head = work.kv_head * params.group + (work.first + i) % params.group
             query = (work.first + i) // params.group
             sums = <double *>row_ptr(&backward.row_sums, row_sums, head, query)
-            for n in range(4):
+            for n in range(ROW_SUMS):
                 sums[n] += tile.row_sums[i][n]
     store_release(counter, ticket + 1)
     return True
@@ -235,6 +238,21 @@ cdef bint differentiate_block(
     return True
 
 
+cdef bint add_relative_bias(
+    const BackwardParams *backward, Tile *tile, Py_ssize_t head, Py_ssize_t ticket, bint *stopped
+) noexcept nogil:
+    """Add what a block of a key head found for the relative bias. False if the call was stopped."""
+    cdef Py_ssize_t n
+    cdef double *to = backward.grad_relative_bias
+    if not wait_for_ticket(backward.relative_ticket, ticket, stopped):
+        return False
+    to += head % backward.call.kv_heads * backward.relative_biases
+    for n in range(backward.relative_biases):
+        to[n] += tile.grad_relative_bias[n]
+    store_release(backward.relative_ticket, ticket + 1)
+    return True
+
+
 cdef bint differentiate_item(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
@@ -249,7 +267,13 @@ cdef bint differentiate_item(
         group, block = item % groups, item // groups
     heads = backward.key_heads + group * backward.sharers
     for i in range(backward.sharers):
+        if tile.wants_relative_bias:
+            memset(tile.grad_relative_bias, 0, backward.relative_biases * sizeof(double))
         if not differentiate_block(backward, tile, heads[i], block, listen, last_look, stopped):
+            return False
+        if tile.wants_relative_bias and not add_relative_bias(
+            backward, tile, heads[i], item * backward.sharers + i, stopped
+        ):
             return False
     return True
 
@@ -277,6 +301,8 @@ def differentiate(
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     str compute_dtype, int threads,
     cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None, dropout,
+    cnp.ndarray scales, cnp.ndarray relative_bias, bint wants_scale,
+    cnp.ndarray grad_relative_bias,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
@@ -288,7 +314,9 @@ def differentiate(
     filled with the lse, the rest that its rounding lost, and the mean of the weights' gradients.
     `grad_bias` and `row_sums` are added to unless None. `grad_bias` broadcasts to the scores; it
     has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
-    `row_sums` is float64 (batch, heads, queries, 4) and contiguous: see `Tile.row_sums`.
+    `row_sums` is float64 (batch, heads, queries, 6) and contiguous: see `Tile.row_sums`, the last
+    two of which `wants_scale` asks for, beside `scales`. `grad_relative_bias`, float64 and
+    contiguous, is added to unless None, and has the shape of `relative_bias`.
     `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
     `grad_bias`. The rest is as for `attend`.
     """
@@ -300,7 +328,7 @@ def differentiate(
     cdef CallParams *params = &backward.call
     bind_params(
         params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
-        dropout,
+        dropout, scales, relative_bias,
     )
     bind_operand(params, &backward.grad_out, grad_out, 3)
     bind_operand(params, &backward.result, out, 3)
@@ -325,19 +353,25 @@ def differentiate(
     if params.key_heads == 0:
         return
     threads = available_threads(min(threads, max(1, key_heads.shape[0] * backward.blocks)))
-    init_tile(params, tile, q, k, v, grad_q, scale, softcap, bias)
+    init_tile(params, tile, q, k, v, grad_q, scale, softcap, bias, relative_bias)
     tile.differentiating = True
     tile.grad_out_format = number_format(grad_out)
     tile.grad_out_dim, tile.result_dim = backward.grad_out.dim, backward.result.dim
     tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
     tile.grad_k_key, tile.grad_v_key = backward.grad_k.row, backward.grad_v.row
     tile.wants_bias, tile.wants_sums = grad_bias is not None, row_sums is not None
+    tile.wants_scale, tile.wants_relative_bias = wants_scale, grad_relative_bias is not None
     tile.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
     counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
-    counts *= params.key_heads * <Py_ssize_t>sizeof(int64_t)
+    counts = (counts * params.key_heads + 1) * <Py_ssize_t>sizeof(int64_t)
+    backward.relative_biases = 0
+    if grad_relative_bias is not None:
+        backward.grad_relative_bias = <double *>cnp.PyArray_DATA(grad_relative_bias)
+        backward.relative_biases = params.relative_bias_bytes // params.kernels.real_bytes
     workspace.rows = tile_rows(params)
     tickets = <int64_t *>allocate_workspace(
-        &workspace, threads, params.kernels.backward.scratch_bytes(tile), 0, counts
+        &workspace, threads, params.kernels.backward.scratch_bytes(tile),
+        backward.relative_biases * <Py_ssize_t>sizeof(double), counts,
     )
     try:
         memset(tickets, 0, counts)
@@ -346,7 +380,8 @@ def differentiate(
             &backward, &backward.q_tickets, &params.out, params.num_tiles, tickets
         )
         tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, n, tickets)
-        assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        tickets = assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        backward.relative_ticket = tickets
         run_backward(&backward, &workspace, threads)
     finally:
         free(workspace.allocated)

@@ -35,6 +35,7 @@ struct BackwardScratch {
     ptrdiff_t q_rows_padded;       /* rows of a micropanel in grad_q */
     real *grad_q;                  /* [micropanel][head_dim][MR], from one block */
     real *grad_scores, *slope;     /* [SUB_BLOCK_K][MR] */
+    real *unscaled;                /* likewise, the scores before their scale; if wants_scale */
     real *sub_grad_k, *sub_grad_v; /* [dim micropanel][SUB_BLOCK_K][MR dims], from one tile */
     real *grad_k, *grad_v;         /* [dim micropanel][keys of the block][MR dims] */
     real *lse, *lse_rest,
@@ -66,6 +67,7 @@ static size_t lay_out_backward(const Tile *t, BackwardScratch *g) {
     TAKE(grad_q, row * g->q_rows_padded)
     TAKE(grad_scores, SUB_BLOCK_K * MR)
     TAKE(slope, SUB_BLOCK_K * MR)
+    TAKE(unscaled, t->wants_scale ? SUB_BLOCK_K * MR : 0)
     TAKE(sub_grad_k, SUB_BLOCK_K * k)
     TAKE(sub_grad_v, SUB_BLOCK_K * v)
     TAKE(grad_k, BLOCK_K * k)

@@ -27,6 +27,7 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
     for (int n = 0; n < vecs; n++) sub_top[n] = splat(-INFINITY);
     ensure_packed(t, s, sub->key, &s->packed->keys, s->engine->pack_keys);
     s->engine->multiply_keys(t, s, p, sub, sub_top);
+    if (t->has_scales) multiply_by_scales(t, p, sub, sub->scores, sub_top);
     finish_scores(t, s, p, sub, sub_top);
     if (t->check_range) clamp_scores(t, p, sub, sub_top);
     for (int n = 0; n < vecs; n++) {
@@ -35,6 +36,10 @@ static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *to
             *any_visible |= *(const ivec *)(sub->mask_words + w * MR + n * LANES) != 0;
         if (sub->visibility == FULL) *any_visible = splat_int(-1);
         top[n] = larger(sub_top[n], top[n]);
+        if (t->want_max) {
+            real *most = s->max_score + p * MR + n * LANES;
+            store(most, larger(sub_top[n], load(most)));
+        }
     }
     return true;
 }

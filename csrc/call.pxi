@@ -43,9 +43,9 @@ cdef struct Dropout:
 cdef struct CallParams:
     # Everything that the tiles of one call share.
     const TileKernels *kernels
-    Operand q, k, v, k_scales, v_scales, out, mask, bias, weights, lse
+    Operand q, k, v, k_scales, v_scales, out, mask, bias, weights, lse, max_score
     KeyRange keys
-    int lse_bytes  # of one number
+    int lse_bytes  # of one number, also of max_score
     int n_batch
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
@@ -58,6 +58,9 @@ cdef struct CallParams:
     Operand pages  # (batch, pages); NULL: keys and values are no pool of these
     const double *alibi  # per head; NULL if not given
     const double *sinks
+    const double *scales
+    char *relative_bias  # (kv_heads, rows, group), as Tile.relative_bias
+    Py_ssize_t relative_bias_bytes  # of one key head
     WeightReduction reduction
     Dropout dropout
 
@@ -173,6 +176,8 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
             batch_ptr(params, &params.v_scales, work.batch) + work.kv_head * params.v_scales.head
         )
     tile.has_sinks = params.sinks is not NULL and work.split == 0
+    if params.relative_bias is not NULL:
+        tile.relative_bias = params.relative_bias + work.kv_head * params.relative_bias_bytes
     if params.num_splits > 1:
         first_key = work.split * params.split_keys
         last_key = min(first_key + params.split_keys, params.n_keys)
@@ -204,7 +209,10 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
             tile.weights[i] = row_ptr(&params.weights, weights, head, query)
         if params.alibi is not NULL:
             tile.slope[i] = params.alibi[head]
-            tile.position[i] = position
+        tile.position[i] = position
+        tile.column[i] = head - work.kv_head * params.group
+        if params.scales is not NULL:
+            tile.scales[i] = params.scales[head]
         if params.sinks is not NULL:
             tile.sink[i] = params.sinks[head]
         if params.dropout.given:
@@ -218,19 +226,37 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
             query += 1
 
 
-cdef void store_lse(
-    const CallParams *params, char *to, WorkItem work, Py_ssize_t row, double lse
+cdef void store_row(
+    const CallParams *params, const Operand *operand, char *to, WorkItem work, Py_ssize_t row,
+    double number,
 ) noexcept nogil:
-    """Store the lse of a tile's row; `to` is where that of its batch entry begins."""
+    """Store the lse or the largest score of a tile's row; `to` is where those of its batch entry
+    begin.
+    """
     cdef Py_ssize_t head
     row += work.first
     if to is not NULL:
         head = work.kv_head * params.group + row % params.group
-        to = row_ptr(&params.lse, to, head, row // params.group)
+        to = row_ptr(operand, to, head, row // params.group)
         if params.lse_bytes == sizeof(double):
-            (<double *>to)[0] = lse
+            (<double *>to)[0] = number
         else:
-            (<float *>to)[0] = <float>lse
+            (<float *>to)[0] = <float>number
+
+
+cdef double max_of_splits(
+    const CallParams *params, WorkItem work, Py_ssize_t row, Py_ssize_t rows
+) noexcept nogil:
+    """The largest score of a row, from those at the end of each partial result."""
+    cdef double most = -INFINITY, own
+    cdef Py_ssize_t split
+    for split in range(params.num_splits):
+        own = (<double *>(
+            partial_ptr(params, work.batch, work.kv_head, split + 1) - rows * sizeof(double)
+        ))[row]
+        if own > most or own != own:
+            most = own
+    return most
 
 
 cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcept nogil:
@@ -239,14 +265,21 @@ cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcep
     cdef Py_ssize_t rows = params.group * params.n_queries
     cdef char *out
     cdef char *lse
+    cdef char *max_score
     cdef WorkItem work
     for item in range(params.key_heads):
         work = work_item_of(params, item * params.num_splits)
         out = batch_ptr(params, &params.out, work.batch)
         lse = batch_ptr(params, &params.lse, work.batch)
+        max_score = batch_ptr(params, &params.max_score, work.batch)
         for i in range(rows):
+            if max_score is not NULL:
+                store_row(
+                    params, &params.max_score, max_score, work, i,
+                    max_of_splits(params, work, i, rows),
+                )
             head = work.kv_head * params.group + i % params.group
-            store_lse(params, lse, work, i, params.kernels.combine_splits(
+            store_row(params, &params.lse, lse, work, i, params.kernels.combine_splits(
                 partial_ptr(params, work.batch, work.kv_head, 0), params.num_splits,
                 params.partial_bytes, rows, i, value_dim,
                 row_ptr(&params.out, out, head, i // params.group), dim, params.out_format,
@@ -302,7 +335,8 @@ cdef int bind_dropout(CallParams *params, dropout) except -1:
 cdef int bind_params(
     CallParams *params, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
-    key_range, cnp.ndarray mask, cnp.ndarray bias, dropout,
+    key_range, cnp.ndarray mask, cnp.ndarray bias, dropout, cnp.ndarray scales,
+    cnp.ndarray relative_bias,
 ) except -1:
     """The parameters of either direction, with one tile and one split per key head."""
     cdef int i
@@ -325,6 +359,14 @@ cdef int bind_params(
     bind_operand(params, &params.pages, None, 1)
     params.alibi = doubles(alibi)
     params.sinks = doubles(sinks)
+    params.scales = doubles(scales)
+    params.relative_bias, params.relative_bias_bytes = NULL, 0
+    if relative_bias is not None:
+        params.relative_bias = <char *>cnp.PyArray_DATA(relative_bias)
+        params.relative_bias_bytes = (
+            relative_bias.shape[1] * relative_bias.shape[2] * relative_bias.itemsize
+        )
+    params.max_score.data = NULL
     params.group = heads // kv_heads if kv_heads else 1
     params.n_queries = q.shape[q.ndim - 2]
     params.out_format = number_format(out)
@@ -336,7 +378,7 @@ cdef int bind_params(
 
 cdef int init_tile(
     const CallParams *params, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
-    cnp.ndarray out, double scale, double softcap, cnp.ndarray bias,
+    cnp.ndarray out, double scale, double softcap, cnp.ndarray bias, cnp.ndarray relative_bias,
 ) except -1:
     """What all tiles of a call have in common, but for what a reduction needs."""
     tile.k_scales, tile.v_scales, tile.pages = NULL, NULL, NULL
@@ -362,8 +404,18 @@ cdef int init_tile(
     tile.bias_key = params.bias.dim
     if bias is not None:
         tile.bias_format = number_format(bias)
+    tile.has_scales = params.scales is not NULL
+    tile.relative_bias, tile.group = NULL, params.group
+    tile.plain_relative_bias = tile.hiding_relative_bias = False
+    if relative_bias is not None:
+        tile.reach = relative_bias.shape[1] // 2 - MAX_LANES
+        tile.plain_relative_bias = bool(
+            (np.abs(relative_bias) <= np.finfo(relative_bias.dtype).max / 4).all()
+        )
+        tile.hiding_relative_bias = bool(np.isneginf(relative_bias).any())
     tile.weights_key = tile.top_k = 0
-    tile.want_lse = tile.differentiating = False
+    tile.want_lse = tile.want_max = tile.differentiating = False
+    tile.wants_relative_bias = tile.wants_scale = False
     tile.margin = 0
     tile.has_dropout = params.dropout.given
     tile.drop_threshold = params.dropout.threshold

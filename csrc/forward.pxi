@@ -23,7 +23,9 @@ cdef bint attend_tile(
     cdef Py_ssize_t keys = params.kernels.block_k, i
     cdef WorkItem work = work_item_of(params, item)
     cdef char *lse = batch_ptr(params, &params.lse, work.batch)
-    cdef double *partial
+    cdef char *max_score = batch_ptr(params, &params.max_score, work.batch)
+    cdef char *partial
+    cdef Py_ssize_t bytes
     cdef Step second_pass = NULL  # over the scores, once their sums are known
     cdef bint done
     if params.reduction.sums is not NULL:
@@ -49,11 +51,16 @@ cdef bint attend_tile(
             break
         tile.margin = log(2 * params.n_keys * WEIGHT_UNIT)
     if params.num_splits > 1:
-        partial = <double *>partial_ptr(params, work.batch, work.kv_head, work.split)
-        memcpy(partial, tile.lse, tile.n_queries * sizeof(double))
+        partial = partial_ptr(params, work.batch, work.kv_head, work.split)
+        bytes = tile.n_queries * sizeof(double)
+        memcpy(partial, tile.lse, bytes)
+        if tile.want_max:
+            memcpy(partial + params.partial_bytes - bytes, tile.max_score, bytes)
         return True
     for i in range(tile.n_queries if lse is not NULL else 0):
-        store_lse(params, lse, work, i, tile.lse[i])
+        store_row(params, &params.lse, lse, work, i, tile.lse[i])
+    for i in range(tile.n_queries if max_score is not NULL else 0):
+        store_row(params, &params.max_score, max_score, work, i, tile.max_score[i])
     if params.reduction.sums is not NULL:
         return ordered_add(params, tile, work, listen, last_look, stopped)
     return True
@@ -79,6 +86,7 @@ def attend(
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
     score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table, dropout,
+    cnp.ndarray scales, cnp.ndarray relative_bias, cnp.ndarray max_score,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
@@ -90,7 +98,10 @@ def attend(
     `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
     is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
     character: see `compute_dtype_of`. `score_function` is None for dot products, else a pair of its
-    name and its weights. `dropout` is None or a `Dropout`. All arguments must have been validated: nothing is checked here.
+    name and its weights. `dropout` is None or a `Dropout`. `scales` are those of the heads,
+    contiguous float64, beside a `scale` of 1. `relative_bias` is (kv_heads, rows, group) as of
+    `Tile.relative_bias`. `max_score` is filled as `lse` is, unless None. All arguments must have
+    been validated: nothing is checked here.
 
     With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
     bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last
@@ -105,13 +116,17 @@ def attend(
     cdef char *shared
     bind_params(
         &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
-        dropout,
+        dropout, scales, relative_bias,
     )
     bind_operand(&params, &params.k_scales, k_scales, 3)
     bind_operand(&params, &params.v_scales, v_scales, 3)
     bind_operand(&params, &params.weights, weights, 3)
     bind_operand(&params, &params.lse, lse, 2)
-    params.lse_bytes = 0 if lse is None else lse.descr.itemsize
+    bind_operand(&params, &params.max_score, max_score, 2)
+    params.lse_bytes = 0
+    for array in (lse, max_score):
+        if array is not None:
+            params.lse_bytes = array.itemsize
     params.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
     params.kernels = kernels_for(
         compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
@@ -130,7 +145,7 @@ def attend(
         return
     threads = available_threads(min(threads, items))
 
-    init_tile(&params, tile, q, k, v, out, scale, softcap, bias)
+    init_tile(&params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
     tile.value_dim = out.shape[out.ndim - 1]
     if k.descr.kind == ord("u"):
         tile.k_format.kind = tile.v_format.kind = ord("4")
@@ -149,14 +164,17 @@ def attend(
             "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
         }[score_function[0]]
         tile.dim_weights = doubles(score_function[1])
-    tile.want_lse = lse is not None
+    tile.want_lse, tile.want_max = lse is not None, max_score is not None
     if params.num_splits > 1:
         tile.want_lse = True
         tile.out_format.kind, tile.out_format.swapped = ord("f"), False
         tile.out_format.bytes = tile.out_dim = params.kernels.real_bytes
         params.partial_bytes = padded(
             params.group * params.n_queries
-            * (<Py_ssize_t>sizeof(double) + tile.value_dim * params.kernels.real_bytes)
+            * (
+                (1 + tile.want_max) * <Py_ssize_t>sizeof(double)
+                + tile.value_dim * params.kernels.real_bytes
+            )
         )
         shared_bytes = items * params.partial_bytes
     if sums is not None:

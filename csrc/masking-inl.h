@@ -42,13 +42,32 @@ static bool hidden_by_bias(const Tile *t, int p, const SubBlock *sub) {
     return true;
 }
 
-/* The visibility of a sub-block. Biases of -inf count only if all are; add_any_bias masks the
- * others. */
+/* Where the relative bias of query i and a key is; those of the next queries follow. */
+INLINE const real *relative_bias_at(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
+    ptrdiff_t before = t->position[i] - key, farthest = t->reach + MAX_LANES;
+    before = before < -farthest ? -farthest : before > t->reach ? t->reach : before;
+    return (const real *)t->relative_bias + (before + farthest) * t->group + t->column[i];
+}
+
+/* Is every relative bias of the micropanel and sub-block -inf? */
+static bool hidden_by_relative_bias(const Tile *t, int p, const SubBlock *sub) {
+    ptrdiff_t last = fewer(t->n_queries, (p + 1) * MR) - 1;
+    /* Whole rows: at the ends of the table queries of all heads are on one. */
+    const real *from = relative_bias_at(t, p * MR, sub->key + sub->keys - 1) - t->column[p * MR];
+    const real *to = relative_bias_at(t, last, sub->key) + t->group - 1 - t->column[last];
+    for (; from <= to; from++)
+        if (*from != -INFINITY) return false;
+    return true;
+}
+
+/* The visibility of a sub-block. Biases of -inf count only if all are; add_any_bias and
+ * add_any_relative_bias mask the others. */
 static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
     ptrdiff_t first = p * MR, key = sub->key;
     bool inner =
         t->micropanel[p].inner_first <= key && key + sub->keys <= t->micropanel[p].inner_last;
     if (t->has_bias && hidden_by_bias(t, p, sub)) return EMPTY;
+    if (t->hiding_relative_bias && hidden_by_relative_bias(t, p, sub)) return EMPTY;
     if (inner && !t->has_mask) return FULL;
     uint64_t every = first_bits(sub->keys), any = 0, all = every, bits = 0, masked = every;
     for (int i = 0; i < MR; i++) {

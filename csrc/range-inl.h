@@ -66,11 +66,16 @@ static real exact_score(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
         x = exact_similarity(t, i, key, far, &finite);
         up = t->score_function == DOT || t->score_function == SQUARED_DISTANCE ? 2 * far : far;
     }
-    x = frexp(x, &power) * t->scale;
-    double s = clamp_finite(ldexp(x, power + up), finite && isfinite(t->scale));
+    double scale = t->has_scales ? t->scales[i] : t->scale;
+    x = frexp(x, &power) * scale;
+    double s = clamp_finite(ldexp(x, power + up), finite && isfinite(scale));
     if (t->softcap > 0) s = t->softcap * tanh(s / t->softcap);
     if (t->has_bias) {
         real bias = as_real(read_number(t->bias[i] + key * t->bias_key, t->bias_format));
+        s = clamp_finite(s + bias, isfinite(s) && isfinite(bias));
+    }
+    if (t->relative_bias) {
+        real bias = *relative_bias_at(t, i, key);
         s = clamp_finite(s + bias, isfinite(s) && isfinite(bias));
     }
     if (t->has_alibi) {
@@ -123,7 +128,8 @@ static bool is_visible(const Tile *t, ptrdiff_t i, ptrdiff_t key) {
     return t->start[i] <= key && key < t->stop[i] &&
            (!t->has_mask || t->mask[i][key * t->mask_key]) &&
            (!t->has_bias ||
-            read_number(t->bias[i] + key * t->bias_key, t->bias_format) != -INFINITY);
+            read_number(t->bias[i] + key * t->bias_key, t->bias_format) != -INFINITY) &&
+           (!t->hiding_relative_bias || *relative_bias_at(t, i, key) != -INFINITY);
 }
 
 /* Is any number of a row NaN or Inf? */
@@ -155,7 +161,7 @@ INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores
     }
 }
 
-/* Is the query, its sink or the bias of a visible key NaN or Inf? */
+/* Is the query, its sink or a bias of a visible key NaN or Inf? */
 static bool has_nonfinite_input(const Tile *t, ptrdiff_t i) {
     for (ptrdiff_t d = 0; d < t->head_dim; d++)
         if (!isfinite(read_number(t->q[i] + d * t->q_dim, t->q_format))) return true;
@@ -164,6 +170,9 @@ static bool has_nonfinite_input(const Tile *t, ptrdiff_t i) {
         double bias = read_number(t->bias[i] + key * t->bias_key, t->bias_format);
         if (!isfinite(bias) && is_visible(t, i, key)) return true;
     }
+    bool any_bias = t->relative_bias && !t->plain_relative_bias;
+    for (ptrdiff_t key = t->start[i]; key < t->stop[i] && any_bias; key++)
+        if (!isfinite(*relative_bias_at(t, i, key)) && is_visible(t, i, key)) return true;
     return false;
 }
 

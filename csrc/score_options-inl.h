@@ -62,10 +62,18 @@ static void add_plain_bias(const Tile *t, int p, const SubBlock *sub, vec *top) 
     }
 }
 
+/* A sum of finite numbers that overflows becomes the largest number. */
+INLINE vec add_in_range(vec score, vec bias) {
+    const vec most = splat(REAL_MAX);
+    vec sum = score + bias;
+    ivec finite = (magnitude(score) <= most) & (magnitude(bias) <= most);
+    vec bound = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
+    return choose(finite, bound, sum);
+}
+
 /* Add biases of any format. A bias of -inf masks its key; a sum of finite numbers that overflows
  * becomes the largest number. Returns the new visibility. */
 static Visibility add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) {
-    const vec most = splat(REAL_MAX);
     int vecs = t->micropanel[p].vecs;
     Visibility visibility = sub->visibility;
     bool excluding = false;
@@ -85,12 +93,44 @@ static Visibility add_any_bias(const Tile *t, int p, const SubBlock *sub, real *
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = sub->scores + j * MR + n * LANES;
-            vec score = load(s), b = load(bias + j * MR + n * LANES), sum = score + b;
-            ivec finite = (magnitude(score) <= most) & (magnitude(b) <= most);
-            vec bound = choose(magnitude(sum) > most, with_sign_of(most, sum), sum);
-            store(s, choose(finite, bound, sum));
+            store(s, add_in_range(load(s), load(bias + j * MR + n * LANES)));
         }
     return excluding ? PARTIAL : visibility;
+}
+
+/* Add the relative biases of a sub-block, and take the maximum. */
+static void add_plain_relative_bias(const Tile *t, int p, const SubBlock *sub, vec *top) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        vec most = splat(-INFINITY);
+        for (int j = 0; j < sub->keys; j++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            vec bias = load_unaligned(relative_bias_at(t, p * MR + n * LANES, sub->key + j));
+            vec sum = load(s) + bias;
+            store(s, sum);
+            most = larger(sum, most);
+        }
+        top[n] = most;
+    }
+}
+
+/* The same for any biases. One of -inf masks its key. Returns the new visibility. */
+static Visibility add_any_relative_bias(const Tile *t, int p, const SubBlock *sub) {
+    int vecs = t->micropanel[p].vecs;
+    if (sub->visibility == FULL)
+        for (int i = 0; i < vecs * LANES; i++)
+            set_mask_words(sub->mask_words, i, first_bits(sub->keys));
+    ivec any_hidden = splat_int(0);
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            ivec *word = (ivec *)(sub->mask_words + j / LANE_BITS * MR + n * LANES);
+            vec bias = load_unaligned(relative_bias_at(t, p * MR + n * LANES, sub->key + j));
+            ivec hidden = bias == splat(-INFINITY);
+            *word &= ~(hidden & splat_int((lane_int)((lane_uint)1 << j % LANE_BITS)));
+            any_hidden |= hidden;
+            store(s, add_in_range(load(s), bias));
+        }
+    return any_lane(any_hidden) ? PARTIAL : sub->visibility;
 }
 
 static void add_to_scores(int vecs, const SubBlock *sub, const real *more) {
@@ -166,7 +206,32 @@ static void take_max(int vecs, const SubBlock *sub, vec *top) {
     }
 }
 
-/* All steps after the product: scale, softcap, bias, ALiBi, mask. `top` is the maximum of the
+/* The scales of LANES queries. */
+INLINE vec load_scales(const Tile *t, ptrdiff_t first) {
+    real x[LANES] = {0};
+    for (int i = 0; i < LANES && first + i < t->n_queries; i++) x[i] = (real)t->scales[first + i];
+    return load_unaligned(x);
+}
+
+/* Multiply what belongs to the scores of a sub-block by the scales of its queries, and take the
+ * maximum. Returns whether all are finite. */
+static bool multiply_by_scales(const Tile *t, int p, const SubBlock *sub, real *scores, vec *top) {
+    vec not_finite = splat(0);
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        vec scale = load_scales(t, p * MR + n * LANES), most = splat(-INFINITY);
+        for (int j = 0; j < sub->keys; j++) {
+            real *s = scores + j * MR + n * LANES;
+            vec x = load(s) * scale;
+            store(s, x);
+            most = larger(x, most);
+            not_finite += x * 0;
+        }
+        top[n] = most;
+    }
+    return !any_lane(not_finite != splat(0));
+}
+
+/* All steps after the product and its scale: softcap, bias, ALiBi, mask. `top` is the maximum of the
  * scores, before and after. */
 static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
@@ -186,6 +251,14 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub,
             add_plain_bias(t, p, sub, top);
         } else {
             sub->visibility = add_any_bias(t, p, sub, s->bias);
+            take_max(vecs, sub, top);
+        }
+    }
+    if (t->relative_bias) {
+        if (t->plain_relative_bias) {
+            add_plain_relative_bias(t, p, sub, top);
+        } else {
+            sub->visibility = add_any_relative_bias(t, p, sub);
             take_max(vecs, sub, top);
         }
     }

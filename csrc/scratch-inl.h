@@ -30,6 +30,7 @@ typedef struct MatmulEngine MatmulEngine; /* see matmul.h */
 typedef struct Scratch {
     struct Scratch *own;     /* this struct, at the start of the scratch once `begin` has run */
     real *row_max, *row_sum; /* [micropanel][MR] */
+    real *max_score;         /* [micropanel][MR], of the visible keys; if want_max */
     lane_int *any_visible;   /* [micropanel][MR]: has the query a visible key? -1 or 0 */
     real *nan_beside_inf;    /* [micropanel][MR]: NaN if there was one beside Inf, else 0 */
     uint64_t *overflowed;    /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
@@ -134,6 +135,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(packed, 1)
     TAKE(row_max, row)
     TAKE(row_sum, row)
+    TAKE(max_score, t->want_max ? row : 0)
     TAKE(any_visible, row)
     TAKE(nan_beside_inf, row)
     TAKE(overflowed, micropanels * t->value_dim)

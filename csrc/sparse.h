@@ -35,7 +35,7 @@ typedef struct {
     ptrdiff_t grad_out_row, result_row, grad_lse_row;
     double coarse; /* an lse of this size or more is computed again */
     SparseRow *rows;
-    double (*row_sums)[4]; /* as in the Tile; or NULL */
+    double (*row_sums)[ROW_SUMS]; /* as in the Tile; or NULL */
     char *grad_bias;       /* `real` numbers, or NULL */
     ptrdiff_t grad_bias_row, grad_bias_key;
     char *grad_k, *grad_v;

@@ -54,7 +54,7 @@ cdef void set_head(
     h.grad_lse_row = sparse.grad_lse.row
     h.coarse = sparse.coarse
     h.rows = <SparseRow *>sparse_rows(params, &sparse.rows, batch, head)
-    h.row_sums = <double (*)[4]>sparse_rows(params, &sparse.row_sums, batch, head)
+    h.row_sums = <double (*)[ROW_SUMS]>sparse_rows(params, &sparse.row_sums, batch, head)
     h.grad_bias = sparse_rows(params, &sparse.grad_bias, batch, head)
     h.grad_bias_row, h.grad_bias_key = sparse.grad_bias.row, sparse.grad_bias.dim
     h.grad_k = sparse_rows(params, &sparse.grad_k, batch, kv_head)
@@ -163,13 +163,13 @@ cdef int bind_sparse(
     cdef const InstructionSet *isa = chosen()
     memset(sparse, 0, sizeof(SparseParams))
     bind_params(params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, None, bias,
-                None)
+                None, None, None)
     bind_operand(params, &params.lse, lse, 2)
     sparse.kernels = isa.sparse_float64 if double_sums else isa.sparse_float32
     params.kernels = isa.float64 if double_sums else isa.fma
     sparse.keys = sparse_lists(starts, keys)
     sparse.patterns = starts.shape[0]
-    init_tile(params, tile, q, k, v, out, scale, softcap, bias)
+    init_tile(params, tile, q, k, v, out, scale, softcap, bias, None)
     if score_function is not None:
         tile.score_function = {
             "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,

@@ -63,7 +63,8 @@ cdef bint interrupted(double *last_look) noexcept nogil:
 
 
 # The memory that the threads of a call work in: for each a tile, which begins as a copy of the
-# prototype, its scratch, its arrays of rows, and room for a reduction of weights. A thread is the
+# prototype, its scratch, its arrays of rows, and room for a reduction of weights or of the gradient
+# of the relative bias. A thread is the
 # first to write its own.
 cdef struct Workspace:
     Tile prototype
@@ -114,6 +115,7 @@ cdef Tile *tile_of(Workspace *workspace, int thread) noexcept nogil:
         lay_out_rows(tile, workspace.rows, memory + workspace.rows_at)
         tile.bins = <double *>(memory + workspace.reduction_at)
         tile.heaps = <Candidate *>(memory + workspace.reduction_at)
+        tile.grad_relative_bias = <double *>(memory + workspace.reduction_at)
     return tile
 
 

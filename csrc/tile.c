@@ -78,8 +78,8 @@ static size_t scratch_bytes(const Tile *t, ptrdiff_t queries) {
 static void choose_scaling(Tile *t, const MatmulEngine *engine) {
     double size = fabs(t->scale);
     t->check_range = may_overflow(t);
-    bool natural = t->has_bias || t->has_alibi || t->has_sinks || t->check_range ||
-                   t->score_function == SQUARED_DISTANCE;
+    bool natural = t->has_scales || t->has_bias || t->relative_bias || t->has_alibi ||
+                   t->has_sinks || t->check_range || t->score_function == SQUARED_DISTANCE;
     t->score_scale = 1;
     t->exponent = natural ? LOG2_E : 1;
     t->q_scale = t->scale * (natural || t->softcap > 0 ? 1 : LOG2_E);
@@ -147,6 +147,7 @@ static void start_rows(const Tile *t, const Scratch *s, ptrdiff_t first) {
         s->row_sum[i] = sink == -INFINITY  ? 0
                         : sink == INFINITY ? 1
                                            : (real)(WEIGHT_UNIT * exp(sink - (sink + t->margin)));
+        if (t->want_max) s->max_score[i] = -INFINITY;
         s->any_visible[i] = 0;
         s->nan_beside_inf[i] = 0;
     }
@@ -204,6 +205,21 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
     }
 }
 
+/* The largest score of a row. If scores are NaN the maximum may have missed them: then the sum is
+ * NaN too, and so it is beside a sink that is no number, which tells nothing of the scores. */
+static double max_score_of(const Tile *t, const Scratch *s, ptrdiff_t i, double unit) {
+    double most = s->max_score[i] * unit, sink = t->has_sinks ? t->sink[i] : -INFINITY;
+    if (!isnan(s->row_sum[i]) && !isnan(s->nan_beside_inf[i])) return most;
+    if (!isnan(sink) && sink != INFINITY)
+        return most == INFINITY && !isnan(s->nan_beside_inf[i]) ? most : NAN;
+    for (ptrdiff_t key = t->start[i]; key < t->stop[i] && !isnan(most); key++)
+        if (is_visible(t, i, key)) {
+            double score = exact_score(t, i, key);
+            if (isnan(score) || score > most) most = score;
+        }
+    return most;
+}
+
 static int finish(Tile *t) {
     Scratch s = scratch_of(t);
     bool rerun = t->margin == 0 && find_overflow(t, &s);
@@ -218,6 +234,7 @@ static int finish(Tile *t) {
             s.row_max[i] * unit; /* if the top is Inf the sum has Inf - Inf, and its log is NaN */
         if (t->want_lse && delivers(t, i))
             t->lse[i] = top == INFINITY ? top : top + log((double)s.row_sum[i] / WEIGHT_UNIT);
+        if (t->want_max && delivers(t, i)) t->max_score[i] = max_score_of(t, &s, i, unit);
     }
     return !rerun;
 }

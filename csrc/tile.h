@@ -34,6 +34,8 @@ typedef struct {
     ptrdiff_t key;
 } Candidate;
 
+#define ROW_SUMS 6
+
 /* What is said of "query i" is an array with an element for each query: lay_out_rows allocates
  * them. */
 typedef struct {
@@ -68,6 +70,16 @@ typedef struct {
     NumberFormat bias_format;
     double *slope, *sink;
     ptrdiff_t *position; /* of query i on the key axis */
+    int has_scales;      /* scores are multiplied by those of their queries, and `scale` is 1 */
+    double *scales;
+    /* The relative bias of the key head, of type `real`; NULL: none. Row `reach + MAX_LANES + n` of
+     * [2 * (reach + MAX_LANES) + 1][group] is for keys n places before the query, and a column for
+     * each query head of the group. Rows outside -reach..reach repeat the last ones, so that the
+     * queries of a vector, whose heads take turns, find theirs one after another. */
+    const void *relative_bias;
+    ptrdiff_t reach, group;
+    ptrdiff_t *column;                             /* of query i: its head within the group */
+    int plain_relative_bias, hiding_relative_bias; /* are all far from overflow? is some -inf? */
 
     /* Dropout: see dropout-inl.h. Of each query the two words of its head's key and those of its
      * index; the index of the first key; a number below drop_threshold drops its weight. */
@@ -79,9 +91,11 @@ typedef struct {
     char **weights; /* filled by weights() where a key is visible; zero before */
     ptrdiff_t weights_key;
     int want_lse;
-    double *lse;      /* filled by finish if want_lse */
-    double *lse_rest; /* for gradients: what the rounding of lse lost */
-    void *scratch;    /* of scratch_bytes, 64-byte aligned */
+    double *lse; /* filled by finish if want_lse */
+    int want_max;
+    double *max_score; /* filled by finish if want_max: without the sink */
+    double *lse_rest;  /* for gradients: what the rounding of lse lost */
+    void *scratch;     /* of scratch_bytes, 64-byte aligned */
 
     /* For gradients: the results and their gradients, and `delta`, which is subtracted from the
      * gradients of the weights. The gradients of the queries are added to `out`, of type `real`
@@ -98,12 +112,14 @@ typedef struct {
     int adds_k, adds_v; /* add to the gradients of keys and values, or overwrite them? */
     /* The gradient of the bias is added to: a `real` row of keys for each query, or a `double` one
      * if queries share it. */
-    int wants_bias, wants_sums, rows_share_bias;
+    int wants_bias, wants_relative_bias, wants_sums, wants_scale, rows_share_bias;
     char **grad_bias;
+    double *grad_relative_bias; /* of the layout of relative_bias; added to */
     /* If wants_sums, filled by differentiate for each query: the sums of its weights and of the
      * gradients of its scores, and both sums weighted with the distance of the key, which is 0
-     * without alibi. */
-    double (*row_sums)[4];
+     * without alibi; then, if wants_scale, both weighted with the score's derivative by its scale.
+     */
+    double (*row_sums)[ROW_SUMS];
 
     /* For weight maps: accumulate_bins adds the weights of a query to its row of `bins`, in a
      * column for each of the runs that the keys are split into: see bin_of. */
@@ -163,11 +179,14 @@ static inline size_t lay_out_rows(Tile *t, ptrdiff_t rows, char *base) {
     TAKE(slope)
     TAKE(sink)
     TAKE(position)
+    TAKE(scales)
+    TAKE(column)
     for (int w = 0; w < 4; w++) {
         TAKE(drop_words[w])
     }
     TAKE(weights)
     TAKE(lse)
+    TAKE(max_score)
     TAKE(lse_rest)
     TAKE(grad_out)
     TAKE(result)

@@ -16,6 +16,8 @@ cdef extern from "tile_sizes.h" nogil:
         MAX_SPLITS
 
 cdef extern from "tile.h" nogil:
+    enum:
+        ROW_SUMS
     const double WEIGHT_UNIT
 
     ctypedef struct NumberFormat:
@@ -61,14 +63,21 @@ cdef extern from "tile.h" nogil:
         double *slope
         double *sink
         Py_ssize_t *position
+        bint has_scales
+        double *scales
+        const void *relative_bias
+        Py_ssize_t reach, group
+        Py_ssize_t *column
+        bint plain_relative_bias, hiding_relative_bias
         bint has_dropout
         uint32_t drop_threshold
         uint64_t drop_first_key
         double keep_factor
         char **weights
         Py_ssize_t weights_key
-        bint want_lse
+        bint want_lse, want_max
         double *lse
+        double *max_score
         double *lse_rest
         void *scratch
         bint differentiating
@@ -83,9 +92,10 @@ cdef extern from "tile.h" nogil:
         NumberFormat grad_k_format, grad_v_format
         Py_ssize_t grad_k_key, grad_v_key
         bint adds_k, adds_v
-        bint wants_bias, wants_sums, rows_share_bias
+        bint wants_bias, wants_relative_bias, wants_sums, wants_scale, rows_share_bias
         char **grad_bias
-        double (*row_sums)[4]
+        double *grad_relative_bias
+        double (*row_sums)[ROW_SUMS]
         double *bins
         int *slot
         Py_ssize_t bin_row, columns, n_keys
@@ -156,7 +166,7 @@ cdef extern from "sparse.h" nogil:
         Py_ssize_t grad_out_row, result_row, grad_lse_row
         double coarse
         SparseRow *rows
-        double (*row_sums)[4]
+        double (*row_sums)[ROW_SUMS]
         char *grad_bias
         Py_ssize_t grad_bias_row, grad_bias_key
         char *grad_k

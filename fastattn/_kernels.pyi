@@ -50,6 +50,9 @@ def attend(
     indices: np.ndarray | None,
     block_table: np.ndarray | None,
     dropout: Dropout | None,
+    scales: np.ndarray | None,
+    relative_bias: np.ndarray | None,
+    max_score: np.ndarray | None,
 ) -> None: ...
 def attend_sparse(
     q: np.ndarray,
@@ -135,4 +138,8 @@ def differentiate(
     row_sums: np.ndarray | None,
     key_heads: np.ndarray,
     dropout: Dropout | None,
+    scales: np.ndarray | None,
+    relative_bias: np.ndarray | None,
+    wants_scale: bool,
+    grad_relative_bias: np.ndarray | None,
 ) -> None: ...

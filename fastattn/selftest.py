@@ -131,6 +131,8 @@ def problems() -> dict[str, Problem]:
         "mask": (square, {"mask": rng.random((200, 200)) < 0.7}),
         "bias": (square, {"bias": bias}),
         "alibi": (square, {"alibi": slopes, "causal": True}),
+        "relative bias": (square, {"relative_bias": rng.standard_normal((4, 65))}),
+        "a scale for each head": (square, {"scale": slopes}),
         "softcap": (square, {"softcap": 3.0}),
         "sinks": (square, {"sinks": slopes}),
         "score_mod": (square, {"score_mod": _nearer_is_more, "score_grad": _slope}),
@@ -193,7 +195,7 @@ def _plain_numpy(p: Problem, grad_out) -> dict[str, np.ndarray]:
     grad_s = weights * (grad_out @ v.swapaxes(-1, -2) - delta)
     if p.softcap is not None:
         grad_s = grad_s * (1 - (reference.capped_products(p, real) / real(p.softcap)) ** 2)
-    grad_s = grad_s * real(p.scale)
+    grad_s = grad_s * reference.scale_of(p, real)
     return {
         "out": out,
         "q": grad_s @ k,

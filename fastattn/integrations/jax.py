@@ -102,20 +102,21 @@ def dot_product_attention(
 
 def scaled_dot(
     q, k, v, *,
-    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     dropout=None, dropout_offset=None,
     return_lse=False, backend=None, threads=None, precision=None,
 ):  # fmt: skip
     """`fastattn.scaled_dot` on JAX's arrays, with gradients.
 
-    They are those of `q`, `k`, `v`, `bias`, `alibi` and `sinks`.
+    They are those of `q`, `k`, `v`, `bias`, `relative_bias`, `alibi` and `sinks`.
 
     Parameters
     ----------
     q, k, v : Array, (..., heads, length, dim)
         On the CPU; float16, bfloat16, float32 or float64.
-    bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
+    bias, relative_bias, alibi, sinks : Array or as in `fastattn.scaled_dot`
+    q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
         JAX's arrays may be traced.
     dropout : (rate, key), optional
         As in `fastattn.scaled_dot`, with a key of `jax.random`, traced or not, in place of the
@@ -152,8 +153,8 @@ def scaled_dot(
     """
     q, k, v = (_array(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     start, stop = (None, None) if spans is None else span_sides(spans)
-    arrays = {"bias": bias, "mask": mask, "alibi": alibi, "sinks": sinks,
-              "kv_lengths": kv_lengths, "start": start, "stop": stop}  # fmt: skip
+    arrays = {"bias": bias, "relative_bias": relative_bias, "mask": mask, "alibi": alibi,
+              "sinks": sinks, "kv_lengths": kv_lengths, "start": start, "stop": stop}  # fmt: skip
     options = {"scale": scale, "softcap": softcap, "causal": causal, "window": window,
                "threads": threads, "precision": precision}  # fmt: skip
     if dropout is not None:

@@ -20,7 +20,7 @@ from ..dispatch import select, unsupported_backward
 
 __all__ = ["Call", "attend"]
 
-_DIFFERENTIABLE = ("bias", "alibi", "sinks")
+_DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
 
 
 class Call(NamedTuple):
@@ -59,10 +59,10 @@ class Call(NamedTuple):
 
     @property
     def vmap_method(self) -> str:
-        """`fastattn.scaled_dot` broadcasts what has leading axes; slopes, sinks and a seed
-        have none.
+        """`fastattn.scaled_dot` broadcasts what has leading axes; what heads have, and a seed, have
+        none.
         """
-        without = {"alibi", "sinks", "seed"}.intersection(self.names)
+        without = {"relative_bias", "alibi", "sinks", "seed"}.intersection(self.names)
         return "sequential" if without else "expand_dims"
 
 

@@ -133,18 +133,21 @@ def _mask(attn_mask, query, key) -> dict[str, Any]:
 
 def scaled_dot(
     q, k, v, *,
-    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
+    scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
     causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
     dropout=None, dropout_offset=None,
     return_lse=False, backend=None, threads=None, precision=None,
 ):  # fmt: skip
-    """`fastattn.scaled_dot` on tensors, with gradients of `q`, `k`, `v`, `bias`, `alibi`, `sinks`.
+    """`fastattn.scaled_dot` on tensors, with gradients.
+
+    They are those of `q`, `k`, `v`, `bias`, `relative_bias`, `alibi` and `sinks`.
 
     Parameters
     ----------
     q, k, v : Tensor, (..., heads, length, dim)
         On the CPU; none is copied.
-    bias, alibi, sinks, q_offset, kv_lengths, spans, mask : Tensor or as in `fastattn.scaled_dot`
+    bias, relative_bias, alibi, sinks : Tensor or as in `fastattn.scaled_dot`
+    q_offset, kv_lengths, spans, mask : Tensor or as in `fastattn.scaled_dot`
         Tensors among them are on the CPU, too.
     dropout : (rate, seed), optional
         As in `fastattn.scaled_dot`; the seed may be a tensor, such as
@@ -178,9 +181,9 @@ def scaled_dot(
     torch.Size([8])
     """
     out, lse = attend(
-        q, k, v, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks, causal=causal,
-        window=window, q_offset=q_offset, kv_lengths=kv_lengths, spans=spans, mask=mask,
-        dropout=dropout, dropout_offset=dropout_offset, return_lse=return_lse, backend=backend,
-        threads=threads, precision=precision,
+        q, k, v, scale=scale, softcap=softcap, bias=bias, relative_bias=relative_bias, alibi=alibi,
+        sinks=sinks, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths,
+        spans=spans, mask=mask, dropout=dropout, dropout_offset=dropout_offset,
+        return_lse=return_lse, backend=backend, threads=threads, precision=precision,
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -29,7 +29,7 @@ __all__ = ["attend", "new_seed"]
 _TENSORS = """
     Tensor? bias=None, Tensor? alibi=None, Tensor? sinks=None, Tensor? mask=None,
     Tensor? offsets=None, Tensor? kv_lengths=None, Tensor? start=None, Tensor? stop=None,
-    Tensor? seed=None, *,
+    Tensor? seed=None, Tensor? relative_bias=None, *,
 """
 _OPTIONS = """
     float? scale=None, float? softcap=None, bool causal=False, SymInt? left=None,
@@ -49,8 +49,10 @@ _LIBRARY.define(
 )
 _FORWARD = torch.ops.fastattn.scaled_dot.default
 _BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
+_DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
 _OPTIONAL = (
     "bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop", "seed",
+    "relative_bias",
 )  # fmt: skip
 _WORDS = {  # where an operand's is another
     "offsets": "q_offset", "start": "spans", "stop": "spans", "seed": "dropout",
@@ -114,7 +116,7 @@ def _straight_to_cpu(tensors) -> bool:
 
 def _operands(
     bias=None, alibi=None, sinks=None, mask=None, q_offset=None, kv_lengths=None, spans=None,
-    window=None, dropout=None, dropout_offset=None, **options,
+    window=None, dropout=None, dropout_offset=None, relative_bias=None, **options,
 ):  # fmt: skip
     """Words as the operators take them: optional tensors in their order, to the last one given,
     and options.
@@ -132,7 +134,9 @@ def _operands(
         options["rate"], seed = _rate_and_seed(dropout)
         options["place"] = dropout_start(dropout_offset)
     tensors = []  # each None costs autograd 0.3 us
-    optional = (bias, alibi, sinks, mask, offsets, kv_lengths, start, stop, seed)
+    optional = (
+        bias, alibi, sinks, mask, offsets, kv_lengths, start, stop, seed, relative_bias,
+    )  # fmt: skip
     for place, (name, x) in enumerate(zip(_OPTIONAL, optional, strict=True)):
         if x is not None:
             tensors += [None] * (place - len(tensors))
@@ -229,7 +233,7 @@ class _ScaledDot(torch.autograd.Function):
         q, k, v, *tensors, out, lse = ctx.saved_tensors
         names = ("q", "k", "v", *_OPTIONAL[: len(tensors)])
         needed = zip(names, ctx.needs_input_grad[1:], strict=True)
-        wrt = [name for name, wanted in needed if wanted and name in ("bias", "alibi", "sinks")]
+        wrt = [name for name, wanted in needed if wanted and name in _DIFFERENTIABLE]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         given = (grad_out, grad_lse, q, k, v, out, lse, *tensors)

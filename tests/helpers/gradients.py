@@ -46,14 +46,11 @@ def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
             "bias": grad_s,
         }
         leading = tuple(range(len(p.batch)))
-        terms = grad_s * slope * plain_measure(p, q, k).astype(real)
+        terms = np.where(seen, grad_s * slope * plain_measure(p, q, k), 0).astype(real)
         found["scale"] = terms.sum(axis=(-1, -2)).sum(axis=leading)
         if p.relative_bias is not None:
             found["relative_bias"] = np.zeros(p.relative_bias.shape, real)
-            _, index = reference.distance_index(p)
-            for n in range(p.relative_bias.shape[1]):
-                diagonal = np.where(index == n, grad_s, np.zeros((), real))
-                found["relative_bias"][:, n] = diagonal.sum(axis=(-1, -2)).sum(axis=leading)
+            np.add.at(found["relative_bias"], reference.distance_index(p), grad_s)
         if p.alibi is not None:
             i, j = reference.positions(p)
             apart = np.abs(i - j).astype(real)

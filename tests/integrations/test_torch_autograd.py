@@ -15,15 +15,19 @@ from fastattn.dispatch import NAMED_ONLY
 torch = pytest.importorskip("torch", reason="torch is the other side of these tests")
 
 
-def formula(p, q, k, v, bias=None, alibi=None, sinks=None):
+def formula(p, q, k, v, scale=None, bias=None, relative_bias=None, alibi=None, sinks=None):
     """``(out, lse)`` of `p` in torch's own operations; the rows that see a key or a sink."""
     group = p.heads // k.shape[-3]
     k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))
-    s = p.scale * q @ k.mT
+    scale = p.scale if scale is None else scale[..., None, None]
+    s = scale * (q @ k.mT)
     if p.softcap is not None:
         s = p.softcap * torch.tanh(s / p.softcap)
     if bias is not None:
         s = s + bias
+    if relative_bias is not None:
+        heads, index = (torch.from_numpy(np.array(x)) for x in reference.distance_index(p))
+        s = s + relative_bias[heads, index]
     if alibi is not None:
         i, j = reference.positions(p)
         s = s - alibi[:, None, None] * torch.from_numpy(np.abs(i - j).astype(float))

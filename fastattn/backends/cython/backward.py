@@ -12,7 +12,14 @@ from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
 from . import sparse
-from .kernel_args import compute_dtype, kernels, threads
+from .kernel_args import (
+    compute_dtype,
+    from_relative_bias_rows,
+    kernels,
+    relative_bias_rows,
+    scale_args,
+    threads,
+)
 
 __all__ = ["run_backward"]
 
@@ -30,21 +37,29 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     found["q"].fill(0)
     grad_bias, key_heads = sparse.prepare_bias(b) if p.is_sparse else _prepare_bias(b)
     constant = b.wants("bias") and grad_bias is None
-    row_sums = np.zeros(p.rows(4)) if constant or b.wants("alibi") else None
+    sums = constant or b.wants("alibi") or b.wants("scale")
+    row_sums = np.zeros(p.rows(6)) if sums else None
+    scale, scales = scale_args(p, per_head=b.wants("scale"))
+    relative_bias, of_relative_bias = relative_bias_rows(p), None
+    if relative_bias is not None and b.wants("relative_bias"):
+        of_relative_bias = np.zeros(relative_bias.shape)
     rows = np.empty(p.rows(3))
     if p.is_sparse:
         sparse.differentiate(b, found, rows, row_sums, grad_bias)
     else:
         kernels.differentiate(
             p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
-            found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, p.scale,
+            found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, scale,
             p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
             threads(p), grad_bias, row_sums, key_heads, p.dropout,
+            scales, relative_bias, b.wants("scale"), of_relative_bias,
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
     if grad_bias is not None:
         found["bias"] = grad_bias
+    if of_relative_bias is not None:
+        found["relative_bias"] = from_relative_bias_rows(p, of_relative_bias)
     for name, x in arrays.items():  # in the memory order of its array
         ordered = empty_like(x, found[name].shape, found[name].dtype)
         if ordered.strides != found[name].strides:
@@ -79,9 +94,12 @@ def _of_rows(b: Backward, rows, row_sums) -> dict[str, np.ndarray]:
         if b.wants("sinks"):
             found["sinks"] = -(sink * (mean - from_lse)).sum(axis=of_queries)
         if row_sums is not None:
-            sums = RowSums(*np.moveaxis(row_sums, -1, 0))
-            grads, slopes = sums.settled(mean, from_lse, sink, b.tolerance(lse))
+            weights, grads, *factors = np.moveaxis(row_sums, -1, 0)
+            settled = mean, from_lse, sink, b.tolerance(lse)
+            grads, slopes = RowSums(weights, grads, *factors[:2]).settled(*settled)
+            _, of_scale = RowSums(weights, row_sums[..., 1], *factors[2:]).settled(*settled)
             found |= {"alibi": -slopes.sum(axis=of_queries), "bias": grads[..., None]}
+            found["scale"] = of_scale.sum(axis=of_queries)
     return found
 
 

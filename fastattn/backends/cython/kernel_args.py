@@ -8,7 +8,12 @@ from ...core.extension import kernels
 from ...core.problem import DOT, Problem
 from ...core.threads import worth_threads
 
-__all__ = ["attend", "compute_dtype", "kernels", "threads"]
+__all__ = [
+    "attend", "compute_dtype", "from_relative_bias_rows", "kernels", "relative_bias_rows",
+    "scale_args", "threads",
+]  # fmt: skip
+
+_PAD = 16  # MAX_LANES of csrc/tile_sizes.h
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
@@ -16,15 +21,48 @@ ONE_THREAD_FLOPS = 2_000_000
 ADDITIVE_FLOPS = 10
 
 
-def attend(p: Problem, result, lse=None, weights=None, sums=None, indices=None) -> None:
+def attend(
+    p: Problem, result, lse=None, weights=None, sums=None, indices=None, row_max=None
+) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
     table = None if p.block_table is None else np.ascontiguousarray(p.block_table)
+    scale, scales = scale_args(p)
     kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
-        p.scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
+        scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
         lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
         None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
+        scales, relative_bias_rows(p), row_max,
     )  # fmt: skip
+
+
+def scale_args(p: Problem, per_head: bool = False) -> tuple[float, np.ndarray | None]:
+    """``(scale, scales)``: one number, or 1 and those of the heads."""
+    if isinstance(p.scale, np.ndarray):
+        return 1.0, p.scale
+    return (1.0, np.full(p.heads, p.scale)) if per_head else (p.scale, None)
+
+
+def relative_bias_rows(p: Problem) -> np.ndarray | None:
+    """The relative bias as the kernels read it, (kv_heads, rows, group): row ``R + PAD + n`` is for
+    keys n places before the query.
+    """
+    if p.relative_bias is None:
+        return None
+    reach = p.relative_bias.shape[1] // 2
+    before = np.arange(-reach - _PAD, reach + _PAD + 1)
+    x = p.relative_bias.reshape(p.kv_heads, p.group, -1)[
+        ..., np.clip(-before, -reach, reach) + reach
+    ]
+    return np.ascontiguousarray(x.swapaxes(1, 2), p.accumulator)
+
+
+def from_relative_bias_rows(p: Problem, grad) -> np.ndarray:
+    """The gradient of the relative bias, (heads, 2 R + 1), from that of its rows."""
+    grad[:, _PAD] += grad[:, :_PAD].sum(axis=1)
+    grad[:, -_PAD - 1] += grad[:, -_PAD:].sum(axis=1)
+    x = grad[:, -_PAD - 1 : _PAD - 1 : -1]
+    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(p.heads, -1)
 
 
 def compute_dtype(problem: Problem) -> str:

@@ -33,7 +33,8 @@ def can_differentiate(b: Backward) -> bool:
     own = {"q": p.rows(), "k": (*p.batch, p.kv_heads, p.n_keys)}
     own["v"] = own["k"]
     shared = any(p.with_axes(getattr(p, name).shape)[:-1] != own[name] for name in own)
-    return not shared and not b.wants("w") and (_has_own_bias(b) or not _has_keys(b))
+    own_kernel = not b.wants("w") and not b.wants("scale")
+    return not shared and own_kernel and (_has_own_bias(b) or not _has_keys(b))
 
 
 def _bias_shape(b: Backward) -> tuple[int, ...]:

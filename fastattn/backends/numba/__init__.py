@@ -58,8 +58,8 @@ def unsupported(problem: Problem) -> str | None:
     missing = _missing()
     if missing is not None:
         return missing
-    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
-        return "no kernel for a relative bias, the largest scores, or a scale for each head"
+    if p.relative_bias is not None and p.bias is not None:
+        return "no kernel for a bias and a relative bias at once"
     if p.is_sparse:
         return "no kernel for a sparse mask"
     from .numbers import format_of
@@ -73,10 +73,11 @@ def run(problem: Problem, result):
     """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     p = problem
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
+    row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     with np.errstate(all="ignore"):
-        _Call(p, result, lse, weights).run()
-    return lse, None, weights
+        _Call(p, result, lse, row_max, weights).run()
+    return lse, row_max, weights
 
 
 def unsupported_backward(problem: Problem) -> str | None:
@@ -98,7 +99,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
 class _Call:
     """One call: the record that its tiles start from, and who carries them out."""
 
-    def __init__(self, p: Problem, result, lse, weights):
+    def __init__(self, p: Problem, result, lse, row_max, weights):
         from . import hooks, launch, numbers, score_functions, tile
 
         self.hooks = (
@@ -108,7 +109,10 @@ class _Call:
         self.score_function, self.bias = score_functions.NUMBER[p.score_function.name], None
         self.kernel = launch.launcher(*self.hooks)
         self.dropout = None if p.dropout is None else np.int64(1)
-        self.scale = p.accumulator.type(p.scale if p.score_function is DOT else 1)
+        scale = (
+            float(np.abs(p.scale).max(initial=0)) if isinstance(p.scale, np.ndarray) else p.scale
+        )
+        self.scale = p.accumulator.type(scale if p.score_function is DOT else 1)
         self.threads = threads(p)
         self.sizes = tile.scratch(p.accumulator.itemsize, p.head_dim, p.value_dim)
         self.record = t = np.zeros(1, tile.TILE)
@@ -118,7 +122,9 @@ class _Call:
         t["heads"], t["kv_heads"], t["group"], t["fold"] = p.heads, p.kv_heads, p.group, fold
         t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys
         t["head_dim"], t["value_dim"] = p.head_dim, p.value_dim
-        t["scale"], t["softcap"] = p.scale, p.softcap or 0
+        t["scale"], t["softcap"] = scale, p.softcap or 0
+        if isinstance(p.scale, np.ndarray):
+            t["scales"] = self.address(p.scale)
         t["keep_factor"] = 1
         if p.dropout is not None:
             t["drop_seed"] = np.uint64(p.dropout.seed).astype(np.int64)
@@ -128,7 +134,7 @@ class _Call:
                 t[name] = start
         if p.score_function is not DOT:
             unit = power_below(p.score_function.weights)  # or their sums might overflow
-            t["measure_scale"] = np.float64(p.scale) * unit
+            t["measure_scale"] = np.float64(scale) * unit
             t["additive_weights"] = self.address(
                 (p.score_function.weights / unit).astype(p.accumulator)
             )
@@ -158,11 +164,12 @@ class _Call:
                 self.point(p, side, x[..., None])
         if p.mask is not None:
             self.point(p, "mask", p.mask)
-        if p.bias is not None:
-            self.point(p, "bias", p.bias)
-            direct = p.bias.dtype == p.accumulator and p.bias.flags.aligned
-            self.bias = numbers.REAL if direct else numbers.format_of(p.bias.dtype)
-            t["bias_swapped"] = not p.bias.dtype.isnative
+        bias = p.bias if p.relative_bias is None else diagonals(p)
+        if bias is not None:
+            self.point(p, "bias", bias)
+            direct = bias.dtype == p.accumulator and bias.flags.aligned
+            self.bias = numbers.REAL if direct else numbers.format_of(bias.dtype)
+            t["bias_swapped"] = not bias.dtype.isnative
         if p.block_mask is not None:
             blocks = p.block_mask.blocks
             batched = blocks.shape[0] > 1
@@ -172,6 +179,8 @@ class _Call:
             self.point(p, "weights", weights)
         if lse is not None:
             self.point(p, "lse", lse[..., None])
+        if row_max is not None:
+            self.point(p, "max_result", row_max[..., None])
         if p.alibi is not None:
             t["alibi"] = self.address(p.alibi)
             t["q_offset"] = self.address(
@@ -221,6 +230,23 @@ class _Call:
             tile[part] = at
             at += size
         return partial(self.launch, tile)
+
+
+def diagonals(p: Problem) -> np.ndarray:
+    """The relative bias as a bias of queries x keys: a view of one number for each distance that
+    there is, along which a query later is a step back.
+    """
+    assert p.relative_bias is not None
+    if not p.n_queries or not p.n_keys:
+        return np.zeros((p.heads, p.n_queries, p.n_keys), p.accumulator)
+    reach = p.relative_bias.shape[1] // 2
+    distance = np.arange(1 - p.n_queries, p.n_keys) - np.asarray(p.q_offset)[..., None]
+    numbers = p.relative_bias.astype(p.accumulator)[:, np.clip(distance, -reach, reach) + reach]
+    numbers = np.ascontiguousarray(np.moveaxis(numbers, 0, -2))
+    *strides, step = numbers.strides
+    first = numbers[..., p.n_queries - 1 :]
+    shape = (*numbers.shape[:-1], p.n_queries, p.n_keys)
+    return np.lib.stride_tricks.as_strided(first, shape, (*strides, -step, step), writeable=False)
 
 
 def power_below(weights: np.ndarray) -> float:

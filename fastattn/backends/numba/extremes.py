@@ -8,7 +8,7 @@ import numpy as np
 
 from .exponential import WEIGHT_UNIT
 from .key_rows import key_rows, value_rows
-from .memory import ahead, floats, ints, load, load_unaligned, own_vector, reals, store
+from .memory import ahead, doubles, floats, ints, load, load_unaligned, own_vector, reals, store
 from .numbers import REAL, finite_most, widen
 from .tile import (
     FAR_SCORES,
@@ -50,6 +50,8 @@ def solve_again(t, scale):
         if reals(t.wild, scale)[i] != 0:
             wild = True
             infinite |= reals(t.row_max, scale)[i] == inf  # beside a NaN?
+            total = reals(t.row_sum, scale)[i]
+            infinite |= t.max_result != 0 and total != total  # because of a score, or a sink?
     if wild and scores_may_overflow(t, scale):
         return FAR_SCORES
     if infinite or (overflowed(t, scale) and values_may_overflow(t, scale)):
@@ -131,11 +133,14 @@ def far_scores(t, row, vecs, k, k_row, k_dim, keys, queries, scores, scale):
     """
     size, power = TILE_VECS * lanes(scale), np.int64(shrink_power(scale))
     small = ldexp(1.0, power)
-    fraction, exponent = frexp(t.scale)
     most = np.float64(finite_most(scale))
     for i in range(vecs * lanes(scale)):
         if reals(t.wild, scale)[row + i] == 0:
             continue
+        own = t.scale
+        if t.scales != 0:
+            own = doubles(t.scales)[ints(t.row_head)[row + i] % t.heads]
+        fraction, exponent = frexp(own)
         for j in range(keys):
             total = 0.0
             for d in range(t.head_dim):

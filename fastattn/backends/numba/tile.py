@@ -30,6 +30,7 @@ from .memory import (
     floats,
     ints,
     load,
+    own_vector,
     reals,
     record_of,
     rows_to_columns,
@@ -62,12 +63,12 @@ MASK_QUERIES = block_mask.BLOCK_QUERIES
 # Arrays, by the address of a table of where each head's rows begin and by strides in bytes; a table
 # of 0 stands for an array that was not given.
 ARRAYS = ("q", "k", "v", "k_scales", "v_scales", "out", "start", "stop", "bias", "mask",
-          "weights", "lse", "blocks")  # fmt: skip
+          "weights", "lse", "max_result", "blocks")  # fmt: skip
 NUMBERS = (
     # The problem. A tile holds the rows of `fold` query heads that read one key head.
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
     "q_format", "k_format", "v_format", "out_format",  # see `numbers`
-    "bias_swapped", "alibi", "sinks", "q_offset",
+    "bias_swapped", "scales", "alibi", "sinks", "q_offset",
     "additive_weights",  # see `score_functions`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
     "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",
@@ -89,7 +90,7 @@ NUMBERS = (
     # Per panel PANEL_FIELDS integers, and its pieces of each strip of the block.
     "panel", "pieces",
     # The scratch, [panel][row][lane] throughout, so that a panel is contiguous.
-    "row_max", "row_sum", "top", "rescale", "block_sum", "saw", "wild",
+    "row_max", "row_sum", "max_score", "top", "rescale", "block_sum", "saw", "wild",
     "queries", "total", "block_total", "scores", "bias_tile", "seen", "widened",
 )  # fmt: skip
 TILE = np.dtype(
@@ -133,7 +134,8 @@ def scratch(itemsize: int, head_dim: int, value_dim: int) -> dict[str, int]:
              "drop_rows": 4 * rows, "drop_words": 4 * rows,
              "words": rows, "panel": panels * PANEL_FIELDS,
              "pieces": panels * STRIPS * TILE_VECS * PIECE_FIELDS}  # fmt: skip
-    per_row = {"row_max": 1, "row_sum": 1, "top": 1, "rescale": 1, "block_sum": 1, "wild": 1,
+    per_row = {"row_max": 1, "row_sum": 1, "max_score": 1, "top": 1, "rescale": 1,
+               "block_sum": 1, "wild": 1,
                "queries": head_dim, "total": value_dim, "block_total": value_dim,
                "scores": BLOCK_KEYS, "bias_tile": STRIP_KEYS}  # fmt: skip
     sizes = {name: 8 * n for name, n in whole.items()}
@@ -247,6 +249,7 @@ def start_rows(t, scale):
         if t.sinks != 0:
             sink = doubles(t.sinks)[ints(t.row_head)[i] % t.heads]
         tops[i], saw[i] = sink, 0
+        reals(t.max_score, scale)[i] = -inf
         sums[i] = 0.0 if sink == -inf else 1.0 if sink == inf else WEIGHT_UNIT + 0.0 * sink
         if t.again == 0:
             wild[i] = 0.0
@@ -276,12 +279,23 @@ def load_queries(t, p, columns, scale):
         for d in range(done, t.head_dim):
             columns[d * size + i] = reals(q + d * step, scale)[0]
     for n in range(0, size, width):
-        factor, one = splat(scale), splat(constant(1.0, scale))
+        factor, one = scales_of(t, p * size + n, scale), splat(constant(1.0, scale))
         if t.again == FAR_SCORES:
             wild = load(ahead(reals(t.wild, scale), p * size + n))
             factor = choose(wild == wild, factor, one)
         for x in range(n, t.head_dim * size, size):
             store(ahead(columns, x), load(ahead(columns, x)) * factor)
+
+
+@compiled
+def scales_of(t, row, scale):
+    """The scales of the rows of a vector."""
+    if t.scales == 0:
+        return splat(scale)
+    scales = own_vector(scale)
+    for i in range(lanes(scale)):
+        scales[i] = constant(doubles(t.scales)[ints(t.row_head)[row + i] % t.heads], scale)
+    return load(scales)
 
 
 @compiled

@@ -130,6 +130,8 @@ def raise_max(t, p, scale):
     for n in range(TILE_VECS):
         at = p * size + n * lanes(scale)
         top, row_max = ahead(reals(t.top, scale), at), ahead(reals(t.row_max, scale), at)
+        most = ahead(reals(t.max_score, scale), at)
+        store(most, larger(load(most), load(top)))
         before = load(row_max)
         now = larger(before, load(top))
         store(row_max, now)
@@ -259,6 +261,10 @@ def store_rows(t, step, scale):
         if flags(t.saw)[i] & SAW_NAN:
             lse = nan
         reals(row_of(t, t.lse, t.lse_row, i), scale)[0] = lse
+    for i in range(t.rows if t.max_result != 0 else 0):
+        most = reals(t.max_score, scale)[i]
+        most = constant(nan, scale) if flags(t.saw)[i] & SAW_NAN else most
+        reals(row_of(t, t.max_result, t.max_result_row, i), scale)[0] = most
 
 
 @compiled

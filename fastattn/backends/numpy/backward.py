@@ -172,9 +172,14 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
 
 def _add_along_diagonals(found, h: Heads, queries: slice, keys: slice, grad_s) -> None:
     """Add a tile to the gradient of the relative bias of its heads, (heads, 2 R + 1)."""
-    index = distance_index(h, queries, keys).ravel()
-    for row, tile in zip(found, grad_s.reshape(len(found), -1), strict=True):
-        row += np.bincount(index, tile, len(row))
+    index, last = distance_index(h, queries, keys), found.shape[-1] - 1
+    tiles = grad_s.reshape(len(found), *index.shape)
+    for end in {0, last}:  # where sums are long: by rows, in pairs
+        of_rows = np.where(index == end, tiles, 0).sum(axis=-1, dtype=np.float64)
+        found[:, end] += of_rows.sum(axis=-1)
+    inner = (index > 0) & (index < last)
+    for row, tile in zip(found, tiles, strict=True):
+        row += np.bincount(index[inner], tile[inner], len(row))
 
 
 def _unscaled(p: Problem, h: Heads, queries: slice, k) -> np.ndarray:
