@@ -74,7 +74,7 @@ def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     return {
         "kernel": f"NumPy in {problem.accumulator}",
-        "tile": f"{block_q(problem)} queries, {BLOCK_K} keys a block",
+        "tile": f"{min(block_q(problem), problem.n_queries)} queries, {BLOCK_K} keys a block",
         "threads": "as many as NumPy's BLAS takes",
     }
 
