@@ -28,6 +28,8 @@ OPTIONS = {
     "score": {"alibi": np.linspace(0.01, 0.5, 4), "sinks": np.zeros(4), "softcap": 2.0,
               "q_offset": LENGTHS - 3},
     "spans": {"spans": (np.array([5, 70, 9]), 140)},
+    "relative bias": {"relative_bias": np.sin(np.arange(4 * 21.0)).reshape(4, 21),
+                      "scale": np.linspace(-0.1, 0.3, 4), "q_offset": LENGTHS - 3},
 }  # fmt: skip
 
 

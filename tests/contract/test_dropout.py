@@ -27,6 +27,8 @@ OPTIONS = [
     ("window", "bias", "alibi"),
     ("kv_lengths",),
     ("spans", "-inf"),
+    ("relative_bias", "scales"),
+    ("-inf distances", "softcap", "scales"),
 ]
 
 
@@ -133,7 +135,7 @@ def test_which_weights(target, shape, dtype):
 @pytest.mark.parametrize("names", OPTIONS, ids="+".join)
 def test_with_other_options(target, names):
     shape = Shape(2, 4, 70, 300, 16, kv_heads=2)
-    check(target, *shape.arrays(), dropout=DROPOUT, **options(names, shape))
+    check(target, *shape.arrays(), dropout=DROPOUT, return_max=True, **options(names, shape))
 
 
 def test_one_head_and_more_axes(target):

@@ -189,7 +189,8 @@ def test_scipy_is_not_imported():
 @pytest.mark.parametrize(
     "names",
     ["causal", "window", "q_offset causal", "kv_lengths", "spans", "softcap", "bias", "-inf bias",
-     "alibi q_offset", "sinks", "scale softcap bias alibi sinks window spans"],
+     "alibi q_offset", "sinks", "relative_bias", "scales",
+     "scale softcap bias alibi sinks window spans"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_options(target, names, dtype):
