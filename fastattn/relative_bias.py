@@ -12,7 +12,7 @@ from .core.dtypes import is_real
 __all__ = ["t5_relative_bias"]
 
 
-def t5_relative_bias(table, *, bidirectional=True, max_distance=128):
+def t5_relative_bias(table, *, bidirectional=True, max_distance=128) -> np.ndarray:
     """The `relative_bias` of `fastattn.scaled_dot` from the table of buckets that T5 learns.
 
     Parameters

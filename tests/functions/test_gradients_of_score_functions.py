@@ -171,7 +171,7 @@ ARRAYS, GIVEN = arguments("additive")
 
 
 @pytest.mark.parametrize("name, opts, error, message", [
-    ("euclidean", {"wrt": ("w",)}, ValueError, "wrt: expected some of 'bias',.* got 'w'"),
+    ("euclidean", {"wrt": ("w",)}, ValueError, "wrt: expected some of 'scale', 'bias',.* got 'w'"),
     ("euclidean", {"wrt": ("bias",)}, ValueError, "wrt: expected .*, got 'bias' without bias="),
     ("euclidean", {"out": np.ones(3)}, ValueError, "out: expected None, got an array"),
     ("euclidean", {"scale": -1.0}, ValueError, "scale: expected a finite number > 0, got -1.0"),

@@ -180,7 +180,7 @@ def test_layer(target, kv_heads, inputs):
 
 
 @pytest.mark.parametrize("function, arrays, opts, error, message", [
-    (fastattn.dot, (1, 2, 3), {"wrt": ("scale",)}, ValueError, "q: expected at least 2 axes"),
+    (fastattn.dot, (1, 2, 3), {}, ValueError, "q: expected at least 2 axes"),
     (fastattn.dot, SHAPE.arrays(), {"wrt": ("scale",)}, ValueError, "wrt: expected some of"),
     (fastattn.cosine, SHAPE.arrays(), {"temperature": 0}, ValueError, "temperature: expected"),
     (fastattn.cosine, SHAPE.arrays(), {"scale": 1.0}, TypeError, "scale: expected None, got float"),

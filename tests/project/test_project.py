@@ -53,7 +53,7 @@ def test_readme_has_the_two_commands_of_the_gate():
     (block,) = re.findall(r"^```sh\n(.*?)^```$", text("README.md"), re.MULTILINE | re.DOTALL)
     install, test = block.splitlines()
     assert "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && " in install
-    assert test == ".venv/bin/python -m pytest"
+    assert test == ".venv/bin/python -m pytest -n auto"
 
 
 def test_source_distribution_has_what_the_tests_need():

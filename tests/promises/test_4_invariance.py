@@ -37,7 +37,7 @@ OPTIONS = {
 # of them; what a tile begins with and leaves behind is tried with no option and with every one.
 EVERYWHERE = ("plain", "everything")
 BATCH_AXIS = {"kv_lengths": 0, "q_offset": 0, "spans": 0, "mask": 0, "bias": 0}
-HEAD_AXIS = {"alibi": 0, "sinks": 0, "spans": 1, "mask": 1, "bias": 1}
+HEAD_AXIS = {"alibi": 0, "sinks": 0, "relative_bias": 0, "spans": 1, "mask": 1, "bias": 1}
 
 each_case = pytest.mark.parametrize(
     "shape, names",

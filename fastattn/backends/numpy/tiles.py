@@ -45,7 +45,7 @@ __all__ = [
 # the sum over blocks.
 MIN_BLOCK_Q = 256
 BLOCK_K = 512
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = 1 << 19
 
 
 class Paged(NamedTuple):
@@ -86,7 +86,7 @@ def block_q(p: Problem) -> int:
     r = p.key_range
     if r.left is not None or r.spans is not None or p.mask is not None or p.is_flex:
         return MIN_BLOCK_Q
-    rows = TILE_ELEMENTS // (min(BLOCK_K, max(1, p.n_keys)) * p.group)
+    rows = TILE_ELEMENTS // (max(BLOCK_K, p.head_dim, p.value_dim) * p.group)
     if r.right is not None:
         rows = min(rows, max(p.n_queries // 4, MIN_BLOCK_Q))
     return max(MIN_BLOCK_Q, rows // MIN_BLOCK_Q * MIN_BLOCK_Q)
