@@ -44,7 +44,7 @@ def build(monkeypatch):
         (["clang", "--target=x86_64-linux-gnu"], X86_64),
         (["clang", "--target=powerpc64le-linux-gnu"], {"baseline"}),
     ],
-    ids=" ".join,
+    ids=lambda x: " ".join(sorted(x) if isinstance(x, set) else x),
 )
 def test_kernels_are_those_of_the_compilers_target(build, compiler, sets):
     """Not those of this machine: an extension of others' kernels builds, and cannot be loaded."""
