@@ -49,6 +49,7 @@ __all__ = [
 ]  # fmt: skip
 
 _ndarray = np.ndarray
+_new = object.__new__
 
 # Of each dtype that sums are kept in: the largest number, and the least whose inverse it holds too.
 _MOST = {real: float(np.finfo(real).max) for real in (FLOAT32, FLOAT64)}
@@ -340,17 +341,21 @@ def make_problem(
         out = destination(out, (*rows, value_dim), dtype, one_head, inputs)
         if out is None:
             copied += ("out",)
-    return Problem(
-        q=q, k=k, v=v, block_table=block_table, k_scales=k_scales, v_scales=v_scales, dtype=dtype,
-        batch=batch, heads=heads, kv_heads=kv_heads, n_queries=n_queries, n_keys=n_keys,
-        head_dim=head_dim, value_dim=value_dim, scale=scale, softcap=softcap, bias=bias,
-        relative_bias=relative_bias, alibi=alibi, sinks=sinks, q_offset=q_offset,
-        key_range=visible, mask=mask, return_lse=return_lse, return_max=return_max,
-        return_weights=return_weights, out=out, one_head=one_head, threads=threads,
-        precision=precision, copied=copied, gradients=requested, score_mod=score_mod,
-        mask_mod=mask_mod, score_grad=score_grad, block_mask=block_mask,
-        score_function=score_function, dropout=dropout,
-    )  # fmt: skip
+    # By its attributes, which takes a third of the time of a call by 38 keywords.
+    p = _new(Problem)
+    p.q, p.k, p.v, p.k_scales, p.v_scales = q, k, v, k_scales, v_scales
+    p.block_table, p.dtype, p.batch = block_table, dtype, batch
+    p.heads, p.kv_heads, p.n_queries, p.n_keys = heads, kv_heads, n_queries, n_keys
+    p.head_dim, p.value_dim = head_dim, value_dim
+    p.scale, p.softcap, p.bias, p.relative_bias = scale, softcap, bias, relative_bias
+    p.alibi, p.sinks, p.dropout = alibi, sinks, dropout
+    p.q_offset, p.key_range, p.mask = q_offset, visible, mask
+    p.return_lse, p.return_max, p.return_weights = return_lse, return_max, return_weights
+    p.out, p.one_head, p.copied, p.gradients = out, one_head, copied, requested
+    p.threads, p.precision, p.score_function = threads, precision, score_function
+    p.score_mod, p.mask_mod, p.score_grad = score_mod, mask_mod, score_grad
+    p.block_mask = block_mask
+    return p
 
 
 def _within(x: float, real: np.dtype) -> float:

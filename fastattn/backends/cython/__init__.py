@@ -31,11 +31,11 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if extension.missing is not None:
         return extension.missing
-    if p.is_flex:
+    if p.score_mod is not None or p.mask_mod is not None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
-    return _unsupported_beside_sparse(p) if p.is_sparse else None
+    return None if p.mask is None or not p.is_sparse else _unsupported_beside_sparse(p)
 
 
 def _unsupported_beside_sparse(p: Problem) -> str | None:
@@ -64,7 +64,7 @@ def run(problem: Problem, result):
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
-    if p.is_sparse:
+    if p.mask is not None and p.is_sparse:
         sparse.attend(p, result, lse, weights)
     else:
         attend(p, result, lse, weights, row_max=row_max)

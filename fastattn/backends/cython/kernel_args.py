@@ -26,13 +26,14 @@ def attend(
 ) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
     table = None if p.block_table is None else np.ascontiguousarray(p.block_table)
-    scale, scales = scale_args(p)
+    scale, scales = (p.scale, None) if type(p.scale) is float else scale_args(p)
+    relative_bias = None if p.relative_bias is None else relative_bias_rows(p)
     kernels.attend(
         p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
         scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
         lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
         None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
-        scales, relative_bias_rows(p), row_max,
+        scales, relative_bias, row_max,
     )  # fmt: skip
 
 
