@@ -92,7 +92,7 @@ class BuildKernels(build_ext):
         objects = self.compile(ext, tiles + plain)
         self.check_symbols([x for x in objects if Path(x).stem != "kernels"], openmp)
         # What is left is to link them.
-        ext.depends += ext.sources
+        ext.depends += [*ext.sources, "setup.py"]
         ext.sources = []
         ext.extra_objects += objects
         ext.extra_link_args += openmp.link
