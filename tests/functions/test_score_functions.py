@@ -1,4 +1,4 @@
-"""Attention by distance and by the additive score (SYSTEMS.md, 2 and 4)."""
+"""Attention by distance and by the additive score."""
 
 import sys
 from dataclasses import replace

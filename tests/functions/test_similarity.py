@@ -1,4 +1,4 @@
-"""Scores by dot product, cosine and distance, and attention pooling (SYSTEMS.md, 1, 2 and 4)."""
+"""Scores by dot product, cosine and distance, and attention pooling."""
 
 import functools
 from dataclasses import replace
@@ -69,7 +69,7 @@ def check(results, p, score, offset=0.0, **how):
 # ------------------------------------------------------------------------------------------- dot
 
 
-WORKED = {  # SYSTEMS.md, 3, worked by hand: the scores are [[1, 2, 3], [3, 4, 7], [5, 6, 11]]
+WORKED = {  # worked by hand: the scores are [[1, 2, 3], [3, 4, 7], [5, 6, 11]]
     fastattn.dot: (1.0, [[1.5105, 1.8199], [1.9068, 1.9657], [1.9866, 1.9951]]),
     fastattn.scaled_dot: (0.5**0.5, [[1.4320, 1.7199], [1.7966, 1.8997], [1.9441, 1.9725]]),
 }
@@ -134,7 +134,7 @@ def test_cosine_knows_no_length(size):
 
 
 def test_gaussian_of_integers(target):
-    """SYSTEMS.md, 1."""
+    """Sums that are not normalised, with and without the query itself."""
     out = fastattn.gaussian(DATA, DATA, DATA, alpha=0.5, normalize=False, backend=target.backend)
     wanted = [[1.055, 2.073], [3.110, 4.147], [5.055, 6.073]]
     np.testing.assert_array_equal(out.round(3), wanted)
