@@ -144,7 +144,7 @@ def _additive(
 
 
 def _of_weights(x, grad, dtype):
-    """The gradient of the weights in ``x @ weights``. A vector that nobody sees takes no part,
+    """The gradient of the weights in ``x @ weights``. A hidden vector takes no part,
     whatever is in it.
     """
     x, grad = rows(x), rows(grad)

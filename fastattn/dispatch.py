@@ -35,12 +35,12 @@ __all__ = [
 BACKENDS = (cython, cuda, numba, numpy)
 
 # Those that arrays in the host's memory are given to; copying them to a device is for the user to
-# decide. Arrays that are on a device are given to nobody but `cuda`.
+# decide. Arrays on a device are given to `cuda` alone.
 ON_HOST = tuple(backend for backend in BACKENDS if backend is not cuda)
 
 _ndarray = np.ndarray
 
-# The reference makes queries x keys arrays, so it runs only where somebody asks for it.
+# The reference makes queries x keys arrays, so it runs only where it is named.
 NAMED_ONLY = (reference,)
 
 

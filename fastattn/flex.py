@@ -31,8 +31,8 @@ def flex(
     mask_mod : function (batch, head, i, j) -> bool, optional
         Hides the key where it is False.
     block_mask : BlockMask, optional
-        Of `mask_mod`, which need not be given too: blocks that nobody sees are skipped, and the
-        function is not called where everybody sees all. See `fastattn.block_mask`.
+        Of `mask_mod`, which need not be given too: hidden blocks are skipped, and the function is
+        not called where all of a block is visible. See `fastattn.block_mask`.
     score_grad : function (score, batch, head, i, j) -> real, optional
         The derivative of `score_mod` by its score, of the arguments that `score_mod` gets, for
         ``fastattn.vjp(fastattn.flex, ...)``; ignored here.

@@ -14,7 +14,7 @@ _ALIGNMENT = 64
 
 
 class Page:
-    """A page in use. Once nobody holds it the pool gives it out again."""
+    """A page in use. Once no sequence holds it the pool gives it out again."""
 
     __slots__ = ("_released", "filled", "number")
 

@@ -55,8 +55,8 @@ def block_table_array(value, batch: int) -> np.ndarray:
 
 
 def usable_table(table: np.ndarray, n_pages: int, page: int, visible: KeyRange) -> np.ndarray:
-    """`table` with 0 for the entries that nobody needs, whatever they were, or an error if one that
-    a query needs is no page of the pool.
+    """`table` with 0 for the entries that no query needs, whatever they were, or an error if one
+    that a query needs is no page of the pool.
     """
     wrong = (table < 0) | (table >= n_pages)
     if not wrong.any():

@@ -187,7 +187,7 @@ class Sequences:
         return state._replace(pages=all_pages, table=table, views=views)
 
     def _wider(self, table: np.ndarray, pages: int) -> np.ndarray:
-        """A copy with columns for so many pages at least, of which nobody reads the new ones."""
+        """A copy with columns for so many pages at least, of which the new ones are not read."""
         wider = np.full((len(table), max(pages, table.shape[1])), self.pool.some_page)
         wider[:, : table.shape[1]] = table
         return wider

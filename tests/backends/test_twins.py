@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastattn.backends.cython import kernel_args
 from fastattn.backends.numpy import score_functions, tiles
 from fastattn.core import block_mask
 from fastattn.core.extension import kernels
@@ -33,6 +34,12 @@ def test_blocks_of_numpy(sizes):
 def test_sub_blocks_of_block_masks(sizes):
     """So that a sub-block is skipped as a whole."""
     assert sizes["SUB_BLOCK_K"] == block_mask.BLOCK_KEYS
+
+
+def test_padding_of_relative_biases():
+    """A vector of any instruction set may be read beside the table."""
+    (lanes,) = re.findall(r"#define MAX_LANES (\d+)", source("csrc/tile_sizes.h"))
+    assert int(lanes) == kernel_args._PAD
 
 
 class TestNumba:

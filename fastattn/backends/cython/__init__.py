@@ -35,7 +35,9 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
-    return None if p.mask is None or not p.is_sparse else _unsupported_beside_sparse(p)
+    if p.mask is not None and p.is_sparse:
+        return _unsupported_beside_sparse(p)
+    return None
 
 
 def _unsupported_beside_sparse(p: Problem) -> str | None:

@@ -70,7 +70,7 @@ NUMBERS = (
     "q_format", "k_format", "v_format", "out_format",  # see `numbers`
     "bias_swapped", "scales", "alibi", "sinks", "q_offset",
     "additive_weights",  # see `score_functions`
-    # The tile, set by `open_tile`: its rows, panels, batch entry and the keys that somebody sees.
+    # The tile, set by `open_tile`: its rows, panels, batch entry and the visible keys.
     "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",
     "again",  # how a tile is solved another time, see below
     # Where the keys, the values and the scales of int8 ones begin.

@@ -52,7 +52,7 @@ def see(t, p, key, keys, begin, scale, mask_mod):
 
 
 @compiled
-def somebody_sees(seen, count):
+def any_visible(seen, count):
     """Is one of so many flags not 0?"""
     some = np.uint8(0)
     for x in range(count):
@@ -62,13 +62,13 @@ def somebody_sees(seen, count):
 
 @inlined
 def bound_piece(t, p, n, piece, key, keys, begin, scale):
-    """Find the first and the last key that somebody in vector `n` sees, or that there is none."""
+    """Find the first and the last key that a query of vector `n` sees, or that there is none."""
     width, size = lanes(scale), TILE_VECS * lanes(scale)
     seen = ahead(seen_in_block(t, scale, p, key - begin), n * width)
     first, last = 0, keys
-    while first < last and not somebody_sees(ahead(seen, first * size), width):
+    while first < last and not any_visible(ahead(seen, first * size), width):
         first += 1
-    while first < last and not somebody_sees(ahead(seen, (last - 1) * size), width):
+    while first < last and not any_visible(ahead(seen, (last - 1) * size), width):
         last -= 1
     piece[PIECE_VECS], piece[PIECE_STATE] = 1 if first < last else 0, SEE_SOME
     piece[PIECE_FIRST], piece[PIECE_LAST] = key + first, key + last
@@ -76,7 +76,7 @@ def bound_piece(t, p, n, piece, key, keys, begin, scale):
 
 @compiled
 def cut(t, p, strip, key, keys, begin, scale, mask_mod):
-    """Set the pieces of a panel in which somebody sees some of `keys` keys from `key` on."""
+    """Set the pieces of a panel in which some query sees some of `keys` keys from `key` on."""
     vecs, pieces = ints(t.panel + 8 * PANEL_FIELDS * p)[VECS], pieces_of(t, p, strip)
     state = see(t, p, key, keys, begin, scale, mask_mod)
     first, last, apart = key, key + keys, 0
@@ -145,7 +145,7 @@ def mask_bits(at, stride, keys):
 @compiled
 def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
     """Take the keys that the function hides out of `seen`. Returns what the panel sees then. Only
-    blocks of which somebody sees some and not all are worth a call.
+    blocks of which some keys are visible and not all are worth a call.
     """
     size = TILE_VECS * lanes(scale)
     batch, head = t.batch, ints(t.row_head)[p * size]
@@ -172,7 +172,7 @@ def call_mask_mod(t, p, key, keys, seen, state, scale, mask_mod):
         for j in range(keys):
             for i in range(width):
                 seen[j * size + n + i] &= shown[j * width + i]
-    return SEE_SOME if somebody_sees(seen, keys * size) else SEE_NONE
+    return SEE_SOME if any_visible(seen, keys * size) else SEE_NONE
 
 
 @compiled
