@@ -17,10 +17,12 @@ __all__ = [
     "NAMED_ONLY",
     "ON_HOST",
     "cannot_run",
+    "first",
     "named",
     "select",
     "unsupported",
     "unsupported_backward",
+    "unsupported_forward_mode",
     "unsupported_map",
 ]
 
@@ -29,6 +31,8 @@ __all__ = [
 # and `plan(problem)`, what it says of itself to `explain`. One that computes gradients also has
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
 # with each axis along which the argument broadcasts either in full or summed already. One that
+# pushes tangents forward has `unsupported_forward_mode(problem)` and `run_forward_mode(problem,
+# tangents)`, these by the names of their operands -> (tangent of out, tangent of lse). One that
 # makes maps of the weights has `run_map(problem, rows, columns)` -> their sums over cells, and
 # `run_top(problem, n)` -> (indices, weights) of each query's strongest keys. One that may be there
 # without working has `broken()`, which says why, or None.
@@ -60,6 +64,15 @@ def unsupported_backward(backend, problem: Problem) -> str | None:
     return backend.unsupported_backward(problem)
 
 
+def unsupported_forward_mode(backend, problem: Problem) -> str | None:
+    """Why the module `backend` cannot push tangents through `problem`, or None."""
+    if not hasattr(backend, "run_forward_mode"):
+        return "it computes no tangents"
+    if type(problem.q) is not _ndarray:
+        return "the arrays are on a CUDA device"
+    return backend.unsupported_forward_mode(problem)
+
+
 def unsupported_map(backend, problem: Problem) -> str | None:
     """Why the module `backend` cannot make maps of the weights of `problem`, or None."""
     if not hasattr(backend, "run_map"):
@@ -77,17 +90,7 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
     if backend is None:
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
-        reasons: list[tuple[Any, str]] = []
-        for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
-            reason = unsupported(candidate, problem)
-            if reason is None:
-                for other, why in reasons:
-                    _warn_if_broken(other, why)
-                return candidate
-            reasons.append((candidate, reason))
-        told = "; ".join(f"{candidate.name}: {reason}" for candidate, reason in reasons)
-        subject = "q: on a CUDA device, where" if problem.on_device else "backend:"
-        raise ValueError(f"{subject} none can serve this call: {told}")
+        return first(problem, unsupported)
     chosen = named(backend, origin)
     reason = unsupported(chosen, problem)
     if reason is not None:
@@ -97,6 +100,21 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
             f"these can: {', '.join(able) or 'none'}"
         )
     return chosen
+
+
+def first(problem: Problem, unsupported=unsupported):
+    """The first backend module in the order of `BACKENDS` for `problem`."""
+    reasons: list[tuple[Any, str]] = []
+    for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
+        reason = unsupported(candidate, problem)
+        if reason is None:
+            for other, why in reasons:
+                _warn_if_broken(other, why)
+            return candidate
+        reasons.append((candidate, reason))
+    told = "; ".join(f"{candidate.name}: {reason}" for candidate, reason in reasons)
+    subject = "q: on a CUDA device, where" if problem.on_device else "backend:"
+    raise ValueError(f"{subject} none can serve this call: {told}")
 
 
 def cannot_run(backend, problem: Problem) -> str | None:

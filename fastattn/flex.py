@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .attention import scaled_dot, solve
+from .core.arguments import flag
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
+from .jvp import has_tangents, pushed_forward, without_weights
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["flex"]
@@ -35,7 +37,7 @@ def flex(
         not called where all of a block is visible. See `fastattn.block_mask`.
     score_grad : function (score, batch, head, i, j) -> real, optional
         The derivative of `score_mod` by its score, of the arguments that `score_mod` gets, for
-        ``fastattn.vjp(fastattn.flex, ...)``; ignored here.
+        ``fastattn.vjp(fastattn.flex, ...)`` and ``fastattn.jvp``; ignored here.
     backend, **options
         As of `fastattn.scaled_dot`; a key must be seen by the options and by `mask_mod`.
 
@@ -94,13 +96,31 @@ def _flex(
     wrt, block_mask=None, score_grad=None, backend=None, return_lse=False, **options,
 ):  # fmt: skip
     without_out(options)
-    if score_mod is not None and score_grad is None:
-        raise ValueError(
-            "score_grad: expected the derivative of score_mod by its score, a function of the same "
-            "arguments, got None"
-        )
+    _check_score_grad(score_mod, score_grad)
     problem = _problem(
         q, k, v, score_mod, mask_mod, block_mask, score_grad, options,
         gradients=True, wrt=wrt, return_lse=True,
     )  # fmt: skip
     return differentiated(problem, backend, return_lse)
+
+
+@has_tangents(flex)
+def _flex_tangents(
+    arrays, tangents, *, score_mod=None, mask_mod=None, block_mask=None, score_grad=None,
+    backend=None, return_lse=False, **options,
+):  # fmt: skip
+    without_out(options)
+    without_weights(options)
+    _check_score_grad(score_mod, score_grad)
+    problem = _problem(
+        *arrays, score_mod, mask_mod, block_mask, score_grad, options, return_lse=True
+    )
+    return pushed_forward(problem, tangents, backend, flag("return_lse", return_lse))
+
+
+def _check_score_grad(score_mod, score_grad) -> None:
+    if score_mod is not None and score_grad is None:
+        raise ValueError(
+            "score_grad: expected the derivative of score_mod by its score, a function of the same "
+            "arguments, got None"
+        )

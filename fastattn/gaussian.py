@@ -25,7 +25,9 @@ from .gaussian_methods import (
     lifted,
     product,
     product_gradients,
+    run_forward_mode,
 )
+from .jvp import has_tangents, pushed_forward, without_weights
 from .similarity import positive, refuse
 from .vjp import differentiated, differentiates, without_out
 
@@ -314,3 +316,17 @@ def _inner(kept: _Kept, b: Backward, chunk: Chunk):
         out=y, lse=chunk.of(kept.inner_lse, "hq"), grad_out=grad_y * share[..., None], grad_lse=grad
     )
     return inner, of_sinks
+
+
+@has_tangents(gaussian)
+def _gaussian_tangents(
+    arrays, tangents, *,
+    alpha=1.0, normalize=True, exclude_self=False, return_lse=False, **options,
+):  # fmt: skip
+    without_out(options)
+    without_weights(options)
+    call = _pose(*arrays, alpha, normalize, exclude_self, options, return_lse=True)
+    return pushed_forward(
+        call.problem, tangents, call.backend, flag("return_lse", return_lse),
+        partial(_run, call), partial(run_forward_mode, call),
+    )  # fmt: skip

@@ -6,12 +6,15 @@ first term is a dot product of vectors with one more number, the last a factor o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from .attention import solve
+from .backends import numpy as numpy_backend
 from .chunks import Chunk, Union, entries, runs
 from .core.arguments import broadcast_shapes
 from .core.backward import Backward
@@ -19,7 +22,7 @@ from .core.problem import SQUARED_DISTANCE, Problem, make_problem
 
 __all__ = [
     "Attended", "Call", "Lifted", "difference_gradients", "differences", "extents", "lifted",
-    "product", "product_gradients",
+    "product", "product_gradients", "run_forward_mode",
 ]  # fmt: skip
 
 
@@ -168,3 +171,38 @@ def difference_gradients(call: Call, b: Backward, run: Chunk) -> Iterator[dict]:
     for one in call.sets:
         options = run.options(one) | {"scale": -call.alpha}
         yield run.gradients(b, q, k, v, options, call.backend, SQUARED_DISTANCE)
+
+
+def run_forward_mode(call: Call, p: Problem, tangents) -> tuple[np.ndarray, np.ndarray]:
+    """``(tangent of out, tangent of lse)`` along `tangents`, by the names of their operands: by
+    differences, of one set of keys after another.
+    """
+    with np.errstate(all="ignore"):
+        found = [_with_tangents(call, one, tangents) for one in call.sets]
+        total = functools.reduce(np.logaddexp, (lse for _, lse, _, _ in found))
+        if p.sinks is not None:
+            total = np.logaddexp(total, p.sinks.astype(total.dtype)[:, None])
+        shares = [_ratio(lse, total) for _, lse, _, _ in found]
+        d_total = sum(share * d_lse for share, (_, _, _, d_lse) in zip(shares, found, strict=True))
+        d_out = np.zeros((), p.accumulator)
+        for share, (out, lse, own, d_lse) in zip(shares, found, strict=True):
+            if call.normalize:
+                factor, rise = share, d_lse - d_total
+            else:
+                factor, rise = np.exp(lse), d_lse
+            d_out = d_out + factor[..., None] * (own + rise[..., None] * out)
+        return d_out.astype(p.dtype, copy=False), d_total
+
+
+def _with_tangents(call: Call, one: Problem, tangents):
+    """``(out, lse, tangent of out, tangent of lse)`` of the softmax over one set of keys."""
+    stated = replace(
+        one, scale=-call.alpha, score_function=SQUARED_DISTANCE, return_lse=True,
+        one_head=False, dtype=one.accumulator,
+    )  # fmt: skip
+    out, lse = solve(stated, call.backend, None)
+    return out, lse, *numpy_backend.run_forward_mode(stated, tangents)
+
+
+def _ratio(lse, total):
+    return np.where(lse == -np.inf, 0, np.exp(lse - total))

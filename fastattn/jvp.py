@@ -5,27 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .attention import scaled_dot, solve
-from .backends import numpy
 from .core.arguments import flag, plain
 from .core.dtypes import float_dtype
+from .core.options import bias_array, per_head, relative_bias_array
 from .core.problem import Problem, make_problem
+from .dispatch import first, unsupported_forward_mode
 from .vjp import rule_of, without_out
 
-__all__ = ["has_tangents", "jvp", "pushed_forward", "tangents_of", "without_weights"]
+__all__ = [
+    "has_tangents",
+    "jvp",
+    "pushed_forward",
+    "solve_forward_mode",
+    "tangents_of",
+    "without_weights",
+]
 
 _RULES: dict[Any, Callable] = {}
 
 
-def has_tangents(function) -> Callable[[Callable], Callable]:
-    """Register the decorated rule as the one by which `jvp` pushes tangents through `function`.
+def has_tangents(function, least: int = 3, most: int = 3) -> Callable[[Callable], Callable]:
+    """Register the decorated rule as the one by which `jvp` pushes tangents through `function`, of
+    which so many arrays have some.
 
     ``rule(arrays, tangents, **options)`` returns ``(out, tangent)`` as `jvp` does; the tangents are
-    checked: arrays of their array's shape, or None.
+    checked: arrays of their array's shape, or None. A rule for a class is one for calls of its
+    instances, and gets the instance first.
     """
 
     def register(rule):
-        _RULES[function] = rule
+        def counted(*args, **options):
+            n = len(args[-1])
+            if not least <= n <= most:
+                expected = f"{least}" if least == most else f"{least} to {most}"
+                raise ValueError(f"arrays: expected {expected}, got {n}")
+            return rule(*args, **options)
+
+        _RULES[function] = counted
         return rule
 
     return register
@@ -37,9 +56,11 @@ def jvp(function, arrays, tangents, **options) -> tuple[Any, Any]:
     Parameters
     ----------
     function : callable
-        `scaled_dot`, `dot`, `euclidean`, `additive`, `pool` or `varlen`.
+        `scaled_dot`, `dot`, `cosine`, `gaussian`, `euclidean`, `additive`, `pool`, `varlen`, `flex`
+        (which takes ``score_grad=`` with a `score_mod`), or a `MultiHeadAttention`.
     arrays : sequence of array_like
-        Its positional arguments: q, k and v, or those of `pool`. They lie in the host's memory.
+        Its arrays: q, k and v, those of `pool`, or query, key and value of a layer, as many as it
+        is given. They lie in the host's memory.
     tangents : sequence of array_like or None
         One for each array, of its shape and any real dtype; None stands for zeros and costs
         nothing. Options have no tangents.
@@ -130,12 +151,38 @@ def without_weights(options: dict) -> None:
             raise ValueError(f"{name}: expected False, as {what} have no tangents, got True")
 
 
-def pushed_forward(p: Problem, tangents, backend, return_lse: bool):
-    """``(out, tangent)`` of a problem whose operands have these tangents."""
-    operands = zip((p.q, p.k, p.v), tangents, strict=True)
-    moved = (None if t is None else t.reshape(x.shape) for x, t in operands)
-    out, lse = solve(p, backend, None)
-    d_out, d_lse = numpy.run_forward_mode(p, *moved)
-    if p.one_head:
-        d_out, d_lse = d_out[0], d_lse[0]
+def pushed_forward(
+    p: Problem, tangents, backend, return_lse: bool, run=None, run_forward_mode=None
+):
+    """``(out, tangent)`` of a problem, stated with its lse, whose q, k and v have these tangents.
+    `run` and `run_forward_mode` take the place of the backends', where these are not given the
+    problem as it is.
+    """
+    # What is wrong with the tangents is an error now, not after the forward pass.
+    push = run_forward_mode or first(p, unsupported_forward_mode).run_forward_mode
+    out, lse = solve(p, backend, None, run)
+    d_out, d_lse = solve_forward_mode(p, dict(zip("qkv", tangents, strict=True)), push)
     return ((out, lse), (d_out, d_lse)) if return_lse else (out, d_out)
+
+
+def solve_forward_mode(p: Problem, tangents: dict[str, Any], run_forward_mode=None):
+    """``(tangent of out, tangent of lse)`` along the tangents, None for zeros, of q, k, v, scale,
+    bias, relative_bias, alibi and sinks, each of its argument's shape.
+    """
+    push = run_forward_mode or first(p, unsupported_forward_mode).run_forward_mode
+    moving = {name: _operand(p, name, t) for name, t in tangents.items() if t is not None}
+    d_out, d_lse = push(p, moving)
+    return (d_out[0], d_lse[0]) if p.one_head else (d_out, d_lse)
+
+
+def _operand(p: Problem, name: str, tangent):
+    """A tangent as the problem has what it is one of."""
+    if name == "bias":
+        return bias_array(tangent, p.rows(p.n_keys), p.q)
+    if name == "relative_bias":
+        return relative_bias_array(tangent, p.heads, p.accumulator)
+    if name == "scale":
+        tangent = np.broadcast_to(tangent, (p.heads,))
+    if name in ("scale", "alibi", "sinks"):
+        return per_head(name, tangent, p.heads, p.accumulator)
+    return tangent.reshape(getattr(p, name).shape)

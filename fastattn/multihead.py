@@ -11,6 +11,7 @@ from .core.dtypes import chosen_dtype, float_dtype, widest
 from .core.linear import project, rows
 from .core.options import wrt_names
 from .core.signatures import attention
+from .jvp import has_tangents, jvp
 from .vjp import differentiates, vjp
 
 __all__ = ["MultiHeadAttention"]
@@ -296,6 +297,29 @@ def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options)
         return (*given, *(found[name] for name in wrt))
 
     return ((out, *rest) if rest else out), pullback
+
+
+@has_tangents(MultiHeadAttention, least=1)
+def _multi_head_attention_tangents(layer, arrays, tangents, **options):
+    arrays = arrays + (None,) * (3 - len(arrays))
+    tangents = tangents + tangents[-1:] * (3 - len(tangents))
+    inputs, parameters, dtype = layer._inputs(*arrays, options)
+    given = dict(zip("qkv", tangents, strict=True))
+    moving = {
+        name: project(t, parameters[f"w_{name}"], None, dtype)
+        for name, t in given.items()
+        if t is not None
+    }
+    heads = {"q": layer.num_heads, "k": layer.kv_heads, "v": layer.kv_heads}
+    found = jvp(
+        scaled_dot, layer._heads(inputs, parameters, dtype),
+        [_split(moving[name], n) if name in moving else None for name, n in heads.items()],
+        **options,
+    )  # fmt: skip
+    w_o, b_o = parameters["w_o"], parameters.get("b_o")
+    (out, *lse), (d_out, *d_lse) = (x if isinstance(x, tuple) else (x,) for x in found)
+    out, d_out = project(_merged(out), w_o, b_o, dtype), project(_merged(d_out), w_o, None, dtype)
+    return ((out, *lse), (d_out, *d_lse)) if lse else (out, d_out)
 
 
 def _first(name, shape, rng) -> np.ndarray:

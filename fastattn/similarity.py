@@ -7,14 +7,15 @@ from functools import partial
 import numpy as np
 
 from .attention import scaled_dot, solve
+from .backends import numpy as numpy_backend
 from .chunks import Chunk, Gradients, Union, blocks, entries, fill, runs
-from .core.arguments import number, plain
+from .core.arguments import flag, number, plain
 from .core.backward import Backward
 from .core.dtypes import float_dtype
 from .core.options import check_wrt
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
-from .jvp import has_tangents, jvp
+from .jvp import has_tangents, jvp, pushed_forward, without_weights
 from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]
@@ -229,7 +230,9 @@ def _cosine_gradients(b: Backward, backend) -> dict[str, np.ndarray]:
 
 
 def _turned(grad, unit, length):
-    """The gradient of a vector from that of its direction: what turns it, by its length."""
+    """The gradient of a vector from that of its direction: what turns it, by its length. Also the
+    tangent of a direction from that of its vector.
+    """
     with np.errstate(all="ignore"):
         wide, unit = grad.astype(length.dtype, copy=False), unit.astype(length.dtype, copy=False)
         along = (wide * unit).sum(axis=-1, keepdims=True)
@@ -337,7 +340,27 @@ def _dot_tangents(arrays, tangents, **options):
     return jvp(scaled_dot, arrays, tangents, scale=1.0, **options)
 
 
-@has_tangents(pool)
+@has_tangents(cosine)
+def _cosine_tangents(
+    arrays, tangents, *, temperature=1.0, backend=None, return_lse=False, **options
+):  # fmt: skip
+    refuse("cosine", options, "scale")
+    without_out(options)
+    without_weights(options)
+    p = _cosine_problem(*arrays, temperature, return_lse=True, **options)
+    return pushed_forward(
+        p, tangents, backend, flag("return_lse", return_lse), partial(_run_cosine, backend=backend),
+        partial(numpy_backend.run_forward_mode, vectors=_directions),
+    )  # fmt: skip
+
+
+def _directions(x, dx):
+    """The directions of vectors, and their tangents where the vectors have some."""
+    unit, length = _unit(x, x.dtype)
+    return unit, None if dx is None else _turned(dx, unit, length)
+
+
+@has_tangents(pool, 2, 2)
 def _pool_tangents(
     arrays, tangents, *, b=0.0, kv_lengths=None, mask=None, return_lse=False, **options
 ):  # fmt: skip

@@ -83,7 +83,7 @@ def run(problem: Problem, result):
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
     if not problem.is_flex:
-        return "it computes gradients of flex alone"
+        return "it computes gradients and tangents of flex alone"
     if problem.score_mod is not None and problem.score_grad is None:
         return "score_mod has no score_grad"
     return unsupported(problem)
@@ -94,6 +94,16 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     from . import gradients
 
     return gradients.run_backward(backward)
+
+
+unsupported_forward_mode = unsupported_backward
+
+
+def run_forward_mode(problem: Problem, tangents) -> tuple[np.ndarray, np.ndarray]:
+    """``(tangent of out, tangent of lse)`` along `tangents`, by the names of their operands."""
+    from . import gradients
+
+    return gradients.run_forward_mode(problem, tangents)
 
 
 class _Call:

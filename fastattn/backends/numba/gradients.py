@@ -1,5 +1,5 @@
-"""Gradients of `fastattn.flex`: the NumPy backend's tiles, with the user's functions compiled by
-Numba and called for the scores of a tile.
+"""Gradients and tangents of `fastattn.flex`: the NumPy backend's tiles, with the user's functions
+compiled by Numba and called for the scores of a tile.
 """
 
 from __future__ import annotations
@@ -14,14 +14,21 @@ from ...core.backward import Backward
 from ...core.block_mask import BLOCK_KEYS, BLOCK_QUERIES, NONE
 from ...core.problem import Problem
 from ..numpy import backward as numpy_backward
+from ..numpy import tangents as numpy_tangents
 from .hooks import as_score, mask_function, score_function
 
-__all__ = ["run_backward"]
+__all__ = ["run_backward", "run_forward_mode"]
 
 
 def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     """The gradients of `backward` by the names of their arguments."""
     return numpy_backward.run_backward(backward, partial(TileFunctions, backward.problem))
+
+
+def run_forward_mode(problem: Problem, tangents) -> tuple[np.ndarray, np.ndarray]:
+    """``(tangent of out, tangent of lse)`` along `tangents`, by the names of their operands."""
+    functions = partial(TileFunctions, problem)
+    return numpy_tangents.run_forward_mode(problem, tangents, functions=functions)
 
 
 class TileFunctions:

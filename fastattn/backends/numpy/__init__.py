@@ -13,7 +13,7 @@ import numpy as np
 from ...core.problem import Problem
 from . import sparse
 from .backward import run_backward, unsupported_backward
-from .tangents import run_forward_mode
+from .tangents import run_forward_mode, unsupported_forward_mode
 from .tiles import (
     BLOCK_K,
     Heads,
@@ -42,6 +42,7 @@ __all__ = [
     "run_top",
     "unsupported",
     "unsupported_backward",
+    "unsupported_forward_mode",
 ]
 
 name = "numpy"

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ...core.problem import ScoreFunction
+from ...core.problem import DOT, ScoreFunction
 
 __all__ = [
+    "product_tangents",
     "score_function_gradients",
-    "score_function_tangents",
     "unscaled_scores",
     "where_visible",
 ]
@@ -82,8 +82,25 @@ def score_function_gradients(fn: ScoreFunction, q, k, seen, grad):
     return grad_q, grad_k, grad_w
 
 
-def score_function_tangents(fn: ScoreFunction, q, k, dq, dk) -> np.ndarray:
-    """The tangent of `unscaled_scores` along `dq` and `dk`, of which one may be None."""
+def product_tangents(fn: ScoreFunction, scale, q, k, d_scale, dq, dk) -> np.ndarray:
+    """The tangent of ``scale`` times what `fn` makes of `q` and `k`, of which some, of `DOT` the
+    scale too, have tangents and the others None.
+    """
+    real = q.dtype
+    if fn is not DOT:
+        if dq is dk is None:
+            return np.zeros((*q.shape[:-1], k.shape[-2]), real)
+        return scale.astype(real) * _unscaled_tangents(fn, q, k, dq, dk)
+    terms = [] if dq is None else [dq * scale.astype(real)]
+    if d_scale is not None:
+        terms.append(q * d_scale.astype(real))
+    products = [sum(terms) @ k.swapaxes(-1, -2)] if terms else []
+    if dk is not None:
+        products.append((q * scale.astype(real)) @ dk.swapaxes(-1, -2))
+    return sum(products) if products else np.zeros((*q.shape[:-1], k.shape[-2]), real)
+
+
+def _unscaled_tangents(fn: ScoreFunction, q, k, dq, dk) -> np.ndarray:
     total = _sum(_tangent_terms(fn, q, k, dq, dk))
     if fn.name == "squared distance":
         return 2 * total

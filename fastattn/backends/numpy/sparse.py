@@ -6,7 +6,7 @@ For some rows at a time the keys of all entries are gathered, and what belongs t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,10 @@ from ...core.bins import no_top_keys
 from ...core.dtypes import as_real
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
-from .score_functions import score_function_gradients, unscaled_scores
+from .score_functions import product_tangents, score_function_gradients, unscaled_scores
 from .tiles import Paged, capped_products_of, dropped, sum_in_range
 
-__all__ = ["run", "run_backward", "run_map", "run_top"]
+__all__ = ["run", "run_backward", "run_forward_mode", "run_map", "run_top"]
 
 # Entries, or rows, that are looked at together: what is gathered for them takes a MiB or a few.
 ENTRIES = 1 << 13
@@ -76,6 +76,16 @@ def run_backward(b: Backward, found: dict[str, np.ndarray]) -> None:
     with np.errstate(all="ignore"):
         for h, e in _blocks(b.problem):
             _differentiate(b, h, e, found)
+
+
+def run_forward_mode(p: Problem, along: Problem, moving, vectors, out, lse) -> None:
+    """Fill `out` and `lse` with their tangents along those of the operands, which are in `along`
+    for the names in `moving`; ``vectors`` is that of `tangents.run_forward_mode`.
+    """
+    with np.errstate(all="ignore"):
+        for h, e in _blocks(p):
+            a = _head(along, h.where[:-1], h.where[-1])
+            _push_forward(p, h, a, e, moving, vectors, out[h.where], lse[h.where])
 
 
 def run_map(p: Problem, found) -> None:
@@ -193,11 +203,13 @@ def _queries(p: Problem, h: Head, e: Entries, piece: slice) -> np.ndarray:
     return h.q[e.queries][e.rows[piece]].astype(p.accumulator)
 
 
-def _capped_products(p: Problem, h: Head, e: Entries) -> np.ndarray:
+def _capped_products(
+    p: Problem, h: Head, e: Entries, vectors: Callable = lambda x, dx: (x, dx)
+) -> np.ndarray:
     """The scores before anything is added: (entries,)."""
     s = np.empty(len(e.keys), p.accumulator)
     for piece in _pieces(e):
-        q, k = _queries(p, h, e, piece)[:, None], _keys(p, h, e, piece)[:, None]
+        q, k = (vectors(of(p, h, e, piece)[:, None], None)[0] for of in (_queries, _keys))
         scaled = q * h.scale.astype(p.accumulator) if p.score_function is DOT else q
         s[piece] = capped_products_of(p, h.scale, scaled, k, q)[:, 0, 0]
     return s
@@ -381,6 +393,46 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
         if "w" in found:
             found["w"] += more_w
     _broadcast_view(found["q"], h.where)[e.queries] += grad_q
+
+
+def _push_forward(p: Problem, h: Head, a: Head, e: Entries, moving, vectors, out, lse) -> None:
+    """The tangents of one block of queries, of `tangents.run_forward_mode`'s formulae."""
+    real = p.accumulator.type
+    products = _capped_products(p, h, e, vectors)
+    s = _added(p, h, e, products)
+    shift, total = _shift_and_total(p, h, e, s)
+    w = np.exp(s - shift[e.rows]) / total[e.rows]
+    ds = np.empty_like(s)
+    for piece in _pieces(e):
+        pairs = []
+        for name, of in (("q", _queries), ("k", _keys)):
+            x, dx = (of(p, each, e, piece)[:, None] for each in (h, a))
+            pairs.append(vectors(x, dx if name in moving else None))
+        (q, dq), (k, dk) = pairs
+        d_scale = a.scale if "scale" in moving else None
+        ds[piece] = product_tangents(p.score_function, h.scale, q, k, d_scale, dq, dk)[:, 0, 0]
+    if p.softcap is not None:
+        ds *= 1 - (products / real(p.softcap)) ** 2
+    if a.bias is not None:
+        ds += a.bias[e.queries.start + e.rows, e.keys].astype(real)
+    if a.relative_bias is not None:
+        ds += a.relative_bias[_distance_index(a, e)].astype(real)
+    if a.slope is not None:
+        ds -= a.slope * _distances(h, e).astype(real)
+    slope = _summed(e.rows, w * ds, len(shift))
+    if a.sink is not None and h.sink != -np.inf:
+        slope += np.exp(h.sink - shift) / total * a.sink
+    kept = _kept(p, h, e)
+    used, turned = dropped(p, w, kept), dropped(p, w * ds, kept)
+    mean, moved = np.zeros((2, _length(e.queries), p.value_dim), real)
+    for piece in _pieces(e):
+        rows, v = e.rows[piece], _values(p, h, e, piece)
+        _add_sums(mean, rows, used[piece, None] * v)
+        _add_sums(moved, rows, turned[piece, None] * v)
+        if "v" in moving:
+            _add_sums(moved, rows, used[piece, None] * _values(p, a, e, piece))
+    out[e.queries] = moved - slope[:, None] * mean
+    lse[e.queries] = slope
 
 
 def _of_products(p: Problem, h: Head, e: Entries, piece: slice, grad):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
-from .score_functions import score_function_tangents, where_visible
+from . import sparse
+from .score_functions import product_tangents, where_visible
 from .tiles import (
     Heads,
-    capped_products,
+    biases,
+    capped_products_of,
+    distances,
     dropped,
     kept,
     key_blocks,
     keys_of,
     product,
-    queries_of,
     query_blocks,
     rescale,
     scores,
@@ -26,97 +29,107 @@ from .tiles import (
     values_of,
 )
 
-__all__ = ["run_forward_mode"]
+__all__ = ["run_forward_mode", "unsupported_forward_mode"]
+
+OPTIONS = ("bias", "relative_bias", "alibi", "sinks")
 
 
-class _Moving(NamedTuple):
-    """Which operands have a tangent."""
+def unsupported_forward_mode(problem: Problem) -> str | None:
+    """Why this backend cannot push tangents through `problem`, or None."""
+    if problem.is_flex:
+        return "a score_mod or mask_mod would be called for every score"
+    return None
 
-    q: bool
-    k: bool
-    v: bool
 
+def run_forward_mode(
+    problem: Problem,
+    tangents: Mapping[str, np.ndarray],
+    *,
+    functions=None,
+    vectors: Callable = lambda x, dx: (x, dx),
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(tangent of out, tangent of lse)`` along `tangents`, by the names of the problem's operands
+    that have one: of q, k, v, scale, bias, relative_bias, alibi and sinks, in their shapes.
 
-def run_forward_mode(problem: Problem, q, k, v) -> tuple[np.ndarray, np.ndarray]:
-    """``(tangent of out, tangent of lse)`` along the tangents of the problem's operands, each of
-    its operand's shape, or None where that stays.
+    `functions` makes those of `fastattn.flex` for some heads. ``vectors(x, dx)`` makes of queries,
+    or of keys, and of their tangents, which may be None, what is multiplied.
     """
     p = problem
-    moving = _Moving(q is not None, k is not None, v is not None)
-    tangents = replace(
-        p,
-        q=p.q if q is None else q,
-        k=p.k if k is None else k,
-        v=p.v if v is None else v,
-        bias=None,
-        mask=None,
-    )
+    fields: dict[str, Any] = {**dict.fromkeys(OPTIONS), **tangents}
+    along = replace(p, **fields)
+    moving = frozenset(tangents)
     out = empty_like(p.q, p.rows(p.value_dim), p.dtype)
     lse = np.empty(p.rows(), p.accumulator)
+    if p.is_sparse:
+        sparse.run_forward_mode(p, along, moving, vectors, out, lse)
+        return out, lse
     with np.errstate(all="ignore"):
-        blocks = zip(query_blocks(p), query_blocks(tangents), strict=True)
-        for (heads, queries), (along, _) in blocks:
-            for target, block in zip(
-                (out, lse), _block(p, heads, along, moving, queries), strict=True
-            ):
+        blocks = zip(query_blocks(p, functions), query_blocks(along), strict=True)
+        for (heads, queries), (of_tangents, _) in blocks:
+            found = _block(p, heads, of_tangents, moving, queries, vectors)
+            for target, block in zip((out, lse), found, strict=True):
                 rows = block.reshape(-1, *block.shape[2:])
                 target[heads.where][:, queries] = rows
     return out, lse
 
 
-def _block(p: Problem, h: Heads, along: Heads, moving: _Moving, queries: slice):
-    """The tangents of one block of queries.
+def _block(p: Problem, h: Heads, along: Heads, moving, queries: slice, vectors):
+    """The tangents of one block of queries; those of its operands are in `along`.
 
     With weights ``w`` and tangents ``ds`` of the scores, that of the lse is ``sum(w * ds)`` and
     that of ``out = w @ v`` is ``(w * ds) @ v + w @ dv - sum(w * ds) * out``.
     """
     real = p.accumulator
-    q = queries_of(p, h, queries)
-    dq = queries_of(p, along, queries) if moving.q else None
+    unmodified = h._replace(functions=None)
+    dq = along.q[:, :, queries].astype(real) if "q" in moving else None
+    q, dq = vectors(h.q[:, :, queries].astype(real), dq)
+    scaled = q * h.scale.astype(real) if p.score_function is DOT else q
+    d_scale = along.scale if "scale" in moving else None
     rows = q.shape[:-1]
     top = np.full(rows, -np.inf, real)
+    slope = np.zeros(rows, real)
     if h.sinks is not None:
         top = np.broadcast_to(h.sinks, rows)
+        if along.sinks is not None:
+            slope = np.where(top == -np.inf, 0, along.sinks)
     shift = shift_of(top)
     total = np.where(top == -np.inf, real.type(0), real.type(1))
-    slope = np.zeros(rows, real)
     mean, moved = np.zeros((2, *rows, p.value_dim), real)
     for keys in key_blocks(p, h, queries):
-        products = capped_products(p, h, q, keys, queries)
-        s, seen = scores(p, h, products, queries, keys)
+        dk = keys_of(p, along, keys) if "k" in moving else None
+        k, dk = vectors(keys_of(p, h, keys), dk)
+        products = capped_products_of(p, h.scale, scaled, k, q)
+        s, seen = plain, plain_seen = scores(p, unmodified, products, queries, keys)
+        if h.functions is not None:
+            s, seen = h.functions.modified(plain, plain_seen, queries, keys)
         old, none = shift, top == -np.inf
         top = np.maximum(top, s.max(axis=-1))
         shift = shift_of(top)
         factor = np.where(none, 0, rescale(old, shift))
         weight = where_visible(seen, np.exp(s - shift[..., None]))
-        k, v = keys_of(p, h, keys), values_of(p, h, keys)
+        v = values_of(p, h, keys)
         total = total * factor + weight.sum(axis=-1)
         slope, mean, moved = slope * factor, mean * factor[..., None], moved * factor[..., None]
         keep = kept(p, h, queries, keys)
         used = dropped(p, weight, keep)
         mean += product(used, seen, v)
-        if moving.q or moving.k:
-            dk = keys_of(p, along, keys) if moving.k else None
-            ds = _score_tangents(p, h.scale, q, k, dq, dk)
+        if moving != {"v"}:
+            ds = product_tangents(p.score_function, h.scale, q, k, d_scale, dq, dk)
             if p.softcap is not None:
-                ds *= 1 - (products / real.type(p.softcap)) ** 2
+                ds = ds * (1 - (products / real.type(p.softcap)) ** 2)
+            for bias in biases(along, queries, keys):
+                ds = ds + bias.astype(real)
+            if along.alibi is not None:
+                ds = ds - along.alibi[..., None] * distances(h, queries, keys).astype(real)
+            if h.functions is not None:
+                ds = h.functions.before(ds, plain, seen, queries, keys)
             ds = where_visible(seen, weight * ds)
             slope += ds.sum(axis=-1)
             moved += product(dropped(p, ds, keep), seen, v)
-        if moving.v:
+        if "v" in moving:
             moved += product(used, seen, values_of(p, along, keys))
     empty = total == 0
     total = np.where(empty, 1, total)
     slope /= total
     total = total[..., None]
     return moved / total - slope[..., None] * (mean / total), slope
-
-
-def _score_tangents(p: Problem, scale, q, k, dq, dk) -> np.ndarray:
-    """Those of the scores before softcap; `q` and `dq` are those of `queries_of`."""
-    if p.score_function is not DOT:
-        return scale.astype(p.accumulator) * score_function_tangents(p.score_function, q, k, dq, dk)
-    if dk is None:
-        return dq @ k.swapaxes(-1, -2)
-    ds = q @ dk.swapaxes(-1, -2)
-    return ds if dq is None else ds + dq @ k.swapaxes(-1, -2)

@@ -20,6 +20,7 @@ __all__ = [
     "BLOCK_K",
     "Heads",
     "Paged",
+    "biases",
     "block_q",
     "capped_products",
     "capped_products_of",
@@ -186,7 +187,7 @@ def key_blocks(p: Problem, h: Heads, queries: slice) -> Iterator[slice]:
             if keys.start == keys.stop:
                 continue
         masked = h.mask is not None and not h.mask[:, :, queries, keys].any()
-        if not masked and not any((x == -np.inf).all() for x in _biases(h, queries, keys)):
+        if not masked and not any((x == -np.inf).all() for x in biases(h, queries, keys)):
             yield keys
 
 
@@ -247,7 +248,7 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     """``(s, seen)`` of one tile: the score, -inf where hidden; `seen` is None if all are seen."""
     real = p.accumulator.type
     s, seen = products, None
-    for bias in _biases(h, queries, keys):
+    for bias in biases(h, queries, keys):
         rounded = in_range(bias, real).astype(real)
         if (rounded == -np.inf).any():
             seen = bias != -np.inf if seen is None else seen & (bias != -np.inf)
@@ -272,7 +273,7 @@ def scores(p: Problem, h: Heads, products, queries: slice, keys: slice):
     return s, seen
 
 
-def _biases(h: Heads, queries: slice, keys: slice) -> Iterator[np.ndarray]:
+def biases(h: Heads, queries: slice, keys: slice) -> Iterator[np.ndarray]:
     """What is added to the scores of one tile, in order."""
     if h.bias is not None:
         yield h.bias[:, :, queries, keys]
