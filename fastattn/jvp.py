@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from .attention import scaled_dot, solve
+from .backends.numpy.second_order import run_second_order
+from .backward import of_its_array
 from .core.arguments import flag, plain
 from .core.dtypes import float_dtype
 from .core.options import bias_array, per_head, relative_bias_array
@@ -20,6 +22,7 @@ __all__ = [
     "jvp",
     "pushed_forward",
     "solve_forward_mode",
+    "solve_second_order",
     "tangents_of",
     "without_weights",
 ]
@@ -173,6 +176,20 @@ def solve_forward_mode(p: Problem, tangents: dict[str, Any], run_forward_mode=No
     moving = {name: _operand(p, name, t) for name, t in tangents.items() if t is not None}
     d_out, d_lse = push(p, moving)
     return (d_out[0], d_lse[0]) if p.one_head else (d_out, d_lse)
+
+
+def solve_second_order(p: Problem, tangents: dict[str, Any], grad_out, grad_lse=None):
+    """The tangents, along those of the arguments as in `solve_forward_mode`, of the gradients that
+    `p` asks for; `grad_out` and `grad_lse`, of which either may be None for zeros, stay.
+    """
+    moving = {name: _operand(p, name, t) for name, t in tangents.items() if t is not None}
+    shapes = p.rows(p.value_dim), p.rows()
+    grads = [
+        np.zeros(shape, p.accumulator) if x is None else x.reshape(shape)
+        for x, shape in zip((grad_out, grad_lse), shapes, strict=True)
+    ]
+    found = run_second_order(p, moving, *grads)
+    return tuple(of_its_array(found[gradient.name], gradient) for gradient in p.gradients)
 
 
 def _operand(p: Problem, name: str, tangent):

@@ -22,7 +22,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, by fastattn.
@@ -46,8 +46,8 @@ def scaled_dot_product_attention(
         choice, not torch's.
     is_causal : bool, default False
         Query ``i`` sees the keys ``j <= i``, whatever the lengths.
-    scale : float, optional
-        ``1 / sqrt(E)`` by default. A constant: a tensor that requires a gradient is an error.
+    scale : float or Tensor, optional
+        ``1 / sqrt(E)`` by default. A tensor, () or (Hq,), may require a gradient.
     enable_gqa : bool, default False
         Let `Hq` be a multiple of `H`.
 
@@ -62,12 +62,14 @@ def scaled_dot_product_attention(
     TypeError, ValueError
         The message begins with the argument's name.
     NotImplementedError
-        For forward-mode differentiation (`torch.func.jvp`, `jacfwd`, ...) and second derivatives.
+        For forward mode of forward mode, and for third derivatives.
 
     Notes
     -----
-    `torch.func.grad`, `vjp` and `jacrev` work, and `torch.vmap`, which makes one call for each
-    place along its axis: give leading axes instead where there are any.
+    Reverse and forward mode work, with one over the other for second derivatives: `torch.func.grad`
+    and `jacrev`, `jvp`, `jacfwd` and `linearize`, `hessian`, ``create_graph=True``. Tangents and
+    second derivatives are computed by NumPy. `torch.vmap` makes one call for each place along its
+    axis: give leading axes instead where there are any.
 
     Examples
     --------
@@ -140,21 +142,21 @@ def scaled_dot(
 ):  # fmt: skip
     """`fastattn.scaled_dot` on tensors, with gradients.
 
-    They are those of `q`, `k`, `v`, `bias`, `relative_bias`, `alibi` and `sinks`.
+    They are those of `q`, `k`, `v`, `scale`, `bias`, `relative_bias`, `alibi` and `sinks`.
 
     Parameters
     ----------
     q, k, v : Tensor, (..., heads, length, dim)
         On the CPU; none is copied.
-    bias, relative_bias, alibi, sinks : Tensor or as in `fastattn.scaled_dot`
+    scale, bias, relative_bias, alibi, sinks : Tensor or as in `fastattn.scaled_dot`
     q_offset, kv_lengths, spans, mask : Tensor or as in `fastattn.scaled_dot`
         Tensors among them are on the CPU, too.
     dropout : (rate, seed), optional
         As in `fastattn.scaled_dot`; the seed may be a tensor, such as
         ``torch.randint(2**63 - 1, ())``.
-    scale, softcap, causal, window, dropout_offset, return_lse, backend, threads, precision
-        As in `fastattn.scaled_dot`. No gradient passes through `scale` and `softcap`: a tensor that
-        requires one is an error.
+    softcap, causal, window, dropout_offset, return_lse, backend, threads, precision
+        As in `fastattn.scaled_dot`. No gradient passes through `softcap`: a tensor that requires
+        one is an error.
 
     Returns
     -------

@@ -4,6 +4,9 @@ is imported, with what autograd and `torch.compile` need to know of them.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -11,6 +14,10 @@ from torch.autograd import forward_ad
 import fastattn
 
 from ..core.options import dropout_of, dropout_start, span_sides, window_sides
+from ..core.problem import Problem, make_problem
+from ..jvp import solve_forward_mode, solve_second_order
+from .torch_derivatives import Gradients, named, names_of, one_by_one, options_among, pushed
+from .torch_schema import BACKWARD, FORWARD, LIBRARY, OPTIONAL, SOURCES, WORDS
 from .torch_tensors import (
     alike,
     array,
@@ -26,38 +33,6 @@ from .torch_tensors import (
 
 __all__ = ["attend", "new_seed"]
 
-_TENSORS = """
-    Tensor? bias=None, Tensor? alibi=None, Tensor? sinks=None, Tensor? mask=None,
-    Tensor? offsets=None, Tensor? kv_lengths=None, Tensor? start=None, Tensor? stop=None,
-    Tensor? seed=None, Tensor? relative_bias=None, *,
-"""
-_OPTIONS = """
-    float? scale=None, float? softcap=None, bool causal=False, SymInt? left=None,
-    SymInt? right=None, SymInt? q_offset=None, str? backend=None, SymInt? threads=None,
-    str? precision=None, float? rate=None, SymInt[]? place=None
-"""
-
-# A library of its own rather than torch.library.custom_op: a call takes 10 us less.
-_LIBRARY = torch.library.Library("fastattn", "DEF")
-_LIBRARY.define(
-    f"scaled_dot(Tensor q, Tensor k, Tensor v, {_TENSORS} bool return_lse=False, {_OPTIONS})"
-    " -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "scaled_dot_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, {_TENSORS} str[] wrt, {_OPTIONS}) -> Tensor[]"
-)
-_FORWARD = torch.ops.fastattn.scaled_dot.default
-_BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
-_DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
-_OPTIONAL = (
-    "bias", "alibi", "sinks", "mask", "offsets", "kv_lengths", "start", "stop", "seed",
-    "relative_bias",
-)  # fmt: skip
-_WORDS = {  # where an operand's is another
-    "offsets": "q_offset", "start": "spans", "stop": "spans", "seed": "dropout",
-}  # fmt: skip
-
 
 def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` of `fastattn.scaled_dot`, whose words may be tensors.
@@ -70,7 +45,7 @@ def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None
     given = [q, k, v]
     for name, x in words.items():
         if isinstance(x, Tensor):
-            if name in ("scale", "softcap"):
+            if name == "softcap":
                 check_constant(name, x)
             given.append(x)
     gradient = _needs_gradient(given)
@@ -83,7 +58,7 @@ def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None
     if not compiling and (gradient or transforms()):
         return _attention(options, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
     # The way back starts from lse.
-    return _FORWARD(q, k, v, *tensors, return_lse=return_lse or gradient, **options)
+    return FORWARD(q, k, v, *tensors, return_lse=return_lse or gradient, **options)
 
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -116,7 +91,7 @@ def _straight_to_cpu(tensors) -> bool:
 
 def _operands(
     bias=None, alibi=None, sinks=None, mask=None, q_offset=None, kv_lengths=None, spans=None,
-    window=None, dropout=None, dropout_offset=None, relative_bias=None, **options,
+    window=None, dropout=None, dropout_offset=None, relative_bias=None, scale=None, **options,
 ):  # fmt: skip
     """Words as the operators take them: optional tensors in their order, to the last one given,
     and options.
@@ -129,18 +104,23 @@ def _operands(
         options["q_offset"] = q_offset
     else:
         offsets = q_offset
+    scales = None
+    if isinstance(scale, (Tensor, np.ndarray, list, tuple)):
+        scales = scale
+    else:
+        options["scale"] = scale
     seed = None
     if dropout is not None:
         options["rate"], seed = _rate_and_seed(dropout)
         options["place"] = dropout_start(dropout_offset)
     tensors = []  # each None costs autograd 0.3 us
     optional = (
-        bias, alibi, sinks, mask, offsets, kv_lengths, start, stop, seed, relative_bias,
+        bias, alibi, sinks, mask, offsets, kv_lengths, start, stop, seed, relative_bias, scales,
     )  # fmt: skip
-    for place, (name, x) in enumerate(zip(_OPTIONAL, optional, strict=True)):
+    for place, (name, x) in enumerate(zip(OPTIONAL, optional, strict=True)):
         if x is not None:
             tensors += [None] * (place - len(tensors))
-            tensors.append(as_tensor(x, _WORDS.get(name, name)))
+            tensors.append(as_tensor(x, WORDS.get(name, name)))
     return tensors, options
 
 
@@ -202,19 +182,53 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
     grads = fastattn.scaled_dot_backward(
         *(array(x, name) for name, x in named.items()),
         grad_lse=None if grad_lse is None else array(grad_lse, "grad_lse"),
-        wrt=tuple(wrt),
+        wrt=tuple(WORDS.get(name, name) for name in wrt),
         **_words(tensors, options),
     )
-    sources = _sources(q, k, v, tensors, wrt)
-    found = []
-    for grad, source in zip(map(tensor, grads), sources, strict=True):
-        same = alike(grad, source)
-        found.append(grad if same else laid_out(grad, torch.empty_like(source)))
-    return found
+    return _like_sources(grads, _sources(q, k, v, tensors, wrt))
 
 
 def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
-    return [torch.empty_like(x) for x in _sources(q, k, v, tensors, wrt)]
+    found = map(torch.empty_like, _sources(q, k, v, tensors, wrt).values())
+    return _in_order(wrt, found)
+
+
+def _tangents(*given, **options):
+    tangents, (q, k, v, *tensors) = given[: len(SOURCES)], given[len(SOURCES) :]
+    p = _problem(q, k, v, _words(tensors, options))
+    d_out, d_lse = solve_forward_mode(p, _along(tangents))
+    return laid_out(tensor(d_out), empty_result(q, k, v)), tensor(d_lse)
+
+
+def _tangents_fake(*given, **options):
+    return _forward_fake(*given[len(SOURCES) :], return_lse=True)
+
+
+def _second(*given, wrt, **options):
+    tangents, given = given[: len(SOURCES)], given[len(SOURCES) :]
+    grad_out, grad_lse, q, k, v, *tensors = given
+    sources = _sources(q, k, v, tensors, wrt)
+    own = tuple(WORDS.get(name, name) for name in wrt)
+    p = _problem(q, k, v, _words(tensors, options), gradients=True, wrt=own)
+    grads = (None if x is None else array(x, "grad") for x in (grad_out, grad_lse))
+    return _like_sources(solve_second_order(p, _along(tangents), *grads), sources)
+
+
+def _second_fake(*given, wrt, **options):
+    grad_out, grad_lse, q, k, v, *tensors = given[len(SOURCES) :]
+    return _backward_fake(grad_out, grad_lse, q, k, v, None, None, *tensors, wrt=wrt)
+
+
+def _problem(q, k, v, words: dict[str, Any], **more: Any) -> Problem:
+    words.pop("backend", None)  # tangents are NumPy's
+    q, k, v = (array(x, name) for name, x in (("q", q), ("k", k), ("v", v)))
+    return make_problem(q, k, v, return_lse=True, **words, **more)
+
+
+def _along(tangents) -> dict[str, np.ndarray]:
+    """The tangents of `SOURCES` as arrays, by the names that `fastattn.scaled_dot` has."""
+    pairs = named(SOURCES, tangents).items()
+    return {WORDS.get(name, name): array(x, name) for name, x in pairs}
 
 
 class _ScaledDot(torch.autograd.Function):
@@ -231,29 +245,25 @@ class _ScaledDot(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         q, k, v, *tensors, out, lse = ctx.saved_tensors
-        names = ("q", "k", "v", *_OPTIONAL[: len(tensors)])
-        needed = zip(names, ctx.needs_input_grad[1:], strict=True)
-        wrt = [name for name, wanted in needed if wanted and name in _DIFFERENTIABLE]
+        names = names_of((q, k, v, *tensors))
+        wrt = options_among(names, ctx.needs_input_grad[1:])
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         given = (grad_out, grad_lse, q, k, v, out, lse, *tensors)
         options = {"wrt": wrt, **ctx.options}
-        if transforms():
-            grads = _ScaledDotBackward.apply(options, *given)
+        if transforms() or forward_ad._current_level >= 0:
+            grads = Gradients.apply(options, *given)
         else:
             straight = not torch.is_grad_enabled() and _straight_to_cpu(given)
-            grads = (_backward if straight else _BACKWARD)(*given, **options)
+            grads = (_backward if straight else BACKWARD)(*given, **options)
+            grads = [x for x in grads if x is not None]
         found = dict(zip(("q", "k", "v", *wrt), grads, strict=True))
         return None, *map(found.get, names)
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        given = zip(("q", "k", "v", *_OPTIONAL), tangents, strict=False)
-        name = next((name for name, x in given if x is not None), "q")
-        raise NotImplementedError(
-            f"{name}: expected no tangent, as there is no forward-mode differentiation; call "
-            "torch.autograd.grad, torch.func.vjp or torch.func.jacrev"
-        )
+        *tensors, out, lse = ctx.saved_tensors
+        return pushed(ctx.options, named(names_of(tensors), tangents), (out, lse), tensors)
 
 
 class _Transformed(_ScaledDot):
@@ -270,7 +280,7 @@ class _Transformed(_ScaledDot):
 
     @staticmethod
     def vmap(info, in_dims, options, *tensors):
-        return _one_by_one(_attention, info, in_dims, options, tensors)
+        return one_by_one(_attention, info, in_dims, options, tensors)
 
 
 def _attention(options, *tensors):
@@ -279,26 +289,15 @@ def _attention(options, *tensors):
 
 def _below_autograd(options, *tensors):
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*tensors, return_lse=True, **options)
+        return FORWARD(*tensors, return_lse=True, **options)
 
 
 def _keep(ctx, options, tensors, results) -> None:
     ctx.save_for_backward(*tensors, *results)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors, *results)
     ctx.options = options
     ctx.set_materialize_grads(False)
-
-
-def _one_by_one(function, info, in_dims, options, tensors):
-    """The rule of `torch.vmap`: a call for each place, as slopes and sinks have no leading axes."""
-    if not info.batch_size:
-        raise NotImplementedError("in_dims: expected an axis of at least 1, got 0")
-    dims = in_dims[-len(tensors) :]
-    calls = []
-    for n in range(info.batch_size):
-        own = (x if dim is None else x.select(dim, n) for x, dim in zip(tensors, dims, strict=True))
-        calls.append(function(options, *own))
-    results = tuple(map(torch.stack, zip(*calls, strict=True)))
-    return results, (0,) * len(results)
 
 
 def _differentiable(*tensors, return_lse=False, **options):
@@ -306,50 +305,31 @@ def _differentiable(*tensors, return_lse=False, **options):
         out, lse = _attention(options, *tensors)
         return out, lse if return_lse else lse.new_empty(0)
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*tensors, return_lse=return_lse, **options)
-
-
-class _ScaledDotBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(options, *tensors):
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_BACKWARD(*tensors, **options))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def vmap(info, in_dims, options, *tensors):
-        return _one_by_one(_ScaledDotBackward.apply, info, in_dims, options, tensors)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("scaled_dot: there is no second derivative, only the first")
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("scaled_dot: there is no second derivative, only the first")
+        return FORWARD(*tensors, return_lse=return_lse, **options)
 
 
 def _differentiable_backward(*tensors, **options):
     if _needs_gradient(tensors):
-        return list(_ScaledDotBackward.apply(options, *tensors))
+        return _in_order(options["wrt"], Gradients.apply(options, *tensors))
     with torch._C._AutoDispatchBelowAutograd():
-        return _BACKWARD(*tensors, **options)
+        return BACKWARD(*tensors, **options)
 
 
-_LIBRARY.impl("scaled_dot", _forward, "CPU")
-_LIBRARY.impl("scaled_dot", _differentiable, "Autograd")
-_LIBRARY.impl("scaled_dot_backward", _backward, "CPU")
-_LIBRARY.impl("scaled_dot_backward", _differentiable_backward, "Autograd")
-torch.library.register_fake("fastattn::scaled_dot", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("fastattn::scaled_dot_backward", _backward_fake, lib=_LIBRARY)
+LIBRARY.impl("scaled_dot", _forward, "CPU")
+LIBRARY.impl("scaled_dot", _differentiable, "Autograd")
+LIBRARY.impl("scaled_dot_backward", _backward, "CPU")
+LIBRARY.impl("scaled_dot_backward", _differentiable_backward, "Autograd")
+LIBRARY.impl("scaled_dot_tangents", _tangents, "CPU")
+LIBRARY.impl("scaled_dot_second", _second, "CPU")
+torch.library.register_fake("fastattn::scaled_dot", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fastattn::scaled_dot_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_fake("fastattn::scaled_dot_tangents", _tangents_fake, lib=LIBRARY)
+torch.library.register_fake("fastattn::scaled_dot_second", _second_fake, lib=LIBRARY)
 
 
 def _words(tensors, options) -> dict:
     """The words of `fastattn.scaled_dot` for what an operator was given."""
-    for name, x in zip(_OPTIONAL, tensors, strict=False):
+    for name, x in zip(OPTIONAL, tensors, strict=False):
         if x is not None:
             options[name] = array(x, name)
     if "rate" in options:
@@ -357,6 +337,8 @@ def _words(tensors, options) -> dict:
         options["dropout_offset"] = options.pop("place", None)
     if "offsets" in options:
         options["q_offset"] = options.pop("offsets")
+    if "scales" in options:
+        options["scale"] = options.pop("scales")
     if "start" in options:
         options["spans"] = options.pop("start"), options.pop("stop")
     if "left" in options or "right" in options:
@@ -364,7 +346,24 @@ def _words(tensors, options) -> dict:
     return options
 
 
-def _sources(q, k, v, tensors, wrt) -> list[Tensor]:
-    """What the gradients are of; autograd wants each like its source, in dtype too."""
-    named = dict(zip(_OPTIONAL, tensors, strict=False))
-    return [q, k, v, *(named[name] for name in wrt)]
+def _sources(q, k, v, tensors, wrt) -> dict[str, Tensor]:
+    """What the gradients are of, by name."""
+    named = dict(zip(OPTIONAL, tensors, strict=False))
+    return {"q": q, "k": k, "v": v, **{name: named[name] for name in wrt}}
+
+
+def _like_sources(grads, sources: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of the sources as the operator returns them; autograd wants each like its
+    source, in dtype too.
+    """
+    found = []
+    for grad, source in zip(map(tensor, grads), sources.values(), strict=True):
+        same = alike(grad, source)
+        found.append(grad if same else laid_out(grad, torch.empty_like(source)))
+    return _in_order(list(sources)[3:], found)
+
+
+def _in_order(wrt, grads) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v and `wrt` in their places among those of `SOURCES`."""
+    found = dict(zip(("q", "k", "v", *wrt), grads, strict=True))
+    return tuple(map(found.get, SOURCES))

@@ -263,6 +263,14 @@ def test_opcheck(n_options, order):
     given = [x.detach() for x in (*results, *arrays, *results, *options[:n_options])]
     wrt = ["bias", "alibi", "sinks"][:n_options]
     torch.library.opcheck(backward, given, {"wrt": wrt})
+    along = [x.detach().cos() for x in arrays] + [None] * 5
+    tangents, second = (
+        getattr(torch.ops.fastattn, f"scaled_dot_{name}").default for name in ("tangents", "second")
+    )
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(tangents, (*along, *given[2:5], *given[7:]), test_utils=tests)
+    given = (*along, *given[:5], *given[7:])
+    torch.library.opcheck(second, given, {"wrt": wrt}, test_utils=tests)
 
 
 @compiles
@@ -284,13 +292,6 @@ def test_compiled_without_a_break(compiler, dynamic):
         found = torch.autograd.grad(compiled(*arrays, *more), sources)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
-
-
-def test_second_derivatives_are_refused():
-    q, k, v = tensors(requires_grad=True)
-    (grad,) = torch.autograd.grad(ours(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"^scaled_dot: there is no second derivative"):
-        grad.sum().backward()
 
 
 def test_no_gradient_no_graph():

@@ -1,6 +1,7 @@
 """`fastattn.integrations.torch` under torch.func, autocast and what torch has besides tensors."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_torch import DTYPES, TOLERANCE, compiles, ours, scaled_dot, tensors, t
 torch = pytest.importorskip("torch", reason="it is what this integrates with")
 
 from torch.autograd import forward_ad  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left  # noqa: E402
 
 # torch's own vmap of its attention, and what torch.func.jvp imports when first called.
@@ -68,8 +70,6 @@ def test_other_transforms():
     assert torch.equal(torch.func.functionalize(ours)(q, k, v), ours(q, k, v))
     with pytest.raises(NotImplementedError, match=r"^in_dims: expected an axis of at least 1"):
         torch.vmap(ours)(q[:0], k[:0], v[:0])
-    with pytest.raises(NotImplementedError, match=r"^scaled_dot: there is no second derivative"):
-        torch.func.jacrev(torch.func.grad(lambda q: ours(q, k, v).sum()))(q)
 
 
 def test_vmap_passes_gradients_on():
@@ -96,32 +96,97 @@ def test_per_sample_gradients_of_options():
     torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))))
 
 
-def forward_modes():
-    """Ways to ask for a tangent of ``function(x)``."""
+def derivatives(function):
+    """Forward mode of ``function(q, k, v)``, and second derivatives in every order of modes but
+    forward over forward; `along` are tangents.
+    """
 
-    def dual(function, x):
+    def loss(*x):
+        return function(*x).square().sum()
+
+    def moved(*x):  # a number that depends on x and on tangents
+        return sum(y.sin().sum() for y in func.jvp(function, x[:3], x[3:]))
+
+    def dual(*x):
         with forward_ad.dual_level():
-            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent
+            found = function(*(forward_ad.make_dual(y, y.cos()) for y in x))
+            return forward_ad.unpack_dual(found).tangent
 
+    def twice(*x):
+        x = [y.clone().requires_grad_() for y in x]
+        first = torch.autograd.grad(loss(*x), x, create_graph=True)
+        return torch.autograd.grad(sum(y.sin().sum() for y in first), x)
+
+    def batched(*x):
+        x = [y.clone().requires_grad_() for y in x]
+        out = function(*x)
+        grads = torch.stack([out.cos(), out.sin()]).detach()
+        return torch.autograd.grad(out, x, grads, is_grads_batched=True)
+
+    func, every = torch.func, (0, 1, 2)
     return {
-        "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
-        "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
-        "linearize": lambda f, x: torch.func.linearize(f, x)[1](x),
-        "hessian": lambda f, x: torch.func.hessian(lambda y: f(y).sum())(x),
-        "dual": dual,
-        "dual without grad": torch.no_grad()(dual),
-    }
+        "jvp": lambda x, along: func.jvp(function, x, along),
+        "jvp of keys": lambda x, along: func.jvp(
+            lambda k: function(x[0], k, x[2]), (x[1],), (along[1],)
+        ),
+        "jacfwd": lambda x, along: func.jacfwd(function, every)(*x),
+        "linearize": lambda x, along: func.linearize(function, *x)[1](*along),
+        "dual": lambda x, along: dual(*x),
+        "dual without grad": lambda x, along: torch.no_grad()(dual)(*x),
+        "vmap of jvp": lambda x, along: torch.vmap(
+            lambda *y: func.jvp(function, y[:3], y[3:])
+        )(*x, *along),
+        "jvp of vmap": lambda x, along: func.jvp(torch.vmap(function), x, along),
+        "batched gradients": lambda x, along: batched(*x),
+        "hessian": lambda x, along: func.hessian(loss, every)(*x),
+        "reverse over reverse": lambda x, along: func.jacrev(func.grad(loss, every), every)(*x),
+        "reverse over forward": lambda x, along: func.grad(moved, tuple(range(6)))(*x, *along),
+        "double backward": lambda x, along: twice(*x),
+        "vmap of forward over reverse": lambda x, along: torch.vmap(
+            lambda *y: func.jvp(func.grad(loss, every), y[:3], y[3:])
+        )(*x, *along),
+    }  # fmt: skip
 
 
 @warns
-@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "sinks"])
-@pytest.mark.parametrize("way", forward_modes())
-def test_forward_mode_is_refused(way, name):
-    """In words, by the argument's name, not by a tangent of zeros."""
-    given = dict(zip("qkv", doubles(1), strict=True))
-    given |= {"bias": torch.zeros(5, 5).double(), "sinks": torch.zeros(2).double()}
-    with pytest.raises(NotImplementedError, match=f"^{name}: expected no tangent.*torch.func.vjp"):
-        forward_modes()[way](lambda x: scaled_dot(**{**given, name: x}), given[name])
+@pytest.mark.parametrize("name", derivatives(theirs))
+def test_derivatives_are_torchs(name):
+    """Beside torch's own formula in float64, which it differentiates operation by operation."""
+    q, k, v = doubles()
+    along = tuple(map(torch.cos, (k, v, q)))
+    found = derivatives(lambda *x: ours(*x, is_causal=True))[name]((q, k, v), along)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = derivatives(lambda *x: theirs(*x, is_causal=True))[name]((q, k, v), along)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_derivatives_of_options():
+    """First and second ones, by both modes, against differences."""
+    q, k, v = (x[0] for x in doubles())
+    shapes = {"scale": (2,), "bias": (5, 5), "alibi": (2,), "sinks": (2,), "relative_bias": (2, 3)}
+    rand = partial(torch.rand, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given = [x.clone().requires_grad_() for x in (q, k, v, *map(rand, shapes.values()))]
+
+    def attend(q, k, v, *options):
+        own = dict(zip(shapes, options, strict=True))
+        return scaled_dot(
+            q, k, v, causal=True, softcap=2.0, dropout=(0.2, 3), return_lse=True, **own
+        )
+
+    torch.autograd.gradcheck(attend, given, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(attend, given, check_fwd_over_rev=True)
+
+
+@warns
+@pytest.mark.parametrize("transform, words", [
+    (lambda f: torch.func.jacfwd(torch.func.jacfwd(f)), "forward mode of forward mode"),
+    (lambda f: torch.func.jacrev(torch.func.hessian(f)), "third derivative"),
+    (lambda f: torch.func.jacfwd(torch.func.hessian(f)), "third derivative"),
+])  # fmt: skip
+def test_derivatives_that_are_refused(transform, words):
+    q, k, v = doubles(1)
+    with pytest.raises(NotImplementedError, match=f"^scaled_dot: there is no {words}"):
+        transform(lambda q: ours(q, k, v).square().sum())(q)
 
 
 def test_what_has_no_tangent_works_at_a_dual_level():
@@ -135,19 +200,37 @@ def test_what_has_no_tangent_works_at_a_dual_level():
 
 
 @warns
-@pytest.mark.parametrize("name", ["scale", "softcap"])
-def test_numbers_have_no_gradient(name):
+def test_a_softcap_has_no_gradient():
     q, k, v = doubles(1)
     x = torch.tensor(0.5, requires_grad=True)
-    functions = [scaled_dot] if name == "softcap" else [scaled_dot, ours]
-    for attend in functions:
-        with pytest.raises(TypeError, match=f"^{name}: expected a number, .* requires a gradient"):
-            attend(q, k, v, **{name: x})
-        with torch.no_grad():
-            assert torch.equal(attend(q, k, v, **{name: x}), attend(q, k, v, **{name: 0.5}))
-        for transform in (torch.func.grad, torch.func.jacfwd):
-            with pytest.raises(TypeError, match=f"^{name}: expected a number"):
-                transform(lambda x, f=attend: f(q, k, v, **{name: x}).sum())(x.detach())
+    with pytest.raises(TypeError, match=r"^softcap: expected a number, .* requires a gradient"):
+        scaled_dot(q, k, v, softcap=x)
+    with torch.no_grad():
+        assert torch.equal(scaled_dot(q, k, v, softcap=x), scaled_dot(q, k, v, softcap=0.5))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(TypeError, match=r"^softcap: expected a number"):
+            transform(lambda x: scaled_dot(q, k, v, softcap=x).sum())(x.detach())
+
+
+@compiles
+@pytest.mark.parametrize("shape", [(), (2,)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_learned_scales(shape, compiled):
+    """Temperatures: as with scaled queries."""
+    q, k, v = doubles(1)
+    scale = torch.nn.Parameter(torch.rand(shape, dtype=torch.float64))
+    loss = {f: lambda x, f=f: f(q, k, v, scale=x).square().sum() for f in (scaled_dot, ours)}[
+        ours if shape == () else scaled_dot
+    ]
+    if compiled:
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    wanted = theirs(scale.expand(2)[:, None, None] * q, k, v, scale=1.0).square().sum()
+    found = loss(scale)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, scale) for x in (found, wanted)))
+    with torch.no_grad():
+        torch.testing.assert_close(loss(scale), wanted)
+    torch.compiler.reset()
 
 
 # ------------------------------------------------------------------------------ causal biases

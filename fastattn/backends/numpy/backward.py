@@ -32,7 +32,13 @@ from .tiles import (
     values_of,
 )
 
-__all__ = ["run_backward", "unsupported_backward"]
+__all__ = [
+    "add",
+    "add_along_diagonals",
+    "new_gradients",
+    "run_backward",
+    "unsupported_backward",
+]
 
 
 def unsupported_backward(problem: Problem) -> str | None:
@@ -48,6 +54,18 @@ def run_backward(backward: Backward, functions=None) -> dict[str, np.ndarray]:
     those of `fastattn.flex` for some heads.
     """
     b, p = backward, backward.problem
+    found = new_gradients(p)
+    if p.is_sparse:
+        sparse.run_backward(b, found)
+        return found
+    with np.errstate(all="ignore"):
+        for heads, queries in query_blocks(p, functions):
+            _differentiate(b, heads, _rows(b, heads, queries), found)
+    return found
+
+
+def new_gradients(p: Problem) -> dict[str, np.ndarray]:
+    """Zeros for every gradient that `p` asks for, by name."""
     found: dict[str, np.ndarray] = {}
     shared = {} if p.block_table is not None else {"k": p.k, "v": p.v}
     for name, x in {"q": p.q, **shared}.items():
@@ -60,12 +78,6 @@ def run_backward(backward: Backward, functions=None) -> dict[str, np.ndarray]:
         elif gradient.name == "scale":
             shape = (p.heads,)
         found[gradient.name] = np.zeros(shape, p.accumulator)
-    if p.is_sparse:
-        sparse.run_backward(b, found)
-        return found
-    with np.errstate(all="ignore"):
-        for heads, queries in query_blocks(p, functions):
-            _differentiate(b, heads, _rows(b, heads, queries), found)
     return found
 
 
@@ -125,9 +137,9 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         if h.functions is not None:
             grad_s = h.functions.before(grad_s, plain, seen, r.queries, keys)
         if "bias" in found:
-            _add(found["bias"], (*h.where, r.queries, keys), grad_s)
+            add(found["bias"], (*h.where, r.queries, keys), grad_s)
         if "relative_bias" in found:
-            _add_along_diagonals(found["relative_bias"][h.where[-1]], h, r.queries, keys, grad_s)
+            add_along_diagonals(found["relative_bias"][h.where[-1]], h, r.queries, keys, grad_s)
         if "alibi" in found:
             row_sums += _row_sums(weights, grad_s, distances(h, r.queries, keys))
         slope = None if p.softcap is None else 1 - (products / real(p.softcap)) ** 2
@@ -151,10 +163,10 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
         used = dropped(p, weights, keep).swapaxes(-1, -2)
         grad_v = product(used, seen_by, r.grad_out)
         for name, x in (("k", grad_k), ("v", grad_v)) if "k" in found else ():
-            _add(found[name], of_keys, x.sum(axis=1, keepdims=True))
+            add(found[name], of_keys, x.sum(axis=1, keepdims=True))
     if p.score_function is DOT:
         grad_q *= scale
-    _add(found["q"], (*h.where, r.queries, slice(None)), grad_q)
+    add(found["q"], (*h.where, r.queries, slice(None)), grad_q)
     sink = np.zeros(())
     if h.sinks is not None:
         sink = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
@@ -170,7 +182,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
             found[name][h.where[-1]] += sign * slopes.sum(axis=-1).ravel()
 
 
-def _add_along_diagonals(found, h: Heads, queries: slice, keys: slice, grad_s) -> None:
+def add_along_diagonals(found, h: Heads, queries: slice, keys: slice, grad_s) -> None:
     """Add a tile to the gradient of the relative bias of its heads, (heads, 2 R + 1)."""
     index, last = distance_index(h, queries, keys), found.shape[-1] - 1
     tiles = grad_s.reshape(len(found), *index.shape)
@@ -204,7 +216,7 @@ def _row_sums(weights, grad_s, apart) -> np.ndarray:
     return np.stack([mass, grads, distance + far * mass, slope + far * grads])
 
 
-def _add(found, where: tuple, tile) -> None:
+def add(found, where: tuple, tile) -> None:
     """Add to `found` at the index `where` a tile of (kv_heads, group, rows, columns), summed over
     the axes along which an array of found's shape broadcasts.
     """

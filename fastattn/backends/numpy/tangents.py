@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,13 @@ from .tiles import (
     values_of,
 )
 
-__all__ = ["run_forward_mode", "unsupported_forward_mode"]
+__all__ = [
+    "along_problem",
+    "push_block_forward",
+    "run_forward_mode",
+    "score_tangents",
+    "unsupported_forward_mode",
+]
 
 OPTIONS = ("bias", "relative_bias", "alibi", "sinks")
 
@@ -41,12 +47,17 @@ def unsupported_forward_mode(problem: Problem) -> str | None:
     return None
 
 
+def unchanged(x, dx):
+    """Vectors and their tangents as they are."""
+    return x, dx
+
+
 def run_forward_mode(
     problem: Problem,
     tangents: Mapping[str, np.ndarray],
     *,
     functions=None,
-    vectors: Callable = lambda x, dx: (x, dx),
+    vectors: Callable = unchanged,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``(tangent of out, tangent of lse)`` along `tangents`, by the names of the problem's operands
     that have one: of q, k, v, scale, bias, relative_bias, alibi and sinks, in their shapes.
@@ -55,8 +66,7 @@ def run_forward_mode(
     or of keys, and of their tangents, which may be None, what is multiplied.
     """
     p = problem
-    fields: dict[str, Any] = {**dict.fromkeys(OPTIONS), **tangents}
-    along = replace(p, **fields)
+    along = along_problem(p, tangents)
     moving = frozenset(tangents)
     out = empty_like(p.q, p.rows(p.value_dim), p.dtype)
     lse = np.empty(p.rows(), p.accumulator)
@@ -66,15 +76,32 @@ def run_forward_mode(
     with np.errstate(all="ignore"):
         blocks = zip(query_blocks(p, functions), query_blocks(along), strict=True)
         for (heads, queries), (of_tangents, _) in blocks:
-            found = _block(p, heads, of_tangents, moving, queries, vectors)
-            for target, block in zip((out, lse), found, strict=True):
-                rows = block.reshape(-1, *block.shape[2:])
-                target[heads.where][:, queries] = rows
+            block = push_block_forward(p, heads, of_tangents, moving, queries, vectors)
+            for target, x in ((out, block.d_out), (lse, block.d_lse)):
+                target[heads.where][:, queries] = x.reshape(-1, *x.shape[2:])
     return out, lse
 
 
-def _block(p: Problem, h: Heads, along: Heads, moving, queries: slice, vectors):
-    """The tangents of one block of queries; those of its operands are in `along`.
+def along_problem(p: Problem, tangents: Mapping[str, np.ndarray]) -> Problem:
+    """`p` with tangents in the places of its operands: what has none is p's own, or None."""
+    fields: dict[str, Any] = {**dict.fromkeys(OPTIONS), **tangents}
+    return replace(p, **fields)
+
+
+class Pushed(NamedTuple):
+    """A block of queries and its tangents; axes (kv_heads, group, queries, ...)."""
+
+    out: np.ndarray
+    d_out: np.ndarray
+    d_lse: np.ndarray
+    shift: np.ndarray  # the weights are exp(score - shift) / total
+    total: np.ndarray
+
+
+def push_block_forward(
+    p: Problem, h: Heads, along: Heads, moving, queries: slice, vectors=unchanged
+) -> Pushed:
+    """One block of queries; the tangents of its operands are in `along`.
 
     With weights ``w`` and tangents ``ds`` of the scores, that of the lse is ``sum(w * ds)`` and
     that of ``out = w @ v`` is ``(w * ds) @ v + w @ dv - sum(w * ds) * out``.
@@ -115,12 +142,7 @@ def _block(p: Problem, h: Heads, along: Heads, moving, queries: slice, vectors):
         mean += product(used, seen, v)
         if moving != {"v"}:
             ds = product_tangents(p.score_function, h.scale, q, k, d_scale, dq, dk)
-            if p.softcap is not None:
-                ds = ds * (1 - (products / real.type(p.softcap)) ** 2)
-            for bias in biases(along, queries, keys):
-                ds = ds + bias.astype(real)
-            if along.alibi is not None:
-                ds = ds - along.alibi[..., None] * distances(h, queries, keys).astype(real)
+            ds = score_tangents(p, along, products, ds, queries, keys)
             if h.functions is not None:
                 ds = h.functions.before(ds, plain, seen, queries, keys)
             ds = where_visible(seen, weight * ds)
@@ -130,6 +152,20 @@ def _block(p: Problem, h: Heads, along: Heads, moving, queries: slice, vectors):
             moved += product(used, seen, values_of(p, along, keys))
     empty = total == 0
     total = np.where(empty, 1, total)
-    slope /= total
-    total = total[..., None]
-    return moved / total - slope[..., None] * (mean / total), slope
+    slope = slope / total
+    out = mean / total[..., None]
+    return Pushed(out, moved / total[..., None] - slope[..., None] * out, slope, shift, total)
+
+
+def score_tangents(p: Problem, along: Heads, products, d_products, queries: slice, keys: slice):
+    """The tangents of the scores of one tile, from its products and their tangents before the
+    softcap.
+    """
+    real, ds = p.accumulator.type, d_products
+    if p.softcap is not None:
+        ds = ds * (1 - (products / real(p.softcap)) ** 2)
+    for bias in biases(along, queries, keys):
+        ds = ds + bias.astype(real)
+    if along.alibi is not None:
+        ds = ds - along.alibi[..., None] * distances(along, queries, keys).astype(real)
+    return ds
