@@ -59,7 +59,12 @@ def dot_product_attention(
     TypeError, ValueError
         When it is traced; the message begins with the argument's name.
     NotImplementedError
-        For second derivatives. In forward mode (`jax.jvp`) JAX itself refuses.
+        For forward mode of forward mode, and for third derivatives.
+
+    Notes
+    -----
+    Reverse and forward mode work, with one over the other for second derivatives, as in
+    `jax.hessian`. Tangents and second derivatives are computed by NumPy.
 
     Examples
     --------
@@ -139,7 +144,7 @@ def scaled_dot(
         When it is traced, as `fastattn.scaled_dot`; with gradients `backend` must compute them,
         too. Lengths out of range are found when it runs, and make an error of JAX's.
     NotImplementedError
-        For second derivatives.
+        As of `dot_product_attention`, whose notes hold here, too.
 
     Examples
     --------

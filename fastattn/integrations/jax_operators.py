@@ -16,11 +16,10 @@ from jax.experimental.buffer_callback import buffer_callback
 import fastattn
 
 from ..core.problem import Problem, make_problem
-from ..dispatch import select, unsupported_backward
+from ..dispatch import select
+from .jax_derivatives import DIFFERENTIABLE, tangents_of
 
 __all__ = ["Call", "attend"]
-
-_DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
 
 
 class Call(NamedTuple):
@@ -55,7 +54,11 @@ class Call(NamedTuple):
     def make_problem(self, arrays: Sequence[jax.Array], **gradients) -> Problem:
         """The problem of arrays of which only shapes and dtypes are known, or an error."""
         blank = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in arrays]
-        return make_problem(**self.words(blank), **gradients)
+        return self.problem_of(blank, **gradients)
+
+    def problem_of(self, arrays: Sequence[np.ndarray], **gradients) -> Problem:
+        """The problem of arrays."""
+        return make_problem(**self.words(arrays), return_lse=True, **gradients)
 
     @property
     def vmap_method(self) -> str:
@@ -66,7 +69,7 @@ class Call(NamedTuple):
         return "sequential" if without else "expand_dims"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(call: Call, *arrays):
     problem = call.make_problem(arrays)
     select(problem, call.backend)
@@ -77,48 +80,21 @@ def _attend(call: Call, *arrays):
     return buffer_callback(partial(_run, call), results, vmap_method=call.vmap_method)(*arrays)
 
 
-def _forward(call: Call, *primals):
-    arrays = [x.value for x in primals]
-    named = zip(call.names, primals, strict=True)
-    wrt = tuple(name for name, x in named if x.perturbed and name in _DIFFERENTIABLE)
-    select(call.make_problem(arrays, gradients=True, wrt=wrt), call.backend, unsupported_backward)
+@partial(_attend.defjvp, symbolic_zeros=True)
+def _with_tangents(call: Call, arrays, tangents):
     out, lse = _attend(call._replace(return_lse=True), *arrays)
-    results = [out, lse] if call.return_lse else [out]
-    # Residuals are arrays; the keys of a dict, however, are part of their structure.
-    return results, (arrays, out, lse, dict.fromkeys(wrt))
+    able = ("q", "k", "v", *DIFFERENTIABLE)
+    moving = {
+        name: x
+        for name, x in zip(call.names, tangents, strict=True)
+        if name in able and not isinstance(x, SymbolicZero)
+    }
+    d_out, d_lse = tangents_of(call, moving, arrays, out, lse)
+    return ([out, lse], [d_out, d_lse]) if call.return_lse else ([out], [d_out])
 
-
-def _backward(call: Call, residuals, grads):
-    arrays, out, lse, wrt = residuals
-    grad_out, *grad_lse = grads
-    if isinstance(grad_out, SymbolicZero):
-        grad_out = jax.numpy.zeros_like(out)
-    grad_lse = [x for x in grad_lse if not isinstance(x, SymbolicZero)]
-    found = _gradients(call, tuple(wrt), grad_out, out, lse, *arrays, *grad_lse)
-    by_name = dict(zip(("q", "k", "v", *wrt), found, strict=True))
-    return tuple(map(by_name.get, call.names))
-
-
-_attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 # ``attend(call, q, k, v, *arrays)`` is ``[out]``, or ``[out, lse]`` with lse (..., Hq, Sq).
 attend = jax.jit(_attend, static_argnums=0)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _gradients(call: Call, wrt: tuple[str, ...], *arrays):
-    operands = dict(zip(call.names, arrays[3:], strict=False))
-    sources = [operands[name] for name in ("q", "k", "v", *wrt)]
-    return buffer_callback(
-        partial(_run_backward, call, wrt),
-        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sources),
-        vmap_method=call.vmap_method,
-    )(*arrays)
-
-
-@_gradients.defjvp
-def _second(call, wrt, primals, tangents):
-    raise NotImplementedError("scaled_dot: there is no second derivative, only the first")
 
 
 # ------------------------------------------------------------- on arrays that are XLA's own memory
@@ -132,18 +108,6 @@ def _run(call: Call, context, results, *buffers) -> None:
     )
     if call.return_lse:
         lse[0][...] = found[1]
-
-
-def _run_backward(call: Call, wrt, context, results, *buffers) -> None:
-    found = [np.asarray(x) for x in results]
-    grad_out, out, lse, *arrays = _batched(call, found[0], buffers)
-    n = len(call.names)
-    grads = fastattn.scaled_dot_backward(
-        call.swapped(grad_out), **call.words(arrays[:n]), out=call.swapped(out), lse=lse,
-        grad_lse=arrays[n] if arrays[n:] else None, wrt=wrt, backend=call.backend,
-    )  # fmt: skip
-    for result, grad, name in zip(found, grads, ("q", "k", "v", *wrt), strict=True):
-        result[...] = call.swapped(grad) if name in "qkv" else grad
 
 
 def _batched(call: Call, result: np.ndarray, buffers) -> list[np.ndarray]:

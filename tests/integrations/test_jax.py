@@ -13,6 +13,7 @@ import fastattn
 jax = pytest.importorskip("jax", reason="it is what this integrates with")
 
 import jax.numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
 
 from fastattn.integrations import jax as integration  # noqa: E402
 from fastattn.integrations import jax_operators  # noqa: E402
@@ -215,11 +216,115 @@ def test_many_threads():
         np.testing.assert_array_equal(x, want)
 
 
-def test_second_derivatives_are_refused():
-    q, k, v = arrays()
-    first = jax.grad(lambda q: ours(q, k, v).sum())
-    with pytest.raises(NotImplementedError, match=r"^scaled_dot: there is no second derivative"):
-        jax.grad(lambda q: first(q).sum())(q)
+def derivatives(function):
+    """Derivatives of ``function(q, k, v)`` at ``x = (q, k, v)``, some along tangents, in every mode
+    and pair of modes but forward over forward.
+    """
+    every = (0, 1, 2)
+
+    def loss(*x):
+        return (function(*x) ** 2).sum()
+
+    def moved(*x):  # a number that depends on x and on tangents
+        return sum(jnp.sin(y).sum() for y in jax.jvp(function, x[:3], x[3:]))
+
+    def pushed(*x):
+        return jax.jvp(function, x[:3], x[3:])
+
+    def curved(*x):
+        return jax.jvp(jax.grad(loss, every), x[:3], x[3:])
+
+    def small(x):
+        return tuple(y[0, :1, :, :2] for y in x)
+
+    return {
+        "jvp": lambda x, along: jax.jvp(function, x, along),
+        "compiled jvp": lambda x, along: jax.jit(pushed)(*x, *along),
+        "jvp of keys": lambda x, along: jax.jvp(
+            lambda k: function(x[0], k, x[2]), x[1:2], along[1:2]
+        ),
+        "jacfwd": lambda x, along: jax.jacfwd(function, every)(*small(x)),
+        "linearize": lambda x, along: jax.linearize(function, *x)[1](*along),
+        "transpose": lambda x, along: jax.linear_transpose(
+            jax.linearize(function, *x)[1], *x
+        )(along[0]),
+        "jacrev": lambda x, along: jax.jacrev(function, every)(*small(x)),
+        "vmap of jvp": lambda x, along: jax.vmap(pushed)(*x, *along),
+        "vmap of tangents": lambda x, along: jax.vmap(
+            lambda dq: jax.jvp(lambda q: function(q, *x[1:]), x[:1], (dq,))
+        )(jnp.stack(along)),
+        "jvp of vmap": lambda x, along: jax.jvp(jax.vmap(function), x, along),
+        "grad of vmap": lambda x, along: jax.grad(
+            lambda *y: (jax.vmap(function, (0, None, 0))(y[0], y[1][0], y[2]) ** 2).sum(), every
+        )(*x),
+        "jvp of a loop": lambda x, along: jax.jvp(
+            lambda q: jax.lax.scan(lambda y, _: (function(y, *x[1:]), 0), q, length=2)[0],
+            x[:1], along[:1],
+        ),
+        "hessian": lambda x, along: jax.hessian(loss, every)(*small(x)),
+        "forward over reverse": lambda x, along: curved(*x, *along),
+        "vmap of forward over reverse": lambda x, along: jax.vmap(curved)(*x, *along),
+        "reverse over reverse": lambda x, along: jax.jacrev(jax.grad(loss, every), every)(
+            *small(x)
+        ),
+        "reverse over forward": lambda x, along: jax.grad(moved, tuple(range(6)))(*x, *along),
+    }  # fmt: skip
+
+
+def plainly(q, k, v):
+    """In JAX's own operations, as its function rounds the softmax to float32."""
+    weights = jax.nn.softmax(q @ k.mT / jnp.sqrt(q.shape[-1]))
+    return weights @ v
+
+
+@pytest.mark.parametrize("name", derivatives(plainly))
+def test_derivatives_are_jaxs(name):
+    with jax.enable_x64(True):
+        x = tuple(jax.random.normal(jax.random.key(0), (3, 2, 2, 3, 4), "float64"))
+        along = tuple(map(jnp.cos, (x[1], x[2], x[0])))
+        found, wanted = (derivatives(f)[name](x, along) for f in (scaled_dot, plainly))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, wanted)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_derivatives_of_options(mapped):
+    """First and second ones in both modes; mapped, options of heads have leading axes."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (4, 3, 2), "k": (2, 5, 2), "v": (2, 5, 2), "bias": (3, 5), "sinks": (4,),
+              "alibi": (4,), "relative_bias": (4, 3)}  # fmt: skip
+    with jax.enable_x64(True):
+        x = {name: jnp.asarray(rng.random(shape)) for name, shape in shapes.items()}
+
+        def call(x):
+            return scaled_dot(**x, causal=True, softcap=2.0, dropout=(0.2, 3), return_lse=True)
+
+        def function(x):
+            if not mapped:
+                return call(x)
+            return jax.vmap(call)(jax.tree.map(lambda y: jnp.stack([y, 2 * y]), x))
+
+        check_grads(function, (x,), order=1, modes=("fwd", "rev"))
+
+        def loss(x):
+            return sum((y**2).sum() for y in function(x))
+
+        check_grads(jax.grad(loss), (x,), order=1, modes=("fwd", "rev"))
+
+
+def test_derivatives_that_are_refused():
+    q = arrays()[0][:1, :2, :1, :2]
+
+    def loss(q):
+        return (ours(q, q, q) ** 2).sum()
+
+    for transform in (
+        lambda f: jax.jacfwd(jax.jacfwd(f)),
+        lambda f: jax.jit(jax.jacfwd(jax.jacfwd(f))),
+    ):
+        with pytest.raises(NotImplementedError, match=r"^scaled_dot: there is no forward mode of"):
+            transform(loss)(q)
+    with pytest.raises(NotImplementedError, match=r"^scaled_dot: there is no third derivative"):
+        jax.jacrev(jax.hessian(loss))(q)
 
 
 # ---------------------------------------------------------------------------- with our own options
@@ -314,18 +419,6 @@ def test_what_cannot_be_traced(name, value):
     message = r"^local_window_size: expected a value that is known"
     with pytest.raises(TypeError, match=message):
         jax.jit(lambda x: ours(q, k, v, local_window_size=(x, None)))(3)
-
-
-@pytest.mark.parametrize("transform", [
-    lambda f, x: jax.jvp(f, (x,), (x,)),
-    lambda f, x: jax.jacfwd(f)(x),
-    lambda f, x: jax.linearize(f, x)[1](x),
-    lambda f, x: jax.jvp(jax.grad(lambda y: f(y).sum()), (x,), (x,)),
-])  # fmt: skip
-def test_forward_mode_is_refused_by_jax(transform):
-    q, k, v = arrays()
-    with pytest.raises(TypeError, match="forward-mode"):
-        transform(lambda x: ours(x, k, v), q)
 
 
 def test_arrays_of_others():
