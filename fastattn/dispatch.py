@@ -17,7 +17,6 @@ __all__ = [
     "NAMED_ONLY",
     "ON_HOST",
     "cannot_run",
-    "first",
     "named",
     "select",
     "unsupported",
@@ -80,17 +79,28 @@ def unsupported_map(backend, problem: Problem) -> str | None:
     return unsupported(backend, problem)
 
 
-def select(problem: Problem, backend: str | None = None, unsupported=unsupported):
+def select(problem: Problem, backend: str | None = None, unsupported=unsupported, *, any_one=False):
     """The backend module for `problem`: forward, or what another `unsupported` is about.
 
-    ``backend`` wins, then the environment's ``FASTATTN_BACKEND``, then the order of `BACKENDS`.
+    ``backend`` wins, then the environment's ``FASTATTN_BACKEND`` unless `any_one` will do, then the
+    order of `BACKENDS`.
     A backend that is named and cannot serve is an error, never a silent fall-back.
     """
     origin = "backend"
-    if backend is None:
+    if backend is None and not any_one:
         backend, origin = getenv("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is None:
-        return first(problem, unsupported)
+        reasons: list[tuple[Any, str]] = []
+        for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
+            reason = unsupported(candidate, problem)
+            if reason is None:
+                for other, why in reasons:
+                    _warn_if_broken(other, why)
+                return candidate
+            reasons.append((candidate, reason))
+        told = "; ".join(f"{candidate.name}: {reason}" for candidate, reason in reasons)
+        subject = "q: on a CUDA device, where" if problem.on_device else "backend:"
+        raise ValueError(f"{subject} none can serve this call: {told}")
     chosen = named(backend, origin)
     reason = unsupported(chosen, problem)
     if reason is not None:
@@ -100,21 +110,6 @@ def select(problem: Problem, backend: str | None = None, unsupported=unsupported
             f"these can: {', '.join(able) or 'none'}"
         )
     return chosen
-
-
-def first(problem: Problem, unsupported=unsupported):
-    """The first backend module in the order of `BACKENDS` for `problem`."""
-    reasons: list[tuple[Any, str]] = []
-    for candidate in ON_HOST if type(problem.q) is _ndarray else (cuda,):
-        reason = unsupported(candidate, problem)
-        if reason is None:
-            for other, why in reasons:
-                _warn_if_broken(other, why)
-            return candidate
-        reasons.append((candidate, reason))
-    told = "; ".join(f"{candidate.name}: {reason}" for candidate, reason in reasons)
-    subject = "q: on a CUDA device, where" if problem.on_device else "backend:"
-    raise ValueError(f"{subject} none can serve this call: {told}")
 
 
 def cannot_run(backend, problem: Problem) -> str | None:

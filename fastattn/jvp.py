@@ -14,7 +14,7 @@ from .core.arguments import flag, plain
 from .core.dtypes import float_dtype
 from .core.options import bias_array, per_head, relative_bias_array
 from .core.problem import Problem, make_problem
-from .dispatch import first, unsupported_forward_mode
+from .dispatch import select, unsupported_forward_mode
 from .vjp import rule_of, without_out
 
 __all__ = [
@@ -162,17 +162,22 @@ def pushed_forward(
     problem as it is.
     """
     # What is wrong with the tangents is an error now, not after the forward pass.
-    push = run_forward_mode or first(p, unsupported_forward_mode).run_forward_mode
+    push = run_forward_mode or _pushes(p)
     out, lse = solve(p, backend, None, run)
     d_out, d_lse = solve_forward_mode(p, dict(zip("qkv", tangents, strict=True)), push)
     return ((out, lse), (d_out, d_lse)) if return_lse else (out, d_out)
+
+
+def _pushes(p: Problem) -> Callable:
+    """Who computes tangents of `p`: few backends can, so whichever was named for the result."""
+    return select(p, None, unsupported_forward_mode, any_one=True).run_forward_mode
 
 
 def solve_forward_mode(p: Problem, tangents: dict[str, Any], run_forward_mode=None):
     """``(tangent of out, tangent of lse)`` along the tangents, None for zeros, of q, k, v, scale,
     bias, relative_bias, alibi and sinks, each of its argument's shape.
     """
-    push = run_forward_mode or first(p, unsupported_forward_mode).run_forward_mode
+    push = run_forward_mode or _pushes(p)
     moving = {name: _operand(p, name, t) for name, t in tangents.items() if t is not None}
     d_out, d_lse = push(p, moving)
     return (d_out[0], d_lse[0]) if p.one_head else (d_out, d_lse)

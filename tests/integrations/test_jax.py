@@ -303,12 +303,12 @@ def test_derivatives_of_options(mapped):
                 return call(x)
             return jax.vmap(call)(jax.tree.map(lambda y: jnp.stack([y, 2 * y]), x))
 
-        check_grads(function, (x,), order=1, modes=("fwd", "rev"))
+        check_grads(jax.jit(function), (x,), order=1, modes=("fwd", "rev"))
 
         def loss(x):
             return sum((y**2).sum() for y in function(x))
 
-        check_grads(jax.grad(loss), (x,), order=1, modes=("fwd", "rev"))
+        check_grads(jax.jit(jax.grad(loss)), (x,), order=1, modes=("fwd", "rev"))
 
 
 def test_derivatives_that_are_refused():
