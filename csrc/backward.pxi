@@ -278,31 +278,54 @@ cdef bint differentiate_item(
     return True
 
 
-cdef int run_backward(
-    const BackwardParams *backward, Workspace *workspace, int threads
-) except -1:
-    cdef Py_ssize_t tiles_to_prepare = backward.call.key_heads * backward.call.num_tiles
-    cdef Py_ssize_t items = backward.call.key_heads // backward.sharers * backward.blocks
+cdef struct BackwardCall:
+    # A backward pass that is ready to run.
+    BackwardParams backward
+    Workspace workspace
+    Py_ssize_t scratch_bytes, tickets_bytes
+    int threads
+
+
+cdef int run_backward(void *ready) except -1:
+    """Run all tiles of a BackwardCall. An interruption skips the rest and raises."""
+    cdef BackwardCall *call = <BackwardCall *>ready
+    cdef BackwardParams *backward = &call.backward
+    cdef CallParams *params = &backward.call
+    cdef Workspace *workspace = &call.workspace
+    cdef Py_ssize_t tiles_to_prepare = params.key_heads * params.num_tiles, n = backward.blocks
+    cdef Py_ssize_t items = params.key_heads // backward.sharers * n
+    cdef int64_t *tickets = <int64_t *>allocate_workspace(
+        workspace, call.threads, call.scratch_bytes,
+        backward.relative_biases * <Py_ssize_t>sizeof(double), call.tickets_bytes,
+    )
     with nogil:
+        memset(tickets, 0, call.tickets_bytes)
+        tickets = assign_tickets(
+            backward, &backward.q_tickets, &params.out, params.num_tiles, tickets
+        )
+        tickets = assign_tickets(backward, &backward.k_tickets, &backward.grad_k, n, tickets)
+        tickets = assign_tickets(backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        backward.relative_ticket = tickets
         # Items start in order: a block waits only for blocks before it.
-        if parallel_for(prepare_item, backward, workspace, tiles_to_prepare, threads):
-            parallel_for(differentiate_item, backward, workspace, items, threads)
+        if parallel_for(prepare_item, backward, workspace, tiles_to_prepare, call.threads):
+            parallel_for(differentiate_item, backward, workspace, items, call.threads)
+        free(workspace.allocated)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
 
 
 def differentiate(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
-    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
+    cnp.ndarray grad_out not None, cnp.ndarray q not None, cnp.ndarray k not None,
+    cnp.ndarray v not None, cnp.ndarray out not None, cnp.ndarray lse not None,
+    cnp.ndarray grad_lse, cnp.ndarray rows not None,
     cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
-    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    double coarse, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    str compute_dtype, int threads,
-    cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None, dropout,
-    cnp.ndarray scales, cnp.ndarray relative_bias, bint wants_scale,
-    cnp.ndarray grad_relative_bias,
+    str compute_dtype, int threads, dropout, double scale, cnp.ndarray key_heads not None,
+    cnp.ndarray grad_bias=None, cnp.ndarray row_sums=None, cnp.ndarray scales=None,
+    cnp.ndarray relative_bias=None, bint wants_scale=False, cnp.ndarray grad_relative_bias=None,
+    Plan plan=None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
@@ -320,11 +343,13 @@ def differentiate(
     `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
     `grad_bias`. The rest is as for `attend`.
     """
-    cdef BackwardParams backward
-    cdef Workspace workspace
-    cdef Tile *tile = &workspace.prototype
-    cdef int64_t *tickets
-    cdef Py_ssize_t counts, n
+    cdef BackwardCall own
+    cdef BackwardCall *call = &own
+    if plan is not None:
+        call = <BackwardCall *>plan.begin(sizeof(BackwardCall), run_backward)
+    cdef BackwardParams *backward = &call.backward
+    cdef Tile *tile = &call.workspace.prototype
+    cdef Py_ssize_t counts
     cdef CallParams *params = &backward.call
     bind_params(
         params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
@@ -352,7 +377,9 @@ def differentiate(
         grad_v.fill(0)
     if params.key_heads == 0:
         return
-    threads = available_threads(min(threads, max(1, key_heads.shape[0] * backward.blocks)))
+    call.threads = available_threads(
+        min(threads, max(1, key_heads.shape[0] * backward.blocks))
+    )
     init_tile(params, tile, q, k, v, grad_q, scale, softcap, bias, relative_bias)
     tile.differentiating = True
     tile.grad_out_format = number_format(grad_out)
@@ -363,25 +390,25 @@ def differentiate(
     tile.wants_scale, tile.wants_relative_bias = wants_scale, grad_relative_bias is not None
     tile.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
     counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
-    counts = (counts * params.key_heads + 1) * <Py_ssize_t>sizeof(int64_t)
+    call.tickets_bytes = (counts * params.key_heads + 1) * <Py_ssize_t>sizeof(int64_t)
     backward.relative_biases = 0
     if grad_relative_bias is not None:
         backward.grad_relative_bias = <double *>cnp.PyArray_DATA(grad_relative_bias)
         backward.relative_biases = params.relative_bias_bytes // params.kernels.real_bytes
-    workspace.rows = tile_rows(params)
-    tickets = <int64_t *>allocate_workspace(
-        &workspace, threads, params.kernels.backward.scratch_bytes(tile),
-        backward.relative_biases * <Py_ssize_t>sizeof(double), counts,
-    )
-    try:
-        memset(tickets, 0, counts)
-        n = backward.blocks
-        tickets = assign_tickets(
-            &backward, &backward.q_tickets, &params.out, params.num_tiles, tickets
-        )
-        tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, n, tickets)
-        tickets = assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
-        backward.relative_ticket = tickets
-        run_backward(&backward, &workspace, threads)
-    finally:
-        free(workspace.allocated)
+    call.workspace.rows = tile_rows(params)
+    call.scratch_bytes = params.kernels.backward.scratch_bytes(tile)
+    if plan is None:
+        run_backward(call)
+        return
+    plan.take_input(&backward.grad_out)
+    plan.take_input(&params.q)
+    plan.take_input(&params.k)
+    plan.take_input(&params.v)
+    plan.take_input(&backward.result)
+    plan.take_input(&backward.lse)
+    if grad_lse is not None:
+        plan.take_input(&backward.grad_lse)
+    plan.take_output(0, &params.out)
+    plan.take_output(1, &backward.grad_k)
+    plan.take_output(2, &backward.grad_v)
+    plan.take_output(3, &backward.rows)

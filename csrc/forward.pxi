@@ -66,14 +66,34 @@ cdef bint attend_tile(
     return True
 
 
-cdef int run_forward(
-    const CallParams *params, Workspace *workspace, Py_ssize_t items, int threads
-) except -1:
-    """Run all tiles. An interruption skips the rest and raises."""
+cdef struct ForwardCall:
+    # A forward pass that is ready to run.
+    CallParams params
+    Workspace workspace
+    Py_ssize_t items, scratch_bytes, shared_bytes
+    int threads
+
+
+cdef int run_forward(void *forward) except -1:
+    """Run all tiles of a ForwardCall. An interruption skips the rest and raises."""
+    cdef ForwardCall *call = <ForwardCall *>forward
+    cdef CallParams *params = &call.params
+    cdef Workspace *workspace = &call.workspace
+    cdef char *shared
+    if call.items == 0:
+        return 0
+    shared = allocate_workspace(
+        workspace, call.threads, call.scratch_bytes, reduction_bytes(params), call.shared_bytes
+    )
+    params.partial = shared
+    if params.reduction.sums is not NULL:
+        params.reduction.tickets = <int64_t *>shared
+        memset(shared, 0, call.shared_bytes)
     with nogil:
-        if parallel_for(attend_tile, params, workspace, items, threads):
+        if parallel_for(attend_tile, params, workspace, call.items, call.threads):
             if params.num_splits > 1:
                 combine_splits(params, workspace.prototype.value_dim)
+        free(workspace.allocated)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -81,12 +101,13 @@ cdef int run_forward(
 
 def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
+    cnp.ndarray out not None, cnp.ndarray lse, cnp.ndarray max_score,
+    cnp.ndarray k_scales, cnp.ndarray v_scales, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
+    cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
     score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table, dropout,
-    cnp.ndarray scales, cnp.ndarray relative_bias, cnp.ndarray max_score,
+    cnp.ndarray scales, cnp.ndarray relative_bias, Plan plan=None,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
@@ -108,21 +129,25 @@ def attend(
     axis, and `weights` of that shape, these are the n largest weights of each query; a query with
     fewer visible keys gets -1 and 0 for the rest. For either, `out` has a value_dim of 0 and the
     dtype of sums.
+
+    With a `plan` nothing is computed: it is prepared to do so.
     """
-    cdef CallParams params
-    cdef Workspace workspace
-    cdef Tile *tile = &workspace.prototype
-    cdef Py_ssize_t items, shared_bytes = 0
-    cdef char *shared
+    cdef ForwardCall own
+    cdef ForwardCall *call = &own
+    if plan is not None:
+        call = <ForwardCall *>plan.begin(sizeof(ForwardCall), run_forward)
+    cdef CallParams *params = &call.params
+    cdef Tile *tile = &call.workspace.prototype
+    call.shared_bytes = 0
     bind_params(
-        &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+        params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
         dropout, scales, relative_bias,
     )
-    bind_operand(&params, &params.k_scales, k_scales, 3)
-    bind_operand(&params, &params.v_scales, v_scales, 3)
-    bind_operand(&params, &params.weights, weights, 3)
-    bind_operand(&params, &params.lse, lse, 2)
-    bind_operand(&params, &params.max_score, max_score, 2)
+    bind_operand(params, &params.k_scales, k_scales, 3)
+    bind_operand(params, &params.v_scales, v_scales, 3)
+    bind_operand(params, &params.weights, weights, 3)
+    bind_operand(params, &params.lse, lse, 2)
+    bind_operand(params, &params.max_score, max_score, 2)
     params.lse_bytes = 0
     for array in (lse, max_score):
         if array is not None:
@@ -133,31 +158,31 @@ def attend(
         score_function is None,
     )
     params.num_tiles = ceil_div(params.group * params.n_queries, params.kernels.block_q)
-    bind_reduction(&params, sums, indices)
+    bind_reduction(params, sums, indices)
     if (
         params.group * params.n_queries <= MAX_SPLIT_ROWS and params.n_keys >= 2 * SPLIT_KEYS
         and weights is None and sums is None
     ):
         params.split_keys = (params.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
         params.num_splits = ceil_div(params.n_keys, params.split_keys)
-    items = params.key_heads * params.num_tiles * params.num_splits
-    if items == 0:
+    call.items = params.key_heads * params.num_tiles * params.num_splits
+    if call.items == 0 and plan is None:
         return
-    threads = available_threads(min(threads, items))
+    call.threads = available_threads(min(threads, call.items))
 
-    init_tile(&params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
+    init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
     tile.value_dim = out.shape[out.ndim - 1]
     if k.descr.kind == ord("u"):
         tile.k_format.kind = tile.v_format.kind = ord("4")
         tile.k_dim = tile.v_dim = 1
     if block_table is not None:
-        bind_operand(&params, &params.pages, block_table, 1)
+        bind_operand(params, &params.pages, block_table, 1)
         tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
-        tile.k_page = bind_pages(&params, &params.k, k)
-        tile.v_page = bind_pages(&params, &params.v, v)
-        tile.k_scales_page = bind_pages(&params, &params.k_scales, k_scales)
-        tile.v_scales_page = bind_pages(&params, &params.v_scales, v_scales)
-    init_tile_reduction(&params, tile)
+        tile.k_page = bind_pages(params, &params.k, k)
+        tile.v_page = bind_pages(params, &params.v, v)
+        tile.k_scales_page = bind_pages(params, &params.k_scales, k_scales)
+        tile.v_scales_page = bind_pages(params, &params.v_scales, v_scales)
+    init_tile_reduction(params, tile)
     tile.weights_key = params.weights.dim
     if score_function is not None:
         tile.score_function = {
@@ -176,22 +201,21 @@ def attend(
                 + tile.value_dim * params.kernels.real_bytes
             )
         )
-        shared_bytes = items * params.partial_bytes
+        call.shared_bytes = call.items * params.partial_bytes
     if sums is not None:
-        shared_bytes = params.key_heads * <Py_ssize_t>sizeof(int64_t)
-    workspace.rows = tile_rows(&params)
-    shared = allocate_workspace(
-        &workspace, threads,
-        params.kernels.scratch_bytes(
-            tile, min(params.kernels.block_q, params.group * params.n_queries)
-        ),
-        reduction_bytes(&params), shared_bytes,
+        call.shared_bytes = params.key_heads * <Py_ssize_t>sizeof(int64_t)
+    call.workspace.rows = tile_rows(params)
+    call.scratch_bytes = params.kernels.scratch_bytes(
+        tile, min(params.kernels.block_q, params.group * params.n_queries)
     )
-    try:
-        params.partial = shared
-        if sums is not None:
-            params.reduction.tickets = <int64_t *>shared
-            memset(shared, 0, shared_bytes)
-        run_forward(&params, &workspace, items, threads)
-    finally:
-        free(workspace.allocated)
+    if plan is None:
+        run_forward(call)
+        return
+    plan.take_input(&params.q)
+    plan.take_input(&params.k)
+    plan.take_input(&params.v)
+    plan.take_output(0, &params.out)
+    if lse is not None:
+        plan.take_output(1, &params.lse)
+    if max_score is not None:
+        plan.take_output(1 + (lse is not None), &params.max_score)

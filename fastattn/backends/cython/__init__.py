@@ -9,13 +9,13 @@ from ...core.arguments import broadcast_shapes
 from ...core.bins import no_top_keys
 from ...core.problem import DOT, SQUARED_DISTANCE, Problem
 from ..numpy import weight_maps
-from . import sparse
-from .backward import run_backward
+from . import kernel_args, sparse
+from .backward import prepare_backward, run_backward
 from .kernel_args import attend, compute_dtype, kernels, threads
 
 __all__ = [
-    "broken", "name", "plan", "run", "run_backward", "run_map", "run_top", "unsupported",
-    "unsupported_backward",
+    "broken", "name", "plan", "prepare", "prepare_backward", "run", "run_backward", "run_map",
+    "run_top", "unsupported", "unsupported_backward",
 ]  # fmt: skip
 
 name = "cython"
@@ -71,6 +71,11 @@ def run(problem: Problem, result):
     else:
         attend(p, result, lse, weights, row_max=row_max)
     return lse, row_max, weights
+
+
+def prepare(problem: Problem):
+    """A plan that runs further calls of this kind, or None."""
+    return None if problem.is_sparse else kernel_args.prepare(problem)
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:

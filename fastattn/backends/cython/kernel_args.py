@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...core.extension import kernels
 from ...core.problem import DOT, Problem
-from ...core.threads import worth_threads
+from ...core.threads import flops, worth_threads
+
+if TYPE_CHECKING:
+    from ..._kernels import Plan
 
 __all__ = [
-    "attend", "compute_dtype", "from_relative_bias_rows", "kernels", "relative_bias_rows",
-    "scale_args", "threads",
+    "attend", "compute_dtype", "from_relative_bias_rows", "is_small", "kernels", "prepare",
+    "relative_bias_rows", "scale_args", "threads",
 ]  # fmt: skip
 
 _PAD = 16  # MAX_LANES of csrc/tile_sizes.h
@@ -25,15 +30,48 @@ def attend(
     p: Problem, result, lse=None, weights=None, sums=None, indices=None, row_max=None
 ) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
+    kernels.attend(*_arguments(p, result, lse, row_max, weights, sums, indices))
+
+
+def prepare(p: Problem) -> Plan | None:
+    """A plan for calls that differ from `p` in the elements of `q`, `k` and `v` alone; None for
+    those that are worth threads, and where the results are no new arrays of such a layout.
+    """
+    shape = (*p.batch, p.heads, p.n_queries, p.value_dim)[p.one_head :]
+    q = p.q[0] if p.one_head else p.q
+    if not is_small(p) or p.return_weights or (shape != q.shape and not q.flags.c_contiguous):
+        return None
+    like_q = shape == q.shape
+    result = np.empty_like(q, p.dtype) if like_q else np.empty(shape, p.dtype)
+    lse = np.empty(shape[:-1], p.accumulator) if p.return_lse else None
+    row_max = np.empty(shape[:-1], p.accumulator) if p.return_max else None
+    outputs = [(result, 0 if like_q else -1, False, True)]
+    outputs += [(rows, -1, False, True) for rows in (lse, row_max) if rows is not None]
+    made = (x if x is None or not p.one_head else x[None] for x in (result, lse, row_max))
+    arguments = _arguments(p, *made)
+    plan = kernels.Plan(outputs, arguments[_N_NEW:])
+    kernels.attend(*arguments, plan=plan)
+    return plan
+
+
+def is_small(p: Problem) -> bool:
+    """Are calls like `p` small enough for a plan: without copies, and on one thread?"""
+    return not p.copied and 0 < flops(p) < ONE_THREAD_FLOPS
+
+
+_N_NEW = 6  # arguments of kernels.attend, from the first on, that each call has its own of
+
+
+def _arguments(p: Problem, result, lse, row_max, weights=None, sums=None, indices=None) -> Any:
     table = None if p.block_table is None else np.ascontiguousarray(p.block_table)
     scale, scales = (p.scale, None) if type(p.scale) is float else scale_args(p)
     relative_bias = None if p.relative_bias is None else relative_bias_rows(p)
-    kernels.attend(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
+    return (
+        p.q, p.k, p.v, result, lse, row_max, p.k_scales, p.v_scales, p.batch, p.heads, p.kv_heads,
         scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
-        lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
+        weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
         None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
-        scales, relative_bias, row_max,
+        scales, relative_bias,
     )  # fmt: skip
 
 
