@@ -53,6 +53,7 @@ def attend(
     scales: np.ndarray | None,
     relative_bias: np.ndarray | None,
     max_score: np.ndarray | None,
+    sequences: np.ndarray | None,
 ) -> None: ...
 def attend_sparse(
     q: np.ndarray,
@@ -118,7 +119,7 @@ def differentiate(
     grad_out: np.ndarray,
     grad_lse: np.ndarray | None,
     rows: np.ndarray,
-    coarse: float,
+    coarse: np.ndarray,
     grad_q: np.ndarray,
     grad_k: np.ndarray,
     grad_v: np.ndarray,
@@ -142,4 +143,5 @@ def differentiate(
     relative_bias: np.ndarray | None,
     wants_scale: bool,
     grad_relative_bias: np.ndarray | None,
+    sequences: np.ndarray | None,
 ) -> None: ...

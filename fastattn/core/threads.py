@@ -54,7 +54,8 @@ def worth_threads(problem: Problem, openmp: Callable[[], int], least_flops: int)
     """How many threads a problem gets: one where it has fewer than `least_flops`."""
     p = problem
     queries = p.n_queries if p.n_queries > FEWEST_QUERIES else FEWEST_QUERIES
-    flops = 2 * queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
+    scores = queries * p.n_keys if p.packing is None else p.packing.scores()
+    flops = 2 * scores * (p.head_dim + p.value_dim) * p.heads
     for n in p.batch:
         flops *= n
     return 1 if flops < least_flops else thread_count(p.threads, openmp())

@@ -18,6 +18,7 @@ from .kernel_args import (
     kernels,
     relative_bias_rows,
     scale_args,
+    sequences,
     threads,
 )
 
@@ -48,11 +49,11 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         sparse.differentiate(b, found, rows, row_sums, grad_bias)
     else:
         kernels.differentiate(
-            p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
+            p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, np.atleast_1d(b.coarse()),
             found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, scale,
             p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
             threads(p), grad_bias, row_sums, key_heads, p.dropout,
-            scales, relative_bias, b.wants("scale"), of_relative_bias,
+            scales, relative_bias, b.wants("scale"), of_relative_bias, sequences(p),
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)

@@ -10,7 +10,7 @@ from ...core.threads import worth_threads
 
 __all__ = [
     "attend", "compute_dtype", "from_relative_bias_rows", "kernels", "relative_bias_rows",
-    "scale_args", "threads",
+    "scale_args", "sequences", "threads",
 ]  # fmt: skip
 
 _PAD = 16  # MAX_LANES of csrc/tile_sizes.h
@@ -33,8 +33,13 @@ def attend(
         scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
         lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
         None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
-        scales, relative_bias, row_max,
+        scales, relative_bias, row_max, sequences(p),
     )  # fmt: skip
+
+
+def sequences(p: Problem) -> np.ndarray | None:
+    """The table of packed sequences, or None."""
+    return None if p.packing is None else p.packing.longest_first()
 
 
 def scale_args(p: Problem, per_head: bool = False) -> tuple[float, np.ndarray | None]:
