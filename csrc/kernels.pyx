@@ -24,6 +24,8 @@ cdef extern from "Python.h":
     # Without `except`: the exception stays set until the call ends.
     int PyErr_CheckSignals() noexcept
     void *PyErr_Occurred() noexcept
+    void PyErr_Clear() noexcept
+    const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) noexcept
     long long PyLong_AsLongLongAndOverflow(object, int *) noexcept
 
 cdef extern from "numpy/arrayobject.h":

@@ -36,18 +36,30 @@ cdef bint add_layout(Key *key, array) noexcept:
 
 
 cdef bint add_option(Key *key, option) noexcept:
-    """Add an option that is None, a flag, a number, or a tuple of these, with its type. False if it
+    """Add an option that is None, a flag, a number, a name, or a tuple of these, with its type. False if it
     is anything else, whose contents may change.
     """
     cdef double real
     cdef long long number
     cdef int overflow = 0
+    cdef Py_ssize_t size
+    cdef const char *text
     if option is None:
         return extend_key(key, "n", 1)
     if option is False:
         return extend_key(key, "f", 1)
     if option is True:
         return extend_key(key, "t", 1)
+    if type(option) is str:
+        text = PyUnicode_AsUTF8AndSize(option, &size)
+        if text is NULL:
+            PyErr_Clear()
+            return False
+        number = size
+        return (
+            extend_key(key, "s", 1) and extend_key(key, &number, sizeof(number))
+            and extend_key(key, text, size)
+        )
     if type(option) is float:
         real = option
         return extend_key(key, "d", 1) and extend_key(key, &real, sizeof(real))
@@ -104,10 +116,10 @@ cdef struct Output:
 ctypedef int (*RunCall)(void *call) except -1
 
 cdef class Plan:
-    """A small call that is prepared, to run on arrays of the layout that it was made for.
+    """A call that is prepared, to run on arrays of the layout that it was made for.
 
-    `kernels.attend` and `kernels.differentiate` prepare the plan that they are given, for one
-    thread. `outputs` are such arrays as they fill, in the order of their arguments, each with the
+    `kernels.attend` and `kernels.differentiate` prepare the plan that they are given. It runs on
+    one thread unless it `uses_threads`. `outputs` are such arrays as they fill, in the order of their arguments, each with the
     index of the input that it is like (-1: none, it is in C's order), and two flags: is it zeroed
     before, and is it returned? `kept` is what the call reads besides.
     """
@@ -119,11 +131,13 @@ cdef class Plan:
     cdef Output outputs[MAX_OPERANDS]
     cdef list dtypes  # of the outputs
     cdef object kept
+    cdef readonly bint uses_threads
+    cdef Py_ssize_t threads, most_threads  # where in the call their number belongs; how many at most
     cdef int64_t running  # on a thread, in `call`; others work in copies of it
 
-    def __init__(self, outputs not None, kept):
+    def __init__(self, outputs not None, bint uses_threads, kept):
         cdef Output *output
-        self.dtypes, self.kept = [], kept
+        self.dtypes, self.uses_threads, self.kept = [], uses_threads, kept
         for array, like, zeroed, returned in outputs:
             output = &self.outputs[self.n_outputs]
             output.like, output.zeroed, output.returned = like, zeroed, returned
@@ -151,12 +165,15 @@ cdef class Plan:
     cdef void take_output(self, int i, const Operand *operand) noexcept:
         self.outputs[i].operand = <char *>operand - <char *>self.call
 
-    def run(self, tuple arrays not None):
+    cdef void take_threads(self, const int *threads, Py_ssize_t most) noexcept:
+        self.threads, self.most_threads = <char *>threads - <char *>self.call, most
+
+    def run(self, tuple arrays not None, int threads):
         """What the call returns for these inputs."""
         cdef void *copy
         if not exchange(&self.running, True):
             try:
-                return self.run_in(self.call, arrays)
+                return self.run_in(self.call, arrays, threads)
             finally:
                 store_release(&self.running, False)
         copy = malloc(self.call_bytes)
@@ -164,11 +181,11 @@ cdef class Plan:
             raise MemoryError(f"{self.call_bytes} bytes")
         try:
             memcpy(copy, self.call, self.call_bytes)
-            return self.run_in(copy, arrays)
+            return self.run_in(copy, arrays, threads)
         finally:
             free(copy)
 
-    cdef run_in(self, void *call, tuple arrays):
+    cdef run_in(self, void *call, tuple arrays, int threads):
         cdef cnp.ndarray array
         cdef Output *output
         cdef list results = []
@@ -191,5 +208,7 @@ cdef class Plan:
                 memset(cnp.PyArray_DATA(array), 0, cnp.PyArray_NBYTES(array))
             (<Operand *>(<char *>call + output.operand)).data = <char *>cnp.PyArray_DATA(array)
             (results if output.returned else made).append(array)
+        threads = available_threads(min(threads, self.most_threads)) if self.uses_threads else 1
+        (<int *>(<char *>call + self.threads))[0] = threads
         self.execute(call)
         return results[0] if self.n_outputs == 1 else tuple(results)

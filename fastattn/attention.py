@@ -6,9 +6,9 @@ from .core.device_array import DeviceArray
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
 from .dispatch import select
-from .plans import keep_plan, plan_key, plans
+from .plans import keep_plan, plan_key, plans, run_plan
 
-__all__ = ["scaled_dot", "solve"]
+__all__ = ["prepare", "scaled_dot", "solve"]
 
 
 @attention
@@ -198,7 +198,7 @@ def scaled_dot(
     ))  # fmt: skip
     plan = plans.get(key)
     if plan:
-        return plan.run(arrays)
+        return run_plan(plan, arrays, threads)
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
@@ -208,11 +208,11 @@ def scaled_dot(
     )  # fmt: skip
     result = solve(problem, backend, out)
     if key is not None:
-        keep_plan(key, _prepare, problem)
+        keep_plan(key, prepare, problem)
     return result
 
 
-def _prepare(problem: Problem):
+def prepare(problem: Problem):
     """A plan for further calls of the kind of `problem`, by the backend that serves it, or None."""
     backend = select(problem)
     return backend.prepare(problem) if hasattr(backend, "prepare") else None

@@ -7,7 +7,7 @@ import numpy as np
 from .core.backward import make_backward_problem
 from .core.problem import Gradient, Problem, make_problem
 from .dispatch import select, unsupported_backward
-from .plans import keep_plan, plan_key, plans
+from .plans import keep_plan, plan_key, plans, run_plan
 
 __all__ = ["scaled_dot_backward"]
 
@@ -101,7 +101,7 @@ def scaled_dot_backward(
     ))  # fmt: skip
     plan = plans.get(key)
     if plan:
-        return plan.run(arrays)
+        return run_plan(plan, arrays, threads)
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,

@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
         r = p.key_range
         found["window"] = (r.left, r.right)
         found["q_offset"] = shift + (
-            self.of(p.q_offset, "") if isinstance(p.q_offset, np.ndarray) else p.q_offset
+            self.of(p.q_offset, "q")[..., 0] if isinstance(p.q_offset, np.ndarray) else p.q_offset
         )
         if p.dropout is not None:
             found |= self._dropout(p, p.dropout)

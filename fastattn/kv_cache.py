@@ -6,7 +6,7 @@ import numpy as np
 
 from .attention import scaled_dot
 from .cache_attention import attend
-from .core.arguments import count, integer, integers, plain
+from .core.arguments import FAR, count, integer, integers, plain
 from .core.dtypes import FLOATS, as_real, is_float
 from .core.page_pool import PAGE, PagePool
 from .core.sequences import Sequences
@@ -370,19 +370,21 @@ class KVCache:
         >>> cache.lengths
         array([2, 0])
         """
-        n = integers("n", n)
         lengths, last = self._sequences.now[3:5]
-        if n.shape not in ((), lengths.shape):
-            raise ValueError(f"n: expected shape () or {lengths.shape}, got {n.shape}")
-        if n.min() < 0:
-            raise ValueError(f"n: expected at least 0, got {n.min()}")
+        if type(n) is not int:
+            n = integers("n", n)
+            if n.shape not in ((), lengths.shape):
+                raise ValueError(f"n: expected shape () or {lengths.shape}, got {n.shape}")
+        least = n if type(n) is int else n.min()
+        if least < 0:
+            raise ValueError(f"n: expected at least 0, got {least}")
         if self._sequences.window is not None:
             for b in np.flatnonzero(lengths - np.minimum(lengths, n) > last):
                 raise ValueError(
                     f"n: expected at least {lengths[b] - last[b]} of sequence {b}, as a window "
                     f"keeps what its last append needs, got {np.broadcast_to(n, lengths.shape)[b]}"
                 )
-        self._sequences.truncate(n)
+        self._sequences.truncate(min(n, FAR) if type(n) is int else n)
 
     def reorder(self, indices) -> None:
         """Let each sequence be a copy of one that is there: beams that go on from the best.

@@ -1,4 +1,4 @@
-"""Small calls that are made again and again on arrays of the same layout, prepared once."""
+"""Calls that are made again and again on arrays of the same layout, prepared once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .core.extension import kernels
+from .core.threads import thread_count
 
-__all__ = ["keep_plan", "plan_key", "plans"]
+__all__ = ["keep_plan", "plan_key", "plans", "run_plan"]
 
 # More layouts than this are hardly in use at once; a plan takes 20 KB.
 MOST = 256
@@ -30,3 +31,9 @@ def keep_plan(key: bytes, prepare: Callable[..., Any], *arguments) -> None:
         plans[key] = None
     elif plans[key] is None:
         plans[key] = prepare(*arguments) or False
+
+
+def run_plan(plan, arrays: tuple, threads: int | None):
+    """What the call returns for these arrays, on so many threads as are asked for."""
+    n = thread_count(threads, kernels.openmp_threads()) if plan.uses_threads else 1
+    return plan.run(arrays, n)

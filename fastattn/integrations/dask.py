@@ -91,7 +91,8 @@ def scaled_dot(
     given = {name: x for name, x in given.items() if x is not None}
     problem = _problem(given, options)
     if not isinstance(q_offset, da.Array):
-        given["q_offset"] = problem.q_offset
+        offset = problem.q_offset
+        given["q_offset"] = offset if isinstance(offset, int) else offset[..., 0]
     arrays = {name: da.asarray(x) for name, x in given.items()}
     if problem.one_head:
         packed = _attend({**arrays, **{x: arrays[x][None] for x in "qkv"}}, options, problem)[0]

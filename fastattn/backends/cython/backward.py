@@ -14,13 +14,15 @@ from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
 from . import sparse
 from .kernel_args import (
+    can_prepare,
     compute_dtype,
     from_relative_bias_rows,
-    is_small,
     kernels,
     relative_bias_rows,
     scale_args,
+    sequences,
     threads,
+    threads_pay,
 )
 
 __all__ = ["prepare_backward", "run_backward"]
@@ -54,6 +56,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
             *_arguments(b, rows, *grads), scale=scale, grad_bias=grad_bias, row_sums=row_sums,
             key_heads=key_heads, scales=scales, relative_bias=relative_bias,
             wants_scale=b.wants("scale"), grad_relative_bias=of_relative_bias,
+            sequences=sequences(p),
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
@@ -76,7 +79,7 @@ def prepare_backward(backward: Backward, arrays: tuple):
     b, p = backward, backward.problem
     given = (b.grad_out, p.q, p.k, p.v, b.out, b.lse, b.grad_lse)
     copied = not all(map(np.may_share_memory, arrays, given))
-    if p.is_sparse or copied or len(p.gradients) > 3 or not is_small(p) or p.dtype.itemsize == 2:
+    if p.is_sparse or copied or len(p.gradients) > 3 or not can_prepare(p) or p.dtype.itemsize == 2:
         return None
     outputs = []
     for i, heads in ((1, p.heads), (2, p.kv_heads), (3, p.kv_heads)):
@@ -92,7 +95,7 @@ def prepare_backward(backward: Backward, arrays: tuple):
         grads = [x[None] for x in grads]
     key_heads = np.arange(math.prod(p.batch) * p.kv_heads)[:, None]
     arguments = _arguments(b, rows, *grads)
-    plan = kernels.Plan(outputs, (arguments[_N_NEW:], key_heads))
+    plan = kernels.Plan(outputs, threads_pay(p), (arguments[_N_NEW:], key_heads))
     kernels.differentiate(*arguments, scale=p.scale, key_heads=key_heads, plan=plan)
     return plan
 
@@ -104,8 +107,8 @@ def _arguments(b: Backward, rows, grad_q, grad_k, grad_v) -> Any:
     p = b.problem
     return (
         b.grad_out, p.q, p.k, p.v, b.out, b.lse, b.grad_lse, rows, grad_q, grad_k, grad_v,
-        b.coarse(), p.batch, p.heads, p.kv_heads, p.softcap or 0.0, p.bias, p.alibi, p.sinks,
-        p.key_range, p.mask, compute_dtype(p), threads(p), p.dropout,
+        np.atleast_1d(b.coarse()), p.batch, p.heads, p.kv_heads, p.softcap or 0.0,
+        p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p), threads(p), p.dropout,
     )  # fmt: skip
 
 

@@ -93,7 +93,8 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
     mean = (grad_out * block(b.out)).sum(axis=-1)
     delta = mean if b.grad_lse is None else mean - block(b.grad_lse)
     rows = _Rows(queries, q, grad_out, mean, delta, lse, np.ones_like(lse))
-    coarse = np.isfinite(lse) & (np.abs(lse) > b.coarse())
+    bound = np.broadcast_to(b.coarse(), p.n_queries)[queries]
+    coarse = np.isfinite(lse) & (np.abs(lse) > bound)
     if not coarse.any():
         return rows
     shift, total = sums(p, h, q, queries)

@@ -149,7 +149,7 @@ def _head(p: Problem, batch: tuple[int, ...], head: int) -> Head:
         of(p.bias, where, p.heads), None if p.relative_bias is None else p.relative_bias[head],
         None if p.alibi is None else p.accumulator.type(p.alibi[head]),
         None if p.sinks is None else p.accumulator.type(p.sinks[head]),
-        p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
+        p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch][0]),
     )  # fmt: skip
 
 
