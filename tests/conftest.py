@@ -105,7 +105,7 @@ def _own_environment():
     os.environ.update(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python():
     """``run_python(source, *arguments, timeout=300)`` -> what the program printed; it must exit 0.
 
