@@ -61,6 +61,14 @@ def dtypes_of(item) -> set[str]:
     return found if found == {"float64"} else found | {"float32", "float64"}
 
 
+def case_of(item):
+    """The test and its parameters but for the target."""
+    indices = item.callspec.indices if hasattr(item, "callspec") else {}
+    return item.nodeid.partition("[")[0], frozenset(
+        indices.items() - {("target", indices.get("target"))}
+    )
+
+
 def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
@@ -71,7 +79,11 @@ def pytest_collection_modifyitems(config, items):
         )
         (dropped if repeats else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
+    # All targets of a case one after the other, so that what oracles found is remembered.
+    order = {}
+    for item in kept:
+        order.setdefault(case_of(item), len(order))
+    items[:] = sorted(kept, key=lambda item: order[case_of(item)])
 
 
 @pytest.fixture(params=targets(), ids=str)
