@@ -63,10 +63,9 @@ def dtypes_of(item) -> set[str]:
 
 def case_of(item):
     """The test and its parameters but for the target."""
-    indices = item.callspec.indices if hasattr(item, "callspec") else {}
-    return item.nodeid.partition("[")[0], frozenset(
-        indices.items() - {("target", indices.get("target"))}
-    )
+    indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
+    indices.pop("target", None)
+    return item.nodeid.partition("[")[0], frozenset(indices.items())
 
 
 def pytest_collection_modifyitems(config, items):
