@@ -1,6 +1,7 @@
 """Cosine and Gaussian attention in chunks: as exact as in one, in memory that does not grow."""
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from fastattn import chunks, reference
 from fastattn.core.problem import make_problem
 
 FUNCTIONS = {
-    "cosine": (fastattn.cosine, {"temperature": 0.1}, lambda q, k: cosines(q, k, 0.1)),
-    "product": (fastattn.gaussian, {"alpha": 0.05}, lambda q, k: distances(q, k, 0.05)),
-    "differences": (fastattn.gaussian, {"alpha": 2.0}, lambda q, k: distances(q, k, 2.0)),
+    "cosine": (fastattn.cosine, {"temperature": 0.1}, partial(cosines, temperature=0.1)),
+    "product": (fastattn.gaussian, {"alpha": 0.05}, partial(distances, alpha=0.05)),
+    "differences": (fastattn.gaussian, {"alpha": 2.0}, partial(distances, alpha=2.0)),
 }
 PARTS = {"CHUNK_BYTES": 2048, "QUERIES": 8, "KEYS": 16}
 
@@ -48,7 +49,7 @@ def test_excluded_self(small_chunks, alpha, how):
     results = fastattn.gaussian(q, k, v, alpha=alpha, exclude_self=True, return_lse=True,
                                 return_weights=True, **how)  # fmt: skip
     i, j = reference.positions(p := make_problem(q, k, v))
-    check(results, p, lambda q, k: distances(q, k, alpha), hidden=i == j,
+    check(results, p, partial(distances, alpha=alpha), hidden=i == j,
           normalize=how.get("normalize", True))  # fmt: skip
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from functools import wraps
+from functools import partial, wraps
 from hashlib import blake2b
+from types import FunctionType
 
 import numpy as np
 
@@ -19,20 +20,20 @@ _found: OrderedDict[tuple[str, bytes], tuple[tuple[np.ndarray, ...], int]] = Ord
 
 
 def remembered(oracle):
-    """An oracle, asked by position, that finds some arrays: asked the same again, it finds those.
+    """An oracle that finds some arrays: asked the same again, it finds those.
 
     What has functions of the user's in it is computed each time.
     """
 
     @wraps(oracle)
-    def ask(*question):
+    def ask(*question, **more):
         if any(isinstance(x, Problem) and x.is_flex for x in question):
-            return oracle(*question)
+            return oracle(*question, **more)
         hashed = blake2b(digest_size=16)
-        _feed(question, hashed.update)
+        _feed((*question, *sorted(more.items())), hashed.update)
         key = f"{oracle.__module__}.{oracle.__qualname__}", hashed.digest()
         if key not in _found:
-            _keep(key, oracle(*question))
+            _keep(key, oracle(*question, **more))
         _found.move_to_end(key)
         return _found[key][0]
 
@@ -58,6 +59,11 @@ def _feed(x, update) -> None:
         for field in dataclasses.fields(x):
             if field.name not in UNREAD:
                 _feed(getattr(x, field.name), update)
+    elif isinstance(x, partial):
+        _feed((x.func, x.args, *sorted(x.keywords.items())), update)
+    elif isinstance(x, FunctionType):
+        assert "<" not in x.__qualname__, "expected a function that its name tells from others"
+        update(f"{x.__module__}.{x.__qualname__}".encode())
     elif isinstance(x, tuple | list):
         for each in x:
             _feed(each, update)
