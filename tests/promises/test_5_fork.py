@@ -112,9 +112,13 @@ def test_child_works(target, run_python):
     """After the parent has used its threads; a child that hangs fails here, too."""
     if target.backend == "cuda":
         pytest.skip("CUDA works in no forked child once its parent has used it")
-    program = COMMON + IN_C + FORK + GRANDCHILD + POOL + THREAD
-    wanted = ["C", "fork", "grandchild", "pool", "thread"]
-    assert run_python(program, target.backend).split() == wanted
+    programs = {"C": IN_C, "fork": FORK, "grandchild": GRANDCHILD, "pool": POOL, "thread": THREAD}
+    if target.backend == "numba":
+        # Its threads are Python's. One that waits for the GIL when C forks leaves that lock broken
+        # in the child, where Python, which has not heard of the fork, does not make it anew.
+        del programs["C"]
+    printed = run_python(COMMON + "".join(programs.values()), target.backend)
+    assert printed.split() == list(programs)
 
 
 def test_gradients_in_a_child(run_python):
