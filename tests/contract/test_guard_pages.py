@@ -42,24 +42,12 @@ class Guarded:
         size = -(-size // page) * page
         self.memory = mmap.mmap(-1, size + 2 * page)
         self.begin, self.end = page, page + size
-        self.how = self.last = None
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         address = np.frombuffer(self.memory, np.uint8).ctypes.data
         for guard in (address, address + self.end):
             if libc.mprotect(guard, page, 0) != 0:
                 raise OSError(ctypes.get_errno(), "mprotect")
-
-    def filled(self, numbers, *how):
-        """``array(*how)`` of the first of `numbers`; of a mask, those that are not 0 are True.
-
-        What the call before had stands there: most calls differ from it in an option alone.
-        """
-        if how != self.how:
-            self.how, self.last = how, self.array(*how)
-            shape = how[0]
-            self.last[...] = numbers[tuple(slice(n) for n in (1,) * (3 - len(shape)) + shape)]
-        return self.last
 
     def array(self, shape, dtype, layout, side):
         """An array that begins where the room begins, or ends where it ends."""
@@ -104,13 +92,14 @@ def attend(backend, room, numbers, side, layout, sizes, dtype, bias_dtype, optio
     arrays = {}
     for name, names in axes.items():
         shape = tuple(sizes[axis] for axis in names)
-        arrays[name] = room[name].filled(numbers, shape, dtypes.get(name, dtype), layout, side)
+        arrays[name] = room[name].array(shape, dtypes.get(name, dtype), layout, side)
+        # Small whole numbers; of a mask, those that are not 0 are True.
+        arrays[name][...] = numbers[tuple(slice(n) for n in (1,) * (3 - len(shape)) + shape)]
     fastattn.scaled_dot(**arrays, **others, backend=backend)
 
 
 def main(backend):
     room = {name: Guarded(3 * 130 * 130 * 32) for name in ("q", "k", "v", "out", "mask", "bias")}
-    # Small and whole, as any dtype holds.
     numbers = np.random.default_rng(0).integers(-3, 4, (3, 130, 130)).astype("i1")
     for call in calls():
         print(*call, flush=True)
