@@ -202,7 +202,7 @@ def copied(tmp_path):
 
     def copy(content=None, name=None):
         package = Path(fastattn.__file__).parent
-        leave = shutil.ignore_patterns("__pycache__", "_kernels*.so", "_kernels*.pyd")
+        leave = shutil.ignore_patterns("_kernels*.so", "_kernels*.pyd", "*.nbi", "*.nbc")
         shutil.copytree(package, tmp_path / "fastattn", ignore=leave)
         if content is not None:
             suffix = importlib.machinery.EXTENSION_SUFFIXES[0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.gradients import exact_gradients, plain_gradients, random_like
-from helpers.oracles import assert_exact_enough, same_bits
+from helpers.oracles import assert_exact_enough, judging_dtype, same_bits
 from helpers.problems import Shape, options
 from test_score_functions import parameters, problem_of
 
@@ -58,8 +58,7 @@ def test_promise_1(target, name, dtype, shape):
         grads = [random_like(x, seed) for seed, x in enumerate(results)]
         grads[1] = np.where(np.isfinite(results[1]), grads[1], 0)
         p = problem_of(name, q, k, v, **given, **opts, gradients=True, wrt=wrt + own)
-        real = np.longdouble if dtype == "float64" else np.float64
-        exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)
+        exact, plain = exact_gradients(p, *grads, judging_dtype(p)), plain_gradients(p, *grads)
         for got, truth, yardstick, g in zip(
             pullback(*grads), exact, plain, p.gradients, strict=True
         ):
