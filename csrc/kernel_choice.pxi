@@ -1,7 +1,7 @@
 # Part of kernels.pyx: which instruction set's kernels serve a call.
 
 # The features that may be disabled and enabled, on any machine.
-FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")
+FEATURES = ("avx2", "avx512", "avx512_bf16", "amx", "neon_bf16")
 
 cdef const InstructionSet *fastest = newest_of(set(), set())
 
