@@ -24,7 +24,8 @@ typedef float real;
 
 #ifdef BF16_TERMS
 #define BITS (BF16_TERMS == 1 ? 8 : BF16_TERMS == 2 ? 11 : 24) /* of the operands: bfloat16, float16, float32 */
-#define WEIGHT_TOLERANCE (BF16_TERMS == 3 ? TOLERANCE : pow(2, -8 * BF16_TERMS)) /* of results: weights have so many bits */
+/* Of results and gradients, which sum over weights that have 8 bits for each term. */
+#define WEIGHT_TOLERANCE (BF16_TERMS == 3 ? TOLERANCE : pow(2, 1 - 8 * BF16_TERMS))
 #else
 #define BITS 53
 #define WEIGHT_TOLERANCE TOLERANCE
