@@ -3,6 +3,9 @@
 #define FASTATTN_SCRATCH_INL_H
 
 #include "convert-inl.h"
+#ifdef BF16_TERMS
+#include "bf16.h"
+#endif
 
 /* The visible keys of a sub-block are bits, in words as wide as a lane, so that each lane tests its
  * own. */
@@ -44,11 +47,11 @@ typedef struct Scratch {
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
     real *keys, *values;     /* [key of the block][dim], widened */
 #ifdef BF16_TERMS
-    uint32_t *q_terms; /* see matmul_bf16-inl.h */
-    uint16_t *key_terms;
-    uint16_t *value_terms;
-    uint32_t *value_pairs;
-    uint32_t *weight_terms;
+    bundle *q_terms; /* see matmul_bf16-inl.h */
+    bfloat *key_terms;
+    bfloat *value_terms;
+    bundle *value_bundles;
+    bundle *weight_terms;
     uint64_t *special_keys,
         *special_values; /* [sub-block]: bits of the keys that terms cannot represent */
 #else
@@ -151,11 +154,11 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(q, MR * t->head_dim)
     TAKE(keys, t->head_dim)
     TAKE(values, t->value_dim)
-    TAKE(q_terms, BF16_TERMS * row * round_up(t->head_dim, CHUNK) / 2)
+    TAKE(q_terms, BF16_TERMS * row * round_up(t->head_dim, CHUNK) / BUNDLE)
     TAKE(key_terms, BF16_TERMS * block_k * round_up(t->head_dim, CHUNK))
     TAKE(value_terms, BF16_TERMS * block_k * s->out_rows)
-    TAKE(value_pairs, BF16_TERMS * CHUNK / 2 * s->out_rows)
-    TAKE(weight_terms, BF16_TERMS * MR * BLOCK_K / 2)
+    TAKE(value_bundles, BF16_TERMS * BUNDLES * s->out_rows)
+    TAKE(weight_terms, BF16_TERMS * MR * BLOCK_K / BUNDLE)
     TAKE(special_keys, BLOCK_K / SUB_BLOCK_K)
     TAKE(special_values, BLOCK_K / SUB_BLOCK_K)
 #else

@@ -190,6 +190,7 @@ cdef extern from "instruction_sets.h" nogil:
         const char *name
         const char *features
         bint (*runs_here)() noexcept nogil
+        bint (*slow_here)() noexcept nogil
         const TileKernels *float64
         const TileKernels *float32
         const TileKernels *float16

@@ -13,7 +13,7 @@ import pytest
 from helpers import simulator
 from helpers.problems import DTYPES
 from helpers.subprocesses import child_environment
-from helpers.targets import Target, multiplied_dtype, targets
+from helpers.targets import Target, features, multiplied_dtype, targets
 from hypothesis import HealthCheck, settings
 
 import fastattn
@@ -95,6 +95,7 @@ def target(request, monkeypatch) -> Iterator[Target]:
             pytest.skip("Numba is not installed, or cannot run here")
         compile_numba_kernels()
     monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", request.param.disabled)
+    monkeypatch.setenv("FASTATTN_ENABLE_CPU_FEATURES", features())
     used = set()
     if request.param.isa is not None:
         for name in ("run", "run_backward", "run_map", "run_top"):
@@ -113,7 +114,10 @@ def target(request, monkeypatch) -> Iterator[Target]:
 @pytest.fixture(autouse=True)
 def _own_environment():
     """Without `monkeypatch`, with which pytest-run-parallel takes a test for unfit for threads."""
-    names = ("FASTATTN_BACKEND", "FASTATTN_NUM_THREADS", "FASTATTN_DISABLE_CPU_FEATURES")
+    names = (
+        "FASTATTN_BACKEND", "FASTATTN_NUM_THREADS",
+        "FASTATTN_DISABLE_CPU_FEATURES", "FASTATTN_ENABLE_CPU_FEATURES",
+    )  # fmt: skip
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     yield
     os.environ.update(before)

@@ -111,6 +111,29 @@ def test_any_number_of_threads(target, monkeypatch, n):
     np.testing.assert_allclose(target.attend(*arrays), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.one_instruction_set
+@pytest.mark.parametrize("names", [["causal"], ["window"], ["kv_lengths", "bias"]], ids=" ".join)
+def test_more_threads_than_cores(target, names):
+    """Threads that wait for each other's part of a sum make way for those that compute it."""
+    if not target.bitwise:
+        pytest.skip(f"{target.backend} uses no threads of ours")
+    shape = Shape(3, 4, 300, 1100, 16, kv_heads=2)
+    arrays, opts = shape.arrays(), {**options(names, shape), "return_lse": True}
+    wrt = [name for name in ("bias",) if name in opts]
+
+    def results(threads):
+        found = target.attend(*arrays, threads=threads, **opts)
+        if target.unsupported_backward(*arrays, **opts) is not None:
+            return found
+        _, pull = target.vjp(*arrays, wrt=wrt, threads=threads, **opts)
+        return (*found, *pull(found[0]))
+
+    alone = results(1)
+    for _ in range(3):
+        for got, wanted in zip(results(64), alone, strict=True):
+            assert same_bits(got, wanted)
+
+
 LIMITED = """
 import resource, sys
 import numpy as np
