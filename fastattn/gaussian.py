@@ -112,7 +112,7 @@ def gaussian(
 
 
 def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
-    refuse("gaussian", options, "scale", "softcap")
+    refuse("gaussian", options)
     alpha = positive("alpha", alpha)
     normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))

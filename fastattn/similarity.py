@@ -11,6 +11,7 @@ from .chunks import Chunk, Gradients, Union, blocks, entries, fill, runs
 from .core.arguments import number, plain
 from .core.backward import Backward
 from .core.dtypes import float_dtype
+from .core.option_table import DIFFERENTIABLE, OPTIONS
 from .core.options import check_wrt
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
@@ -18,9 +19,6 @@ from .jvp import has_tangents, jvp
 from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]
-
-# The options whose gradients there are of every score.
-DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
 
 # The length of a float32 vector below which squares that matter may be subnormal.
 _SHORT = 1e-15
@@ -59,7 +57,7 @@ def dot(q, k, v, **options):
     >>> out.round(3)
     array([[1.462, 0.538]])
     """
-    refuse("dot", options, "scale")
+    refuse("dot", options)
     return scaled_dot(q, k, v, scale=1.0, **options)
 
 
@@ -101,7 +99,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     >>> out.round(3)
     array([[1.762, 0.238]])
     """
-    refuse("cosine", options, "scale")
+    refuse("cosine", options)
     p = _cosine_problem(q, k, v, temperature, out=out, **options)
     return solve(p, backend, out, partial(_run_cosine, backend=backend))
 
@@ -171,8 +169,8 @@ def pool(
 
 @differentiates(dot)
 def _dot(q, k, v, *, wrt, **options):
-    refuse("dot", options, "scale")
-    check_wrt(wrt, {name: options.get(name) for name in DIFFERENTIABLE})
+    refuse("dot", options)
+    check_wrt(wrt, differentiable("dot", options))
     return vjp(scaled_dot, q, k, v, wrt=wrt, scale=1.0, **options)
 
 
@@ -180,8 +178,8 @@ def _dot(q, k, v, *, wrt, **options):
 def _cosine(
     q, k, v, *, wrt, temperature=1.0, backend=None, return_lse=False, **options
 ):  # fmt: skip
-    refuse("cosine", options, "scale")
-    check_wrt(wrt, {name: options.get(name) for name in DIFFERENTIABLE})
+    refuse("cosine", options)
+    check_wrt(wrt, differentiable("cosine", options))
     without_out(options)
     p = _cosine_problem(q, k, v, temperature, gradients=True, wrt=wrt, return_lse=True, **options)
     run = partial(_run_cosine, backend=backend)
@@ -256,14 +254,20 @@ def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
     return _pooled(results, single), pullback
 
 
-def refuse(score: str, options: dict, *names: str) -> None:
+def refuse(score: str, options: dict) -> None:
     """Take out of `options` what has no meaning for a score, which must be None there."""
-    for name in names:
-        value = options.pop(name, None)
+    for name in [name for name in options if name in OPTIONS and score in OPTIONS[name].without]:
+        value = options.pop(name)
         if value is not None:
             raise TypeError(
                 f"{name}: expected None, got {type(value).__name__}; {score} has no {name}"
             )
+
+
+def differentiable(score: str, options: dict) -> dict:
+    """The options by which there are gradients of a score, as they are given."""
+    has = (name for name in DIFFERENTIABLE if score not in OPTIONS[name].without)
+    return {name: options.get(name) for name in has}
 
 
 def positive(name: str, value) -> float:
@@ -333,7 +337,7 @@ def _pooled(results, single: bool):
 
 @has_tangents(dot)
 def _dot_tangents(arrays, tangents, **options):
-    refuse("dot", options, "scale")
+    refuse("dot", options)
     return jvp(scaled_dot, arrays, tangents, scale=1.0, **options)
 
 

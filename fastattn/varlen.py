@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .attention import scaled_dot, solve
+from .attention import solve
 from .core.arguments import flag, integers, plain
+from .core.option_table import check
 from .core.options import dropout_start, window_sides
 from .core.output import destination, empty_like
 from .core.problem import Problem, make_problem
@@ -18,11 +19,6 @@ from .jvp import has_tangents, pushed_forward, tangents_of
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["varlen"]
-
-# Of `scaled_dot`, those that each sequence would need its own of, or that make no sense beside it.
-_OWN = {"causal", "window", "q_offset"}
-_WITHOUT = {"bias", "block_table", "kv_lengths", "mask", "return_weights", "spans"}
-OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - _OWN - _WITHOUT - {"backend", "out"}
 
 
 @attention
@@ -178,8 +174,7 @@ def _cumulative(name, cumulative, lengths_name, lengths, total) -> np.ndarray | 
 
 def _calls(packed: _Packed, causal, window, q_offset, options) -> list[_Call]:
     """The fewest calls: one, but where a score depends on positions that do not agree."""
-    for name in options.keys() - OPTIONS:
-        raise TypeError(f"{name}: varlen() has no such option")
+    check("varlen", options)
     cu_q, cu_k = packed.cu_q, packed.cu_k
     n_queries, n_keys = np.diff(cu_q), np.diff(cu_k)
     offset = _offsets(q_offset, n_keys - n_queries)
