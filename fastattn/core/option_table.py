@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arguments import flag
 from .options import dropout_of, dropout_start, span_sides, window_sides
 
 __all__ = ["DIFFERENTIABLE", "OPTIONS", "PARTS", "Option", "Part", "check", "joined", "split"]
@@ -116,20 +117,26 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             elif part == name and len(parts) > 1 and _is_array(piece, parts[part]):
                 arrays[next(iter(parts))] = piece
             elif piece is not None:
-                values[part] = dropout_start(piece) if parts[part] is tuple else piece
+                values[part] = _value(part, piece, parts[part])
     return arrays, values
 
 
 def joined(parts: dict[str, Any]) -> dict[str, Any]:
-    """The options of which `split` made these parts."""
+    """The options of which `split` made these parts; what else there is goes on as it is."""
     options: dict[str, Any] = {}
     for name, x in parts.items():
-        option = PARTS[name].option
-        if option not in _APART:
-            options[option] = x
-        elif option not in options:
-            options[option] = tuple(parts.get(part) for part in OPTIONS[option].parts)
+        option = PARTS[name].option if name in PARTS else name
+        if option in _APART and option != name:
+            x = tuple(parts.get(part) for part in OPTIONS[option].parts)
+        options[option] = x
     return options
+
+
+def _value(name: str, x, kind):
+    """`x`, checked where every operator would have to."""
+    if kind is bool:
+        return flag(name, x)
+    return dropout_start(x) if kind is tuple else x
 
 
 def _is_array(x, kind) -> bool:

@@ -122,7 +122,7 @@ def attention(
     words |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if dropout and module.training:
         words["dropout"] = dropout, new_seed()
-    out, lse = attend(query, key, value, return_lse=sinks is not None, **words)
+    out, lse, _ = attend(query, key, value, return_lse=sinks is not None, **words)
     if sinks is not None and lse is not None:
         # One more term of the sum: exp(lse) / (exp(lse) + exp(sink)) of each weight is left.
         out = out * (lse[..., None] - sinks).sigmoid().to(out.dtype)
