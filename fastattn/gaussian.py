@@ -58,9 +58,9 @@ def gaussian(
         Hide the key ``j == i + q_offset``, which with as many queries as keys is the query itself.
         With `kv_lengths` it requires `q_offset`.
     return_lse, return_weights, out, **options
-        As of `fastattn.scaled_dot`, except ``scale`` and ``softcap``, and ``sinks`` only where
-        `normalize` is True. `bias`, `relative_bias` and `alibi` change the score after the
-        distance.
+        As of `fastattn.scaled_dot`, except ``scale``, ``softcap`` and ``block_table``, and
+        ``sinks`` only where `normalize` is True. `bias`, `relative_bias` and `alibi` change the
+        score after the distance.
 
     Returns
     -------

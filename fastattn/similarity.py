@@ -73,7 +73,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
         The score is ``cos(q_i, k_j) / temperature``; finite and > 0. A vector of zeros has cosine 0
         with every other.
     out, backend, **options
-        As of `fastattn.scaled_dot`, except ``scale``.
+        As of `fastattn.scaled_dot`, except ``scale`` and ``block_table``.
 
     Returns
     -------

@@ -48,7 +48,7 @@ def scaled_dot_product_attention(
     is_causal : bool, default False
         Query ``i`` sees the keys ``j <= i``, whatever the lengths.
     scale : float, optional
-        ``1 / sqrt(E)`` by default. A constant: a tensor that requires a gradient is an error.
+        ``1 / sqrt(E)`` by default; a tensor that requires a gradient gets one.
     enable_gqa : bool, default False
         Let `Hq` be a multiple of `H`.
 
@@ -135,8 +135,7 @@ def _mask(attn_mask, query, key) -> dict[str, Any]:
 def scaled_dot(q, k, v, **options):
     """`fastattn.scaled_dot` on tensors, with gradients.
 
-    They are those of `q`, `k`, `v`, `bias`, `relative_bias`, `alibi`, `sinks`, and of a `scale` for
-    each head.
+    They are those of `q`, `k`, `v`, `scale`, `bias`, `relative_bias`, `alibi` and `sinks`.
 
     Parameters
     ----------
@@ -145,8 +144,8 @@ def scaled_dot(q, k, v, **options):
     **options
         As of `fastattn.scaled_dot`, except ``block_table``, ``out`` and ``return_weights``. Arrays
         may be tensors on the CPU, and the seed of `dropout` too, such as
-        ``torch.randint(2**63 - 1, ())``. No gradient passes through `softcap` or a `scale` that is
-        one number: a tensor that requires one is an error.
+        ``torch.randint(2**63 - 1, ())``. No gradient passes through `softcap`: a tensor that
+        requires one is an error.
 
     Returns
     -------

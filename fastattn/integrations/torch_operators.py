@@ -30,7 +30,7 @@ __all__ = ["attend", "new_seed"]
 
 
 def _accepted(about) -> list[tuple[str, str | type]]:
-    """The parts of options about these, but for those that tensors have not."""
+    """The parts of the options about these, of those that `scaled_dot` has for tensors."""
     options = (x for x in OPTIONS.values() if x.about in about and "torch" not in x.without)
     return [part for option in options for part in option.parts.items()]
 
@@ -38,8 +38,8 @@ def _accepted(about) -> list[tuple[str, str | type]]:
 _TYPES = {float: "float?", bool: "bool", int: "SymInt?", tuple: "SymInt[]?", str: "str?"}
 _PARTS = _accepted(("score", "visibility", "dropout", "execution"))
 _OPTIONAL = tuple(name for name, kind in _PARTS if isinstance(kind, str))
-_TENSORS = ", ".join(f"Tensor? {name}=None" for name in _OPTIONAL)
-_VALUES = ", ".join(
+_TENSORS = "".join(f"Tensor? {name}=None, " for name in _OPTIONAL) + "*,"
+_OPTIONS = ", ".join(
     f"{_TYPES[kind]} {name}={'False' if kind is bool else None}"
     for name, kind in _PARTS
     if not isinstance(kind, str)
@@ -49,17 +49,18 @@ _FLAGS = ", ".join(f"bool {name}=False" for name, _ in _accepted(("results",)))
 # A library of its own rather than torch.library.custom_op: a call takes 10 us less.
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 _LIBRARY.define(
-    f"scaled_dot(Tensor q, Tensor k, Tensor v, {_TENSORS}, *, {_FLAGS}, {_VALUES})"
+    f"scaled_dot(Tensor q, Tensor k, Tensor v, {_TENSORS} {_FLAGS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "scaled_dot_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, {_TENSORS}, *, str[] wrt, {_VALUES}) -> Tensor[]"
+    f"Tensor out, Tensor lse, {_TENSORS} str[] wrt, {_OPTIONS}) -> Tensor[]"
 )
 _FORWARD = torch.ops.fastattn.scaled_dot.default
 _BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
-_DIFFERENTIABLE = {name for name in _OPTIONAL if OPTIONS[PARTS[name].option].differentiable}
-_NUMBERS = {name for name, kind in _PARTS if kind is float and name in OPTIONS}
+_WORDS = {name: PARTS[name].option for name in _OPTIONAL}
+_DIFFERENTIABLE = {name for name, option in _WORDS.items() if OPTIONS[option].differentiable}
+_NUMBERS = {name for name, option in OPTIONS.items() if not option.takes_arrays}
 
 
 def attend(q, k, v, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -73,7 +74,7 @@ def attend(q, k, v, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
     given = [q, k, v]
     for name, x in options.items():
         if isinstance(x, Tensor):
-            if name in _NUMBERS and not x.dim():
+            if name in _NUMBERS:
                 check_constant(name, x)
             given.append(x)
     gradient = _needs_gradient(given)
@@ -85,7 +86,8 @@ def attend(q, k, v, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
     tensors, values = _operands(options)
     if not compiling and (gradient or transforms()):
         values.pop("return_lse", None)
-        return _attention(values, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
+        found = _attention(values, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
+        return found if len(found) == 3 else (*found, None)
     if gradient:
         values["return_lse"] = True  # the way back starts from it
     return _FORWARD(q, k, v, *tensors, **values)
@@ -132,7 +134,7 @@ def _operands(options: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, A
     for place, name in enumerate(_OPTIONAL):
         if name in arrays:
             tensors += [None] * (place - len(tensors))
-            tensors.append(as_tensor(arrays[name], PARTS[name].option))
+            tensors.append(as_tensor(arrays[name], _WORDS[name]))
     return tensors, values
 
 
@@ -141,8 +143,8 @@ def new_seed() -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64)
 
 
-def _forward(q, k, v, *tensors, **values):
-    out, *sums = _run(q, k, v, _options(tensors, values))
+def _forward(q, k, v, *tensors, **options):
+    out, *sums = _run(q, k, v, _words(tensors, options))
     return out, *(out.new_empty(0, dtype=_sums(out)) if x is None else x for x in sums)
 
 
@@ -171,7 +173,7 @@ def _with_number(dropout):
     return rate, int(seed) % (1 << 64) if isinstance(seed, Tensor) else seed
 
 
-def _forward_fake(q, k, v, *tensors, return_lse=False, return_max=False, **values):
+def _forward_fake(q, k, v, *tensors, return_lse=False, return_max=False, **options):
     out = empty_result(q, k, v)
     shapes = (out.shape[:-1] if wanted else 0 for wanted in (return_lse, return_max))
     return out, *(out.new_empty(shape, dtype=_sums(out)) for shape in shapes)
@@ -181,13 +183,13 @@ def _sums(out) -> torch.dtype:
     return torch.float64 if out.dtype == torch.float64 else torch.float32
 
 
-def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **values):
+def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
     named = {"grad_out": grad_out, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     grads = fastattn.scaled_dot_backward(
         *(array(x, name) for name, x in named.items()),
         grad_lse=None if grad_lse is None else array(grad_lse, "grad_lse"),
-        wrt=tuple(PARTS[name].option for name in wrt),
-        **_options(tensors, values),
+        wrt=tuple(map(_WORDS.get, wrt)),
+        **_words(tensors, options),
     )
     sources = _sources(q, k, v, tensors, wrt)
     found = []
@@ -197,7 +199,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **values):
     return found
 
 
-def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **values):
+def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
     return [torch.empty_like(x) for x in _sources(q, k, v, tensors, wrt)]
 
 
@@ -206,14 +208,14 @@ class _ScaledDot(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, *tensors):
         if _straight_to_cpu(tensors):
-            results = _forward(*tensors, return_lse=True, **options)
+            results = _forward(*tensors, return_lse=True, **options)[: _returned(options)]
         else:
             results = _below_autograd(options, *tensors)
         _keep(ctx, options, tensors, results)
         return results
 
     @staticmethod
-    def backward(ctx, grad_out, grad_lse, _):
+    def backward(ctx, grad_out, grad_lse, *_):
         q, k, v, *tensors, out, lse = ctx.saved_tensors
         names = ("q", "k", "v", *_OPTIONAL[: len(tensors)])
         needed = zip(names, ctx.needs_input_grad[1:], strict=True)
@@ -261,15 +263,19 @@ def _attention(options, *tensors):
     return (_Transformed if transforms() else _ScaledDot).apply(options, *tensors)
 
 
+def _returned(options) -> int:
+    """How many results there are beside the maximum, or with it."""
+    return 3 if options.get("return_max") else 2
+
+
 def _below_autograd(options, *tensors):
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*tensors, return_lse=True, **options)
+        return _FORWARD(*tensors, return_lse=True, **options)[: _returned(options)]
 
 
 def _keep(ctx, options, tensors, results) -> None:
-    out, lse, row_max = results
-    ctx.save_for_backward(*tensors, out, lse)
-    ctx.mark_non_differentiable(row_max)
+    ctx.save_for_backward(*tensors, *results[:2])
+    ctx.mark_non_differentiable(*results[2:])
     ctx.options = {name: x for name, x in options.items() if name != "return_max"}
     ctx.set_materialize_grads(False)
 
@@ -289,8 +295,9 @@ def _one_by_one(function, info, in_dims, options, tensors):
 
 def _differentiable(*tensors, return_lse=False, **options):
     if _needs_gradient(tensors) or transforms():
-        out, lse, row_max = _attention(options, *tensors)
-        return out, lse if return_lse else lse.new_empty(0), row_max
+        out, lse, *row_max = _attention(options, *tensors)
+        nothing = lse.new_empty(0)
+        return out, lse if return_lse else nothing, *(row_max or (nothing,))
     with torch._C._AutoDispatchBelowAutograd():
         return _FORWARD(*tensors, return_lse=return_lse, **options)
 
@@ -333,15 +340,13 @@ torch.library.register_fake("fastattn::scaled_dot", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("fastattn::scaled_dot_backward", _backward_fake, lib=_LIBRARY)
 
 
-def _options(tensors, values) -> dict[str, Any]:
-    """The options of `fastattn.scaled_dot` for what an operator was given."""
+def _words(tensors, options) -> dict[str, Any]:
+    """The words of `fastattn.scaled_dot` for what an operator was given."""
     given = zip(_OPTIONAL, tensors, strict=False)
-    arrays: dict[str, Any] = {
-        name: array(x, PARTS[name].option) for name, x in given if x is not None
-    }
+    arrays: dict[str, Any] = {name: array(x, _WORDS[name]) for name, x in given if x is not None}
     if "seed" in arrays:
         arrays["seed"] = int(arrays["seed"]) % (1 << 64)
-    return joined({**arrays, **values})
+    return joined({**arrays, **options})
 
 
 def _sources(q, k, v, tensors, wrt) -> list[Tensor]:
