@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .core.option_table import check
 from .core.problem import Problem, make_problem
 from .dispatch import (
     BACKENDS,
@@ -16,6 +17,10 @@ from .dispatch import (
 )
 
 __all__ = ["Explanation", "available_backends", "explain", "show_config"]
+
+
+# What a call may have besides the options of `scaled_dot`: those of `flex`, and of `vjp`.
+_BESIDES = {"score_mod", "mask_mod", "block_mask", "score_grad", "wrt"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
     >>> fastattn.explain(q, k, v, causal=True, backend="numpy").backend
     'numpy'
     """
+    check("explain", options.keys() - _BESIDES)
     problem = make_problem(q, k, v, gradients=True, **options)
     chosen = select(problem, backend)
     passed_over = {}

@@ -11,7 +11,7 @@ from .chunks import Chunk, Gradients, Union, blocks, entries, fill, runs
 from .core.arguments import number, plain
 from .core.backward import Backward
 from .core.dtypes import float_dtype
-from .core.option_table import DIFFERENTIABLE, OPTIONS
+from .core.option_table import DIFFERENTIABLE, OPTIONS, check
 from .core.options import check_wrt
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
@@ -255,13 +255,16 @@ def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
 
 
 def refuse(score: str, options: dict) -> None:
-    """Take out of `options` what has no meaning for a score, which must be None there."""
+    """Take out of `options` what has no meaning for a score, which must be None there; an error of
+    one that there is not.
+    """
     for name in [name for name in options if name in OPTIONS and score in OPTIONS[name].without]:
         value = options.pop(name)
         if value is not None:
             raise TypeError(
                 f"{name}: expected None, got {type(value).__name__}; {score} has no {name}"
             )
+    check(score, options)
 
 
 def differentiable(score: str, options: dict) -> dict:

@@ -220,6 +220,19 @@ def test_option(small_chunks, function, key):
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
+def differentiated(q, k, v, **given):
+    return fastattn.vjp(fastattn.scaled_dot, q, k, v, **given)
+
+
+@pytest.mark.parametrize(
+    "function", [*FUNCTIONS.keys() - {plain}, differentiated, fastattn.dot, fastattn.explain]
+)
+@pytest.mark.parametrize("name", ["dropped", "gradients", "held"])
+def test_no_option(function, name):
+    with pytest.raises(TypeError, match=rf"^{name}: .*\(\) has no such option$"):
+        function(*SHAPE.arrays("float64"), **{name: 1})
+
+
 # ---------------------------------------------------------------------------- gradients
 
 
