@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core.arguments import number, plain, renamed
+from ..core.arguments import integer, number, plain, renamed
 from ..core.option_table import OPTIONS, PARTS, check, split
 from .jax_operators import LEADING, Call, attend
 
@@ -198,9 +198,18 @@ def _words(seed) -> jax.Array:
 
 def _offset(value):
     """The numbers of `dropout_offset`, as an array if one of them is one of JAX's."""
-    if isinstance(value, (tuple, list)) and any(isinstance(x, jax.Array) for x in value):
-        return jnp.stack([_array("dropout_offset", x) for x in value])
-    return value
+    if not (isinstance(value, (tuple, list)) and any(isinstance(x, jax.Array) for x in value)):
+        return value
+    items = [x if isinstance(x, jax.Array) else integer("dropout_offset", x) for x in value]
+    for x in items:
+        if np.ndim(x):
+            raise TypeError(f"dropout_offset: expected an integer, got array of shape {x.shape}")
+    try:
+        return jnp.stack([jnp.asarray(x) for x in items])
+    except OverflowError as error:
+        raise ValueError(
+            f"dropout_offset: expected numbers that JAX has, beside one of its own, got {error}"
+        ) from None
 
 
 def _array(name: str, x):

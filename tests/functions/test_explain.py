@@ -82,13 +82,12 @@ def test_what_cython_leaves_to_numpy_under_a_sparse_mask(monkeypatch):
     from fastattn.backends.cython import backward, weight_maps
 
     ran = []
+
+    def noted(name, run):
+        return lambda *x: ran.append(name) or run(*x)
+
     for module, name in ((backward.numpy_backward, "run_backward"), (weight_maps, "run_map")):
-
-        def run(*x, name=name, run=getattr(module, name)):
-            ran.append(name)
-            return run(*x)
-
-        monkeypatch.setattr(module, name, run)
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
     q, k, v = Shape(2, 4, 20, 30, 16).arrays()
     mask = sparse.csr_array(np.random.default_rng(0).random((20, 30)) < 0.3)
     for operands in ((q, k, v), (q, k[:1], v[:1])):
