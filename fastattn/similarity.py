@@ -237,6 +237,7 @@ def _turned(grad, unit, length):
 @differentiates(pool)
 def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
     check_wrt(wrt, {"b": b})
+    _check_pool(options)
     x, w, given = _pooling(x, w, b, kv_lengths, mask)
     single = w.ndim == 1
     results, back = vjp(
@@ -329,6 +330,11 @@ def _pooling(x, w, b, kv_lengths, mask):
     return x[..., None, :, :], w, options
 
 
+def _check_pool(options) -> None:
+    for name in options.keys() - {"backend", "return_lse", "return_weights", "threads"}:
+        raise TypeError(f"{name}: pool() has no such option")
+
+
 def _pooled(results, single: bool):
     """Without the axis of heads and, of a single pooling, that of queries: both have length 1."""
     given = results if isinstance(results, tuple) else (results,)
@@ -348,7 +354,7 @@ def _dot_tangents(arrays, tangents, **options):
 def _pool_tangents(
     arrays, tangents, *, b=0.0, kv_lengths=None, mask=None, return_lse=False, **options
 ):  # fmt: skip
-    refuse("pool", options, *(options.keys() - {"backend", "return_weights", "threads"}))
+    _check_pool(options)
     x, w = arrays
     dx, dw = tangents
     x, w, own = _pooling(x, w, b, kv_lengths, mask)

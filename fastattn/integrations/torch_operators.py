@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 
 import fastattn
 
-from ..core.option_table import OPTIONS, PARTS, joined, split
+from ..core.option_table import OPTIONS, joined, split
+from .torch_schema import BACKWARD, FORWARD, LIBRARY, OPTIONAL, SOURCES, WORDS
 from .torch_tensors import (
     alike,
     array,
@@ -28,39 +29,7 @@ from .torch_tensors import (
 
 __all__ = ["attend", "new_seed"]
 
-
-def _accepted(about) -> list[tuple[str, str | type]]:
-    """The parts of the options about these, of those that `scaled_dot` has for tensors."""
-    options = (x for x in OPTIONS.values() if x.about in about and "torch" not in x.without)
-    return [part for option in options for part in option.parts.items()]
-
-
-_TYPES = {float: "float?", bool: "bool", int: "SymInt?", tuple: "SymInt[]?", str: "str?"}
-_PARTS = _accepted(("score", "visibility", "dropout", "execution"))
-_OPTIONAL = tuple(name for name, kind in _PARTS if isinstance(kind, str))
-_TENSORS = "".join(f"Tensor? {name}=None, " for name in _OPTIONAL) + "*,"
-_OPTIONS = ", ".join(
-    f"{_TYPES[kind]} {name}={'False' if kind is bool else None}"
-    for name, kind in _PARTS
-    if not isinstance(kind, str)
-)
-_FLAGS = ", ".join(f"bool {name}=False" for name, _ in _accepted(("results",)))
-
-# A library of its own rather than torch.library.custom_op: a call takes 10 us less.
-_LIBRARY = torch.library.Library("fastattn", "DEF")
-_LIBRARY.define(
-    f"scaled_dot(Tensor q, Tensor k, Tensor v, {_TENSORS} {_FLAGS}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "scaled_dot_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, {_TENSORS} str[] wrt, {_OPTIONS}) -> Tensor[]"
-)
-_FORWARD = torch.ops.fastattn.scaled_dot.default
-_BACKWARD = torch.ops.fastattn.scaled_dot_backward.default
-_WORDS = {name: PARTS[name].option for name in _OPTIONAL}
-_DIFFERENTIABLE = {name for name, option in _WORDS.items() if OPTIONS[option].differentiable}
-_NUMBERS = {name for name, option in OPTIONS.items() if not option.takes_arrays}
+_CONSTANTS = {name for name, option in OPTIONS.items() if not option.takes_arrays}
 
 
 def attend(q, k, v, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -74,7 +43,7 @@ def attend(q, k, v, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
     given = [q, k, v]
     for name, x in options.items():
         if isinstance(x, Tensor):
-            if name in _NUMBERS:
+            if name in _CONSTANTS:
                 check_constant(name, x)
             given.append(x)
     gradient = _needs_gradient(given)
@@ -90,7 +59,7 @@ def attend(q, k, v, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return found if len(found) == 3 else (*found, None)
     if gradient:
         values["return_lse"] = True  # the way back starts from it
-    return _FORWARD(q, k, v, *tensors, **values)
+    return FORWARD(q, k, v, *tensors, **values)
 
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -131,10 +100,10 @@ def _operands(options: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, A
         seed = int(seed)
         arrays["seed"] = torch.tensor(seed if seed < 1 << 63 else seed - (1 << 64))
     tensors: list[Tensor | None] = []  # each None costs autograd 0.3 us
-    for place, name in enumerate(_OPTIONAL):
+    for place, name in enumerate(OPTIONAL):
         if name in arrays:
             tensors += [None] * (place - len(tensors))
-            tensors.append(as_tensor(arrays[name], _WORDS[name]))
+            tensors.append(as_tensor(arrays[name], WORDS[name]))
     return tensors, values
 
 
@@ -188,7 +157,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
     grads = fastattn.scaled_dot_backward(
         *(array(x, name) for name, x in named.items()),
         grad_lse=None if grad_lse is None else array(grad_lse, "grad_lse"),
-        wrt=tuple(map(_WORDS.get, wrt)),
+        wrt=tuple(map(WORDS.get, wrt)),
         **_words(tensors, options),
     )
     sources = _sources(q, k, v, tensors, wrt)
@@ -217,9 +186,9 @@ class _ScaledDot(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse, *_):
         q, k, v, *tensors, out, lse = ctx.saved_tensors
-        names = ("q", "k", "v", *_OPTIONAL[: len(tensors)])
+        names = ("q", "k", "v", *OPTIONAL[: len(tensors)])
         needed = zip(names, ctx.needs_input_grad[1:], strict=True)
-        wrt = [name for name, wanted in needed if wanted and name in _DIFFERENTIABLE]
+        wrt = [name for name, wanted in needed if wanted and name in SOURCES[3:]]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         given = (grad_out, grad_lse, q, k, v, out, lse, *tensors)
@@ -228,13 +197,13 @@ class _ScaledDot(torch.autograd.Function):
             grads = _ScaledDotBackward.apply(options, *given)
         else:
             straight = not torch.is_grad_enabled() and _straight_to_cpu(given)
-            grads = (_backward if straight else _BACKWARD)(*given, **options)
+            grads = (_backward if straight else BACKWARD)(*given, **options)
         found = dict(zip(("q", "k", "v", *wrt), grads, strict=True))
         return None, *map(found.get, names)
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        given = zip(("q", "k", "v", *_OPTIONAL), tangents, strict=False)
+        given = zip(("q", "k", "v", *OPTIONAL), tangents, strict=False)
         name = next((name for name, x in given if x is not None), "q")
         raise NotImplementedError(
             f"{name}: expected no tangent, as there is no forward-mode differentiation; call "
@@ -270,7 +239,7 @@ def _returned(options) -> int:
 
 def _below_autograd(options, *tensors):
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*tensors, return_lse=True, **options)[: _returned(options)]
+        return FORWARD(*tensors, return_lse=True, **options)[: _returned(options)]
 
 
 def _keep(ctx, options, tensors, results) -> None:
@@ -299,14 +268,14 @@ def _differentiable(*tensors, return_lse=False, **options):
         nothing = lse.new_empty(0)
         return out, lse if return_lse else nothing, *(row_max or (nothing,))
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*tensors, return_lse=return_lse, **options)
+        return FORWARD(*tensors, return_lse=return_lse, **options)
 
 
 class _ScaledDotBackward(torch.autograd.Function):
     @staticmethod
     def forward(options, *tensors):
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_BACKWARD(*tensors, **options))
+            return tuple(BACKWARD(*tensors, **options))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -329,21 +298,21 @@ def _differentiable_backward(*tensors, **options):
     if _needs_gradient(tensors):
         return list(_ScaledDotBackward.apply(options, *tensors))
     with torch._C._AutoDispatchBelowAutograd():
-        return _BACKWARD(*tensors, **options)
+        return BACKWARD(*tensors, **options)
 
 
-_LIBRARY.impl("scaled_dot", _forward, "CPU")
-_LIBRARY.impl("scaled_dot", _differentiable, "Autograd")
-_LIBRARY.impl("scaled_dot_backward", _backward, "CPU")
-_LIBRARY.impl("scaled_dot_backward", _differentiable_backward, "Autograd")
-torch.library.register_fake("fastattn::scaled_dot", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("fastattn::scaled_dot_backward", _backward_fake, lib=_LIBRARY)
+LIBRARY.impl("scaled_dot", _forward, "CPU")
+LIBRARY.impl("scaled_dot", _differentiable, "Autograd")
+LIBRARY.impl("scaled_dot_backward", _backward, "CPU")
+LIBRARY.impl("scaled_dot_backward", _differentiable_backward, "Autograd")
+torch.library.register_fake("fastattn::scaled_dot", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fastattn::scaled_dot_backward", _backward_fake, lib=LIBRARY)
 
 
 def _words(tensors, options) -> dict[str, Any]:
     """The words of `fastattn.scaled_dot` for what an operator was given."""
-    given = zip(_OPTIONAL, tensors, strict=False)
-    arrays: dict[str, Any] = {name: array(x, _WORDS[name]) for name, x in given if x is not None}
+    given = zip(OPTIONAL, tensors, strict=False)
+    arrays: dict[str, Any] = {name: array(x, WORDS[name]) for name, x in given if x is not None}
     if "seed" in arrays:
         arrays["seed"] = int(arrays["seed"]) % (1 << 64)
     return joined({**arrays, **options})
@@ -351,5 +320,5 @@ def _words(tensors, options) -> dict[str, Any]:
 
 def _sources(q, k, v, tensors, wrt) -> list[Tensor]:
     """What the gradients are of; autograd wants each like its source, in dtype too."""
-    named = dict(zip(_OPTIONAL, tensors, strict=False))
+    named = dict(zip(OPTIONAL, tensors, strict=False))
     return [q, k, v, *(named[name] for name in wrt)]
