@@ -4,9 +4,10 @@ import numpy as np
 
 from fastattn.backward import of_its_array
 from fastattn.core.backward import Backward
+from fastattn.core.option_table import DIFFERENTIABLE
 from helpers.oracles import assert_exact_enough, make_problem, plain_measure, plain_numpy, reference
 
-ARRAY_OPTIONS = ("scale", "bias", "relative_bias", "alibi", "sinks")
+ARRAY_OPTIONS = DIFFERENTIABLE
 
 
 def exact_gradients(p, grad_out, grad_lse=None, real=np.float64) -> list[np.ndarray]:
