@@ -192,7 +192,11 @@ def _attend(q, k, v, options: dict[str, Any], sequence_first=False) -> list[jax.
 def _words(seed) -> jax.Array:
     """The seed as two words of 32 bits, the lower one first, or those that a key gives."""
     if isinstance(seed, jax.Array):
-        return jax.random.bits(seed, (2,), "uint32")
+        try:
+            return jax.random.bits(seed, (2,), "uint32")
+        except (TypeError, ValueError):
+            what = f"{seed.dtype} of shape {seed.shape}"
+            raise TypeError(f"dropout: expected a key of jax.random, got {what}") from None
     return jnp.asarray(np.array([int(seed) & 0xFFFFFFFF, int(seed) >> 32], np.uint32))
 
 

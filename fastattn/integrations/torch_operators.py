@@ -4,6 +4,7 @@ is imported, with what autograd and `torch.compile` need to know of them.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -139,7 +140,15 @@ def _with_number(dropout):
     if not isinstance(dropout, (tuple, list)) or len(dropout) != 2:
         return dropout
     rate, seed = dropout
-    return rate, int(seed) % (1 << 64) if isinstance(seed, Tensor) else seed
+    return rate, _seed(seed) if isinstance(seed, Tensor) else seed
+
+
+def _seed(x) -> int:
+    try:
+        return operator.index(x) % (1 << 64)
+    except TypeError:
+        what = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise TypeError(f"dropout: expected a seed that is one integer, got {what}") from None
 
 
 def _forward_fake(q, k, v, *tensors, return_lse=False, return_max=False, **options):
@@ -314,7 +323,7 @@ def _words(tensors, options) -> dict[str, Any]:
     given = zip(OPTIONAL, tensors, strict=False)
     arrays: dict[str, Any] = {name: array(x, WORDS[name]) for name, x in given if x is not None}
     if "seed" in arrays:
-        arrays["seed"] = int(arrays["seed"]) % (1 << 64)
+        arrays["seed"] = _seed(arrays["seed"])
     return joined({**arrays, **options})
 
 

@@ -495,7 +495,11 @@ def test_gradients_of_dropout():
     )
 
 
-@pytest.mark.parametrize("dropout", [0.1, (0.1, 2, 3), (1.5, 0), (0.1, -1)], ids=str)
+@pytest.mark.parametrize(
+    "dropout",
+    [0.1, (0.1, 2, 3), (1.5, 0), (0.1, -1), (0.1, jnp.ones(2)), (0.1, jnp.ones(3, int))],
+    ids=str,
+)
 def test_wrong_dropout(dropout):
     q = jax.numpy.ones((1, 3, 4))
     with pytest.raises((TypeError, ValueError), match=r"^dropout: expected"):

@@ -341,6 +341,14 @@ def test_dropout_follows_torchs_generator():
     np.testing.assert_array_equal(first, own)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("seed", [torch.ones(2, dtype=torch.int64), torch.tensor(0.5)], ids=str)
+def test_wrong_seeds(requires_grad, seed):
+    arrays = tensors(requires_grad=requires_grad)
+    with pytest.raises(TypeError, match=r"^dropout: expected a seed that is one integer, got "):
+        scaled_dot(*arrays, dropout=(0.1, seed))
+
+
 def test_dropout_has_gradients():
     """Those of the call itself: the same weights are dropped again, compiled or not."""
     q, k, v = (x.double().requires_grad_() for x in tensors())
