@@ -332,7 +332,10 @@ def _pooling(x, w, b, kv_lengths, mask):
 
 def _check_pool(options) -> None:
     for name in options.keys() - {"backend", "return_lse", "return_weights", "threads"}:
-        raise TypeError(f"{name}: pool() has no such option")
+        raise TypeError(
+            f"{name}: pool() has no such option; it has b, kv_lengths, mask, return_lse, "
+            "return_weights, backend, threads"
+        )
 
 
 def _pooled(results, single: bool):

@@ -92,7 +92,8 @@ def check(function: str, options: Iterable[str]) -> None:
     for name in options:
         if name not in has:
             where = f"integrations.{function}.scaled_dot" if function in _OPERATORS else function
-            raise TypeError(f"{name}: {where}() has no such option")
+            listed = ", ".join(option for option in OPTIONS if option in has)
+            raise TypeError(f"{name}: {where}() has no such option; it has {listed}")
 
 
 _ALL = frozenset(OPTIONS)
