@@ -58,9 +58,9 @@ def gaussian(
         Hide the key ``j == i + q_offset``, which with as many queries as keys is the query itself.
         With `kv_lengths` it requires `q_offset`.
     return_lse, return_weights, out, **options
-        As of `fastattn.scaled_dot`, except ``scale`` and ``softcap``, and ``sinks`` only where
-        `normalize` is True. `bias`, `relative_bias` and `alibi` change the score after the
-        distance.
+        As of `fastattn.scaled_dot`, except ``scale``, ``softcap`` and ``block_table``, and
+        ``sinks`` only where `normalize` is True. `bias`, `relative_bias` and `alibi` change the
+        score after the distance.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def gaussian(
 
 
 def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
-    refuse("gaussian", options, "scale", "softcap")
+    refuse("gaussian", options)
     alpha = positive("alpha", alpha)
     normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from .attention import scaled_dot
 from .cache_attention import attend
 from .core.arguments import FAR, count, integer, integers, plain
 from .core.dtypes import FLOATS, as_real, is_float
+from .core.option_table import check
 from .core.page_pool import PAGE, PagePool
 from .core.sequences import Sequences
 from .core.signatures import attention
 from .core.storage import storage
 
 __all__ = ["KVCache"]
-
-# What `attend` takes: the cache says itself which keys there are and where they are.
-_OPTIONS = set(scaled_dot.__kwdefaults__ or ()) - {"kv_lengths", "q_offset", "block_table"}
 
 
 class KVCache:
@@ -285,8 +282,7 @@ class KVCache:
         >>> cache.attend(np.ones((1, 1, 1, 2), np.float32))
         array([[[[1., 1.]]]], dtype=float32)
         """
-        for name in options.keys() - _OPTIONS:
-            raise TypeError(f"{name}: attend() has no such option")
+        check("attend", options)
         q, state = plain("q", q), self._sequences.now
         batch = len(state.lengths)
         if q.ndim != 4 or q.shape[0] != batch:

@@ -6,6 +6,7 @@ import numpy as np
 
 from .attention import scaled_dot, solve
 from .core.arguments import integers, plain
+from .core.option_table import check
 from .core.packing import Packing
 from .core.problem import make_problem
 from .core.signatures import attention
@@ -14,11 +15,6 @@ from .jvp import has_tangents, pushed_forward, tangents_of
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["varlen"]
-
-# Of `scaled_dot`, those that each sequence would need its own of, or that make no sense beside it.
-_OWN = {"causal", "window", "q_offset"}
-_WITHOUT = {"bias", "block_table", "kv_lengths", "mask", "return_weights", "spans"}
-OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - _OWN - _WITHOUT - {"backend", "out"}
 
 
 @attention
@@ -88,10 +84,11 @@ def varlen(
     >>> bool(np.array_equal(out[3], v[3]))  # a sequence of one token sees itself
     True
     """
+    check("varlen", options)
     arrays, sequences = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, q_offset)
     target = _heads_first(out)
     problem = make_problem(
-        *arrays, causal=causal, window=window, packing=sequences, out=target, **_known(options)
+        *arrays, causal=causal, window=window, packing=sequences, out=target, **options
     )
     return _tokens_first(solve(problem, backend, target), out)
 
@@ -153,12 +150,6 @@ def _offsets(q_offset, default) -> np.ndarray:
     return np.broadcast_to(offset, default.shape)
 
 
-def _known(options: dict) -> dict:
-    for name in options.keys() - OPTIONS:
-        raise TypeError(f"{name}: varlen() has no such option")
-    return options
-
-
 def _heads_first(out):
     return out.swapaxes(0, 1) if isinstance(out, np.ndarray) and out.ndim == 3 else out
 
@@ -178,10 +169,11 @@ def _varlen(
     without_out(options)
     if positional:
         cu_seqlens_q, cu_seqlens_k = (*positional, cu_seqlens_k)[:2]
+    check("varlen", options)
     arrays, sequences = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, q_offset)
     problem = make_problem(
         *arrays, causal=causal, window=window, packing=sequences, gradients=True, wrt=wrt,
-        return_lse=True, **_known(options),
+        return_lse=True, **options,
     )  # fmt: skip
     results, back = differentiated(problem, backend, return_lse)
 
@@ -198,9 +190,8 @@ def _varlen_tangents(
     arrays, tangents, *, cu_seqlens_q=None, cu_seqlens_k=None, lengths=None, lengths_k=None,
     causal=False, window=None, q_offset=None, backend=None, **options,
 ):  # fmt: skip
+    check("varlen", options)
     arrays, sequences = _packed(*arrays, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, q_offset)
-    p, _, return_lse = tangents_of(
-        arrays, _known(options), causal=causal, window=window, packing=sequences
-    )
+    p, _, return_lse = tangents_of(arrays, options, causal=causal, window=window, packing=sequences)
     moved = [None if t is None else t.swapaxes(0, 1) for t in tangents]
     return tuple(map(_tokens_first, pushed_forward(p, moved, backend, return_lse)))

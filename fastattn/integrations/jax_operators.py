@@ -15,36 +15,41 @@ from jax.experimental.buffer_callback import buffer_callback
 
 import fastattn
 
+from ..core.option_table import OPTIONS, PARTS, joined
 from ..core.problem import Problem, make_problem
 from ..dispatch import select, unsupported_backward
 
 __all__ = ["Call", "attend"]
 
-_DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
+_DIFFERENTIABLE = {name for name, part in PARTS.items() if OPTIONS[part.option].differentiable}
+# Arrays with leading axes of the problem's, and the axes behind them.
+LEADING = {"q": "hqd", "k": "hjd", "v": "hjd"} | {
+    name: part.kind[1:]
+    for name, part in PARTS.items()
+    if isinstance(part.kind, str) and part.kind[0] == "b"
+}
 
 
 class Call(NamedTuple):
     """What is static in a call: hashable, so that `jax.jit` knows which compiled one serves it."""
 
-    names: tuple[str, ...]  # of the arrays: q, k, v and what else is given
-    options: tuple[tuple[str, type, Any], ...]  # the other words; by type too: True equals 1
+    names: tuple[str, ...]  # of the arrays: q, k, v and parts of options
+    values: tuple[tuple[str, type, Any], ...]  # the other parts; by type too: True equals 1
     backend: str | None
     return_lse: bool
+    return_max: bool
     axes: int  # of q, k and v each; what `jax.vmap` adds goes in front
     sequence_first: bool  # (..., length, heads, dim) instead of (..., heads, length, dim)
 
-    def words(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
-        """The arrays and options by the names that they have in `fastattn.scaled_dot`."""
-        words: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
-        words.update((name, x) for name, _, x in self.options)
-        for name in "qkv":
-            words[name] = self.swapped(words[name])
-        if "seed" in words:
-            low, high = words.pop("seed")
-            words["dropout"] = words.pop("rate"), int(low) | int(high) << 32
-        if "stop" in words:
-            words["spans"] = words.pop("start", 0), words.pop("stop")
-        return words
+    def options(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
+        """All arguments of `fastattn.scaled_dot` by their names."""
+        parts: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
+        parts.update((name, x) for name, _, x in self.values)
+        parts.update((name, self.swapped(parts[name])) for name in "qkv")
+        if "seed" in parts:
+            low, high = parts["seed"]
+            parts["seed"] = int(low) | int(high) << 32
+        return joined(parts)
 
     def swapped(self, x: np.ndarray) -> np.ndarray:
         """A view of q, k, v, out or a gradient of theirs in the layout of `fastattn.scaled_dot`, or
@@ -55,15 +60,14 @@ class Call(NamedTuple):
     def make_problem(self, arrays: Sequence[jax.Array], **gradients) -> Problem:
         """The problem of arrays of which only shapes and dtypes are known, or an error."""
         blank = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in arrays]
-        return make_problem(**self.words(blank), **gradients)
+        return make_problem(**self.options(blank), **gradients)
 
     @property
     def vmap_method(self) -> str:
         """`fastattn.scaled_dot` broadcasts what has leading axes; what heads have, and a seed, have
         none.
         """
-        without = {"relative_bias", "alibi", "sinks", "seed"}.intersection(self.names)
-        return "sequential" if without else "expand_dims"
+        return "expand_dims" if LEADING.keys() >= set(self.names) else "sequential"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,8 +76,8 @@ def _attend(call: Call, *arrays):
     select(problem, call.backend)
     out = call.swapped(np.broadcast_to(0, problem.rows(problem.value_dim)))
     results = [jax.ShapeDtypeStruct(out.shape, problem.dtype)]
-    if call.return_lse:
-        results.append(jax.ShapeDtypeStruct(problem.rows(), problem.accumulator))
+    n_sums = call.return_lse + call.return_max
+    results += [jax.ShapeDtypeStruct(problem.rows(), problem.accumulator)] * n_sums
     return buffer_callback(partial(_run, call), results, vmap_method=call.vmap_method)(*arrays)
 
 
@@ -81,19 +85,20 @@ def _forward(call: Call, *primals):
     arrays = [x.value for x in primals]
     named = zip(call.names, primals, strict=True)
     wrt = tuple(name for name, x in named if x.perturbed and name in _DIFFERENTIABLE)
-    select(call.make_problem(arrays, gradients=True, wrt=wrt), call.backend, unsupported_backward)
-    out, lse = _attend(call._replace(return_lse=True), *arrays)
-    results = [out, lse] if call.return_lse else [out]
+    problem = call.make_problem(arrays, gradients=True, wrt=_options_of(wrt))
+    select(problem, call.backend, unsupported_backward)
+    out, lse, *row_max = _attend(call._replace(return_lse=True), *arrays)
+    results = [out, lse, *row_max] if call.return_lse else [out, *row_max]
     # Residuals are arrays; the keys of a dict, however, are part of their structure.
     return results, (arrays, out, lse, dict.fromkeys(wrt))
 
 
 def _backward(call: Call, residuals, grads):
     arrays, out, lse, wrt = residuals
-    grad_out, *grad_lse = grads
+    grad_out, *rest = grads
     if isinstance(grad_out, SymbolicZero):
         grad_out = jax.numpy.zeros_like(out)
-    grad_lse = [x for x in grad_lse if not isinstance(x, SymbolicZero)]
+    grad_lse = [x for x in rest[: call.return_lse] if not isinstance(x, SymbolicZero)]
     found = _gradients(call, tuple(wrt), grad_out, out, lse, *arrays, *grad_lse)
     by_name = dict(zip(("q", "k", "v", *wrt), found, strict=True))
     return tuple(map(by_name.get, call.names))
@@ -101,7 +106,13 @@ def _backward(call: Call, residuals, grads):
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
-# ``attend(call, q, k, v, *arrays)`` is ``[out]``, or ``[out, lse]`` with lse (..., Hq, Sq).
+
+def _options_of(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(PARTS[name].option for name in parts)
+
+
+# ``attend(call, q, k, v, *arrays)`` is ``[out]``, then lse and the maximum, (..., Hq, Sq), if
+# asked.
 attend = jax.jit(_attend, static_argnums=0)
 
 
@@ -125,13 +136,13 @@ def _second(call, wrt, primals, tangents):
 
 
 def _run(call: Call, context, results, *buffers) -> None:
-    out, *lse = (np.asarray(x) for x in results)
-    words = call.words(_batched(call, out, buffers))
+    out, *sums = (np.asarray(x) for x in results)
     found = fastattn.scaled_dot(
-        **words, out=call.swapped(out), return_lse=call.return_lse, backend=call.backend
-    )
-    if call.return_lse:
-        lse[0][...] = found[1]
+        **call.options(_batched(call, out, buffers)), out=call.swapped(out),
+        return_lse=call.return_lse, return_max=call.return_max, backend=call.backend,
+    )  # fmt: skip
+    for target, x in zip(sums, found[1:] if sums else (), strict=True):
+        target[...] = x
 
 
 def _run_backward(call: Call, wrt, context, results, *buffers) -> None:
@@ -139,8 +150,8 @@ def _run_backward(call: Call, wrt, context, results, *buffers) -> None:
     grad_out, out, lse, *arrays = _batched(call, found[0], buffers)
     n = len(call.names)
     grads = fastattn.scaled_dot_backward(
-        call.swapped(grad_out), **call.words(arrays[:n]), out=call.swapped(out), lse=lse,
-        grad_lse=arrays[n] if arrays[n:] else None, wrt=wrt, backend=call.backend,
+        call.swapped(grad_out), **call.options(arrays[:n]), out=call.swapped(out), lse=lse,
+        grad_lse=arrays[n] if arrays[n:] else None, wrt=_options_of(wrt), backend=call.backend,
     )  # fmt: skip
     for result, grad, name in zip(found, grads, ("q", "k", "v", *wrt), strict=True):
         result[...] = call.swapped(grad) if name in "qkv" else grad

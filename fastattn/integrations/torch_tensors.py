@@ -40,8 +40,7 @@ def check_constant(name, x) -> None:
         got = "a tensor inside of a transform of torch.func"
     else:
         return
-    advice = "; multiply q by it instead" * (name == "scale")
-    raise TypeError(f"{name}: expected a number, which has no gradient, got {got}{advice}")
+    raise TypeError(f"{name}: expected a number, which has no gradient, got {got}")
 
 
 def check_tensors(words, /, **operands) -> None:

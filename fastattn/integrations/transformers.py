@@ -70,6 +70,7 @@ def attention(
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' ``AttentionInterface``, as its eager ones.
@@ -99,6 +100,10 @@ def attention(
         Its `bias`.
     indices : Tensor of ints, (batch, queries, n), optional
         Of the keys that a query may see, those that it does.
+    relative_bias : Tensor, (heads, 2 * R + 1), optional
+        As in `fastattn.scaled_dot`, gradient included: in place of a `position_bias` of queries x
+        keys. With a mask of the library's, positions are the mask's; otherwise the last query is at
+        the last key.
     **options
         What asks for nothing that attention computes, such as ``use_cache``, is ignored; so is
         ``is_causal``, which models set whatever their mask says.
@@ -120,9 +125,11 @@ def attention(
         bias = words.get("bias")
         words["bias"] = position_bias if bias is None else position_bias + bias
     words |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    if relative_bias is not None:
+        words |= {"relative_bias": relative_bias, **_positions(attention_mask, words)}
     if dropout and module.training:
         words["dropout"] = dropout, new_seed()
-    out, lse = attend(query, key, value, return_lse=sinks is not None, **words)
+    out, lse, _ = attend(query, key, value, return_lse=sinks is not None, **words)
     if sinks is not None and lse is not None:
         # One more term of the sum: exp(lse) / (exp(lse) + exp(sink)) of each weight is left.
         out = out * (lse[..., None] - sinks).sigmoid().to(out.dtype)
@@ -137,6 +144,21 @@ def _refuse(options: dict[str, Any]) -> None:
                 f"{name}: expected None, got {x if isinstance(x, bool) else type(x).__name__}; "
                 'fastattn has no such option, use attn_implementation="eager"'
             )
+
+
+def _positions(mask: Tensor | None, words: dict[str, Any]) -> dict[str, Any]:
+    """Where the queries are among the keys, in the words of `fastattn.scaled_dot`; `words` are what
+    the mask shows.
+    """
+    if not isinstance(mask, Mask):
+        return {}
+    if mask.q_offset is None:
+        raise ValueError(
+            "relative_bias: expected None with a part of a mask, which does not say where the "
+            "queries are, got a tensor"
+        )
+    as_spans = {"causal": False, "spans": mask.spans} if words.get("causal") else {}
+    return {"q_offset": mask.q_offset, **as_spans}
 
 
 def _seen(mask: Tensor | None, indices: Tensor | None, keys: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import numpy as np
 
 from fastattn.backward import of_its_array
 from fastattn.core.backward import Backward
+from fastattn.core.option_table import DIFFERENTIABLE
 from helpers.oracles import (
     assert_exact_enough,
     definition,
@@ -15,7 +16,7 @@ from helpers.oracles import (
 )
 from helpers.remembered import remembered
 
-ARRAY_OPTIONS = ("scale", "bias", "relative_bias", "alibi", "sinks")
+ARRAY_OPTIONS = DIFFERENTIABLE
 
 
 @remembered

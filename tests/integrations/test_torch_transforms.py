@@ -135,19 +135,27 @@ def test_what_has_no_tangent_works_at_a_dual_level():
 
 
 @warns
-@pytest.mark.parametrize("name", ["scale", "softcap"])
-def test_numbers_have_no_gradient(name):
+def test_softcap_has_no_gradient():
     q, k, v = doubles(1)
     x = torch.tensor(0.5, requires_grad=True)
-    functions = [scaled_dot] if name == "softcap" else [scaled_dot, ours]
-    for attend in functions:
-        with pytest.raises(TypeError, match=f"^{name}: expected a number, .* requires a gradient"):
-            attend(q, k, v, **{name: x})
-        with torch.no_grad():
-            assert torch.equal(attend(q, k, v, **{name: x}), attend(q, k, v, **{name: 0.5}))
-        for transform in (torch.func.grad, torch.func.jacfwd):
-            with pytest.raises(TypeError, match=f"^{name}: expected a number"):
-                transform(lambda x, f=attend: f(q, k, v, **{name: x}).sum())(x.detach())
+    message = "^softcap: expected a number"
+    with pytest.raises(TypeError, match=f"{message}, .* requires a gradient"):
+        scaled_dot(q, k, v, softcap=x)
+    with torch.no_grad():
+        assert torch.equal(scaled_dot(q, k, v, softcap=x), scaled_dot(q, k, v, softcap=0.5))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(TypeError, match=message):
+            transform(lambda x: scaled_dot(q, k, v, softcap=x).sum())(x.detach())
+
+
+@warns
+@pytest.mark.parametrize("attend", [scaled_dot, ours])
+def test_scale_has_a_gradient(attend):
+    q, k, v = doubles(1)
+    x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attend(q, k, v, scale=x), x)
+    found = torch.func.grad(lambda x: attend(q, k, v, scale=x).sum())(x)
+    torch.testing.assert_close(found, torch.autograd.grad(attend(q, k, v, scale=x).sum(), x)[0])
 
 
 # ------------------------------------------------------------------------------ causal biases

@@ -255,6 +255,49 @@ def test_masks_of_users():
         torch.testing.assert_close(found, softmax(q, k, v, scores + bias), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("place", [
+    (5, 5, 0), (5, 9, 2), (1, 9, 3),  # queries, keys, the first query's position
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "padded", "chosen"])
+def test_relative_bias(kind, place):
+    """As a position bias of queries x keys, its gradient too, where the mask puts the queries."""
+    n, keys, offset = place
+    q, k, v = (torch.randn(2, 4, m, 8, dtype=torch.float64) for m in (n, keys, keys))
+    table = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    options = {}
+    if kind == "bidirectional":
+        options["mask_function"] = transformers.masking_utils.bidirectional_mask_function
+    if kind == "padded":
+        options["mask_function"] = transformers.masking_utils.bidirectional_mask_function
+        options["attention_mask"] = torch.arange(keys).expand(2, -1) < 4
+    mask = make_mask(2, n, keys, offset, **options)
+    given = {"indices": torch.zeros(2, n, 1, dtype=torch.long)} if kind == "chosen" else {}
+    distance = torch.arange(keys) - (torch.arange(n) + offset)[:, None]
+    bias = table[:, distance.clip(-3, 3) + 3][None]
+    want, found = (
+        integration.attention(torch.nn.Module(), q, k, v, mask, **given, **more)[0]
+        for more in ({"position_bias": bias}, {"relative_bias": table})
+    )
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-13)
+    gradients = [torch.autograd.grad(x.square().sum(), table)[0] for x in (found, want)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_relative_bias_without_positions():
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=r"^relative_bias: expected None with a part of a mask"):
+        integration.attention(
+            torch.nn.Module(), q, q, q, make_mask(1, 5, 6)[..., :5], relative_bias=torch.ones(2, 3)
+        )
+    found, _ = integration.attention(
+        torch.nn.Module(), q, q, q, None, relative_bias=torch.tensor([[9.0, 0, 0], [9.0, 0, 0]])
+    )
+    near, _ = integration.attention(
+        torch.nn.Module(), q, q, q, None, position_bias=9.0 * torch.ones(5, 5).tril(-1)[None, None]
+    )
+    torch.testing.assert_close(found, near)
+
+
 def test_sinks_of_queries():
     """A logit for each query, its gradient too."""
     q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)

@@ -12,10 +12,11 @@ from ..numpy import weight_maps
 from . import kernel_args, sparse
 from .backward import prepare_backward, run_backward
 from .kernel_args import attend, compute_dtype, kernels, threads
+from .sparse import left_to_numpy
 
 __all__ = [
-    "broken", "name", "plan", "prepare", "prepare_backward", "run", "run_backward", "run_map",
-    "run_top", "unsupported", "unsupported_backward",
+    "broken", "left_to_numpy", "name", "plan", "prepare", "prepare_backward", "run",
+    "run_backward", "run_map", "run_top", "unsupported", "unsupported_backward",
 ]  # fmt: skip
 
 name = "cython"

@@ -12,7 +12,9 @@ from ...core.sparse_mask import SparseMask
 from ...core.threads import thread_count
 from .kernel_args import kernels
 
-__all__ = ["attend", "can_differentiate", "differentiate", "prepare_bias", "threads"]
+__all__ = [
+    "attend", "can_differentiate", "differentiate", "left_to_numpy", "prepare_bias", "threads",
+]  # fmt: skip
 
 # Below this many flops a second thread costs more than it brings.
 ONE_THREAD_FLOPS = 2_000_000
@@ -35,6 +37,17 @@ def can_differentiate(b: Backward) -> bool:
     shared = any(p.with_axes(getattr(p, name).shape)[:-1] != own[name] for name in own)
     own_kernel = not b.wants("w") and not b.wants("scale")
     return not shared and own_kernel and (_has_own_bias(b) or not _has_keys(b))
+
+
+def left_to_numpy(p: Problem) -> dict[str, str]:
+    """What of `p` NumPy computes inside of this backend, and why, for `fastattn.explain`."""
+    if not p.is_sparse:
+        return {}
+    left = {"weight maps": "no kernel under a sparse mask"}
+    nothing = np.empty(0)
+    if not can_differentiate(Backward(p, nothing, nothing, nothing, None)):
+        left["gradients"] = "no kernel for those of arrays that broadcast under a sparse mask"
+    return left
 
 
 def _bias_shape(b: Backward) -> tuple[int, ...]:
