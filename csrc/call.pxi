@@ -390,7 +390,6 @@ cdef int init_tile(
     tile.v_dim, tile.v_key = params.v.dim, params.v.row
     tile.head_dim = q.shape[q.ndim - 1]
     tile.value_dim = v.shape[v.ndim - 1]
-    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
     tile.block_k = min(params.kernels.block_k, params.n_keys)
     tile.scale = scale
     tile.softcap = softcap
@@ -421,6 +420,27 @@ cdef int init_tile(
     tile.drop_threshold = params.dropout.threshold
     tile.drop_first_key = params.dropout.offset[3]
     tile.keep_factor = params.dropout.factor
+    return 0
+
+
+cdef int bind_stored_keys(
+    CallParams *params, Tile *tile, cnp.ndarray k, cnp.ndarray v, cnp.ndarray k_scales,
+    cnp.ndarray v_scales, cnp.ndarray block_table,
+) except -1:
+    """Keys and values that a cache stores: with scales, two in a byte, in pages."""
+    bind_operand(params, &params.k_scales, k_scales, 3)
+    bind_operand(params, &params.v_scales, v_scales, 3)
+    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
+    if k.descr.kind == ord("u"):
+        tile.k_format.kind = tile.v_format.kind = ord("4")
+        tile.k_dim = tile.v_dim = 1
+    if block_table is not None:
+        bind_operand(params, &params.pages, block_table, 1)
+        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
+        tile.k_page = bind_pages(params, &params.k, k)
+        tile.v_page = bind_pages(params, &params.v, v)
+        tile.k_scales_page = bind_pages(params, &params.k_scales, k_scales)
+        tile.v_scales_page = bind_pages(params, &params.v_scales, v_scales)
     return 0
 
 

@@ -118,8 +118,6 @@ def attend(
         &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
         dropout, scales, relative_bias,
     )
-    bind_operand(&params, &params.k_scales, k_scales, 3)
-    bind_operand(&params, &params.v_scales, v_scales, 3)
     bind_operand(&params, &params.weights, weights, 3)
     bind_operand(&params, &params.lse, lse, 2)
     bind_operand(&params, &params.max_score, max_score, 2)
@@ -147,16 +145,7 @@ def attend(
 
     init_tile(&params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
     tile.value_dim = out.shape[out.ndim - 1]
-    if k.descr.kind == ord("u"):
-        tile.k_format.kind = tile.v_format.kind = ord("4")
-        tile.k_dim = tile.v_dim = 1
-    if block_table is not None:
-        bind_operand(&params, &params.pages, block_table, 1)
-        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
-        tile.k_page = bind_pages(&params, &params.k, k)
-        tile.v_page = bind_pages(&params, &params.v, v)
-        tile.k_scales_page = bind_pages(&params, &params.k_scales, k_scales)
-        tile.v_scales_page = bind_pages(&params, &params.v_scales, v_scales)
+    bind_stored_keys(&params, tile, k, v, k_scales, v_scales, block_table)
     init_tile_reduction(&params, tile)
     tile.weights_key = params.weights.dim
     if score_function is not None:

@@ -35,21 +35,6 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
-    if p.mask is not None and p.is_sparse:
-        return _unsupported_beside_sparse(p)
-    return None
-
-
-def _unsupported_beside_sparse(p: Problem) -> str | None:
-    if p.block_table is not None:
-        return "no kernel for a sparse mask of keys in pages"
-    if p.dropout is not None:
-        return "no kernel for dropout under a sparse mask"
-    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
-        return (
-            "no kernel for a relative bias, the largest scores, or a scale for each head"
-            " under a sparse mask"
-        )
     return None
 
 
@@ -67,7 +52,7 @@ def run(problem: Problem, result):
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
     if p.mask is not None and p.is_sparse:
-        sparse.attend(p, result, lse, weights)
+        sparse.attend(p, result, lse, row_max, weights)
     else:
         attend(p, result, lse, weights, row_max=row_max)
     return lse, row_max, weights

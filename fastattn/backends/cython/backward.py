@@ -45,7 +45,10 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         of_relative_bias = np.zeros(relative_bias.shape)
     rows = np.empty(p.rows(3))
     if p.is_sparse:
-        sparse.differentiate(b, found, rows, row_sums, grad_bias)
+        sparse.differentiate(
+            b, found, rows=rows, row_sums=row_sums, grad_bias=grad_bias, scale=scale,
+            scales=scales, relative_bias=relative_bias, grad_relative_bias=of_relative_bias,
+        )  # fmt: skip
     else:
         kernels.differentiate(
             p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
