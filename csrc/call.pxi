@@ -298,7 +298,9 @@ cdef NumberFormat number_format(cnp.ndarray array):
 
 
 cdef const double *doubles(cnp.ndarray array):
-    return NULL if array is None else <const double *>cnp.PyArray_DATA(array)
+    if array is None:
+        return NULL
+    return <const double *>cnp.PyArray_DATA(array)
 
 
 cdef int bind_key_range(CallParams *params, key_range) except -1:
@@ -414,12 +416,22 @@ cdef int init_tile(
         tile.hiding_relative_bias = bool(np.isneginf(relative_bias).any())
     tile.weights_key = tile.top_k = 0
     tile.want_lse = tile.want_max = tile.differentiating = False
-    tile.wants_relative_bias = tile.wants_scale = False
+    tile.wants_relative_bias = tile.wants_scale = tile.wants_dim_weights = False
     tile.margin = 0
     tile.has_dropout = params.dropout.given
     tile.drop_threshold = params.dropout.threshold
     tile.drop_first_key = params.dropout.offset[3]
     tile.keep_factor = params.dropout.factor
+    return 0
+
+
+cdef int set_score_function(Tile *tile, score_function) except -1:
+    """From None for dot products, or a pair of a name and the weights of the dims."""
+    if score_function is not None:
+        tile.score_function = {
+            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+        }[score_function[0]]
+        tile.dim_weights = doubles(score_function[1])
     return 0
 
 

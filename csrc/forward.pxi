@@ -125,7 +125,8 @@ def attend(
     for array in (lse, max_score):
         if array is not None:
             params.lse_bytes = array.itemsize
-    params.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
+    if order is not None:
+        params.order = <const int64_t *>cnp.PyArray_DATA(order)
     params.kernels = kernels_for(
         compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         score_function is None,
@@ -148,11 +149,7 @@ def attend(
     bind_stored_keys(&params, tile, k, v, k_scales, v_scales, block_table)
     init_tile_reduction(&params, tile)
     tile.weights_key = params.weights.dim
-    if score_function is not None:
-        tile.score_function = {
-            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-        }[score_function[0]]
-        tile.dim_weights = doubles(score_function[1])
+    set_score_function(tile, score_function)
     tile.want_lse, tile.want_max = lse is not None, max_score is not None
     if params.num_splits > 1:
         tile.want_lse = True

@@ -246,11 +246,7 @@ cdef int bind_sparse(
     sparse.scale = scale
     init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
     tile.has_scales = False  # each head has its scale
-    if score_function is not None:
-        tile.score_function = {
-            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-        }[score_function[0]]
-        tile.dim_weights = doubles(score_function[1])
+    set_score_function(tile, score_function)
     return 0
 
 

@@ -15,11 +15,6 @@ static real shift_of(RowSoftmax row) {
     return row.nan ? (real)NAN : row.top == -INFINITY ? 0 : row.top;
 }
 
-static real sum_of_lanes(vec x) {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2) x = zip_low(x, x) + zip_high(x, x);
-    return x[0];
-}
 static real max_of_lanes(vec x) {
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2) x = larger(zip_low(x, x), zip_high(x, x));

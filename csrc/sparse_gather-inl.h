@@ -111,19 +111,31 @@ NOINLINE void load_row(const Gather *x, ptrdiff_t row, real *to) {
     widen(row_at(x, row), 0, x->dim, x->format, scales_at(x, row), 1, x->dims, to);
 }
 
+/* Rows of at least LANES contiguous numbers without scales; the last vector of each overlaps. */
+INLINE void widen_rows(const Gather *x, const ptrdiff_t *index, int n, real *to,
+                       NumberFormat format) {
+    ptrdiff_t last = x->dims - LANES;
+    for (int j = 0; j < n; j++, to += round_up(x->dims, LANES)) {
+        const char *row = row_at(x, index[j]);
+        for (ptrdiff_t d = 0; d < last; d += LANES)
+            store_unaligned(to + d, load_numbers(row + d * format.bytes, format));
+        store_unaligned(to + last, load_numbers(row + last * format.bytes, format));
+    }
+}
+
 /* Where LANES listed rows are, or no more than are listed; the last is repeated. */
 static void point_to_rows(const Gather *x, const ptrdiff_t *index, int n, real *gathered,
                           const real *rows[LANES]) {
     bool direct = in_place(x);
     for (int j = 0; j < n; j++)
-        if (direct) {
-            rows[j] = (const real *)row_at(x, index[j]);
-        } else {
-            real *to = gathered + j * round_up(x->dims, LANES);
-            load_row(x, index[j], to);
-            rows[j] = to;
-        }
+        rows[j] = direct ? (const real *)row_at(x, index[j])
+                         : gathered + j * round_up(x->dims, LANES);
     for (int j = n; j < LANES; j++) rows[j] = rows[n - 1];
+    if (direct) return;
+    if (x->dim == x->format.bytes && !x->scales && x->dims >= LANES && x->format.kind != '8')
+        WITH_FORMAT(x->format, widen_rows, x, index, n, gathered);
+    else
+        for (int j = 0; j < n; j++) load_row(x, index[j], gathered + j * round_up(x->dims, LANES));
 }
 
 static void prefetch_rows(const Gather *x, const ptrdiff_t *index, int n) {

@@ -96,6 +96,8 @@ cdef extern from "tile.h" nogil:
         bint wants_bias, wants_relative_bias, wants_sums, wants_scale, rows_share_bias
         char **grad_bias
         double *grad_relative_bias
+        bint wants_dim_weights
+        double *grad_dim_weights
         double (*row_sums)[ROW_SUMS]
         double *bins
         int *slot

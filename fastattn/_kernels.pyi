@@ -152,4 +152,6 @@ def differentiate(
     relative_bias: np.ndarray | None,
     wants_scale: bool,
     grad_relative_bias: np.ndarray | None,
+    score_function: tuple[str, np.ndarray | None] | None,
+    grad_dim_weights: np.ndarray | None,
 ) -> None: ...

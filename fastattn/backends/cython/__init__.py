@@ -7,7 +7,7 @@ import numpy as np
 from ...core import extension
 from ...core.arguments import broadcast_shapes
 from ...core.bins import no_top_keys
-from ...core.problem import DOT, SQUARED_DISTANCE, Problem
+from ...core.problem import DOT, Problem
 from ..numpy import weight_maps
 from . import sparse
 from .backward import run_backward
@@ -86,9 +86,6 @@ def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
     if problem.block_table is not None:
         return "no kernel for gradients with keys in pages"
-    dense = not problem.is_sparse and problem.score_function is not SQUARED_DISTANCE
-    if dense and problem.score_function is not DOT:
-        return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
 

@@ -29,8 +29,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     those of `q`, `k`, `v` and of a bias of queries x keys have length 1 where their arrays do.
     """
     b, p = backward, backward.problem
-    able = sparse.can_differentiate(b) if p.is_sparse else p.score_function is DOT
-    if not able:
+    if p.is_sparse and not sparse.can_differentiate(b):
         return numpy_backward.run_backward(b)
     arrays = {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}
@@ -43,6 +42,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     relative_bias, of_relative_bias = relative_bias_rows(p), None
     if relative_bias is not None and b.wants("relative_bias"):
         of_relative_bias = np.zeros(relative_bias.shape)
+    of_dim_weights = np.zeros(p.head_dim) if b.wants("w") else None
     rows = np.empty(p.rows(3))
     if p.is_sparse:
         sparse.differentiate(
@@ -56,6 +56,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
             p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
             threads(p), grad_bias, row_sums, key_heads, p.dropout,
             scales, relative_bias, b.wants("scale"), of_relative_bias,
+            None if p.score_function is DOT else p.score_function, of_dim_weights,
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
@@ -63,6 +64,8 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         found["bias"] = grad_bias
     if of_relative_bias is not None:
         found["relative_bias"] = from_relative_bias_rows(p, of_relative_bias)
+    if of_dim_weights is not None:
+        found["w"] = of_dim_weights
     for name, x in arrays.items():  # in the memory order of its array
         ordered = empty_like(x, found[name].shape, found[name].dtype)
         if ordered.strides != found[name].strides:
