@@ -34,6 +34,10 @@ typedef struct {
     uint64_t drop_first_query;
     char *out, *weights, *lse, *max_score; /* each may be NULL */
     ptrdiff_t out_row, weights_row, lse_row, max_score_row;
+    /* For weight maps: the weights are added to those of the cells, [bin_rows][bin_columns], that
+     * the queries and keys are split into; or NULL. */
+    double *bins;
+    ptrdiff_t bin_rows, bin_columns, n_queries, n_keys;
     /* Of a backward pass, besides: `lse` is given, and out_* are those of the gradient of q. */
     const char *grad_out, *result, *grad_lse;
     ptrdiff_t grad_out_row, result_row, grad_lse_row;

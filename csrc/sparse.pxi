@@ -17,6 +17,7 @@ cdef struct SparseParams:
     Py_ssize_t patterns  # 1, or one for each entry of the last axis of the batch
     Operand grad_out, result, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
     double scale, coarse
+    Py_ssize_t item_rows  # queries of a work item
     double *grad_relative_bias  # (kv_heads, rows, group) as Tile.relative_bias, or NULL
     int64_t *ticket  # of the item that is next to add to it
     Py_ssize_t head_bytes  # offset of a thread's SparseHeads in its scratch
@@ -64,6 +65,13 @@ cdef void set_head(
     h.max_score = sparse_rows(params, &params.max_score, batch, head)
     h.out_row, h.weights_row, h.lse_row = params.out.row, params.weights.row, params.lse.row
     h.max_score_row = params.max_score.row
+    h.bins = NULL
+    if params.reduction.sums is not NULL:
+        h.bin_rows, h.bin_columns = params.reduction.rows, params.reduction.columns
+        h.n_queries, h.n_keys = params.n_queries, params.n_keys
+        h.bins = params.reduction.sums + (
+            (batch * params.kv_heads * params.group + head) * h.bin_rows * h.bin_columns
+        )
     h.grad_out = sparse_rows(params, &sparse.grad_out, batch, head)
     h.result = sparse_rows(params, &sparse.result, batch, head)
     h.grad_lse = sparse_rows(params, &sparse.grad_lse, batch, head)
@@ -163,13 +171,14 @@ cdef bint sparse_queries(
     cdef const CallParams *params = &sparse.call
     cdef SparseHead *head = <SparseHead *>(<char *>tile.scratch + sparse.head_bytes)
     cdef Py_ssize_t group = item % params.group, row, last, end
-    cdef Py_ssize_t blocks = ceil_div(params.n_queries, SPARSE_ROWS), kv_head, batch, ticket = item
+    cdef Py_ssize_t blocks = ceil_div(params.n_queries, sparse.item_rows), ticket = item
+    cdef Py_ssize_t kv_head, batch
     cdef SparseLists keys
     cdef Places touched
     item //= params.group  # so that successive items read the same keys
-    row = item % blocks * SPARSE_ROWS
+    row = item % blocks * sparse.item_rows
     kv_head, batch = item // blocks % params.kv_heads, item // blocks // params.kv_heads
-    end = min(row + SPARSE_ROWS, params.n_queries)
+    end = min(row + sparse.item_rows, params.n_queries)
     set_head(sparse, head, batch, kv_head * params.group + group)
     keys = lists_of(sparse, &sparse.keys, params.n_queries, batch)
     if params.pages.data is not NULL:
@@ -243,7 +252,7 @@ cdef int bind_sparse(
     params.kernels = isa.float64 if double_sums else isa.fma
     sparse.keys = sparse_lists(starts, keys)
     sparse.patterns = starts.shape[0]
-    sparse.scale = scale
+    sparse.scale, sparse.item_rows = scale, SPARSE_ROWS
     init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
     tile.has_scales = False  # each head has its scale
     set_score_function(tile, score_function)
@@ -255,8 +264,8 @@ cdef int run_sparse(
 ) except -1:
     """Run the items of all queries, and then those of all keys, if there are any."""
     cdef CallParams *params = &sparse.call
-    cdef Py_ssize_t items = params.key_heads * params.group * ceil_div(params.n_queries, SPARSE_ROWS)
-    cdef Py_ssize_t distances = 0
+    cdef Py_ssize_t blocks = ceil_div(params.n_queries, sparse.item_rows), distances = 0
+    cdef Py_ssize_t items = params.key_heads * params.group * blocks
     cdef int64_t ticket = 0
     threads = available_threads(min(threads, max(1, items, key_blocks)))
     sparse.head_bytes = padded(sparse.kernels.scratch_bytes(&workspace.prototype))
@@ -287,7 +296,8 @@ def attend_sparse(
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, cnp.ndarray scales, double softcap,
     cnp.ndarray bias, cnp.ndarray relative_bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range,
     cnp.ndarray starts not None, cnp.ndarray keys not None, cnp.ndarray block_table, dropout,
-    cnp.ndarray lse, cnp.ndarray max_score, cnp.ndarray weights, score_function, int threads,
+    cnp.ndarray lse, cnp.ndarray max_score, cnp.ndarray weights, cnp.ndarray sums, score_function,
+    int threads,
 ):
     """As `attend`, under the sparse mask of `starts`, int64 (patterns, queries + 1), and `keys`,
     int32 or int64: see `fastattn.core.sparse_mask.SparseMask`. `lse` and `max_score` have the dtype
@@ -308,6 +318,9 @@ def attend_sparse(
     bind_stored_keys(params, tile, k, v, k_scales, v_scales, block_table)
     tile.value_dim = out.shape[out.ndim - 1]
     tile.weights_key = params.weights.dim
+    bind_reduction(params, sums, None)
+    if sums is not None:  # all queries of a head add to its sums in their order
+        sparse.item_rows = max(1, params.n_queries)
     run_sparse(&sparse, &workspace, 0, threads)
 
 

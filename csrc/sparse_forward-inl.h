@@ -105,6 +105,9 @@ NOINLINE void attend_row_again(Tile *t, const SparseHead *h, const SparseScratch
             if (h->weights)
                 write_number(h->weights + i * h->weights_row + key * t->weights_key, t->out_format,
                              (real)weight);
+            if (h->bins)
+                h->bins[bin_of(i, h->n_queries, h->bin_rows) * h->bin_columns +
+                        bin_of(key, h->n_keys, h->bin_columns)] += weight;
             weight = t->has_dropout && !s->kept[j] ? 0 : weight * t->keep_factor;
             for (ptrdiff_t d = 0; d < t->value_dim; d++)
                 s->exact[d] += weight * number_at(&v, key, d);
@@ -148,7 +151,7 @@ static void sparse_attend(Tile *t, const SparseHead *h, const SparseLists *keys,
         RowSoftmax row = attend_row(t, h, &s, keys, i, t->value_dim);
         real share = row.any ? (real)t->keep_factor / row.sum : 0;
         bool lost = !row_is_finite(s.total_v, t->value_dim) || !isfinite(share);
-        if (row.any && (lost || h->weights)) attend_row_again(t, h, &s, keys, i, row);
+        if (row.any && (lost || h->weights || h->bins)) attend_row_again(t, h, &s, keys, i, row);
         if (row.any && lost)
             for (ptrdiff_t d = 0; d < t->value_dim; d++)
                 write_number(out + d * t->out_dim, t->out_format, as_real(s.exact[d]));

@@ -170,6 +170,8 @@ cdef extern from "sparse.h" nogil:
         char *lse
         char *max_score
         Py_ssize_t out_row, weights_row, lse_row, max_score_row
+        double *bins
+        Py_ssize_t bin_rows, bin_columns, n_queries, n_keys
         const char *grad_out
         const char *result
         const char *grad_lse

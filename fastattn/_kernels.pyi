@@ -79,6 +79,7 @@ def attend_sparse(
     lse: np.ndarray | None,
     max_score: np.ndarray | None,
     weights: np.ndarray | None,
+    sums: np.ndarray | None,
     score_function: tuple[str, np.ndarray | None] | None,
     threads: int,
 ) -> None: ...

@@ -327,6 +327,16 @@ def test_weight_maps(backend):
             np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13)
 
 
+def test_weight_maps_of_many_queries_do_not_depend_on_the_threads():
+    q, k, _ = Shape(2, 4, 600, 700, 8, kv_heads=2).arrays()
+    mask = csr(600, 700, 0.05)
+    for function, args in ((fastattn.key_importance, ()), (fastattn.attention_map, ((7, 9),))):
+        found = function(q, k, *args, mask=mask, threads=3)
+        assert same_bits(found, function(q, k, *args, mask=mask, threads=1))
+        dense = function(q, k, *args, mask=mask.toarray(), backend="reference")
+        np.testing.assert_allclose(found, dense, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("page", [1, 4, 5])
 def test_keys_in_pages(target, page):
     q, k, v = SHAPE.arrays()

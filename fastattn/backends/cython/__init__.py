@@ -51,20 +51,17 @@ def run(problem: Problem, result):
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
-    if p.mask is not None and p.is_sparse:
-        sparse.attend(p, result, lse, row_max, weights)
-    else:
-        attend(p, result, lse, weights, row_max=row_max)
+    call = sparse.attend if p.mask is not None and p.is_sparse else attend
+    call(p, result, lse, weights, row_max=row_max)
     return lse, row_max, weights
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
     """The weights summed over cells, float64 (batch, heads, rows, columns)."""
     p = problem
-    if p.is_sparse:
-        return weight_maps.run_map(p, rows, columns)
     sums = np.zeros((*p.batch, p.heads, rows, columns))
-    attend(p, np.empty(p.rows(0), p.accumulator), sums=sums)
+    call = sparse.attend if p.is_sparse else attend
+    call(p, np.empty(p.rows(0), p.accumulator), sums=sums)
     return sums
 
 

@@ -20,11 +20,11 @@ ONE_THREAD_FLOPS = 2_000_000
 _NAMES = ("batch", "heads", "kv_heads", "bias", "alibi", "sinks", "key_range", "dropout")
 
 
-def attend(p: Problem, result, lse, row_max, weights) -> None:
-    """Fill `result`, and `lse`, `row_max` and `weights` where given; weights hold 0 already."""
+def attend(p: Problem, result, lse=None, weights=None, sums=None, row_max=None) -> None:
+    """As `kernel_args.attend`."""
     scale, scales = scale_args(p)
     kernels.attend_sparse(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, result, lse=lse, max_score=row_max, weights=weights,
+        p.q, p.k, p.v, p.k_scales, p.v_scales, result, lse=lse, max_score=row_max, weights=weights, sums=sums,
         scale=scale, scales=scales, relative_bias=relative_bias_rows(p),
         block_table=None if p.block_table is None else np.ascontiguousarray(p.block_table),
         **_options(p),
