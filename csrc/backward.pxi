@@ -20,7 +20,9 @@ cdef struct BackwardParams:
     Tickets q_tickets, k_tickets, v_tickets  # their blocks: tiles of queries, and blocks of keys
     double *grad_relative_bias  # (kv_heads, rows, group), or NULL
     Py_ssize_t relative_biases  # of a key head
-    int64_t *relative_ticket  # of the key heads and blocks of all items, in their order
+    double *grad_dim_weights  # (head_dim), or NULL
+    Py_ssize_t dim_weights
+    int64_t *sums_ticket  # of the key heads and blocks of all items, in their order
 
 
 cdef Py_ssize_t gradient_index(
@@ -242,18 +244,28 @@ cdef bint differentiate_block(
     return True
 
 
-cdef bint add_relative_bias(
+cdef inline void add_sums(double *to, const double *more, Py_ssize_t count) noexcept nogil:
+    cdef Py_ssize_t n
+    for n in range(count):
+        to[n] += more[n]
+
+
+cdef bint add_shared_sums(
     const BackwardParams *backward, Tile *tile, Py_ssize_t head, Py_ssize_t ticket, bint *stopped
 ) noexcept nogil:
-    """Add what a block of a key head found for the relative bias. False if the call was stopped."""
-    cdef Py_ssize_t n
-    cdef double *to = backward.grad_relative_bias
-    if not wait_for_ticket(backward.relative_ticket, ticket, stopped):
+    """Add what a block of a key head found for the relative bias, and for the weights of the dims.
+    False if the call was stopped.
+    """
+    cdef Py_ssize_t first = head % backward.call.kv_heads * backward.relative_biases
+    if not wait_for_ticket(backward.sums_ticket, ticket, stopped):
         return False
-    to += head % backward.call.kv_heads * backward.relative_biases
-    for n in range(backward.relative_biases):
-        to[n] += tile.grad_relative_bias[n]
-    store_release(backward.relative_ticket, ticket + 1)
+    if tile.wants_relative_bias:
+        add_sums(
+            backward.grad_relative_bias + first, tile.grad_relative_bias, backward.relative_biases
+        )
+    if tile.wants_dim_weights:
+        add_sums(backward.grad_dim_weights, tile.grad_dim_weights, backward.dim_weights)
+    store_release(backward.sums_ticket, ticket + 1)
     return True
 
 
@@ -267,15 +279,18 @@ cdef bint differentiate_item(
     cdef Py_ssize_t groups = backward.call.key_heads // backward.sharers
     cdef Py_ssize_t group = item // backward.call.blocks, block = item % backward.call.blocks, i
     cdef const int64_t *heads
+    cdef bint shared = tile.wants_relative_bias or tile.wants_dim_weights
+    cdef Py_ssize_t sums = backward.relative_biases + backward.dim_weights
+    tile.grad_dim_weights = tile.grad_relative_bias + backward.relative_biases
     if backward.q_tickets.sharers > 1:  # so that an item waits only for items before it
         group, block = item % groups, item // groups
     heads = backward.key_heads + group * backward.sharers
     for i in range(backward.sharers):
-        if tile.wants_relative_bias:
-            memset(tile.grad_relative_bias, 0, backward.relative_biases * sizeof(double))
+        if shared:
+            memset(tile.grad_relative_bias, 0, sums * sizeof(double))
         if not differentiate_block(backward, tile, heads[i], block, listen, last_look, stopped):
             return False
-        if tile.wants_relative_bias and not add_relative_bias(
+        if shared and not add_shared_sums(
             backward, tile, heads[i], item * backward.sharers + i, stopped
         ):
             return False
@@ -300,7 +315,8 @@ cdef int run_backward(void *ready) except -1:
     cdef Py_ssize_t items = params.key_heads // backward.sharers * n
     cdef int64_t *tickets = <int64_t *>allocate_workspace(
         workspace, call.threads, call.scratch_bytes,
-        backward.relative_biases * <Py_ssize_t>sizeof(double), call.tickets_bytes,
+        (backward.relative_biases + backward.dim_weights) * <Py_ssize_t>sizeof(double),
+        call.tickets_bytes,
     )
     with nogil:
         memset(tickets, 0, call.tickets_bytes)
@@ -309,7 +325,7 @@ cdef int run_backward(void *ready) except -1:
         )
         tickets = assign_tickets(backward, &backward.k_tickets, &backward.grad_k, n, tickets)
         tickets = assign_tickets(backward, &backward.v_tickets, &backward.grad_v, n, tickets)
-        backward.relative_ticket = tickets
+        backward.sums_ticket = tickets
         # Items start in order: a block waits only for blocks before it.
         if parallel_for(prepare_item, backward, workspace, tiles_to_prepare, call.threads):
             parallel_for(differentiate_item, backward, workspace, items, call.threads)
@@ -329,7 +345,8 @@ def differentiate(
     str compute_dtype, int threads, dropout, double scale, cnp.ndarray key_heads not None,
     cnp.ndarray grad_bias=None, cnp.ndarray row_sums=None, cnp.ndarray scales=None,
     cnp.ndarray relative_bias=None, bint wants_scale=False, cnp.ndarray grad_relative_bias=None,
-    cnp.ndarray sequences=None, Plan plan=None,
+    cnp.ndarray sequences=None, score_function=None, cnp.ndarray grad_dim_weights=None,
+    Plan plan=None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
@@ -343,7 +360,8 @@ def differentiate(
     has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
     `row_sums` is float64 (batch, heads, queries, 6) and contiguous: see `Tile.row_sums`, the last
     two of which `wants_scale` asks for, beside `scales`. `grad_relative_bias`, float64 and
-    contiguous, is added to unless None, and has the shape of `relative_bias`.
+    contiguous, is added to unless None, and has the shape of `relative_bias`; so is
+    `grad_dim_weights`, float64 (head_dim,) and contiguous, of an additive score.
     `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
     `grad_bias`. The rest is as for `attend`.
     """
@@ -372,11 +390,12 @@ def differentiate(
     bind_operand(params, &backward.grad_k, grad_k, 3)
     bind_operand(params, &backward.grad_v, grad_v, 3)
     params.kernels = backward_kernels_for(
-        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
+        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
+        score_function is None,
     )
     kept = cut_sequences(
         params, sequences, compute_dtype, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
-        True, True, False,
+        score_function is None, True, False,
     )
     if params.key_heads * params.blocks == 0:
         grad_k.fill(0)
@@ -386,6 +405,7 @@ def differentiate(
     most_threads = max(1, key_heads.shape[0] * params.blocks)
     call.threads = available_threads(min(threads, most_threads))
     init_tile(params, tile, q, k, v, grad_q, scale, softcap, bias, relative_bias)
+    set_score_function(tile, score_function)
     tile.differentiating = True
     tile.grad_out_format = number_format(grad_out)
     tile.grad_out_dim, tile.result_dim = backward.grad_out.dim, backward.result.dim
@@ -396,10 +416,14 @@ def differentiate(
     tile.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
     counts = 6 + max(params.items, 1) + 2 * max(params.blocks, 1)
     call.tickets_bytes = (counts * params.key_heads + 1) * <Py_ssize_t>sizeof(int64_t)
-    backward.relative_biases = 0
+    backward.relative_biases = backward.dim_weights = 0
     if grad_relative_bias is not None:
         backward.grad_relative_bias = <double *>cnp.PyArray_DATA(grad_relative_bias)
         backward.relative_biases = params.relative_bias_bytes // params.kernels.real_bytes
+    if grad_dim_weights is not None:
+        tile.wants_dim_weights = True
+        backward.grad_dim_weights = <double *>cnp.PyArray_DATA(grad_dim_weights)
+        backward.dim_weights = tile.head_dim
     call.workspace.rows = tile_rows(params)
     call.scratch_bytes = scratch_of(params, tile)
     if plan is None:

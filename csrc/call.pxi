@@ -187,7 +187,7 @@ cdef object cut_sequences(
         sequences[n].first_key, sequences[n].n_keys = row[2], row[3]
         if backward:
             sequences[n].kernels = backward_kernels_for(
-                compute_dtype, params.group * row[1], head_dim, value_dim
+                compute_dtype, params.group * row[1], head_dim, value_dim, dot
             )
         else:
             sequences[n].kernels = kernels_for(
@@ -445,7 +445,9 @@ cdef NumberFormat number_format(cnp.ndarray array):
 
 
 cdef const double *doubles(cnp.ndarray array):
-    return NULL if array is None else <const double *>cnp.PyArray_DATA(array)
+    if array is None:
+        return NULL
+    return <const double *>cnp.PyArray_DATA(array)
 
 
 cdef int bind_key_range(CallParams *params, key_range) except -1:
@@ -536,7 +538,6 @@ cdef int init_tile(
     tile.v_dim, tile.v_key = params.v.dim, params.v.row
     tile.head_dim = q.shape[q.ndim - 1]
     tile.value_dim = v.shape[v.ndim - 1]
-    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
     tile.block_k = min(params.kernels.block_k, params.n_keys)
     tile.scale = scale
     tile.softcap = softcap
@@ -561,11 +562,42 @@ cdef int init_tile(
         tile.hiding_relative_bias = bool(np.isneginf(relative_bias).any())
     tile.weights_key = tile.top_k = 0
     tile.want_lse = tile.want_max = tile.differentiating = False
-    tile.wants_relative_bias = tile.wants_scale = False
+    tile.wants_relative_bias = tile.wants_scale = tile.wants_dim_weights = False
     tile.margin = 0
     tile.has_dropout = params.dropout.given
     tile.drop_threshold = params.dropout.threshold
     tile.keep_factor = params.dropout.factor
+    return 0
+
+
+cdef int set_score_function(Tile *tile, score_function) except -1:
+    """From None for dot products, or a pair of a name and the weights of the dims."""
+    if score_function is not None:
+        tile.score_function = {
+            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+        }[score_function[0]]
+        tile.dim_weights = doubles(score_function[1])
+    return 0
+
+
+cdef int bind_stored_keys(
+    CallParams *params, Tile *tile, cnp.ndarray k, cnp.ndarray v, cnp.ndarray k_scales,
+    cnp.ndarray v_scales, cnp.ndarray block_table,
+) except -1:
+    """Keys and values that a cache stores: with scales, two in a byte, in pages."""
+    bind_operand(params, &params.k_scales, k_scales, 3)
+    bind_operand(params, &params.v_scales, v_scales, 3)
+    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
+    if k.descr.kind == ord("u"):
+        tile.k_format.kind = tile.v_format.kind = ord("4")
+        tile.k_dim = tile.v_dim = 1
+    if block_table is not None:
+        bind_operand(params, &params.pages, block_table, 1)
+        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
+        tile.k_page = bind_pages(params, &params.k, k)
+        tile.v_page = bind_pages(params, &params.v, v)
+        tile.k_scales_page = bind_pages(params, &params.k_scales, k_scales)
+        tile.v_scales_page = bind_pages(params, &params.v_scales, v_scales)
     return 0
 
 

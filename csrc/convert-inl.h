@@ -150,6 +150,7 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
 /* The first `n` of LANES contiguous numbers, then 0. Reads no more than these. */
 INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
     if (n >= LANES) return load_numbers(at, format);
+    if (is_real(format)) return load_first((const real *)at, n);
     char some[LANES * sizeof(real)] __attribute__((aligned(64))) = {0};
     if (format.kind == '4') memset(some, 0x88, sizeof some); /* two zeros */
     memcpy(some, at, (size_t)dim_offset(format, n + (format.kind == '4')));

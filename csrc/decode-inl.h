@@ -85,7 +85,8 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
 #pragma GCC unroll 4
             for (int n = 0; n < DECODE_KEYS; n++)
                 groups[n] = scales + (j + n < keys ? j + n : keys - 1) * scales_of_row(format, dims);
-        for (ptrdiff_t begin = 0; begin < dims; begin += DECODE_BLOCK_D) {
+        ptrdiff_t begin = 0;
+        do { /* there is a dim */
             ptrdiff_t end = begin + fewer(dims - begin, DECODE_BLOCK_D);
 #pragma GCC unroll 4
             for (int i = 0; i < queries; i++)
@@ -112,7 +113,8 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
 #pragma GCC unroll 4
                 for (int n = 0; n < DECODE_KEYS; n++)
                     x[i][j + n] = begin > 0 ? x[i][j + n] + sum[i][n] : sum[i][n];
-        }
+            begin += DECODE_BLOCK_D;
+        } while (begin < dims);
     }
     for (int i = 0; i < queries; i++) {
         vec sums = sum_lanes(x[i]);

@@ -146,8 +146,6 @@ def attend(
         params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
         dropout, scales, relative_bias,
     )
-    bind_operand(params, &params.k_scales, k_scales, 3)
-    bind_operand(params, &params.v_scales, v_scales, 3)
     bind_operand(params, &params.weights, weights, 3)
     bind_operand(params, &params.lse, lse, 2)
     bind_operand(params, &params.max_score, max_score, 2)
@@ -155,7 +153,8 @@ def attend(
     for array in (lse, max_score):
         if array is not None:
             params.lse_bytes = array.itemsize
-    params.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
+    if order is not None:
+        params.order = <const int64_t *>cnp.PyArray_DATA(order)
     params.kernels = kernels_for(
         compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         score_function is None,
@@ -172,23 +171,11 @@ def attend(
 
     init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
     tile.value_dim = out.shape[out.ndim - 1]
-    if k.descr.kind == ord("u"):
-        tile.k_format.kind = tile.v_format.kind = ord("4")
-        tile.k_dim = tile.v_dim = 1
-    if block_table is not None:
-        bind_operand(params, &params.pages, block_table, 1)
-        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
-        tile.k_page = bind_pages(params, &params.k, k)
-        tile.v_page = bind_pages(params, &params.v, v)
-        tile.k_scales_page = bind_pages(params, &params.k_scales, k_scales)
-        tile.v_scales_page = bind_pages(params, &params.v_scales, v_scales)
-    init_tile_reduction(params, tile)
+    bind_operand(params, &params.weights, weights, 3)
+    bind_operand(params, &params.lse, lse, 2)
+    bind_operand(params, &params.max_score, max_score, 2)
     tile.weights_key = params.weights.dim
-    if score_function is not None:
-        tile.score_function = {
-            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-        }[score_function[0]]
-        tile.dim_weights = doubles(score_function[1])
+    set_score_function(tile, score_function)
     tile.want_lse, tile.want_max = lse is not None, max_score is not None
     if params.partial_bytes > 0:
         tile.want_lse = True

@@ -44,12 +44,12 @@ cdef const TileKernels *kernels_for(
 
 
 cdef const TileKernels *backward_kernels_for(
-    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ) except NULL:
     """The kernels for gradients: those of the forward pass, so that the scores are the same bit for
     bit, or the float32 multiply-adds if these have no gradients.
     """
-    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, True)
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
     return chosen().fma if kernels.backward is NULL else kernels
 
 

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .core.dropout import Dropout
 from .core.visibility import KeyRange
 
 FEATURES: tuple[str, ...]
@@ -44,15 +45,21 @@ def attend_sparse(
     heads: int,
     kv_heads: int,
     scale: Any,
+    scales: np.ndarray | None,
     softcap: float,
     bias: np.ndarray | None,
+    relative_bias: np.ndarray | None,
     alibi: np.ndarray | None,
     sinks: np.ndarray | None,
     key_range: KeyRange,
     starts: np.ndarray,
     keys: np.ndarray,
+    block_table: np.ndarray | None,
+    dropout: Dropout | None,
     lse: np.ndarray | None,
+    max_score: np.ndarray | None,
     weights: np.ndarray | None,
+    sums: np.ndarray | None,
     score_function: tuple[str, np.ndarray | None] | None,
     threads: int,
 ) -> None: ...
@@ -73,17 +80,22 @@ def differentiate_sparse(
     heads: int,
     kv_heads: int,
     scale: Any,
+    scales: np.ndarray | None,
     softcap: float,
     bias: np.ndarray | None,
+    relative_bias: np.ndarray | None,
     alibi: np.ndarray | None,
     sinks: np.ndarray | None,
     key_range: KeyRange,
     starts: np.ndarray,
     keys: np.ndarray,
+    dropout: Dropout | None,
     score_function: tuple[str, np.ndarray | None] | None,
     threads: int,
     grad_bias: np.ndarray | None,
+    grad_relative_bias: np.ndarray | None,
     row_sums: np.ndarray | None,
+    wants_scale: bool,
 ) -> None: ...
 def transposed(
     starts: np.ndarray, keys: np.ndarray, n_keys: int

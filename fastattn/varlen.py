@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .attention import scaled_dot, solve
+from .attention import solve
 from .core.arguments import integers, plain
 from .core.option_table import check
 from .core.packing import Packing

@@ -2,9 +2,10 @@
 # The C code without Python, on each instruction set that this machine can run, AMX by an emulation
 # where it lacks only that, and on arm64 by a cross compiler under qemu where both are there.
 #
+#   tests/backends/native.sh tables       every table of kernels compiles without a warning
 #   tests/backends/native.sh tiles        the tile kernels, under the address and undefined-behaviour sanitizers
 #   tests/backends/native.sh scan [STEP]  exp and tanh at every STEP-th float32; 1, the default, takes ten minutes
-#   tests/backends/native.sh              the tiles, and a thin scan
+#   tests/backends/native.sh              all of these, with a thin scan
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=$(mktemp -d)
@@ -56,6 +57,27 @@ each_bf16_engine() { # flags of this machine's own compiler...
     ! has avx512_bf16 || check avx512_bf16 "" gcc "$@" "${avx512[@]}" -mavx512bf16 -Wno-unused-function
 }
 
+table() { # source, flags...
+    echo "table      $*"
+    gcc -O3 -S "${flags[@]}" "${@:2}" "csrc/$1" -o "$build/table.s"
+}
+
+tables() {
+    local avx512="-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma" each=("") isa dtype
+    [[ $(uname -m) != x86_64 ]] || each=("" "-mavx2 -mfma -mf16c" "$avx512")
+    for isa in "${each[@]}"; do
+        for dtype in "" -DREAL_IS_DOUBLE; do
+            table tile.c $isa $dtype
+            table sparse.c $isa $dtype
+        done
+    done
+    [[ $(uname -m) == x86_64 ]] || return 0
+    table tile.c $avx512 -mavx512bf16 -DBF16_TERMS=1
+    for dtype in 1 2 3; do
+        table tile.c $avx512 -mavx512bf16 -mamx-tile -mamx-bf16 -DBF16_TERMS=$dtype
+    done
+}
+
 tiles() {
     local sources=(csrc/tile.c tests/backends/tile_check.c) arguments=()
     local sanitized=(-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined)
@@ -69,7 +91,8 @@ scan() {
 }
 
 case ${1-} in
+tables) tables ;;
 tiles) tiles ;;
 scan) scan "${2-1}" ;;
-*) tiles && scan 997 ;;
+*) tables && tiles && scan 997 ;;
 esac

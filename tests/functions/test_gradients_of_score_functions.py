@@ -154,6 +154,19 @@ def test_padding_has_gradient_zero_and_touches_nothing(target, name):
         assert all(same_bits(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_same_bits_for_any_threads(target, name):
+    if not target.bitwise:
+        pytest.skip(f"{target.backend} does not promise it")
+    arrays, given = arguments(name, Shape(2, 4, 150, 1100, 7, kv_heads=2), "float32")
+    found = []
+    for threads in (1, 3):
+        wrt = tuple(given) or ("scale",)
+        (out, _), pullback = vjp(target, name, arrays, given, wrt, causal=True, threads=threads)
+        found.append(pullback(out))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_dtypes_of_gradients():
     """The wider of the array's and of the result's."""
     arrays, given = arguments("additive", dtype="float32")

@@ -33,8 +33,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     those of `q`, `k`, `v` and of a bias of queries x keys have length 1 where their arrays do.
     """
     b, p = backward, backward.problem
-    able = sparse.can_differentiate(b) if p.is_sparse else p.score_function is DOT
-    if not able:
+    if p.is_sparse and not sparse.can_differentiate(b):
         return numpy_backward.run_backward(b)
     arrays = {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}
@@ -47,16 +46,21 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     relative_bias, of_relative_bias = relative_bias_rows(p), None
     if relative_bias is not None and b.wants("relative_bias"):
         of_relative_bias = np.zeros(relative_bias.shape)
+    of_dim_weights = np.zeros(p.head_dim) if b.wants("w") else None
     rows = np.empty(p.rows(3))
     if p.is_sparse:
-        sparse.differentiate(b, found, rows, row_sums, grad_bias)
+        sparse.differentiate(
+            b, found, rows=rows, row_sums=row_sums, grad_bias=grad_bias, scale=scale,
+            scales=scales, relative_bias=relative_bias, grad_relative_bias=of_relative_bias,
+        )  # fmt: skip
     else:
         grads = found["q"], found["k"], found["v"]
         kernels.differentiate(
             *_arguments(b, rows, *grads), scale=scale, grad_bias=grad_bias, row_sums=row_sums,
             key_heads=key_heads, scales=scales, relative_bias=relative_bias,
             wants_scale=b.wants("scale"), grad_relative_bias=of_relative_bias,
-            sequences=sequences(p),
+            sequences=sequences(p), grad_dim_weights=of_dim_weights,
+            score_function=None if p.score_function is DOT else p.score_function,
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
@@ -64,6 +68,8 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         found["bias"] = grad_bias
     if of_relative_bias is not None:
         found["relative_bias"] = from_relative_bias_rows(p, of_relative_bias)
+    if of_dim_weights is not None:
+        found["w"] = of_dim_weights
     for name, x in arrays.items():  # in the memory order of its array
         ordered = empty_like(x, found[name].shape, found[name].dtype)
         if ordered.strides != found[name].strides:
