@@ -66,6 +66,8 @@ class KVCache:
         Of what is stored; uint8 for int4, of which it holds two.
     nbytes : int
         Of all pages, in use or not.
+    pages_in_use : int
+        How many pages of 64 tokens hold some; one that sequences share counts once.
 
     Raises
     ------
@@ -154,6 +156,11 @@ class KVCache:
         """Bytes of all pages, in use or not."""
         return self._sequences.pool.nbytes
 
+    @property
+    def pages_in_use(self) -> int:
+        """How many pages of 64 tokens hold some; one that sequences share counts once."""
+        return self._sequences.pool.pages - self._sequences.pool.free
+
     def __repr__(self) -> str:
         (head_dim, value_dim), state = self._dims, self._sequences.now
         pool, window = self._sequences.pool, self._sequences.window
@@ -167,7 +174,7 @@ class KVCache:
             + f"max_tokens {self._max_tokens}, " * (self._max_tokens is not None)
             + f"window {window}, " * (window is not None)
             + f"keep_first {self._sequences.keep_first}, " * bool(self._sequences.keep_first)
-            + f"{pool.pages - pool.free} of {pool.pages} pages, {pool.nbytes / 2**20:.2f} MiB)"
+            + f"{self.pages_in_use} of {pool.pages} pages, {pool.nbytes / 2**20:.2f} MiB)"
         )
 
     def __getstate__(self) -> dict:
