@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Set
 from itertools import pairwise
 from typing import Any
 
@@ -130,7 +130,7 @@ def attention(
     scores = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if write_index is not None and attention_mask is None:
         unserved = {"indices": indices, "position_bias": position_bias, "sinks": sinks}
-        _refuse(unserved, unserved)
+        _refuse(unserved.keys(), unserved)
         return _each_request(query, key, value, scores, **options), None
     words = _seen(attention_mask, indices, key.shape[2])
     if position_bias is not None:
@@ -148,7 +148,7 @@ def attention(
 
 def _each_request(
     query: Tensor, key: Tensor, value: Tensor, scores: dict[str, Any], *, cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor, sliding_window: int | None = None, is_causal: bool = True, **_,
+    cu_seq_lens_k: Tensor, sliding_window: int | None = None, is_causal: bool = True, **_others,
 ) -> Tensor:  # fmt: skip
     """The attention of packed requests, each as if it were alone."""
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
@@ -163,9 +163,9 @@ def _each_request(
     return out
 
 
-def _refuse(names: Iterable[str], options: dict[str, Any]) -> None:
-    for name in names:
-        x = options.get(name)
+def _refuse(names: Set[str], options: dict[str, Any]) -> None:
+    for name in names & options.keys():
+        x = options[name]
         if x is not None and x is not False:
             raise ValueError(
                 f"{name}: expected None, got {x if isinstance(x, bool) else type(x).__name__}; "

@@ -233,7 +233,7 @@ def test_continuous_batching_of_padded_batches():
     )
     torch.testing.assert_close(out[:, :3], want)
     assert (out[:, 5:] == 0).all()
-    with pytest.raises(ValueError, match="^position_bias: expected None, got Tensor"):
+    with pytest.raises(ValueError, match=r"^position_bias: expected None, got Tensor"):
         integration.attention(torch.nn.Module(), q, k, v, None, position_bias=q, **options)
 
 
