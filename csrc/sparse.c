@@ -90,7 +90,7 @@ static Gather grad_outs_of(const Tile *t, const SparseHead *h) {
 /* One row as `real` numbers, padded by 0. */
 static void load_row(Gather x, ptrdiff_t row, real *to) {
     for (ptrdiff_t d = x.dims; d < round_up(x.dims, LANES); d++) to[d] = 0;
-    widen(x.data + row * x.row, 0, x.dim, x.format, NULL, 1, x.dims, to);
+    widen(x.data + row * x.row, 0, x.dim, x.format, NULL, 0, 1, x.dims, to);
 }
 
 /* Where LANES listed rows are, or no more than are listed; the last is repeated. */
@@ -101,7 +101,7 @@ static NumberFormat point_to_rows(Gather x, const ptrdiff_t *index, int n, real 
     ptrdiff_t padded = round_up(x.dims, LANES);
     for (int j = 0; j < LANES; j++) {
         real *to = gathered + j * padded;
-        if (j < n) widen(rows[j], 0, x.dim, x.format, NULL, 1, x.dims, to);
+        if (j < n) widen(rows[j], 0, x.dim, x.format, NULL, 0, 1, x.dims, to);
         rows[j] = (const char *)(j < n ? to : gathered + (n - 1) * padded);
     }
     return (NumberFormat){'f', sizeof(real), 0};
