@@ -86,6 +86,12 @@ static const float *value_scales(const Tile *t, ptrdiff_t key) {
     return at ? (const float *)row_of_key(t, at, t->v_scales_key, t->v_scales_page, key) : NULL;
 }
 
+/* How many floats lie between the scales of a key and those of the next one in its page. */
+static ptrdiff_t key_scales_row(const Tile *t) { return t->k_scales_key / (ptrdiff_t)sizeof(float); }
+static ptrdiff_t value_scales_row(const Tile *t) {
+    return t->v_scales_key / (ptrdiff_t)sizeof(float);
+}
+
 /* How many of `keys` keys from `key` on are side by side: those of its page. */
 static int adjacent_keys(const Tile *t, ptrdiff_t key, ptrdiff_t keys) {
     ptrdiff_t left = t->pages ? t->page - key % t->page : keys;
@@ -96,15 +102,15 @@ static int adjacent_keys(const Tile *t, ptrdiff_t key, ptrdiff_t keys) {
 static void widen_keys(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
     for (int keys; begin < end; begin += keys, to += keys * t->head_dim) {
         keys = adjacent_keys(t, begin, end - begin);
-        widen(key_at(t, begin), t->k_key, t->k_dim, t->k_format, key_scales(t, begin), keys,
-              t->head_dim, to);
+        widen(key_at(t, begin), t->k_key, t->k_dim, t->k_format, key_scales(t, begin),
+              key_scales_row(t), keys, t->head_dim, to);
     }
 }
 static void widen_values(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
     for (int keys; begin < end; begin += keys, to += keys * t->value_dim) {
         keys = adjacent_keys(t, begin, end - begin);
-        widen(value_at(t, begin), t->v_key, t->v_dim, t->v_format, value_scales(t, begin), keys,
-              t->value_dim, to);
+        widen(value_at(t, begin), t->v_key, t->v_dim, t->v_format, value_scales(t, begin),
+              value_scales_row(t), keys, t->value_dim, to);
     }
 }
 

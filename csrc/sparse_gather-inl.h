@@ -108,7 +108,7 @@ static double number_at(const Gather *x, ptrdiff_t row, ptrdiff_t d) {
 /* One row as `real` numbers, padded by 0. */
 NOINLINE void load_row(const Gather *x, ptrdiff_t row, real *to) {
     for (ptrdiff_t d = x->dims; d < round_up(x->dims, LANES); d++) to[d] = 0;
-    widen(row_at(x, row), 0, x->dim, x->format, scales_at(x, row), 1, x->dims, to);
+    widen(row_at(x, row), 0, x->dim, x->format, scales_at(x, row), 0, 1, x->dims, to);
 }
 
 /* Rows of at least LANES contiguous numbers without scales; the last vector of each overlaps. */

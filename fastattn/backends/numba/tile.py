@@ -275,7 +275,7 @@ def load_queries(t, p, columns, scale):
         q, step = rows[i], t.q_dim
         if t.q_format != REAL:
             widen(q, np.int64(0), step, np.int64(1), t.head_dim, t.q_format, floats(0),
-                  reals(t.widened, scale))  # fmt: skip
+                  np.int64(0), reals(t.widened, scale))  # fmt: skip
             q, step = t.widened, VECTOR_BYTES // width
         for d in range(done, t.head_dim):
             columns[d * size + i] = reals(q + d * step, scale)[0]
