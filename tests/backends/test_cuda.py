@@ -67,18 +67,19 @@ def test_several_tiles(dtype):
 @runs
 @pytest.mark.parametrize(
     "name",
-    ["scale", "softcap", "bias", "-inf", "alibi", "sinks", "causal", "window", "q_offset",
-     "kv_lengths", "spans", "mask"],
+    ["scale", "scales", "softcap", "bias", "-inf", "relative_bias", "-inf distances", "alibi",
+     "sinks", "causal", "window", "q_offset", "kv_lengths", "spans", "mask"],
 )  # fmt: skip
 def test_one_option(name):
-    check(TARGET, *SMALL.arrays(), **options([name], SMALL), return_weights=True)
+    check(TARGET, *SMALL.arrays(), **options([name], SMALL), return_max=True, return_weights=True)
 
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(2))
 def test_many_options(dtype, seed):
-    names = ["scale", "softcap", "bias", "-inf", "alibi", "sinks", "window", "spans", "mask"]
+    names = ["scales", "softcap", "bias", "-inf", "relative_bias", "alibi", "sinks", "window",
+             "spans", "mask"]  # fmt: skip
     shape = Shape(2, 2, 5, 9, 4, kv_heads=1, value_dim=3)
     check(TARGET, *shape.arrays(dtype, seed), **options(names, shape, seed), return_weights=True)
 
@@ -153,6 +154,60 @@ def test_out():
     assert_solves(fastattn.scaled_dot(q, k, v, out=q, backend="cuda"), before)
 
 
+# ------------------------------------------------------------------------------ a few queries
+
+# Two heads to a tile, three parts of the keys in the simulator, two slices of v.
+FEW = Shape(2, 4, 1, 70, 4, kv_heads=2, value_dim=18)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_are_merged(dtype):
+    check(TARGET, *FEW.arrays(dtype), return_max=True)
+
+
+@runs
+@pytest.mark.parametrize("seed", range(2))
+def test_parts_with_many_options(seed):
+    names = ["scales", "softcap", "-inf", "relative_bias", "alibi", "sinks", "window", "spans"]
+    opts = options(names, FEW, seed)
+    check(TARGET, *FEW.arrays(), **opts, mask=options(["mask"], FEW)["mask"], return_max=True)
+    check(TARGET, *FEW.arrays(), kv_lengths=[0, 33], causal=True, q_offset=[0, 32])
+
+
+@runs
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_parts_that_are_not_finite(value):
+    q, k, v = FEW.arrays()
+    k[0, 0, 2, 0] = v[0, 1, 40, 3] = v[1, 0, 65, 1] = k[1, 0, 68, 2] = value
+    out, _, _ = check(TARGET, q, k, v, return_max=True)
+    assert np.isfinite(out[1, 2:]).all()
+    out, _, _ = check(TARGET, q, k, v, kv_lengths=[70, 65], return_max=True)
+    assert np.isfinite(out[1]).all()
+
+
+@runs
+def test_parts_of_extremes():
+    q, k, v = FEW.arrays()
+    most = np.finfo(np.float32).max
+    out, _ = check(TARGET, q, k, np.full_like(v, most), sinks=[-np.inf, -np.inf, np.inf, 1])
+    assert np.isfinite(out).all()
+    check(TARGET, q, k, v, bias=np.where(np.arange(70) < 40, -np.inf, -most))
+    q[..., 0], k[..., :40, 0] = 1, -np.inf  # scores of -inf in all of the first part
+    check(TARGET, q, k, v)
+
+
+@runs
+def test_parts_depend_on_the_keys_alone():
+    """An entry, or a group of heads, by itself has the bits that it has among others."""
+    q, k, v = FEW.arrays()
+    whole = fastattn.scaled_dot(q, k, v, backend="cuda")
+    for b, group in ((0, 1), (1, 0)):
+        heads = slice(2 * group, 2 * group + 2)
+        one = (q[b : b + 1, heads], *(x[b : b + 1, group : group + 1] for x in (k, v)))
+        assert same_bits(fastattn.scaled_dot(*one, backend="cuda")[0], whole[b, heads])
+
+
 # ------------------------------------------------------------------------------- NaN and Inf
 
 
@@ -215,8 +270,9 @@ def test_launches_are_cut(monkeypatch, device):
     whole = fastattn.scaled_dot(*arrays, causal=True, backend="cuda")
     out = device(np.full_like(whole, np.nan))
     count = fastattn.explain(*arrays, causal=True, backend="cuda").plan["launches"]
-    monkeypatch.setattr(backend, "LAUNCH_TILES", 1)
-    monkeypatch.setattr(backend, "LAUNCH_FLOPS", 1)
+    call = importlib.import_module("fastattn.backends.cuda.call")
+    monkeypatch.setattr(call, "LAUNCH_TILES", 1)
+    monkeypatch.setattr(call, "LAUNCH_FLOPS", 1)
     cut = fastattn.explain(*arrays, causal=True, backend="cuda").plan["launches"]
     assert int(cut) >= int(count)
     if SIMULATED:
@@ -251,6 +307,7 @@ class FakeCuda:
     config = SimpleNamespace(ENABLE_CUDASIM=False)
 
     def __init__(self, error=None):
+        self.cuda = self
         self.error = error
         self.compiled = []
 
@@ -521,7 +578,7 @@ def test_results_are_torchs():
 def compile_ptx(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
     """The PTX of a kernel, which needs no GPU."""
     cuda = importlib.import_module("numba.cuda")
-    kernel = importlib.import_module("fastattn.backends.cuda.kernel")
+    kernel = importlib.import_module("fastattn.backends.cuda.multiply_add")
     dispatcher = importlib.import_module("numba.cuda.dispatcher")
     # Device functions are compiled for the current device; there need not be one.
     device = SimpleNamespace(compute_capability=processor)
@@ -530,11 +587,10 @@ def compile_ptx(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
     real = getattr(types, spec.real)
     of = {n: types_of.get(n, spec.real) for n in ("q", "k", "v", "out", "mask", "bias")}
     arrays = (types.Array(getattr(types, t), 1, "C") for t in of.values())
-    int64, more = types.Array(types.int64, 1, "C"), types.Array(types.int64, 2, "C")
-    reals = types.Array(real, 1, "C")
+    int64, reals = types.Array(types.int64, 1, "C"), types.Array(real, 1, "C")
+    weights = types.Array(getattr(types, of["out"]), 1, "C")
     signature = (
-        *arrays, int64, int64, reals, types.Array(getattr(types, of["out"]), 1, "C"), reals, reals,
-        more, more, real, real, real, *[types.int64] * 5,
+        *arrays, int64, int64, reals, reals, weights, int64, reals, int64, real, real, types.int64,
     )  # fmt: skip
     kernel.compiled.cache_clear()  # or its device functions would be of another processor
     attend = kernel.compiled(spec).py_func
@@ -542,7 +598,8 @@ def compile_ptx(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
 
 
 def spec_of(*arrays, **options):
-    return backend._spec(make_problem(*arrays, **options))._replace(simulated=False)
+    call = importlib.import_module("fastattn.backends.cuda.call")
+    return call.spec_of(make_problem(*arrays, **options))._replace(simulated=False)
 
 
 @pytest.fixture
