@@ -91,7 +91,7 @@ def run(problem: Problem, result):
     with cuda.gpus[device] if device is not None else nullcontext():
         stream = cuda.external_stream(stream_address) if stream_address else cuda.default_stream()
         try:
-            return import_module(".call", __package__).Call(p, result, stream).answer()
+            return import_module(".engine", __package__).run(p, result, stream)
         except Exception as error:
             if "OUT_OF_MEMORY" in str(error):
                 raise MemoryError(f"on the CUDA device: {error}") from error
@@ -100,4 +100,4 @@ def run(problem: Problem, result):
 
 def plan(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
-    return import_module(".call", __package__).plan(problem)
+    return import_module(".engine", __package__).plan(problem)

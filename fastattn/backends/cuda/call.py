@@ -8,13 +8,14 @@ import numpy as np
 
 from ...core.device_array import packed
 from ...core.problem import Problem
-from . import merge, multiply_add
+from . import merge, multiply_add, tensor_cores
 from .layout import Fields, pack
-from .operands import Operand, Result, constant, nothing, operand, scratch
+from .operands import Operand, Result, constant, in_vectors, nothing, operand, scratch
+from .tensor_cores import TensorBlocks, TensorSpec
 from .tile import FEW_QUERIES, Spec, slice_of, tile_for
 from .toolkit import SIMULATED, cuda
 
-__all__ = ["Call", "plan", "spec_of"]
+__all__ = ["Call", "Split", "spec_of", "tiles_of", "tiles_per_launch"]
 
 # A launch does about so many flops for each multiprocessor: 20 to 50 ms, after which Ctrl-C is
 # heard. It has at least so many blocks of threads for each, so that all are busy.
@@ -91,19 +92,28 @@ class Call:
         self.row_max = Result(p, p.rows(), p.accumulator) if p.return_max else None
         self.weights = Result(p, p.rows(p.n_keys), p.dtype) if p.return_weights else None
         self.positions, self.per_head = constant(_positions(p)), constant(_per_head(p))
+        self.flags = None
 
-    def answer(self):
-        """Launch what answers it; ``(lse, row_max, weights)``."""
+    def kind(self) -> TensorSpec:
+        """What a kernel of tensor cores for it is compiled for."""
+        vectors = all(map(in_vectors, (self.k, self.v), (self.p.head_dim, self.p.value_dim)))
+        return TensorSpec(spec_of(self.p), self.p.dtype.name, vectors)
+
+    def answer(self, kind: TensorSpec | None, redo=True):
+        """Launch what answers it, by tensor cores if a `kind` is given; ``(lse, row_max,
+        weights)``. Without `redo`, rows that these flag are left as they are.
+        """
         if math.prod(self.p.rows()):
             if self.split.parts > 1:
-                self._merge_parts()
+                self._merge_parts(kind, redo)
             else:
-                self._attend(spec_of(self.p), self.out.operand, self.lse, self.row_max)
+                spec = spec_of(self.p)
+                self._attend(spec, kind, redo, self.out.operand, self.lse, self.row_max)
         self.out.deliver(self.stream)
         results = (self.lse, self.row_max, self.weights)
         return tuple(None if x is None else x.deliver(self.stream) for x in results)
 
-    def _merge_parts(self):
+    def _merge_parts(self, kind, redo):
         """Each part of the keys by itself, then all of them together."""
         p, parts, rows = self.p, self.split.parts, math.prod(self.p.rows())
         sums = scratch("sums", parts * rows * max(1, p.value_dim), self.real, self.stream)
@@ -113,7 +123,7 @@ class Call:
         spec = spec_of(p)
         halves = spec.bfloat16.replace("o", "")
         each = spec._replace(partial=True, sinks=False, bfloat16=halves)
-        layout = self._attend(each, where, lse, high)
+        layout = self._attend(each, kind and kind._replace(spec=each), redo, where, lse, high)
         idle = 1 if SIMULATED else math.ceil(WARNED_BLOCKS / rows)
         none = nothing(self.real)
         merge.compiled(spec)[(rows, idle), merge.THREADS, self.stream](
@@ -122,22 +132,36 @@ class Call:
             self.per_head, layout,
         )  # fmt: skip
 
-    def _attend(self, spec: Spec, out: Operand, lse, row_max):
-        """The multiply-add kernel, in launches that are not long; the layout that it was given."""
-        p, tile, none = self.p, tile_for(spec), nothing(self.real)
-        layout = constant(self._layout(out))
-        operands = (self.q, self.k, self.v, out, self.mask, self.bias, self.start, self.stop)
-        results = (getattr(x, "elements", x) for x in (lse, row_max, self.weights))
+    def _attend(self, spec: Spec, kind, redo, out: Operand, lse, row_max):
+        """The kernels that compute a result, or parts of it; the layout that they were given."""
+        p, none = self.p, nothing(self.real)
+        layout = constant(self._layout(out, kind))
+        operands = (out, self.mask, self.bias, self.start, self.stop)
+        results = [none if x is None else getattr(x, "elements", x) for x in (lse, row_max)]
         with np.errstate(over="ignore"):
             softcap = self.real.type(p.softcap or 1)
-        arguments = (
-            *(x.elements for x in operands), *(none if x is None else x for x in results),
-            self.positions, self.per_head, layout, softcap,
-            self.real.type(math.log(2 * p.n_keys + 2)),
-        )  # fmt: skip
-        slices = math.ceil(spec.value_dim / slice_of(spec))
-        tiles, at_once = tiles_of(p, tile, self.split), tiles_per_launch(p, tile)
-        attend = multiply_add.compiled(spec)
+        before = (*(x.elements for x in operands), *results)
+        numbers = (self.positions, self.per_head, layout)
+        flags = nothing(np.int32)
+        if kind is not None:
+            rows = kind.slices * self.split.parts * math.prod(p.rows())
+            self.flags = flags = scratch("flags", rows, np.int32, self.stream)
+            qkv = (x.elements.view(np.uint16) for x in (self.q, self.k, self.v))
+            kernel, b = tensor_cores.compiled(kind), TensorBlocks(kind)
+            self._launch(kernel, b, kind.slices, (*qkv, *before, *numbers, flags, softcap))
+            spec = spec._replace(redo=True)
+        if kind is None or redo:
+            weights = none if self.weights is None else self.weights.elements
+            qkv = (x.elements for x in (self.q, self.k, self.v))
+            margin = self.real.type(math.log(2 * p.n_keys + 2))
+            slices = math.ceil(spec.value_dim / slice_of(spec))
+            arguments = (*qkv, *before, weights, *numbers, flags, softcap, margin)
+            self._launch(multiply_add.compiled(spec), tile_for(spec), slices, arguments)
+        return layout
+
+    def _launch(self, kernel, tile, slices, arguments):
+        """A kernel, in launches that are not long."""
+        tiles, at_once = tiles_of(self.p, tile, self.split), tiles_per_launch(self.p, tile)
         for first in range(0, tiles, at_once):
             if first:
                 self.stream.synchronize()  # Ctrl-C is heard before there is a queue of launches
@@ -145,10 +169,9 @@ class Call:
             # Numba warns of small grids; blocks that end at once are there to be counted.
             least = 1 if SIMULATED else math.ceil(WARNED_BLOCKS / (blocks * slices))
             grid = (blocks, slices, max(self.split.parts, least))
-            attend[grid, tile.threads, self.stream](*arguments, first)
-        return layout
+            kernel[grid, tile.threads, self.stream](*arguments, first)
 
-    def _layout(self, out: Operand) -> np.ndarray:
+    def _layout(self, out: Operand, kind) -> np.ndarray:
         p, r, split = self.p, self.p.key_range, self.split
         rows = math.prod(p.rows())
         fields = {
@@ -161,7 +184,7 @@ class Call:
             Fields.REACH: 0 if p.relative_bias is None else p.relative_bias.shape[-1] // 2,
             Fields.PART_KEYS: split.part_keys, Fields.PARTS: split.parts,
             Fields.OUT_PART: rows * p.value_dim, Fields.ROW_PART: rows,
-            Fields.SPANS: int(r.spans is not None),
+            Fields.SPANS: int(r.spans is not None), Fields.FLAGS: kind.slices if kind else 0,
         }  # fmt: skip
         operands = (self.q, self.k, self.v, out, self.mask, self.bias, self.start, self.stop)
         records = ((x.first, x.strides) for x in (*operands, self.out.operand))
@@ -200,16 +223,3 @@ def tiles_per_launch(p: Problem, tile) -> int:
     processors = getattr(cuda.get_current_device(), "MULTIPROCESSOR_COUNT", 1)
     flops = 2 * tile.queries * max(p.n_keys, 1) * (p.head_dim + max(p.value_dim, 1))
     return processors * max(LAUNCH_TILES, LAUNCH_FLOPS // flops)
-
-
-def plan(p: Problem) -> dict[str, str]:
-    """What would run, for `fastattn.explain`."""
-    spec, split = spec_of(p), Split(p)
-    tile = tile_for(spec)
-    parts = f", keys in {split.parts} parts of {split.part_keys}" if split.parts > 1 else ""
-    return {
-        "kernel": f"multiply-adds by Numba, {spec.real} sums of {p.dtype}",
-        "device": getattr(cuda.get_current_device(), "name", "the simulator"),
-        "tile": f"{tile.queries} queries, {tile.keys} keys a block, {tile.threads} threads{parts}",
-        "launches": str(math.ceil(tiles_of(p, tile, split) / tiles_per_launch(p, tile))),
-    }

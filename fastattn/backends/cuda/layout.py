@@ -29,6 +29,7 @@ _FIELDS = (
     "PART_KEYS",  # that one part of the blocks goes through
     "PARTS", "OUT_PART", "ROW_PART",  # parts, and their distance in the sums and in lse
     "SPANS",  # 1 where there are any
+    "FLAGS",  # slices of the kernel that flags rows, each with its own
     "AXES",  # leading axes
 )  # fmt: skip
 Fields: Any = namedtuple("Fields", _FIELDS)(*range(len(_FIELDS)))

@@ -57,7 +57,7 @@ def compiled(spec: Spec):
     ALIGNMENT = None if SIMULATED else 16
     RESIDENT, Q_DIMS, HEAD_DIM = b.resident, b.q_dims, b.head_dim
     ROW_RESULTS, WEIGHTS = spec.lse or spec.row_max or spec.partial, spec.weights
-    WITH_SINKS = spec.sinks
+    WITH_SINKS, REDO = spec.sinks, spec.redo
     HIDES = spec.mask or spec.bias or spec.relative_bias
     real = b.real
     ZERO, INF = real(0), real(math.inf)
@@ -74,7 +74,7 @@ def compiled(spec: Spec):
 
     def attend(
         q, k, v, out, mask, bias, start, stop, lse, row_max, weights, positions, per_head, layout,
-        softcap, wide_margin, first_tile,
+        flags, softcap, wide_margin, first_tile,
     ):  # fmt: skip
         part = cuda.blockIdx.z
         if part >= layout[PARTS]:
@@ -93,6 +93,7 @@ def compiled(spec: Spec):
         row_high = cuda.shared.array(BLOCK_Q, real)
         row_rescale = cuda.shared.array(BLOCK_Q, real)
         row_factor = cuda.shared.array(BLOCK_Q, real)
+        row_wanted = cuda.shared.array(BLOCK_Q, np.int32)
         bounds = cuda.shared.array(4, np.int64)
         s = cuda.local.array((ROWS, COLS), real)
         acc = cuda.local.array((ROWS, SUMS), real)  # of at most FOLD tiles
@@ -101,7 +102,7 @@ def compiled(spec: Spec):
         total_sum = cuda.local.array(ROWS, real)
         rows = Rows(
             row_query, row_head, row_place, row_scale, row_start, row_stop, row_saw, row_top,
-            row_high, row_rescale, row_factor,
+            row_high, row_rescale, row_factor, row_wanted,
         )  # fmt: skip
 
         t = cuda.threadIdx.x & (THREADS - 1)  # tells the compiler that it is not negative
@@ -126,6 +127,15 @@ def compiled(spec: Spec):
         )  # fmt: skip
         describe_rows(rows, layout, positions, start, stop, per_head, entry, first_head,
                       first_row, n_rows, bounds, t)  # fmt: skip
+        at = (entry * heads + first_head) * layout[N_QUERIES] + part * layout[Fields.ROW_PART]
+        if REDO:
+            if t < n_rows:
+                row_wanted[t] = 0
+                for n in range(layout[Fields.FLAGS]):
+                    from_ = at + row_head[t] * layout[N_QUERIES] + row_query[t]
+                    row_wanted[t] |= flags[from_ + n * layout[Fields.ROW_PART] * layout[PARTS]]
+            if not cuda.syncthreads_or(np.int32(t < n_rows and row_wanted[t] != 0)):
+                return
         first, last, inner_first, inner_last = limits(bounds, layout, part)
         _, _, q_dim = strides_of(layout, Q)
         _, v_row, v_dim = strides_of(layout, V)
@@ -134,7 +144,6 @@ def compiled(spec: Spec):
         out_strides = strides_of(layout, OUT)
         out_at = place_of(layout, OUT, entry, first_head) + first_dim * out_strides[2]
         out_at += part * layout[Fields.OUT_PART]
-        at = (entry * heads + first_head) * layout[N_QUERIES]
         grid_at = (at + first_row) * n_keys
         if RESIDENT:
             load_queries(q, row_place, 0, q_dim, n_rows, HEAD_DIM, row_scale, qs, t)
@@ -214,9 +223,10 @@ def compiled(spec: Spec):
             finish(
                 acc, lost, margin != ZERO, out, out_at, out_strides, rows, n_rows, n_cols, tx, ty
             )
-            if ROW_RESULTS and t < n_rows and first_dim == 0 and margin == ZERO:
+            mine = t < n_rows and (not REDO or row_wanted[t] != 0)
+            if ROW_RESULTS and mine and first_dim == 0 and margin == ZERO:
                 to = at + row_head[t] * layout[N_QUERIES] + row_query[t]
-                write_lse(lse, row_max, to + part * layout[Fields.ROW_PART], rows, t)
+                write_lse(lse, row_max, to, rows, t)
             if margin != ZERO:
                 break
             if WEIGHTS:

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...core.device_array import DeviceArray, packed
-from .toolkit import cuda
+from .toolkit import SIMULATED, cuda
 
-__all__ = ["Operand", "Result", "constant", "current_device", "operand", "scratch", "stored"]
+__all__ = [
+    "Operand", "Result", "constant", "current_device", "in_vectors", "nothing", "operand",
+    "scratch", "stored",
+]  # fmt: skip
 
 
 class Operand(NamedTuple):
@@ -71,6 +74,14 @@ class Result:
             return values
         self.target[...] = values
         return self.target
+
+
+def in_vectors(x: Operand, dim: int) -> bool:
+    """Do the rows of `x`, of numbers of 16 bits, consist of whole chunks of 16 bytes?"""
+    *others, last = x.strides
+    address = 0 if SIMULATED else x.elements.device_ctypes_pointer.value or 0
+    whole = all(n % 8 == 0 for n in (dim, x.first, *others))
+    return whole and last == 1 and address % 16 == 0
 
 
 def current_device() -> int:

@@ -1,6 +1,8 @@
-"""The first half of the multiply-add kernel: which keys are seen, and their scores.
+"""Which keys are seen, and their scores.
 
-The order of the options is that of `fastattn.reference.scores`.
+What is done to scores is the same for any kernel: its blocks tell with ``row_of(r, ty)`` and
+``key_of(c, tx)`` which query and key of the tile the score ``s[r, c]`` of a thread is of. The order
+of the options is that of `fastattn.reference.scores`.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Rows(NamedTuple):
     high: Any  # the same without the sink
     rescale: Any  # of the sums, since top has changed; in the end the sum of the weights
     factor: Any  # the product of those since the sums were last folded
+    wanted: Any  # is it to be computed, where only some are?
 
 
 class Options(NamedTuple):
@@ -72,18 +75,18 @@ def row_limits(layout, positions, start, stop, start_at, stop_at, entry, i):
 
 def look_maker(b: Blocks):
     """A device function that tells which of its scores a thread sees, as bits."""
-    ROWS, COLS, TY, TX = b.rows, b.cols, b.tile.ty, b.tile.tx
+    ROWS, COLS, row_of, key_of = b.rows, b.cols, b.row_of, b.key_of
     MASKED = b.spec.mask
 
     def look(rows, options, begin, tx, ty):
         seen = 0
         mask_head, mask_row, mask_key = options.mask_strides
         for r in range(ROWS):
-            row = r * TY + ty
+            row = row_of(r, ty)
             low, high = rows.start[row] - begin, rows.stop[row] - begin
             at = options.mask_at + rows.query[row] * mask_row + rows.head[row] * mask_head
             for c in range(COLS):
-                key = c * TX + tx
+                key = key_of(c, tx)
                 sees = low <= key and key < high
                 if MASKED and sees:
                     sees = options.mask[at + (begin + key) * mask_key & POSITIVE] != 0
@@ -134,7 +137,8 @@ def adder(real):
 
 def options_maker(b: Blocks):
     """A device function that makes products scores, -inf where hidden, and returns what is seen."""
-    ROWS, COLS, TY, TX, real = b.rows, b.cols, b.tile.ty, b.tile.tx, b.real
+    ROWS, COLS, row_of, key_of, real = b.rows, b.cols, b.row_of, b.key_of, b.real
+    SCALES = b.scales
     SOFTCAP, BIASED, ALIBI = b.spec.softcap, b.spec.bias, b.spec.alibi
     RELATIVE = b.spec.relative_bias
     INF, MOST = real(math.inf), np.finfo(real).max
@@ -144,13 +148,15 @@ def options_maker(b: Blocks):
     def apply_options(s, seen, partial, rows, options, begin, tx, ty):
         bias_head, bias_row, bias_key = options.bias_strides
         for r in range(ROWS):
-            row = r * TY + ty
+            row = row_of(r, ty)
             i, h = rows.query[row], options.first_head + rows.head[row]
             at = options.bias_at + i * bias_row + rows.head[row] * bias_head
             for c in range(COLS):
-                j = begin + c * TX + tx
+                j = begin + key_of(c, tx)
                 sees = seen >> r * COLS + c & 1 != 0
                 x = s[r, c]
+                if SCALES:
+                    x = x * rows.scale[row]
                 if SOFTCAP:
                     x = options.softcap * real(math.tanh(x / options.softcap))
                 if BIASED and sees:

@@ -173,7 +173,7 @@ def finish_maker(b: Blocks):
     ROWS, TY, TX, PARTS, DIMS, SUMS = (
         b.rows, b.tile.ty, b.tile.tx, b.parts, b.dims, b.sums
     )  # fmt: skip
-    real = b.real
+    real, REDO = b.real, b.spec.redo
     ZERO, ONE, NAN, MOST = real(0), real(1), real(math.nan), np.finfo(real).max
     write_out = writer("o" in b.spec.bfloat16)
 
@@ -185,7 +185,7 @@ def finish_maker(b: Blocks):
             share = NAN  # a key in sight and a sum of 0: scores of -inf, 0 / 0
             if row_sum != ZERO:
                 share = ONE / row_sum
-            if row < n_rows:
+            if row < n_rows and (not REDO or rows.wanted[row] != 0):
                 to = out_at + rows.query[row] * out_row + rows.head[row] * out_head
                 for part in range(PARTS):
                     for n in range(DIMS):

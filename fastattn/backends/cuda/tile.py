@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .toolkit import device_function
+
 __all__ = ["FEW_QUERIES", "Blocks", "Spec", "Tile", "slice_of", "tile_for"]
 
 # Up to so many queries are served by narrow tiles, with the keys split over blocks of threads.
@@ -33,6 +35,7 @@ class Spec(NamedTuple):
     weights: bool = False
     few: bool = False  # at most FEW_QUERIES
     partial: bool = False  # of a part of the keys: lse is pairs of the largest score and the sum
+    redo: bool = False  # only the rows that another kernel has flagged
     simulated: bool = False
 
 
@@ -89,6 +92,8 @@ def slice_of(spec: Spec) -> int:
 class Blocks:
     """The sizes of a kernel's loops, and of its arrays in shared memory and registers."""
 
+    scales = False  # queries are scaled before the products
+
     def __init__(self, spec: Spec):
         self.spec, self.tile = spec, tile_for(spec)
         self.real = np.dtype(spec.real).type
@@ -109,6 +114,9 @@ class Blocks:
         # How many tiles are summed before the sums are added to those of before: one sum over all
         # keys would round too often.
         self.fold = max(1, 512 // self.keys)
+        ty_, tx_ = self.tile.ty, self.tile.tx
+        self.row_of = device_function(lambda r, ty: r * ty_ + ty)
+        self.key_of = device_function(lambda c, tx: c * tx_ + tx)
 
     @cached_property
     def shared(self) -> tuple[int, int, int]:

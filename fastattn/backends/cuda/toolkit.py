@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from numba import cuda
 
-__all__ = ["SIMULATED", "cuda", "device_function", "kernel"]
+__all__ = ["SIMULATED", "cuda", "device_function", "intrinsic", "kernel"]
 
 # Numba's simulator runs each thread of the device as one of Python's.
 SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
+
+if not SIMULATED:
+    from numba.cuda.extending import intrinsic
 
 
 def device_function(function):
