@@ -10,10 +10,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.cuda_compiler import compile_ptx, need_compiler
 from helpers.layouts import LAYOUTS
 from helpers.oracles import assert_solves, check, same_bits
 from helpers.problems import DTYPES, Shape, float_type, options
@@ -39,9 +41,10 @@ runs = pytest.mark.skipif(
 
 @pytest.mark.skipif(SIMULATED, reason="is what runs this")
 def test_in_the_simulator():
-    """All of this file but the compiler's part."""
+    """All of this file and its neighbours but the compiler's part."""
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = map(str, sorted(Path(__file__).parent.glob("test_cuda*.py")))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env=child_environment(NUMBA_ENABLE_CUDASIM="1"), stdout=subprocess.PIPE, text=True
     )
@@ -575,26 +578,16 @@ def test_results_are_torchs():
 # ------------------------------------------------------------------------------ the compiler
 
 
-def compile_ptx(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
-    """The PTX of a kernel, which needs no GPU."""
-    cuda = importlib.import_module("numba.cuda")
+def ptx_of(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
+    """The PTX of a kernel of multiply-adds."""
     kernel = importlib.import_module("fastattn.backends.cuda.multiply_add")
-    dispatcher = importlib.import_module("numba.cuda.dispatcher")
-    # Device functions are compiled for the current device; there need not be one.
-    device = SimpleNamespace(compute_capability=processor)
-    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
-    types = importlib.import_module("numba").types
-    real = getattr(types, spec.real)
-    of = {n: types_of.get(n, spec.real) for n in ("q", "k", "v", "out", "mask", "bias")}
-    arrays = (types.Array(getattr(types, t), 1, "C") for t in of.values())
-    int64, reals = types.Array(types.int64, 1, "C"), types.Array(real, 1, "C")
-    weights = types.Array(getattr(types, of["out"]), 1, "C")
-    signature = (
-        *arrays, int64, int64, reals, reals, weights, int64, reals, int64, real, real, types.int64,
+    real = spec.real
+    of = {n: types_of.get(n, real) for n in ("q", "k", "v", "out", "mask", "bias")}
+    arguments = (
+        *(f"[{t}]" for t in of.values()), "[int64]", "[int64]", f"[{real}]", f"[{real}]",
+        f"[{of['out']}]", "[int64]", f"[{real}]", "[int64]", "[int32]", real, real, "int64",
     )  # fmt: skip
-    kernel.compiled.cache_clear()  # or its device functions would be of another processor
-    attend = kernel.compiled(spec).py_func
-    return cuda.compile_ptx(attend, signature, cc=processor, opt=opt)[0]
+    return compile_ptx(monkeypatch, kernel.compiled(spec), arguments, processor, opt)
 
 
 def spec_of(*arrays, **options):
@@ -604,24 +597,17 @@ def spec_of(*arrays, **options):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """`compile_ptx`, where NVIDIA's compiler library is."""
+    """`ptx_of`, where NVIDIA's compiler library is."""
     if SIMULATED:
         pytest.skip("the simulator compiles nothing")
-    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
-    nvvm, nvrtc = (importlib.import_module(f"numba.cuda.cudadrv.{x}") for x in ("nvvm", "nvrtc"))
-    try:
-        nvvm.NVVM()
-        nvrtc.get_supported_ccs()
-    except Exception as error:
-        found = " ".join(str(error).split())
-        pytest.skip(f"no NVVM or NVRTC: {found}; pip install 'fastattn[cuda12]'")
-    return lambda *args, **types_of: compile_ptx(monkeypatch, *args, **types_of)
+    need_compiler()
+    return lambda *args, **types_of: ptx_of(monkeypatch, *args, **types_of)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_compiled_kernel_is_what_was_meant(compiler, head_dim):
     """What the simulator cannot show: types, registers, vector loads, shared memory."""
-    ptx = compiler(spec_of(*Shape(1, 1, 1, 1, head_dim).arrays()))
+    ptx = compiler(spec_of(*Shape(1, 1, 64, 1, head_dim).arrays()))
     assert ".f64" not in ptx
     assert ".local" not in ptx  # the sums are in registers
     inner = [b for b in re.split(r"^\$L", ptx, flags=re.M) if b.count("fma.rn.f32") >= 64]
@@ -630,6 +616,13 @@ def test_compiled_kernel_is_what_was_meant(compiler, head_dim):
     assert len(products) >= 2
     shared = sum(int(n) for n in re.findall(r"\.shared .*\[(\d+)\]", ptx))
     assert 0 < shared <= 48 << 10
+
+
+def test_compiles_for_a_few_queries(compiler):
+    """Parts of the keys, and the rows that the kernel of tensor cores has flagged."""
+    spec = spec_of(*Shape(1, 1, 1, 1, 128).arrays("float64"), return_max=True)
+    assert spec.few
+    compiler(spec._replace(partial=True, redo=True), False, out="float64")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """Blocked attention on a CUDA device, with kernels that Numba compiles.
 
 NumPy arrays are copied to the device and the results back; arrays that are there already are read
-where they lie, and the results stay beside them. Float32 and float64 are computed as such, float16
-and bfloat16 in float32, on any device.
+where they lie, and the results stay beside them. `multiply_add` serves any call on any device, in
+float64 for float64 and else in float32; `tensor_cores` float16 and bfloat16 from compute capability
+8.0 on. `engine` chooses.
+
+Nothing here has run on a device as it stands. An earlier build of the multiply-adds has, on an H100,
+with the right results; tensor cores and the merging of parts have only been simulated and compiled.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class Call:
         self.row_max = Result(p, p.rows(), p.accumulator) if p.return_max else None
         self.weights = Result(p, p.rows(p.n_keys), p.dtype) if p.return_weights else None
         self.positions, self.per_head = constant(_positions(p)), constant(_per_head(p))
-        self.flags = None
+        self.flags: Any = None  # of the kernel of tensor cores
 
     def kind(self) -> TensorSpec:
         """What a kernel of tensor cores for it is compiled for."""

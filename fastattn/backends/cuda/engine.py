@@ -11,11 +11,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from ...core.dtypes import float_type
 from ...core.problem import Problem, make_problem
 from .call import Call, Split, spec_of, tiles_of, tiles_per_launch
 from .operands import current_device
 from .tensor_cores import MOST_DIMS, TensorBlocks, TensorSpec
-from .tile import tile_for
+from .tile import Geometry, Tile, tile_for
 from .toolkit import SIMULATED, cuda
 
 __all__ = ["plan", "run", "trial"]
@@ -68,11 +69,11 @@ def compared(kind: TensorSpec) -> str | None:
         (wanted, wanted_lse), _ = solved(p, None)
     except Exception as error:  # of the compiler, the driver, or a launch
         return f"a trial of them failed ({' '.join(str(error).split())})"
-    error, most = np.abs(ours - wanted).max(), np.abs(np.asarray(p.v, np.float32)).max()
+    off, most = np.abs(ours - wanted).max(), np.abs(np.asarray(p.v, np.float32)).max()
     if kind.spec.lse:
-        error = max(error, np.abs(lse - wanted_lse).max() / 8)
-    if flagged or not error <= TOLERANCE[kind.dtype] * most:
-        return f"a trial of them differed from multiply-adds by {error:.2g}"
+        off = max(off, np.abs(lse - wanted_lse).max() / 8)
+    if flagged or not off <= TOLERANCE[kind.dtype] * most:
+        return f"a trial of them differed from multiply-adds by {off:.2g}"
     return None
 
 
@@ -81,7 +82,6 @@ def example(kind: TensorSpec) -> Problem:
     spec, b, rng = kind.spec, TensorBlocks(kind), np.random.default_rng(0)
     n_queries = 1 if spec.few else b.queries + 5
     n_keys = n_queries + 2 * b.keys + 5
-    from ...core.dtypes import float_type
 
     def draw(heads, n, dim):
         x = rng.standard_normal((1, heads, n, dim), np.float32)
@@ -103,7 +103,7 @@ def example(kind: TensorSpec) -> Problem:
 def solved(p: Problem, kind: TensorSpec | None):
     """``(out, lse)`` as float32, and whether a row was flagged, by a kernel alone."""
     stream = cuda.default_stream()
-    call, out = None, p.new_result()
+    out = p.new_result()
     call = Call(p, out, stream)
     lse, _, _ = call.answer(kind, redo=False)
     flagged = False
@@ -116,14 +116,14 @@ def solved(p: Problem, kind: TensorSpec | None):
 def plan(p: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     spec, split, why = spec_of(p), Split(p), unfit(p)
-    tile = tile_for(spec)
+    tile: Geometry | Tile = tile_for(spec)
     products = f"multiply-adds, {spec.real} sums of {p.dtype}"
     if why is None:
-        kinds = (TensorSpec(spec, p.dtype.name, vectors) for vectors in (True, False))
-        reasons = {trial(current_device(), kind) for kind in kinds}
-        why = next((reason for reason in reasons if reason is not None), None)
+        whole = p.head_dim % 8 == p.value_dim % 8 == 0  # and so in vectors, in most layouts
+        kind = TensorSpec(spec, p.dtype.name, whole)
+        why = trial(current_device(), kind)
     if why is None:
-        tile = TensorBlocks(TensorSpec(spec, p.dtype.name, True))
+        tile = TensorBlocks(kind)
         products = f"tensor cores (mma.sync), float32 sums of {p.dtype}"
     elif spec.real == "float32" and p.dtype.itemsize == 2:
         products += f"; no tensor cores: {why}"

@@ -31,7 +31,7 @@ from .softmax import (
     weigh_maker,
     weights_maker,
 )
-from .tile import Blocks, Spec
+from .tile import Blocks, Geometry, Spec
 from .toolkit import SIMULATED, cuda, device_function, kernel
 
 __all__ = ["compiled"]
@@ -68,7 +68,7 @@ def compiled(spec: Spec):
     apply_options, raise_top, weigh = options_maker(b), raise_maker(b), weigh_maker(b)
     accumulate, fold, sum_rows = accumulate_maker(b), fold_maker(b), row_sum_maker(b)
     finish, write_weights = finish_maker(b), weights_maker(b)
-    describe_rows, limits = row_describer(b), tile_limits(b)
+    describe_rows = row_describer(b)
     find_lost, write_lse = loss_finder(b), lse_writer(b)
     V_KEYS = b.v_keys
 
@@ -136,7 +136,7 @@ def compiled(spec: Spec):
                     row_wanted[t] |= flags[from_ + n * layout[Fields.ROW_PART] * layout[PARTS]]
             if not cuda.syncthreads_or(np.int32(t < n_rows and row_wanted[t] != 0)):
                 return
-        first, last, inner_first, inner_last = limits(bounds, layout, part)
+        first, last, inner_first, inner_last = key_limits(bounds, layout, part)
         _, _, q_dim = strides_of(layout, Q)
         _, v_row, v_dim = strides_of(layout, V)
         k_at = place_of(layout, K, entry, kv_head)
@@ -240,7 +240,7 @@ def compiled(spec: Spec):
     return kernel(attend, b.tile.registers)
 
 
-def row_describer(b: Blocks):
+def row_describer(b: Geometry):
     """A device function that fills what is kept of each row, and the bounds of the tile."""
     BLOCK_Q = b.queries
 
@@ -285,19 +285,16 @@ def limits_of_row(layout, positions, start, stop, entry, head, i):
     return row_limits(layout, positions, start, stop, start_at, stop_at, entry, i)
 
 
-def tile_limits(b: Blocks):
-    """A device function: the keys [first, last) seen by some row, [inner_first, inner_last) by
-    every row, within a part of the keys.
+@device_function
+def key_limits(bounds, layout, part):
+    """The keys [first, last) seen by some row, [inner_first, inner_last) by every row, within a
+    part of the keys.
     """
-
-    def limits(bounds, layout, part):
-        first, last = bounds[0], bounds[1]
-        if layout[PARTS] > 1:
-            first = max(first, part * layout[PART_KEYS])
-            last = min(last, (part + 1) * layout[PART_KEYS])
-        return first, last, bounds[2], bounds[3]
-
-    return device_function(limits)
+    first, last = bounds[0], bounds[1]
+    if layout[PARTS] > 1:
+        first = max(first, part * layout[PART_KEYS])
+        last = min(last, (part + 1) * layout[PART_KEYS])
+    return first, last, bounds[2], bounds[3]
 
 
 def scorer(b: Blocks):

@@ -14,7 +14,7 @@ import numpy as np
 
 from .elements import POSITIVE, reader
 from .layout import Fields
-from .tile import Blocks
+from .tile import Blocks, Geometry
 from .toolkit import cuda, device_function
 
 __all__ = ["Options", "Rows", "look_maker", "options_maker", "row_limits", "score_maker"]
@@ -73,7 +73,7 @@ def row_limits(layout, positions, start, stop, start_at, stop_at, entry, i):
     return min(low, layout[N_KEYS]), max(high, np.int64(0))
 
 
-def look_maker(b: Blocks):
+def look_maker(b: Geometry):
     """A device function that tells which of its scores a thread sees, as bits."""
     ROWS, COLS, row_of, key_of = b.rows, b.cols, b.row_of, b.key_of
     MASKED = b.spec.mask
@@ -135,7 +135,7 @@ def adder(real):
     return device_function(add)
 
 
-def options_maker(b: Blocks):
+def options_maker(b: Geometry):
     """A device function that makes products scores, -inf where hidden, and returns what is seen."""
     ROWS, COLS, row_of, key_of, real = b.rows, b.cols, b.row_of, b.key_of, b.real
     SCALES = b.scales

@@ -31,9 +31,9 @@ from .instructions import (
     wait_all,
 )
 from .layout import Fields, Operands, place_of, strides_of
-from .multiply_add import row_describer, tile_limits
+from .multiply_add import key_limits, row_describer
 from .scores import Options, Rows, look_maker, options_maker
-from .tile import Spec
+from .tile import Geometry, Spec
 from .toolkit import SIMULATED, cuda, device_function, kernel
 
 __all__ = ["MOST_DIMS", "TensorBlocks", "TensorSpec", "compiled"]
@@ -54,7 +54,7 @@ class TensorSpec(NamedTuple):
         return -(-self.spec.value_dim // TensorBlocks(self).slice)
 
 
-class TensorBlocks:
+class TensorBlocks(Geometry):
     """The sizes of the kernel's loops, and of its arrays in shared memory and registers."""
 
     real = np.float32
@@ -64,6 +64,8 @@ class TensorBlocks:
         wide = spec.head_dim > 128
         self.keys = 16 if SIMULATED else 32 if wide else 64
         self.warps = 1 if SIMULATED or spec.few else 8 if spec.head_dim <= 64 else 4
+        # So that two or three blocks of threads are under way at once on a multiprocessor.
+        self.registers = 255 if wide or spec.few else 128 if spec.head_dim <= 64 else 168
         self.queries, self.threads = 16 * self.warps, 32 * self.warps
         self.slice = min(spec.value_dim, 16 if SIMULATED else 128)
         self.k_steps, self.key_tiles = -(-spec.head_dim // 16), self.keys // 8
@@ -100,7 +102,7 @@ def compiled(kind: TensorSpec):
     MASKED, ALIGNMENT = spec.mask, None if SIMULATED else 16
     HIDES = spec.mask or spec.bias or spec.relative_bias
     SCALES, ZERO, INF = b.scales, np.float32(0), np.float32(math.inf)
-    describe_rows, limits = row_describer(b), tile_limits(b)
+    describe_rows = row_describer(b)
     load_queries, load_keys, load_values = query_loader(b), loader(b, kind, 0), loader(b, kind, 1)
     look, score, apply_options = look_maker(b), score_maker(b, kind), options_maker(b)
     weigh, accumulate = weigh_maker(b), accumulate_maker(b, kind)
@@ -158,7 +160,7 @@ def compiled(kind: TensorSpec):
         )  # fmt: skip
         describe_rows(rows, layout, positions, start, stop, per_head, entry, first_head,
                       first_row, n_rows, bounds, t)  # fmt: skip
-        first, last, inner_first, inner_last = limits(bounds, layout, part)
+        first, last, inner_first, inner_last = key_limits(bounds, layout, part)
         _, k_row, k_dim = strides_of(layout, Operands.K)
         _, v_row, v_dim = strides_of(layout, Operands.V)
         k_at = place_of(layout, Operands.K, entry, kv_head)
@@ -209,7 +211,7 @@ def compiled(kind: TensorSpec):
                       n_cols, ty, tx)  # fmt: skip
         write_results(flags, lse, row_max, top, total, base, lost, rows, at, layout, n_rows, ty, tx)
 
-    return kernel(attend)
+    return kernel(attend, b.registers)
 
 
 def query_loader(b: TensorBlocks):
@@ -237,16 +239,24 @@ def loader(b: TensorBlocks, kind: TensorSpec, operand: int):
     WIDTH = 8 * b.dim_tiles if operand else 16 * b.k_steps
     HEAD_DIM, KEYS, THREADS = b.spec.head_dim, b.keys, b.threads
     CHUNKS = WIDTH // 8
+    AT_ONCE = THREADS // CHUNKS  # rows; threads that are left over copy nothing
+    ROUNDS, ACTIVE = -(-KEYS // AT_ONCE), AT_ONCE * CHUNKS
 
     def load_vectors(shared, x, at, row_stride, dim_stride, begin, first, last, n_cols, t):
+        if t >= ACTIVE:
+            return
+        row, d = t // CHUNKS, t % CHUNKS * 8
         width = n_cols if operand else HEAD_DIM
-        for n in range(t, KEYS * CHUNKS, THREADS):
-            row, d = n // CHUNKS, n % CHUNKS * 8
-            key, count = begin + row, min(max(width - d, 0), 8)
-            if key < first or key >= last:
-                count = 0
-            from_ = at + key * row_stride + d if count > 0 else np.int64(0)
-            copy16(shared, TO + row * TO_ROW + d, x, from_, np.int32(count))
+        count = np.int32(min(max(width - d, 0), 8))
+        from_ = at + (begin + row) * row_stride + d
+        to = TO + row * TO_ROW + d
+        for n in range(ROUNDS):
+            key = begin + row + n * AT_ONCE
+            here = count if first <= key and key < last else np.int32(0)
+            if ROUNDS * AT_ONCE == KEYS or row + n * AT_ONCE < KEYS:
+                copy16(shared, to, x, from_ if here > 0 else np.int64(0), here)
+            from_ += AT_ONCE * row_stride
+            to += AT_ONCE * TO_ROW
 
     def load_elements(shared, x, at, row_stride, dim_stride, begin, first, last, n_cols, t):
         width = n_cols if operand else HEAD_DIM

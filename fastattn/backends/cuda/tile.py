@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .toolkit import device_function
 
-__all__ = ["FEW_QUERIES", "Blocks", "Spec", "Tile", "slice_of", "tile_for"]
+__all__ = ["FEW_QUERIES", "Blocks", "Geometry", "Spec", "Tile", "slice_of", "tile_for"]
 
 # Up to so many queries are served by narrow tiles, with the keys split over blocks of threads.
 FEW_QUERIES = 4
@@ -89,10 +89,23 @@ def slice_of(spec: Spec) -> int:
     return min(spec.value_dim, 16 if spec.simulated else 128)
 
 
-class Blocks:
-    """The sizes of a kernel's loops, and of its arrays in shared memory and registers."""
+class Geometry:
+    """What any kernel tells of its tiles."""
 
-    scales = False  # queries are scaled before the products
+    spec: Spec
+    real: Any  # the type of scores
+    queries: int  # of a tile
+    keys: int
+    threads: int
+    rows: int  # of the scores of a thread
+    cols: int
+    row_of: Any  # (r, ty) -> the query of the tile that its scores s[r] are of
+    key_of: Any  # (c, tx) -> the key of s[:, c]
+    scales: bool = False  # are scores yet to be scaled?
+
+
+class Blocks(Geometry):
+    """The sizes of the loops of `multiply_add`, of its shared memory and of its registers."""
 
     def __init__(self, spec: Spec):
         self.spec, self.tile = spec, tile_for(spec)
