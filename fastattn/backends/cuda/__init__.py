@@ -5,8 +5,9 @@ where they lie, and the results stay beside them. `multiply_add` serves any call
 float64 for float64 and else in float32; `tensor_cores` float16 and bfloat16 from compute capability
 8.0 on. `engine` chooses.
 
-Nothing here has run on a device as it stands. An earlier build of the multiply-adds has, on an H100,
-with the right results; tensor cores and the merging of parts have only been simulated and compiled.
+Nothing here has run on a device as it stands. An earlier build of the multiply-adds has, on an
+H100, with the right results; tensor cores and the merging of parts have only been simulated and
+compiled.
 """
 
 from __future__ import annotations

@@ -11,8 +11,18 @@ from ...core.device_array import packed
 from ...core.problem import Problem
 from . import merge, multiply_add, tensor_cores
 from .layout import Fields, pack
-from .operands import Operand, Result, constant, in_vectors, nothing, operand, scratch
-from .tensor_cores import TensorBlocks, TensorSpec
+from .operands import (
+    Operand,
+    Result,
+    constant,
+    dtype_name,
+    in_vectors,
+    nothing,
+    numbers,
+    operand,
+    scratch,
+)  # fmt: skip
+from .tensor_tile import TensorSpec, blocks_of, tensor_kinds
 from .tile import FEW_QUERIES, Spec, slice_of, tile_for
 from .toolkit import SIMULATED, cuda
 
@@ -47,10 +57,10 @@ class Split:
 def spec_of(p: Problem) -> Spec:
     """What the multiply-add kernel is compiled for."""
     operands = {"q": p.q, "k": p.k, "v": p.v, "b": p.bias, "o": p}
-    halves = (c for c, x in operands.items() if x is not None and x.dtype.name == "bfloat16")
+    halves = (c for c, x in operands.items() if x is not None and dtype_name(x.dtype) == "bfloat16")
     wide = p.bias is not None and p.bias.dtype.kind == "f" and p.bias.dtype.itemsize > 4
     return Spec(
-        real=p.accumulator.name,
+        real=dtype_name(p.accumulator),
         head_dim=p.head_dim,
         value_dim=max(1, p.value_dim),
         bfloat16="".join(halves),
@@ -73,7 +83,7 @@ class Call:
     """A problem whose arrays are on the device."""
 
     def __init__(self, p: Problem, result, stream):
-        self.p, self.stream, self.split = p, stream, Split(p)
+        self.p, self.stream, self.split, self.spec = p, stream, Split(p), spec_of(p)
         self.real = np.dtype(p.accumulator)
         axes = len(p.batch) + 3
 
@@ -92,13 +102,13 @@ class Call:
         self.lse = Result(p, p.rows(), p.accumulator) if p.return_lse else None
         self.row_max = Result(p, p.rows(), p.accumulator) if p.return_max else None
         self.weights = Result(p, p.rows(p.n_keys), p.dtype) if p.return_weights else None
-        self.positions, self.per_head = constant(_positions(p)), constant(_per_head(p))
+        self.positions, self.per_head = _positions(p), _per_head(p)
         self.flags: Any = None  # of the kernel of tensor cores
 
-    def kind(self) -> TensorSpec:
-        """What a kernel of tensor cores for it is compiled for."""
+    def kinds(self) -> list[TensorSpec]:
+        """What kernels of tensor cores for it are compiled for, the fastest first."""
         vectors = all(map(in_vectors, (self.k, self.v), (self.p.head_dim, self.p.value_dim)))
-        return TensorSpec(spec_of(self.p), self.p.dtype.name, vectors)
+        return tensor_kinds(self.spec, dtype_name(self.p.dtype), vectors)
 
     def answer(self, kind: TensorSpec | None, redo=True):
         """Launch what answers it, by tensor cores if a `kind` is given; ``(lse, row_max,
@@ -108,8 +118,7 @@ class Call:
             if self.split.parts > 1:
                 self._merge_parts(kind, redo)
             else:
-                spec = spec_of(self.p)
-                self._attend(spec, kind, redo, self.out.operand, self.lse, self.row_max)
+                self._attend(self.spec, kind, redo, self.out.operand, self.lse, self.row_max)
         self.out.deliver(self.stream)
         results = (self.lse, self.row_max, self.weights)
         return tuple(None if x is None else x.deliver(self.stream) for x in results)
@@ -121,13 +130,12 @@ class Call:
         lse = scratch("lse", 2 * parts * rows, self.real, self.stream)
         high = scratch("max", parts * rows, self.real, self.stream) if p.return_max else None
         where = Operand(sums, 0, packed(p.rows(p.value_dim), 1))
-        spec = spec_of(p)
-        halves = spec.bfloat16.replace("o", "")
-        each = spec._replace(partial=True, sinks=False, bfloat16=halves)
+        halves = self.spec.bfloat16.replace("o", "")
+        each = self.spec._replace(partial=True, sinks=False, bfloat16=halves)
         layout = self._attend(each, kind and kind._replace(spec=each), redo, where, lse, high)
         idle = 1 if SIMULATED else math.ceil(WARNED_BLOCKS / rows)
         none = nothing(self.real)
-        merge.compiled(spec)[(rows, idle), merge.THREADS, self.stream](
+        merge.compiled(self.spec)[(rows, idle), merge.THREADS, self.stream](
             sums, lse, none if high is None else high, self.out.elements,
             *(none if x is None else x.elements for x in (self.lse, self.row_max)),
             self.per_head, layout,
@@ -136,27 +144,29 @@ class Call:
     def _attend(self, spec: Spec, kind, redo, out: Operand, lse, row_max):
         """The kernels that compute a result, or parts of it; the layout that they were given."""
         p, none = self.p, nothing(self.real)
-        layout = constant(self._layout(out, kind))
+        layout = numbers(self._layout(out, kind), np.int64)
         operands = (out, self.mask, self.bias, self.start, self.stop)
         results = [none if x is None else getattr(x, "elements", x) for x in (lse, row_max)]
         with np.errstate(over="ignore"):
             softcap = self.real.type(p.softcap or 1)
         before = (*(x.elements for x in operands), *results)
-        numbers = (self.positions, self.per_head, layout)
+        tables = (self.positions, self.per_head, layout)
         flags = nothing(np.int32)
         if kind is not None:
-            rows = kind.slices * self.split.parts * math.prod(p.rows())
+            b = blocks_of(kind)
+            rows = b.slices * self.split.parts * math.prod(p.rows())
             self.flags = flags = scratch("flags", rows, np.int32, self.stream)
             qkv = (x.elements.view(np.uint16) for x in (self.q, self.k, self.v))
-            kernel, b = tensor_cores.compiled(kind), TensorBlocks(kind)
-            self._launch(kernel, b, kind.slices, (*qkv, *before, *numbers, flags, softcap))
+            self._launch(
+                tensor_cores.compiled(kind), b, b.slices, (*qkv, *before, *tables, flags, softcap)
+            )
             spec = spec._replace(redo=True)
         if kind is None or redo:
             weights = none if self.weights is None else self.weights.elements
             qkv = (x.elements for x in (self.q, self.k, self.v))
             margin = self.real.type(math.log(2 * p.n_keys + 2))
             slices = math.ceil(spec.value_dim / slice_of(spec))
-            arguments = (*qkv, *before, weights, *numbers, flags, softcap, margin)
+            arguments = (*qkv, *before, weights, *tables, flags, softcap, margin)
             self._launch(multiply_add.compiled(spec), tile_for(spec), slices, arguments)
         return layout
 
@@ -172,7 +182,7 @@ class Call:
             grid = (blocks, slices, max(self.split.parts, least))
             kernel[grid, tile.threads, self.stream](*arguments, first)
 
-    def _layout(self, out: Operand, kind) -> np.ndarray:
+    def _layout(self, out: Operand, kind) -> tuple[int, ...]:
         p, r, split = self.p, self.p.key_range, self.split
         rows = math.prod(p.rows())
         fields = {
@@ -185,7 +195,8 @@ class Call:
             Fields.REACH: 0 if p.relative_bias is None else p.relative_bias.shape[-1] // 2,
             Fields.PART_KEYS: split.part_keys, Fields.PARTS: split.parts,
             Fields.OUT_PART: rows * p.value_dim, Fields.ROW_PART: rows,
-            Fields.SPANS: int(r.spans is not None), Fields.FLAGS: kind.slices if kind else 0,
+            Fields.SPANS: int(r.spans is not None),
+            Fields.FLAGS: 0 if kind is None else blocks_of(kind).slices,
         }  # fmt: skip
         operands = (self.q, self.k, self.v, out, self.mask, self.bias, self.start, self.stop)
         records = ((x.first, x.strides) for x in (*operands, self.out.operand))
@@ -197,22 +208,25 @@ def _by_entry(p: Problem) -> bool:
     return isinstance(p.q_offset, np.ndarray) or p.key_range.lengths is not None
 
 
-def _positions(p: Problem) -> np.ndarray:
+def _positions(p: Problem):
     """Of each entry the position of its first query, then of each the number of its keys."""
     lengths = p.n_keys if p.key_range.lengths is None else p.key_range.lengths
-    shape = p.batch if _by_entry(p) else (1,)
-    both = (np.broadcast_to(np.asarray(x, np.int64), shape).ravel() for x in (p.q_offset, lengths))
-    return np.concatenate([*both])
+    if not _by_entry(p):
+        return numbers((p.q_offset, lengths), np.int64)
+    sides = (np.asarray(x, np.int64) for x in (p.q_offset, lengths))
+    return constant(np.concatenate([np.broadcast_to(x, p.batch).ravel() for x in sides]))
 
 
-def _per_head(p: Problem) -> np.ndarray:
+def _per_head(p: Problem):
     """Scales, slopes, sinks and the rows of the relative bias."""
-    heads = (p.heads,)
-    parts = (np.broadcast_to(0 if x is None else x, heads) for x in (p.scale, p.alibi, p.sinks))
+    if p.alibi is p.sinks is p.relative_bias is None and type(p.scale) is float:
+        return numbers((p.scale,) * p.heads + (0.0,) * (2 * p.heads), p.accumulator)
+    rows = (0 if x is None else x for x in (p.scale, p.alibi, p.sinks))
     bias = np.empty((p.heads, 0)) if p.relative_bias is None else p.relative_bias
     bias = np.broadcast_to(bias, (p.heads, bias.shape[-1]))
+    each = [np.broadcast_to(x, (p.heads,)) for x in rows]
     with np.errstate(over="ignore"):
-        return np.concatenate([*parts, bias.ravel()]).astype(p.accumulator)
+        return constant(np.concatenate([*each, bias.ravel()]).astype(p.accumulator))
 
 
 def tiles_of(p: Problem, tile, split: Split) -> int:

@@ -14,12 +14,14 @@ import numpy as np
 from ...core.dtypes import float_type
 from ...core.problem import Problem, make_problem
 from .call import Call, Split, spec_of, tiles_of, tiles_per_launch
-from .operands import current_device
-from .tensor_cores import MOST_DIMS, TensorBlocks, TensorSpec
+from .operands import current_device, dtype_name
+from .tensor_tile import TensorSpec, blocks_of, tensor_kinds
 from .tile import Geometry, Tile, tile_for
 from .toolkit import SIMULATED, cuda
 
 __all__ = ["plan", "run", "trial"]
+
+MOST_DIMS = 256  # whose fragments of q fit into registers
 
 # A product of bfloat16 that leaves float32 is, with a smaller scale, a score that does not.
 LEAST_SCALE = 2.0**-20
@@ -32,15 +34,14 @@ TOLERANCE = {"float16": 2.0**-8, "bfloat16": 2.0**-5}
 def run(p: Problem, result, stream):
     """Fill `result`; return ``(lse, row_max, weights)``, None for what was not asked for."""
     call = Call(p, result, stream)
-    kind = call.kind() if unfit(p) is None else None
-    if kind is not None and trial(current_device(), kind) is not None:
-        kind = None
-    return call.answer(kind)
+    kinds = call.kinds() if unfit(p) is None else []
+    right = (kind for kind in kinds if trial(current_device(), kind) is None)
+    return call.answer(next(right, None))
 
 
 def unfit(p: Problem) -> str | None:
     """Why `p` is not for tensor cores on this device, or None."""
-    if {x.dtype.name for x in (p.q, p.k, p.v)} not in ({"float16"}, {"bfloat16"}):
+    if not (dtype_name(p.q.dtype) in TOLERANCE and p.q.dtype == p.k.dtype == p.v.dtype):
         return "they multiply float16 or bfloat16, the same for q, k and v"
     if not SIMULATED and tuple(cuda.get_current_device().compute_capability) < (8, 0):
         return "the device has a compute capability below 8.0"
@@ -48,7 +49,7 @@ def unfit(p: Problem) -> str | None:
         return f"head_dim is above {MOST_DIMS}"
     if p.return_weights:
         return "weights are asked for"
-    if p.value_dim < 1 or not np.all(np.asarray(p.scale) >= LEAST_SCALE):
+    if not (p.scale >= LEAST_SCALE if type(p.scale) is float else np.min(p.scale) >= LEAST_SCALE):
         return "the scale is not positive, or tiny"
     return None
 
@@ -79,7 +80,7 @@ def compared(kind: TensorSpec) -> str | None:
 
 def example(kind: TensorSpec) -> Problem:
     """A problem of a kind, of several tiles with ragged ends, each row with keys in sight."""
-    spec, b, rng = kind.spec, TensorBlocks(kind), np.random.default_rng(0)
+    spec, b, rng = kind.spec, blocks_of(kind), np.random.default_rng(0)
     n_queries = 1 if spec.few else b.queries + 5
     n_keys = n_queries + 2 * b.keys + 5
 
@@ -108,7 +109,7 @@ def solved(p: Problem, kind: TensorSpec | None):
     lse, _, _ = call.answer(kind, redo=False)
     flagged = False
     if kind is not None:
-        n = kind.slices * call.split.parts * math.prod(p.rows())
+        n = blocks_of(kind).slices * call.split.parts * math.prod(p.rows())
         flagged = bool(call.flags.copy_to_host(stream=stream)[:n].any())
     return (np.asarray(out, np.float32), lse), flagged
 
@@ -117,14 +118,19 @@ def plan(p: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     spec, split, why = spec_of(p), Split(p), unfit(p)
     tile: Geometry | Tile = tile_for(spec)
+    passed = ""
     products = f"multiply-adds, {spec.real} sums of {p.dtype}"
     if why is None:
         whole = p.head_dim % 8 == p.value_dim % 8 == 0  # and so in vectors, in most layouts
-        kind = TensorSpec(spec, p.dtype.name, whole)
-        why = trial(current_device(), kind)
+        for kind in tensor_kinds(spec, p.dtype.name, whole):
+            why = trial(current_device(), kind)
+            if why is None:
+                break
+            passed = f"; no wgmma: {why}" if kind.wgmma else ""
     if why is None:
-        tile = TensorBlocks(kind)
-        products = f"tensor cores (mma.sync), float32 sums of {p.dtype}"
+        tile = blocks_of(kind)
+        instruction = "wgmma" if kind.wgmma else "mma.sync"
+        products = f"tensor cores ({instruction}), float32 sums of {p.dtype}{passed}"
     elif spec.real == "float32" and p.dtype.itemsize == 2:
         products += f"; no tensor cores: {why}"
     parts = f", keys in {split.parts} parts of {split.part_keys}" if split.parts > 1 else ""

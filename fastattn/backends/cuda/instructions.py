@@ -9,25 +9,29 @@ if SIMULATED:
         commit,
         copy16,
         exp2,
+        fence,
         load_matrices,
         mma_maker,
         pack_maker,
         shuffle_xor,
         wait_all,
-    )  # fmt: skip
+        wgmma_maker,
+    )
 else:
     from .ptx import (
         commit,
         copy16,
         exp2,
+        fence,
         load_matrices,
         mma_maker,
         pack_maker,
         shuffle_xor,
         wait_all,
-    )  # fmt: skip
+        wgmma_maker,
+    )
 
 __all__ = [
-    "commit", "copy16", "exp2", "load_matrices", "mma_maker", "pack_maker", "shuffle_xor",
-    "wait_all",
+    "commit", "copy16", "exp2", "fence", "load_matrices", "mma_maker", "pack_maker", "shuffle_xor",
+    "wait_all", "wgmma_maker",
 ]  # fmt: skip

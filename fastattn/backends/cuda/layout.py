@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections import namedtuple
 from typing import Any
 
-import numpy as np
-
 from .toolkit import device_function
 
 __all__ = ["Fields", "Operands", "pack", "place_of", "strides_of"]
@@ -41,13 +39,17 @@ Operands: Any = namedtuple("Operands", _OPERANDS)(*range(len(_OPERANDS)))
 AXES, COUNT = Fields.AXES, len(Fields)
 
 
-def pack(fields: dict[int, int], sizes, records) -> np.ndarray:
+def pack(fields: dict[int, int], sizes, records) -> tuple[int, ...]:
     """The vector; a record is ``(first, strides)`` with a stride for each axis."""
-    numbers = np.zeros(COUNT, np.int64)
-    numbers[list(fields)] = list(fields.values())
+    numbers = [0] * COUNT
+    for place, number in fields.items():
+        numbers[place] = number
     numbers[AXES] = len(sizes)
-    flat = [np.asarray((first, *strides), np.int64) for first, strides in records]
-    return np.concatenate([numbers, np.asarray(sizes, np.int64), *flat])
+    numbers += sizes
+    for first, strides in records:
+        numbers.append(first)
+        numbers += strides
+    return tuple(numbers)
 
 
 @device_function

@@ -21,7 +21,7 @@ import numpy as np
 
 from .elements import query_loader, reader, tile_loader
 from .layout import Fields, Operands, place_of, strides_of
-from .scores import Options, Rows, look_maker, options_maker, row_limits, score_maker
+from .scores import Options, Rows, look_maker, options_maker, score_maker
 from .softmax import (
     accumulate_maker,
     finish_maker,
@@ -31,13 +31,14 @@ from .softmax import (
     weigh_maker,
     weights_maker,
 )
-from .tile import Blocks, Geometry, Spec
+from .tile import Blocks, Spec
 from .toolkit import SIMULATED, cuda, device_function, kernel
+from .visibility import key_limits, row_describer
 
 __all__ = ["compiled"]
 
 N_QUERIES, N_KEYS, HEADS, GROUP = Fields.N_QUERIES, Fields.N_KEYS, Fields.HEADS, Fields.GROUP
-SHARE, PARTS, PART_KEYS = Fields.SHARE, Fields.PARTS, Fields.PART_KEYS
+SHARE, PARTS = Fields.SHARE, Fields.PARTS
 Q, K, V, OUT, MASK, BIAS = (
     Operands.Q, Operands.K, Operands.V, Operands.OUT, Operands.MASK, Operands.BIAS
 )  # fmt: skip
@@ -238,63 +239,6 @@ def compiled(spec: Spec):
                 break
 
     return kernel(attend, b.tile.registers)
-
-
-def row_describer(b: Geometry):
-    """A device function that fills what is kept of each row, and the bounds of the tile."""
-    BLOCK_Q = b.queries
-
-    def describe_rows(rows, layout, positions, start, stop, per_head, entry, first_head,
-                      first_row, n_rows, bounds, t):  # fmt: skip
-        if t == 0:
-            bounds[0] = layout[N_KEYS]
-            bounds[1] = 0
-            bounds[2] = 0
-            bounds[3] = layout[N_KEYS]
-        cuda.syncthreads()
-        if t < n_rows:
-            share = layout[SHARE]
-            i, h = (first_row + t) // share, (first_row + t) % share
-            rows.query[t], rows.head[t] = i, h
-            q_head, q_row, _ = strides_of(layout, Q)
-            rows.place[t] = place_of(layout, Q, entry, first_head) + i * q_row + h * q_head
-            rows.scale[t] = per_head[first_head + h]
-            low, high = limits_of_row(layout, positions, start, stop, entry, first_head + h, i)
-            rows.start[t], rows.stop[t] = low, high
-            if low < high:
-                cuda.atomic.min(bounds, 0, low)
-                cuda.atomic.max(bounds, 1, high)
-            cuda.atomic.max(bounds, 2, low)
-            cuda.atomic.min(bounds, 3, high)
-        elif t < BLOCK_Q:
-            rows.query[t], rows.head[t], rows.start[t], rows.stop[t] = 0, 0, 0, 0
-        cuda.syncthreads()
-
-    return device_function(describe_rows)
-
-
-@device_function
-def limits_of_row(layout, positions, start, stop, entry, head, i):
-    """The keys ``[low, high)`` that the intervals of query `i` show."""
-    start_at = stop_at = np.int64(-1)
-    if layout[Fields.SPANS]:
-        start_at = place_of(layout, Operands.START, entry, head)
-        start_at += i * strides_of(layout, Operands.START)[1]
-        stop_at = place_of(layout, Operands.STOP, entry, head)
-        stop_at += i * strides_of(layout, Operands.STOP)[1]
-    return row_limits(layout, positions, start, stop, start_at, stop_at, entry, i)
-
-
-@device_function
-def key_limits(bounds, layout, part):
-    """The keys [first, last) seen by some row, [inner_first, inner_last) by every row, within a
-    part of the keys.
-    """
-    first, last = bounds[0], bounds[1]
-    if layout[PARTS] > 1:
-        first = max(first, part * layout[PART_KEYS])
-        last = min(last, (part + 1) * layout[PART_KEYS])
-    return first, last, bounds[2], bounds[3]
 
 
 def scorer(b: Blocks):

@@ -1,4 +1,4 @@
-"""The instructions of tensor cores from compute capability 8.0 on, in NVIDIA's PTX.
+"""The instructions of tensor cores, those of compute capability 8.0 and `wgmma` of 9.0, in PTX.
 
 Arrays are given with an index instead of an address. Local ones hold fragments: with indices that
 are constant once loops are unrolled they are registers.
@@ -11,11 +11,12 @@ from functools import cache
 from llvmlite import ir
 from numba.cuda import types
 
+from .fragments import descriptor, step_offset
 from .toolkit import cuda, device_function, intrinsic
 
 __all__ = [
-    "commit", "copy16", "exp2", "load_matrices", "mma_maker", "pack_maker", "shuffle_xor",
-    "wait_all",
+    "commit", "copy16", "exp2", "fence", "load_matrices", "mma_maker", "pack_maker", "shuffle_xor",
+    "wait_all", "wgmma_maker",
 ]  # fmt: skip
 
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -57,6 +58,8 @@ def statement(text):
 
 commit = statement("cp.async.commit_group;")
 wait_all = statement("cp.async.wait_group 0;")
+# What cp.async has written, before wgmma reads it.
+fence = statement("fence.proxy.async.shared::cta;")
 
 
 @intrinsic
@@ -137,6 +140,59 @@ def mma_maker(dtype):
         return types.void(sums, index, a, index, b, index), generate
 
     return mma
+
+
+@cache
+def wgmma_maker(dtype, columns, steps, rows, transposed):
+    """``multiply(sums, a, shared, at)``: the product of 64 rows of a warpgroup, 16 to a warp, and a
+    swizzled tile of so many rows that begins at ``shared[at]``, summed over 16 for each step: of k,
+    or of v, which is added to the sums. Each lane has ``sums[r, n]`` as of `mma_maker`.
+    """
+    kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
+    size, before = columns // 2, columns // 2 if transposed else 0
+    first = size + before  # of the operands that are read
+    out = ",".join(f"${i}" for i in range(size))
+    lines = [
+        "{ .reg .pred no, yes; .reg .b64 t; setp.ne.u32 no, 0, 0; setp.eq.u32 yes, 0, 0;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(steps):
+        left = ",".join(f"${first + 4 * step + i}" for i in range(4))
+        adds = "yes" if transposed or step else "no"
+        lines += [
+            f"add.s64 t, ${first + 4 * steps}, {step_offset(step, rows, transposed)};",
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{out}}},",
+            f"{{{left}}}, t, {adds}, 1, 1, {int(transposed)};",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
+    constraints = ["=&f"] * size + [str(i) for i in range(before)]
+    constraints += ["r"] * (4 * steps) + ["l", "~{memory}"]
+
+    @intrinsic
+    def multiply(typing, sums, a, shared, at):
+        def generate(context, builder, sig, args):
+            data = context.make_array(sig.args[0])(context, builder, args[0]).data
+            # By fours: two columns of a row, and of the row 8 below.
+            places = (i % 4 // 2 * (columns // 4) + i // 4 * 2 + i % 2 for i in range(size))
+            to = [builder.gep(data, [ir.Constant(I64, place)]) for place in places]
+            left = context.make_array(sig.args[1])(context, builder, args[1]).data
+            inputs = [builder.load(pointer) for pointer in to[:before]]
+            for i in range(4 * steps):
+                inputs.append(builder.load(builder.gep(left, [ir.Constant(I64, i)])))
+            address = shared_address(builder, element(context, builder, sig, args, 2))
+            start = builder.zext(builder.lshr(address, ir.Constant(I32, 4)), I64)
+            inputs.append(builder.or_(start, ir.Constant(I64, descriptor(rows, transposed))))
+            several = ir.LiteralStructType([F32] * size)
+            found = assemble(
+                builder, several, inputs, "\n".join(lines), ",".join(constraints), True
+            )
+            for i, pointer in enumerate(to):
+                builder.store(builder.extract_value(found, i), pointer)
+            return context.get_dummy_value()
+
+        return types.void(sums, a, shared, types.int64), generate
+
+    return multiply
 
 
 @cache

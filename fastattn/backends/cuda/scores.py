@@ -13,14 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .elements import POSITIVE, reader
-from .layout import Fields
 from .tile import Blocks, Geometry
 from .toolkit import cuda, device_function
 
-__all__ = ["Options", "Rows", "look_maker", "options_maker", "row_limits", "score_maker"]
-
-N_QUERIES, N_KEYS, HEADS = Fields.N_QUERIES, Fields.N_KEYS, Fields.HEADS
-LEFT, RIGHT, REACH = Fields.LEFT, Fields.RIGHT, Fields.REACH
+__all__ = ["Options", "Rows", "look_maker", "options_maker", "score_maker"]
 
 
 class Rows(NamedTuple):
@@ -55,22 +51,6 @@ class Options(NamedTuple):
     heads: Any
     first_head: Any
     reach: Any
-
-
-@device_function
-def row_limits(layout, positions, start, stop, start_at, stop_at, entry, i):
-    """The keys ``[low, high)`` that the intervals of query `i` show."""
-    offset = positions[entry * layout[Fields.OF_ENTRY]]
-    length = positions[layout[Fields.ENTRIES] + entry * layout[Fields.OF_ENTRY]]
-    low, high = np.int64(0), length
-    if layout[LEFT] >= 0:
-        low = max(low, i + offset - layout[LEFT])
-    if layout[RIGHT] >= 0:
-        high = min(high, i + offset + layout[RIGHT] + 1)
-    if start_at >= 0:
-        low = max(low, start[start_at])
-        high = min(high, stop[stop_at])
-    return min(low, layout[N_KEYS]), max(high, np.int64(0))
 
 
 def look_maker(b: Geometry):

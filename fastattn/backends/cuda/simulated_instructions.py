@@ -10,11 +10,11 @@ from itertools import product
 
 import numpy as np
 
-from .fragments import a_element, b_element, c_element, loaded
+from .fragments import a_element, b_element, c_element, descriptor, loaded, step_offset
 
 __all__ = [
-    "commit", "copy16", "exp2", "load_matrices", "mma_maker", "pack_maker", "shuffle_xor",
-    "wait_all",
+    "commit", "copy16", "exp2", "fence", "load_matrices", "mma_maker", "pack_maker", "shuffle_xor",
+    "wait_all", "wgmma_maker",
 ]  # fmt: skip
 
 LANES = 32
@@ -48,6 +48,10 @@ def commit():
 
 
 def wait_all():
+    pass
+
+
+def fence():
     pass
 
 
@@ -98,6 +102,45 @@ def mma_maker(dtype):
             sums[r, n + c] += np.dot(left[row + 8 * r], right[:, column + c])
 
     return mma
+
+
+def _by_descriptor(start, described, k, n, transposed):
+    """Where `wgmma` reads an element of its right side, in bytes: the manual's canonical layouts
+    for a swizzle of 128 bytes, by which bits 4 to 6 of an address are exchanged by bits 7 to 9.
+    """
+    next_rows, next_block = (described >> 32 & 0x3FFF) * 16, (described >> 16 & 0x3FFF) * 16
+    if transposed:
+        at = start + n // 64 * next_block + k // 8 * next_rows + k % 8 * 128 + n % 64 * 2
+    else:
+        at = start + n // 8 * next_rows + n % 8 * 128 + 2 * k
+    return at ^ (at >> 7 & 7) << 4
+
+
+@cache
+def wgmma_maker(dtype, columns, steps, rows, transposed):
+    described = descriptor(rows, transposed)
+
+    def multiply(sums, a, shared, at):
+        lane, everyone = _gather([int(x) for x in a])
+        row, column = c_element(lane, 0)
+        wanted = [8 * tile + column + c for tile in range(columns // 8) for c in range(2)]
+        total = np.zeros((2, len(wanted)), np.float32)
+        for step in range(steps):
+            start = 2 * at + 16 * step_offset(step, rows, transposed)
+            left = np.zeros((2, 16), np.float32)
+            for other, register in product(range(LANES), range(4)):
+                its_row = a_element(other, register, 0)[0]
+                if its_row % 8 == row:
+                    numbers = _halves(everyone[other][4 * step + register], dtype)
+                    for half, x in enumerate(numbers):
+                        left[its_row // 8, a_element(other, register, half)[1]] = x
+            places = [[_by_descriptor(start, described, k, n, transposed) // 2 for n in wanted]
+                      for k in range(16)]  # fmt: skip
+            right = [[_halves(int(shared[place]), dtype)[0] for place in line] for line in places]
+            total += left @ np.array(right, np.float32)
+        sums[...] = sums + total if transposed else total
+
+    return multiply
 
 
 @cache
