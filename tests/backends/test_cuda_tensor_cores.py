@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 from helpers.cuda_compiler import assemble, compile_ptx, need_compiler
-from helpers.oracles import check, same_bits
+from helpers.oracles import assert_solves, check, same_bits
 from helpers.problems import Shape, options
 from helpers.targets import Target
 
@@ -96,9 +96,29 @@ def test_rows_read_at_once_lie_in_different_banks(maps, dims):
     assert sorted(row * chunks % 8 for row in range(8)) == list(range(8))
 
 
+@pytest.mark.parametrize("rows", [16, 64])
+def test_swizzled_tiles_are_what_descriptors_name(maps, rows):
+    """Each element lies where the manual's layout, with its descriptor and the offset of its step,
+    has it: 8 rows of 128 bytes, whose chunks are exchanged by the row's number.
+    """
+    row, dim = (x.ravel() for x in np.mgrid[:rows, :128])
+    place = 2 * maps.swizzled(row, dim, rows)
+    assert sorted(place) == list(range(0, 2 * place.size, 2))
+    for transposed in (False, True):
+        described = maps.descriptor(rows, transposed)
+        next_rows, next_block = (16 * (described >> bit & 0x3FFF) for bit in (32, 16))
+        assert described >> 62 == 1 and described & 0xFFFF == 0
+        start = 16 * maps.step_offset((row if transposed else dim) // 16, rows, transposed)
+        if transposed:
+            at = row % 16 // 8 * next_rows + dim // 64 * next_block + dim % 64 * 2
+        else:
+            at = row // 8 * next_rows + dim % 16 * 2
+        at = at + start + row % 8 * 128
+        assert (at ^ (at >> 7 & 7) << 4 == place).all()
+
+
 @runs
-@pytest.mark.parametrize("dtype", HALVES)
-def test_geometry_of_scores(dtype):
+def test_geometry_of_scores():
     cores, maps = part("tensor_tile"), part("fragments")
     for lane in range(32):
         for r in range(2):
@@ -137,6 +157,18 @@ def test_many_options(dtype):
     names = ["scale", "softcap", "-inf", "relative_bias", "alibi", "sinks", "window", "mask"]
     shape = Shape(1, 2, 5, 19, 8, kv_heads=1, value_dim=18)
     check(TARGET, *shape.arrays(dtype), **options(names, shape), return_max=True)
+
+
+@runs
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmma(dtype):
+    call, cuda = part("call"), part("toolkit").cuda
+    arrays = Shape(1, 1, 5, 18, 72, value_dim=20).arrays(dtype)
+    p = make_problem(*arrays, causal=True, return_lse=True)
+    out = p.new_result()
+    given = call.Call(p, out, cuda.default_stream())
+    lse, _, _ = given.answer(given.kinds()[0]._replace(wgmma=True), redo=False)
+    assert_solves((out, lse), p)
 
 
 @runs
@@ -256,33 +288,39 @@ def test_what_is_left_to_multiply_adds(opts, why):
 # --------------------------------------------------------------------------------- the compiler
 
 
-# Of kernels that have not run on a device yet, what they may use: (head_dim, few) -> registers,
-# bytes spilled, bytes of shared memory.
+# Of kernels that have not run on a device yet, what they may use: processor, head_dim, few ->
+# registers, bytes spilled, bytes of shared memory.
 MOST = {
-    (64, False): (128, 64, 24_200),
-    (128, False): (168, 128, 37_800),
-    (256, False): (255, 100, 28_500),
-    (128, True): (255, 0, 35_600),
+    ("sm_80", 64, False): (128, 64, 24_200),
+    ("sm_80", 128, False): (168, 128, 37_800),
+    ("sm_80", 256, False): (255, 100, 28_500),
+    ("sm_80", 128, True): (255, 0, 35_600),
+    ("sm_90", 128, False): (168, 128, 37_800),
+    ("sm_90a", 64, False): (200, 0, 22_200),
+    ("sm_90a", 128, False): (232, 0, 38_600),
 }
 
 
 @pytest.mark.skipif(SIMULATED, reason="the simulator compiles nothing")
-@pytest.mark.parametrize(("head_dim", "few"), MOST, ids=str)
-@pytest.mark.parametrize("processor", [(8, 0), (9, 0)], ids=str)
-def test_what_a_kernel_uses(monkeypatch, tmp_path, head_dim, few, processor):
+@pytest.mark.parametrize(("processor", "head_dim", "few"), MOST, ids=str)
+def test_what_a_kernel_uses(monkeypatch, tmp_path, processor, head_dim, few):
     need_compiler()
-    cores, tile = part("tensor_cores"), part("tile")
+    cores, tile, wgmma = part("tensor_cores"), part("tile"), processor == "sm_90a"
     spec = tile.Spec(
         "float32", head_dim, min(head_dim, 128), "qkv" if few else "qkvo", few=few, partial=few
     )
-    kind = part("tensor_tile").TensorSpec(spec, "bfloat16", True)
+    kind = part("tensor_tile").TensorSpec(spec, "bfloat16", True, wgmma)
     out = "[float32]" if few else "[uint16]"
-    ptx = compile_ptx(monkeypatch, cores.compiled(kind), arguments(out), processor)
-    assert "mma.sync.aligned.m16n8k16" in ptx and "ldmatrix" in ptx and "cp.async" in ptx
-    assert ".f64" not in ptx and ".local" not in ptx
+    capability = (int(processor[3]), int(processor[4]))
+    ptx = compile_ptx(monkeypatch, cores.compiled(kind), arguments(out), capability)
+    for name in ("wgmma",) if wgmma else ("mma.sync.aligned.m16n8k16", "ldmatrix"):
+        assert name in ptx
+    assert "cp.async" in ptx and ".f64" not in ptx and ".local" not in ptx
     registers = part("tensor_tile").blocks_of(kind).registers
     used = assemble(ptx, processor, registers, tmp_path)
-    assert all(n <= most for n, most in zip(used, MOST[head_dim, few], strict=True)), used
+    assert all(n <= most for n, most in zip(used, MOST[processor, head_dim, few], strict=True)), (
+        used
+    )
 
 
 @pytest.mark.skipif(SIMULATED, reason="the simulator compiles nothing")
