@@ -27,6 +27,7 @@
 #endif
 
 #define WEIGHT_TERM (BLOCK_K / BUNDLE * MR)
+_Static_assert(ROW_MULTIPLE % CHUNK == 0, "sub-blocks begin with a step of a matmul");
 
 /* Matmuls use the products of terms i and j with i + j <= order. Of a float16 that is all of them,
  * so scores are exact; of a float32 the others are smaller than its rounding. */
