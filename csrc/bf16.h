@@ -1,4 +1,4 @@
-/* What matmul_bf16-inl.h asks of bfloat16 hardware: terms of numbers in vectors, and matmuls of them.
+/* What matmul_bf16-inl.h asks of bfloat16 hardware: terms of the numbers of a vector, and matmuls.
  *
  *   bf16_avx512-inl.h  AMX, whose registers are matrices, or AVX512_BF16's dot products of pairs
  *   bf16_neon-inl.h    the BFMMLA of arm64, which multiplies matrices of 2 x 4 and 4 x 2
@@ -37,10 +37,10 @@ INLINE void split_chunk(const vec x[CHUNK / LANES], bfloat *to, ptrdiff_t term);
 /* Store the terms of LANES bundles. */
 INLINE void split_bundles(const vec x[BUNDLE], bundle *to, ptrdiff_t term);
 
-/* Store the bundles of the dims [d, d + LANES) of BUNDLE rows of bfloat16, with 0 for NaN and Inf, whose
- * lanes are added to the `special` ones of their row. */
+/* Store the bundles of the dims [d, d + LANES) of BUNDLE rows of bfloat16. NaN and Inf become 0, and
+ * their lanes are added to the `special` ones of their row. */
 INLINE void bundle_bfloats(const char *const rows[BUNDLE], ptrdiff_t d, bundle *to,
-                          flags special[BUNDLE]);
+                           flags special[BUNDLE]);
 
 /* Set the terms of LANES bundles to 0 where `kept` is. */
 INLINE void drop_bundles(const ivec kept[BUNDLE], bundle *at, ptrdiff_t term);
@@ -60,8 +60,8 @@ typedef struct {
     ptrdiff_t term, chunk;
 } Lanes;
 
-/* c[row][lane] (+)= the products of `row_groups` times ROW_PAD rows, in steps of a chunk: of the terms
- * i and j with i + j <= order, smaller ones first. */
+/* c[row][lane] (+)= the products of `row_groups` times ROW_PAD rows, in steps of a chunk: those of
+ * the terms i and j with i + j <= order, smaller ones first. */
 INLINE void multiply_rows(const int order, const int row_groups, const int vecs, Rows a, Lanes b,
                           int chunks, real *c, bool accumulate);
 #endif

@@ -103,7 +103,7 @@ INLINE __mmask32 bfloats_from(int power, __m512i x) {
 }
 
 INLINE void bundle_bfloats(const char *const rows[BUNDLE], ptrdiff_t d, bundle *to,
-                          flags special[BUNDLE]) {
+                           flags special[BUNDLE]) {
     __m512i x = load_two(rows[0] + d * 2, rows[1] + d * 2);
     __mmask32 lanes = bfloats_from(128, x);
     special[0] |= (__mmask16)lanes;

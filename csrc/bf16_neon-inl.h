@@ -1,15 +1,15 @@
 /* bf16.h for arm64: matmuls by BFMMLA.
  *
- * It adds to each element of a matrix of 2 x 2 the product of a row of 4 numbers and a column of 4, so
- * that rows are taken by two and lanes by two, and a bundle is 4 numbers. It rounds to odd, and takes
- * subnormal numbers for 0 (Arm Architecture Reference Manual, DDI 0487, BFMatMulAddH). */
+ * It adds to each element of a matrix of 2 x 2 the product of a row of 4 numbers and a column of 4:
+ * rows and lanes are taken by two, and a bundle is 4 numbers. It rounds to odd, and takes subnormal
+ * numbers for 0 (Arm Architecture Reference Manual, DDI 0487). */
 #ifndef FASTATTN_BF16_NEON_INL_H
 #define FASTATTN_BF16_NEON_INL_H
 
 #include "bf16.h"
 #include "matmul.h"
 
-_Static_assert(CHUNK == BUNDLE && BUNDLE == LANES, "a row of BFMMLA's matrices is a vector of floats");
+_Static_assert(CHUNK == BUNDLE && BUNDLE == LANES, "a row of a matrix is a vector of floats");
 
 INLINE uint64_t flag_bits(flags x) {
     return vaddvq_u32(vandq_u32((uint32x4_t)x, (uint32x4_t){1, 2, 4, 8}));
@@ -51,7 +51,7 @@ INLINE void split_bundles(const vec x[BUNDLE], bundle *to, ptrdiff_t term) {
 }
 
 INLINE void bundle_bfloats(const char *const rows[BUNDLE], ptrdiff_t d, bundle *to,
-                          flags special[BUNDLE]) {
+                           flags special[BUNDLE]) {
     uint16x4x4_t x;
 #pragma GCC unroll 4
     for (int n = 0; n < BUNDLE; n++) {

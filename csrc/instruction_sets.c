@@ -51,8 +51,9 @@ static int has_avx512_bf16(void) {
 #ifndef WITHOUT_avx512_bf16
 /* VDPBF16PS makes two multiply-adds per lane. On AMD's Zen 4 a matmul by it has twice the speed of
  * float32 (iree-org/iree#15089). Intel's start one for four multiply-adds of float32: on Emerald
- * Rapids its peak is 86 GFLOP/s where that of float32 is 174, and attention takes 1.2 to 2.4 times
- * as long as with bfloat16 widened to float32 (24 to 2048 queries of 32 to 256 dims, one thread). */
+ * Rapids its peak is 86 GFLOP/s where that of float32 is 174, and attention takes 1.2 to 2.4
+ * times as long as with bfloat16 widened to float32 (24 to 2048 queries of 32 to 256 dims, one
+ * thread). */
 static int has_slow_avx512_bf16(void) {
     __builtin_cpu_init();
     return !__builtin_cpu_is("amd");

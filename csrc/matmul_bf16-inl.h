@@ -7,9 +7,9 @@
  * weights are rounded to bfloat16.
  *
  * The hardware multiplies bundles of head dims or keys: an operand with queries in its lanes is
- * [term][bundle][MR] bundles, the other one is [term][chunk][row][CHUNK] numbers. Numbers that terms
- * cannot represent are left out and added afterwards, in the lanes that they are visible to, so that
- * they change no bit of any other lane. */
+ * [term][bundle][MR] bundles, the other one is [term][chunk][row][CHUNK] numbers. Numbers that
+ * terms cannot represent are left out and added afterwards, in the lanes that they are visible to,
+ * so that they change no bit of any other lane. */
 #ifndef FASTATTN_MATMUL_BF16_INL_H
 #define FASTATTN_MATMUL_BF16_INL_H
 
@@ -27,6 +27,7 @@
 #endif
 
 #define WEIGHT_TERM (BLOCK_K / BUNDLE * MR)
+_Static_assert(ROW_MULTIPLE % CHUNK == 0, "sub-blocks begin with a step of a matmul");
 
 /* Matmuls use the products of terms i and j with i + j <= order. Of a float16 that is all of them,
  * so scores are exact; of a float32 the others are smaller than its rounding. */
@@ -104,10 +105,10 @@ static uint64_t bits_of(const uint64_t *bits, const SubBlock *sub) {
     return bits[sub->key % BLOCK_K / SUB_BLOCK_K] >> sub->key % SUB_BLOCK_K;
 }
 
-/* bundles[term][bundle][d] of up to CHUNK values, and the bits of the special ones. Special numbers,
- * and values whose bits are not set in `use`, become 0. */
-INLINE void bundle_values(const Tile *t, ptrdiff_t key, uint32_t use, bundle *bundles, ptrdiff_t term,
-                         uint32_t *special, NumberFormat format) {
+/* bundles[term][bundle][d] of up to CHUNK values, and the bits of the special ones. Special
+ * numbers, and values whose bits are not set in `use`, become 0. */
+INLINE void bundle_values(const Tile *t, ptrdiff_t key, uint32_t use, bundle *bundles,
+                          ptrdiff_t term, uint32_t *special, NumberFormat format) {
     const uint32_t all = (1u << BUNDLE) - 1;
     ptrdiff_t dims = round_up(t->value_dim, LANES);
     *special = 0;
@@ -152,8 +153,8 @@ static void bf16_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, p
         WITH_STORED_FORMAT(t->v_format, bundle_values, t, key, use, (bundle *)to, term / BUNDLE,
                            &special);
 #else
-        WITH_STORED_FORMAT(t->v_format, bundle_values, t, key, use, s->value_bundles, BUNDLES * dims,
-                           &special);
+        WITH_STORED_FORMAT(t->v_format, bundle_values, t, key, use, s->value_bundles,
+                           BUNDLES * dims, &special);
         for (int i = 0; i < BF16_TERMS; i++)
             for (ptrdiff_t d = 0; d < dims; d += LANES)
                 transpose_bundles(s->value_bundles + i * BUNDLES * dims + d, dims,

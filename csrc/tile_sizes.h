@@ -41,9 +41,10 @@
 /* Rows of scores and of sums are padded to a multiple of ROW_PAD: a register of AMX has 16 rows. */
 #define ROW_PAD 16
 
-/* Sub-blocks of keys begin at a multiple of ROW_MULTIPLE: one step of a matmul. */
+/* Sub-blocks of keys begin at a multiple of ROW_MULTIPLE: whole steps of both matmuls, of which one
+ * has keys as rows, two times ROW_PAD at once. */
 #ifdef BF16_TERMS
-#define ROW_MULTIPLE CHUNK
+#define ROW_MULTIPLE (2 * ROW_PAD)
 #else
 #define ROW_MULTIPLE 1
 #endif
