@@ -182,9 +182,9 @@ static bool sees_special(const Tile *t, const BackwardScratch *g, int p, const S
 /* Pack a micropanel and a sub-block as real numbers. */
 static void pack_reals(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     pack_real_queries(t, g, p);
-    widen(t->k + sub->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, sub->keys, t->head_dim,
+    widen(t->k + sub->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, 0, sub->keys, t->head_dim,
           g->real_keys);
-    widen(t->v + sub->key * t->v_key, t->v_key, t->v_dim, t->v_format, NULL, sub->keys,
+    widen(t->v + sub->key * t->v_key, t->v_key, t->v_dim, t->v_format, NULL, 0, sub->keys,
           t->value_dim, g->real_values);
 }
 

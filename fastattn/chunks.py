@@ -69,7 +69,8 @@ class Chunk(NamedTuple):
                 found[name] = x.part(self.batch, self.queries, self.keys)
             elif x is not None and not (name == "sinks" and first > 0):
                 found[name] = self.of(x, axes) if isinstance(x, np.ndarray) else x
-        found["q_offset"] = found["q_offset"] + shift
+        offset = self.of(p.q_offset, "q")[..., 0] if np.ndim(p.q_offset) else p.q_offset
+        found["q_offset"] = offset + shift
         r = p.key_range
         found["window"] = (r.left, r.right)
         if p.dropout is not None:
@@ -119,7 +120,9 @@ _VALUES = tuple(name for name, x in _KEPT.items() if x.about != "results" and no
 _ARRAYS = {
     part.option: part.kind.lstrip("b")
     for part in PARTS.values()
-    if isinstance(part.kind, str) and part.kind.strip(".") and part.option in _KEPT.keys() - {"out"}
+    if isinstance(part.kind, str)
+    and part.kind.strip(".")
+    and part.option in _KEPT.keys() - {"out", "q_offset"}
 }
 _AXES = {"q": "hq.", "k": "gj.", "v": "gj.", **_ARRAYS}
 

@@ -141,7 +141,7 @@ def _without_self(p: Problem):
     start, stop = (0, p.n_keys) if spans is None else spans
     offset = p.q_offset
     if isinstance(offset, np.ndarray):
-        offset = offset[..., None, None]
+        offset = offset[..., None, :]
     place = np.arange(p.n_queries) + offset
     sides = (start, np.minimum(stop, place)), (np.maximum(start, place + 1), stop)
     return [tuple(np.broadcast_to(x, p.rows()) for x in side) for side in sides]

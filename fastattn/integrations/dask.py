@@ -87,7 +87,8 @@ def scaled_dot(q, k, v, **options):
     problem = _problem(given, values | dropout)
     values.pop("q_offset", None)
     if not isinstance(given.get("offsets"), da.Array):
-        given["offsets"] = problem.q_offset
+        offset = problem.q_offset
+        given["offsets"] = offset if isinstance(offset, int) else offset[..., 0]
     arrays = {name: da.asarray(x) for name, x in given.items()}
     whole = _Whole.of(problem, asked[1])
     if problem.one_head:

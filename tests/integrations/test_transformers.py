@@ -181,6 +181,62 @@ def test_compiled():
     torch.compiler.reset()
 
 
+def served(model, implementation, prompts):
+    """``(new tokens, their log-probabilities)`` of each prompt by continuous batching, in pages of
+    8 tokens and steps of at most 16, so that prompts are cut and mixed.
+    """
+    model.set_attn_implementation(implementation)
+    results = model.generate_batch(
+        prompts, progress_bar=False,
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=8, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(
+            num_blocks=24, page_size=8, max_batch_tokens=16, return_logprobs=True),
+    )  # fmt: skip
+    assert model.config._attn_implementation == implementation
+    return [(x.generated_tokens, torch.tensor(x.logprobs)) for x in results.values()]
+
+
+def alone(model, prompt):
+    """The same of one prompt by ``generate``."""
+    model.set_attn_implementation("eager")
+    found = model.generate(
+        torch.tensor([prompt]), max_new_tokens=8, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    top = torch.cat(found.logits).log_softmax(-1).amax(-1)
+    return found.sequences[0, len(prompt) :].tolist(), top
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_continuous_batching(name):
+    """Each request gets what it gets alone, past the window; no mask is made."""
+    model = make(name)
+    prompts = [x[:n].tolist() for x, n in zip(tokens(), (20, 5, 13), strict=True)]
+    wanted = [alone(model, prompt) for prompt in prompts]
+    wanted += served(model, "sdpa", prompts) if name == "llama" else []
+    found = served(model, "fastattn", prompts) * (2 if name == "llama" else 1)
+    for (got, top), (want, wanted_top) in zip(found, wanted, strict=True):
+        assert got == want
+        # Two float32 results of a few layers, each some roundings off.
+        torch.testing.assert_close(top, wanted_top, rtol=0, atol=3e-5)
+
+
+def test_continuous_batching_of_padded_batches():
+    """Tokens behind the last request, which compiled batches have, get 0."""
+    q, k, v = torch.randn(3, 1, 2, 7, 8)
+    ends = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    options = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "write_index": []}
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, None, **options)
+    want, _ = integration.attention(
+        torch.nn.Module(), *(x[:, :, :3] for x in (q, k, v)), torch.ones(3, 3).tril().bool()
+    )
+    torch.testing.assert_close(out[:, :3], want)
+    assert (out[:, 5:] == 0).all()
+    with pytest.raises(ValueError, match=r"^position_bias: expected None, got Tensor"):
+        integration.attention(torch.nn.Module(), q, k, v, None, position_bias=q, **options)
+
+
 # ------------------------------------------------------------------- what reaches fastattn, and how
 
 

@@ -48,6 +48,8 @@ def unsupported(problem: Problem) -> str | None:
         return "its kernels compute dot products alone"
     if problem.dropout is not None:
         return "its kernels have no dropout"
+    if problem.packing is not None and problem.alibi is not None:
+        return "no kernel for distances within packed sequences"
     return missing()
 
 
@@ -165,7 +167,7 @@ def _run(p: Problem, result, cuda, stream):
         _locate(out.elements, out.shape, out.strides, out.first, rows),
         operand(p.mask), operand(p.bias), interval(start), interval(stop),
     )  # fmt: skip
-    positions = np.asarray(p.q_offset)[..., None]
+    positions = np.asarray(p.q_offset)
     at = [np.broadcast_to(x, rows).ravel() for x in (*(o.at for o in operands), positions)]
     with np.errstate(over="ignore"):
         arguments = (

@@ -73,7 +73,7 @@ class Heads(NamedTuple):
     alibi: np.ndarray | None
     sinks: np.ndarray | None
     spans: tuple[np.ndarray, ...] | None
-    q_offset: int
+    position: np.ndarray  # (queries,), of each query on the key axis
     functions: Any = None  # of `fastattn.flex`, for a tile: see `backends.numba.gradients`
 
 
@@ -142,7 +142,8 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         alibi=per_head(p.alibi),
         sinks=per_head(p.sinks),
         spans=None if intervals is None else tuple(grouped(x, p.n_queries) for x in intervals),
-        q_offset=p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
+        position=np.arange(p.n_queries)
+        + (p.q_offset if isinstance(p.q_offset, int) else p.q_offset[batch]),
     )
 
 
@@ -324,13 +325,13 @@ def distance_index(h: Heads, queries: slice, keys: slice) -> np.ndarray:
     """Where the distance of each key from each query stands in a row of the relative bias."""
     assert h.relative_bias is not None
     reach = h.relative_bias.shape[-1] // 2
-    i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
+    i = h.position[queries, None]
     return np.clip(np.arange(keys.start, keys.stop) - i, -reach, reach) + reach
 
 
 def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:
     """``abs(i - j)`` with the place `i` of each query on the key axis."""
-    i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
+    i = h.position[queries, None]
     return np.abs(i - np.arange(keys.start, keys.stop))
 
 
