@@ -41,7 +41,7 @@ class Call(NamedTuple):
     axes: int  # of q, k and v each; what `jax.vmap` adds goes in front
     sequence_first: bool  # (..., length, heads, dim) instead of (..., heads, length, dim)
 
-    def options(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
+    def words(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
         """All arguments of `fastattn.scaled_dot` by their names."""
         parts: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
         parts.update((name, x) for name, _, x in self.values)
@@ -60,7 +60,7 @@ class Call(NamedTuple):
     def make_problem(self, arrays: Sequence[jax.Array], **gradients) -> Problem:
         """The problem of arrays of which only shapes and dtypes are known, or an error."""
         blank = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in arrays]
-        return make_problem(**self.options(blank), **gradients)
+        return make_problem(**self.words(blank), **gradients)
 
     @property
     def vmap_method(self) -> str:
@@ -85,7 +85,7 @@ def _forward(call: Call, *primals):
     arrays = [x.value for x in primals]
     named = zip(call.names, primals, strict=True)
     wrt = tuple(name for name, x in named if x.perturbed and name in _DIFFERENTIABLE)
-    problem = call.make_problem(arrays, gradients=True, wrt=_options_of(wrt))
+    problem = call.make_problem(arrays, gradients=True, wrt=options_of(wrt))
     select(problem, call.backend, unsupported_backward)
     out, lse, *row_max = _attend(call._replace(return_lse=True), *arrays)
     results = [out, lse, *row_max] if call.return_lse else [out, *row_max]
@@ -107,7 +107,7 @@ def _backward(call: Call, residuals, grads):
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _options_of(parts: Sequence[str]) -> tuple[str, ...]:
+def options_of(parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(PARTS[name].option for name in parts)
 
 
@@ -138,7 +138,7 @@ def _second(call, wrt, primals, tangents):
 def _run(call: Call, context, results, *buffers) -> None:
     out, *sums = (np.asarray(x) for x in results)
     found = fastattn.scaled_dot(
-        **call.options(_batched(call, out, buffers)), out=call.swapped(out),
+        **call.words(_batched(call, out, buffers)), out=call.swapped(out),
         return_lse=call.return_lse, return_max=call.return_max, backend=call.backend,
     )  # fmt: skip
     for target, x in zip(sums, found[1:] if sums else (), strict=True):
@@ -150,8 +150,8 @@ def _run_backward(call: Call, wrt, context, results, *buffers) -> None:
     grad_out, out, lse, *arrays = _batched(call, found[0], buffers)
     n = len(call.names)
     grads = fastattn.scaled_dot_backward(
-        call.swapped(grad_out), **call.options(arrays[:n]), out=call.swapped(out), lse=lse,
-        grad_lse=arrays[n] if arrays[n:] else None, wrt=_options_of(wrt), backend=call.backend,
+        call.swapped(grad_out), **call.words(arrays[:n]), out=call.swapped(out), lse=lse,
+        grad_lse=arrays[n] if arrays[n:] else None, wrt=options_of(wrt), backend=call.backend,
     )  # fmt: skip
     for result, grad, name in zip(found, grads, ("q", "k", "v", *wrt), strict=True):
         result[...] = call.swapped(grad) if name in "qkv" else grad
