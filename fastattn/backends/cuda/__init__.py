@@ -48,8 +48,6 @@ def unsupported(problem: Problem) -> str | None:
         return "its kernels compute dot products alone"
     if problem.dropout is not None:
         return "its kernels have no dropout"
-    if problem.packing is not None and problem.alibi is not None:
-        return "no kernel for distances within packed sequences"
     return missing()
 
 
@@ -153,7 +151,7 @@ def _run(p: Problem, result, cuda, stream):
     def send(x, dtype):
         return nothing if x is None else cuda.to_device(np.ascontiguousarray(x, dtype), stream)
 
-    def interval(side):
+    def of_queries(side):
         side = np.atleast_2d(side)[..., None]  # an int where nothing is hidden
         elements, strides, first = _copy(side, cuda, stream)
         return _locate(elements, side.shape, strides, first, rows)
@@ -162,13 +160,15 @@ def _run(p: Problem, result, cuda, stream):
     lse = _Result(p, p.rows(), p.accumulator, cuda) if p.return_lse else None
     weights = _Result(p, p.rows(p.n_keys), p.dtype, cuda) if p.return_weights else None
     start, stop = p.key_range.bounds() or (0, p.n_keys)
+    offset = p.q_offset if isinstance(p.q_offset, int) else p.q_offset[..., None, :]
+    positions = 0 if p.alibi is None else np.arange(p.n_queries) + offset
     operands = (
         operand(p.q), operand(p.k, p.group), operand(p.v, p.group),
         _locate(out.elements, out.shape, out.strides, out.first, rows),
-        operand(p.mask), operand(p.bias), interval(start), interval(stop),
+        operand(p.mask), operand(p.bias), of_queries(start),
+        of_queries(stop), of_queries(positions),
     )  # fmt: skip
-    positions = np.asarray(p.q_offset)
-    at = [np.broadcast_to(x, rows).ravel() for x in (*(o.at for o in operands), positions)]
+    at = [np.broadcast_to(o.at, rows).ravel() for o in operands]
     with np.errstate(over="ignore"):
         arguments = (
             *(o.elements for o in operands),

@@ -153,7 +153,7 @@ def compiled(spec: Spec):
     write_out = writer("o" in spec.bfloat16)
 
     def attend(
-        q, k, v, out, mask, bias, start, stop, lse, weights, slopes, sinks, at, strides,
+        q, k, v, out, mask, bias, start, stop, position, lse, weights, slopes, sinks, at, strides,
         scale, softcap, wide_margin, n_queries, n_keys, value_dim, heads, first_tile,
     ):  # fmt: skip
         if cuda.blockIdx.z != 0:
@@ -305,6 +305,10 @@ def compiled(spec: Spec):
                 for r in range(ROWS):
                     row = r * TY + ty
                     i = first_row + row
+                    of_row = i
+                    if ALIBI:
+                        query = min(i, n_queries - 1)
+                        of_row = position[at[POSITION, bh] + query * strides[POSITION, 0]]
                     top = -INF
                     for c in range(COLS):
                         j = begin + c * TX + tx
@@ -323,7 +327,7 @@ def compiled(spec: Spec):
                                 x = x + y
                         if ALIBI:
                             slope = slopes[bh % heads]
-                            y = x - slope * real(abs(at[POSITION, bh] + i - j))
+                            y = x - slope * real(abs(of_row - j))
                             if abs(x) <= MOST and abs(slope) <= MOST:
                                 y = min(max(y, -MOST), MOST)
                             x = y

@@ -65,7 +65,7 @@ def differentiate(b: Backward, found: dict[str, np.ndarray], rows, row_sums, gra
     """
     p = b.problem
     kernels.differentiate_sparse(
-        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
+        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, float(b.coarse()),
         found["q"], found["k"], found["v"], grad_bias=grad_bias, row_sums=row_sums, **_options(p),
     )  # fmt: skip
 
