@@ -569,6 +569,16 @@ cdef int init_tile(
     return 0
 
 
+cdef int bind_block_table(
+    CallParams *params, Tile *tile, cnp.ndarray block_table, cnp.ndarray k, cnp.ndarray v
+) except -1:
+    bind_operand(params, &params.pages, block_table, 1)
+    tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
+    tile.k_page = bind_pages(params, &params.k, k)
+    tile.v_page = bind_pages(params, &params.v, v)
+    return 0
+
+
 cdef Py_ssize_t tile_rows(const CallParams *params) noexcept nogil:
     """The queries of the largest tile, in whole micropanels."""
     cdef Py_ssize_t n, most = 0

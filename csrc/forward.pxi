@@ -151,10 +151,7 @@ def attend(
         tile.k_format.kind = tile.v_format.kind = ord("4")
         tile.k_dim = tile.v_dim = 1
     if block_table is not None:
-        bind_operand(&params, &params.pages, block_table, 1)
-        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
-        tile.k_page = bind_pages(&params, &params.k, k)
-        tile.v_page = bind_pages(&params, &params.v, v)
+        bind_block_table(&params, tile, block_table, k, v)
         tile.k_scales_page = bind_pages(&params, &params.k_scales, k_scales)
         tile.v_scales_page = bind_pages(&params, &params.v_scales, v_scales)
     init_tile_reduction(&params, tile)

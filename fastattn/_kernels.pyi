@@ -121,8 +121,8 @@ def differentiate(
     rows: np.ndarray,
     coarse: np.ndarray,
     grad_q: np.ndarray,
-    grad_k: np.ndarray,
-    grad_v: np.ndarray,
+    grad_k: np.ndarray | None,
+    grad_v: np.ndarray | None,
     batch: tuple[int, ...],
     heads: int,
     kv_heads: int,
@@ -144,4 +144,5 @@ def differentiate(
     wants_scale: bool,
     grad_relative_bias: np.ndarray | None,
     sequences: np.ndarray | None,
+    block_table: np.ndarray | None,
 ) -> None: ...

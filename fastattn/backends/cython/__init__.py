@@ -99,8 +99,6 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
-    if problem.block_table is not None:
-        return "no kernel for gradients with keys in pages"
     dense = not problem.is_sparse and problem.score_function is not SQUARED_DISTANCE
     if dense and problem.score_function is not DOT:
         return "no kernel for the gradients of distances and additive scores"

@@ -13,6 +13,7 @@ from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
 from . import sparse
 from .kernel_args import (
+    block_table,
     compute_dtype,
     from_relative_bias_rows,
     kernels,
@@ -33,7 +34,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     able = sparse.can_differentiate(b) if p.is_sparse else p.score_function is DOT
     if not able:
         return numpy_backward.run_backward(b)
-    arrays = {"q": p.q, "k": p.k, "v": p.v}
+    arrays = {"q": p.q} if p.block_table is not None else {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}
     found["q"].fill(0)
     grad_bias, key_heads = sparse.prepare_bias(b) if p.is_sparse else _prepare_bias(b)
@@ -50,10 +51,11 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     else:
         kernels.differentiate(
             p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, np.atleast_1d(b.coarse()),
-            found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, scale,
+            found["q"], found.get("k"), found.get("v"), p.batch, p.heads, p.kv_heads, scale,
             p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
             threads(p), grad_bias, row_sums, key_heads, p.dropout,
             scales, relative_bias, b.wants("scale"), of_relative_bias, sequences(p),
+            block_table(p),
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)

@@ -9,8 +9,8 @@ from ...core.problem import DOT, Problem
 from ...core.threads import worth_threads
 
 __all__ = [
-    "attend", "compute_dtype", "from_relative_bias_rows", "kernels", "relative_bias_rows",
-    "scale_args", "sequences", "threads",
+    "attend", "block_table", "compute_dtype", "from_relative_bias_rows", "kernels",
+    "relative_bias_rows", "scale_args", "sequences", "threads",
 ]  # fmt: skip
 
 _PAD = 16  # MAX_LANES of csrc/tile_sizes.h
@@ -25,7 +25,7 @@ def attend(
     p: Problem, result, lse=None, weights=None, sums=None, indices=None, row_max=None
 ) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
-    table = None if p.block_table is None else np.ascontiguousarray(p.block_table)
+    table = block_table(p)
     scale, scales = (p.scale, None) if type(p.scale) is float else scale_args(p)
     relative_bias = None if p.relative_bias is None else relative_bias_rows(p)
     kernels.attend(
@@ -35,6 +35,10 @@ def attend(
         None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
         scales, relative_bias, row_max, sequences(p),
     )  # fmt: skip
+
+
+def block_table(p: Problem) -> np.ndarray | None:
+    return None if p.block_table is None else np.ascontiguousarray(p.block_table)
 
 
 def sequences(p: Problem) -> np.ndarray | None:
