@@ -105,15 +105,17 @@ def test_bits_of_a_sequence_alone(target, name, dtype):
     if target.backend != "cython":
         pytest.skip("blocks of other backends begin where the pack does")
     q, k, v = many(dtype)
-    options = ALONE[name] | {"backend": target.backend, "return_lse": True}
-    (out, lse), pullback = fastattn.vjp(
+    options = ALONE[name] | {"backend": target.backend, "return_lse": True, "return_max": True}
+    (out, lse, top), pullback = fastattn.vjp(
         fastattn.varlen, q, k, v, lengths=MANY_Q, lengths_k=MANY_K, threads=3, **options
     )
     grad = np.random.default_rng(3).standard_normal(out.shape).astype(out.dtype)
     dq, dk, dv = pullback(grad)
     for queries, keys, arrays in many_alone(q, k, v):
-        (alone, lse_alone), back = fastattn.vjp(fastattn.scaled_dot, *arrays, threads=1, **options)
+        results, back = fastattn.vjp(fastattn.scaled_dot, *arrays, threads=1, **options)
+        alone, lse_alone, top_alone = results
         assert np.array_equal(lse[:, queries], lse_alone)
+        assert np.array_equal(top[:, queries], top_alone)
         own = (out[queries], dq[queries], dk[keys], dv[keys])
         for x, expected in zip(own, (alone, *back(grad[queries].swapaxes(0, 1))), strict=True):
             assert np.array_equal(x.swapaxes(0, 1), expected)
