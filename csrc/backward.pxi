@@ -13,7 +13,8 @@ cdef struct Tickets:
 cdef struct BackwardParams:
     # The parameters of a backward pass; `call.out` is the gradient of q.
     CallParams call
-    Operand grad_out, result, lse, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
+    Operand grad_out, result, lse, grad_lse, rows, grad_bias, row_sums
+    Operand grad_k, grad_v  # NULL, both: keys and values in pages have no gradients
     Operand coarse  # (queries): an lse beyond it is too inexact to recompute weights from
     const int64_t *key_heads  # in groups of `sharers`, each of which is one item per block of keys
     Py_ssize_t sharers
@@ -217,14 +218,11 @@ cdef bint differentiate_block(
     cdef Py_ssize_t n
     cdef Py_ssize_t begin = (block - sequence.blocks_before) * kernels.block_k
     cdef Py_ssize_t end = min(begin + kernels.block_k, sequence.n_keys)
-    cdef int64_t *k_counter = ticket_counter(&backward.k_tickets, head, block)
-    cdef int64_t *v_counter = ticket_counter(&backward.v_tickets, head, block)
-    tile.k = key_ptr(params, &params.k, work)
-    tile.v = key_ptr(params, &params.v, work)
-    tile.grad_k = key_ptr(params, &backward.grad_k, work)
-    tile.grad_v = key_ptr(params, &backward.grad_v, work)
-    tile.adds_k = backward.k_tickets.before[head] > 0
-    tile.adds_v = backward.v_tickets.before[head] > 0
+    cdef int64_t *k_counter
+    cdef int64_t *v_counter
+    tile.k, tile.v = key_ptr(params, &params.k, work), key_ptr(params, &params.v, work)
+    if params.pages.data is not NULL:
+        tile.pages = <int64_t *>batch_ptr(params, &params.pages, work.batch)
     kernels.backward.begin_keys(tile, begin, end)
     for n in range(sequence.num_tiles):
         if stopped[0] or (listen and interrupted(last_look)):
@@ -234,6 +232,14 @@ cdef bint differentiate_block(
             backward, tile, work, block - sequence.blocks_before, stopped
         ):
             return False
+    if backward.grad_k.data is NULL:
+        return True
+    tile.grad_k = key_ptr(params, &backward.grad_k, work)
+    tile.grad_v = key_ptr(params, &backward.grad_v, work)
+    tile.adds_k = backward.k_tickets.before[head] > 0
+    tile.adds_v = backward.v_tickets.before[head] > 0
+    k_counter = ticket_counter(&backward.k_tickets, head, block)
+    v_counter = ticket_counter(&backward.v_tickets, head, block)
     if not wait_for_ticket(k_counter, backward.k_tickets.before[head], stopped):
         return False
     if not wait_for_ticket(v_counter, backward.v_tickets.before[head], stopped):
@@ -323,8 +329,9 @@ cdef int run_backward(void *ready) except -1:
         tickets = assign_tickets(
             backward, &backward.q_tickets, &params.out, params.items, tickets
         )
-        tickets = assign_tickets(backward, &backward.k_tickets, &backward.grad_k, n, tickets)
-        tickets = assign_tickets(backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        if params.pages.data is NULL:
+            tickets = assign_tickets(backward, &backward.k_tickets, &backward.grad_k, n, tickets)
+            tickets = assign_tickets(backward, &backward.v_tickets, &backward.grad_v, n, tickets)
         backward.sums_ticket = tickets
         # Items start in order: a block waits only for blocks before it.
         if parallel_for(prepare_item, backward, workspace, tiles_to_prepare, call.threads):
@@ -339,14 +346,14 @@ def differentiate(
     cnp.ndarray grad_out not None, cnp.ndarray q not None, cnp.ndarray k not None,
     cnp.ndarray v not None, cnp.ndarray out not None, cnp.ndarray lse not None,
     cnp.ndarray grad_lse, cnp.ndarray rows not None,
-    cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
+    cnp.ndarray grad_q not None, cnp.ndarray grad_k, cnp.ndarray grad_v,
     cnp.ndarray coarse not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
     str compute_dtype, int threads, dropout, double scale, cnp.ndarray key_heads not None,
     cnp.ndarray grad_bias=None, cnp.ndarray row_sums=None, cnp.ndarray scales=None,
     cnp.ndarray relative_bias=None, bint wants_scale=False, cnp.ndarray grad_relative_bias=None,
     cnp.ndarray sequences=None, score_function=None, cnp.ndarray grad_dim_weights=None,
-    Plan plan=None,
+    cnp.ndarray block_table=None, Plan plan=None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
@@ -361,7 +368,8 @@ def differentiate(
     `row_sums` is float64 (batch, heads, queries, 6) and contiguous: see `Tile.row_sums`, the last
     two of which `wants_scale` asks for, beside `scales`. `grad_relative_bias`, float64 and
     contiguous, is added to unless None, and has the shape of `relative_bias`; so is
-    `grad_dim_weights`, float64 (head_dim,) and contiguous, of an additive score.
+    `grad_dim_weights`, float64 (head_dim,) and contiguous, of an additive score. With a
+    `block_table` `grad_k` and `grad_v` are None.
     `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
     `grad_bias`. The rest is as for `attend`.
     """
@@ -397,7 +405,7 @@ def differentiate(
         params, sequences, compute_dtype, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         score_function is None, True, False,
     )
-    if params.key_heads * params.blocks == 0:
+    if params.key_heads * params.blocks == 0 and block_table is None:
         grad_k.fill(0)
         grad_v.fill(0)
     if params.key_heads == 0:
@@ -409,8 +417,11 @@ def differentiate(
     tile.differentiating = True
     tile.grad_out_format = number_format(grad_out)
     tile.grad_out_dim, tile.result_dim = backward.grad_out.dim, backward.result.dim
-    tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
-    tile.grad_k_key, tile.grad_v_key = backward.grad_k.row, backward.grad_v.row
+    if block_table is not None:
+        bind_stored_keys(params, tile, k, v, None, None, block_table)
+    else:
+        tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
+        tile.grad_k_key, tile.grad_v_key = backward.grad_k.row, backward.grad_v.row
     tile.wants_bias, tile.wants_sums = grad_bias is not None, row_sums is not None
     tile.wants_scale, tile.wants_relative_bias = wants_scale, grad_relative_bias is not None
     tile.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0

@@ -171,9 +171,8 @@ def attend(
 
     init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
     tile.value_dim = out.shape[out.ndim - 1]
-    bind_operand(params, &params.weights, weights, 3)
-    bind_operand(params, &params.lse, lse, 2)
-    bind_operand(params, &params.max_score, max_score, 2)
+    bind_stored_keys(params, tile, k, v, k_scales, v_scales, block_table)
+    init_tile_reduction(params, tile)
     tile.weights_key = params.weights.dim
     set_score_function(tile, score_function)
     tile.want_lse, tile.want_max = lse is not None, max_score is not None

@@ -212,10 +212,10 @@ def scaled_dot(
     return result
 
 
-def prepare(problem: Problem):
+def prepare(problem: Problem, of_cache: bool = False):
     """A plan for further calls of the kind of `problem`, by the backend that serves it, or None."""
     backend = select(problem)
-    return backend.prepare(problem) if hasattr(backend, "prepare") else None
+    return backend.prepare(problem, of_cache) if hasattr(backend, "prepare") else None
 
 
 def solve(problem: Problem, backend: str | None, out, run=None):

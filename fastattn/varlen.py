@@ -68,8 +68,10 @@ def varlen(
     Notes
     -----
     The signature is that of ``flash_attn_varlen_func``, which likewise aligns a causal mask with
-    the last query and the last key. With `fastattn.vjp`, ``cu_seqlens_q`` and ``cu_seqlens_k`` are
-    options or positional; a positional one has None for its gradient.
+    the last query and the last key. With the ``cython`` backend and without dropout, the results of
+    a sequence, and its gradients of `q`, `k` and `v`, are those of a call of its own, bit for bit.
+    With `fastattn.vjp`, ``cu_seqlens_q`` and ``cu_seqlens_k`` are options or positional; a
+    positional one has None for its gradient.
 
     Examples
     --------

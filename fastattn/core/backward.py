@@ -31,8 +31,8 @@ class Backward(NamedTuple):
         return any(gradient.name == name for gradient in self.problem.gradients)
 
     def coarse(self) -> np.ndarray:
-        """The size of an lse from which on what it is rounded by shows in the weights of its row:
-        one for all rows, or that of each, (queries,).
+        """The size of an lse from which on its rounding shows in the weights of its row: one for
+        all rows, (), or that of each, (queries,).
 
         It moves all of them alike, where a softmax makes them sum to 1. Up to 4 that is within an
         epsilon. Beyond, it is no more than their own rounding where many keys share the weight; few

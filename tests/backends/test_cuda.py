@@ -88,6 +88,17 @@ def test_many_options(dtype, seed):
 
 
 @runs
+def test_packed_sequences():
+    q, k, v = (x[0].swapaxes(0, 1) for x in Shape(1, 2, 7, 9, 4).arrays())
+    cu = [0, 3, 3, 7], [0, 2, 4, 9]
+    options = {"causal": True, "alibi": [0.5, 0.25], "return_lse": True}
+    found = fastattn.varlen(q, k, v, *cu, backend="cuda", **options)
+    expected = fastattn.varlen(q, k, v, *cu, backend="numpy", **options)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+@runs
 def test_causal_on_several_tiles():
     shape = Shape(1, 1, 17, 25, 8)
     check(TARGET, *shape.arrays(), causal=True, return_weights=True)

@@ -57,9 +57,9 @@ def run(problem: Problem, result):
     return lse, row_max, weights
 
 
-def prepare(problem: Problem):
+def prepare(problem: Problem, of_cache: bool = False):
     """A plan that runs further calls of this kind, or None."""
-    return None if problem.is_sparse else kernel_args.prepare(problem)
+    return None if problem.is_sparse else kernel_args.prepare(problem, of_cache)
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
@@ -87,8 +87,6 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
-    if problem.block_table is not None:
-        return "no kernel for gradients with keys in pages"
     return unsupported(problem)
 
 

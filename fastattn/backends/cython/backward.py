@@ -14,6 +14,7 @@ from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
 from . import sparse
 from .kernel_args import (
+    block_table,
     can_prepare,
     compute_dtype,
     from_relative_bias_rows,
@@ -35,7 +36,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     b, p = backward, backward.problem
     if p.is_sparse and not sparse.can_differentiate(b):
         return numpy_backward.run_backward(b)
-    arrays = {"q": p.q, "k": p.k, "v": p.v}
+    arrays = {"q": p.q} if p.block_table is not None else {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}
     found["q"].fill(0)
     grad_bias, key_heads = sparse.prepare_bias(b) if p.is_sparse else _prepare_bias(b)
@@ -54,12 +55,12 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
             scales=scales, relative_bias=relative_bias, grad_relative_bias=of_relative_bias,
         )  # fmt: skip
     else:
-        grads = found["q"], found["k"], found["v"]
+        grads = found["q"], found.get("k"), found.get("v")
         kernels.differentiate(
             *_arguments(b, rows, *grads), scale=scale, grad_bias=grad_bias, row_sums=row_sums,
             key_heads=key_heads, scales=scales, relative_bias=relative_bias,
             wants_scale=b.wants("scale"), grad_relative_bias=of_relative_bias,
-            sequences=sequences(p), grad_dim_weights=of_dim_weights,
+            sequences=sequences(p), block_table=block_table(p), grad_dim_weights=of_dim_weights,
             score_function=None if p.score_function is DOT else p.score_function,
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
@@ -85,7 +86,8 @@ def prepare_backward(backward: Backward, arrays: tuple):
     b, p = backward, backward.problem
     given = (b.grad_out, p.q, p.k, p.v, b.out, b.lse, b.grad_lse)
     copied = not all(map(np.may_share_memory, arrays, given))
-    if p.is_sparse or copied or len(p.gradients) > 3 or not can_prepare(p) or p.dtype.itemsize == 2:
+    elsewhere = p.is_sparse or p.block_table is not None or len(p.gradients) > 3
+    if elsewhere or copied or p.dtype.itemsize == 2 or not can_prepare(p):
         return None
     outputs = []
     for i, heads in ((1, p.heads), (2, p.kv_heads), (3, p.kv_heads)):

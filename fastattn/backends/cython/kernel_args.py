@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ..._kernels import Plan
 
 __all__ = [
-    "attend", "can_prepare", "compute_dtype", "from_relative_bias_rows", "kernels", "prepare",
-    "relative_bias_rows", "scale_args", "sequences", "threads", "threads_pay",
+    "attend", "block_table", "can_prepare", "compute_dtype", "from_relative_bias_rows", "kernels",
+    "prepare", "relative_bias_rows", "scale_args", "sequences", "threads", "threads_pay",
 ]  # fmt: skip
 
 _PAD = 16  # MAX_LANES of csrc/tile_sizes.h
@@ -33,11 +33,13 @@ def attend(
     kernels.attend(*_arguments(p, result, lse, row_max, weights, sums, indices))
 
 
-def prepare(p: Problem) -> Plan | None:
-    """A plan for calls that differ from `p` in the elements of its arrays alone, of `q`, `k`, `v`
-    and what says where a cache's keys lie; or None if their results are no new arrays of one
-    layout.
+def prepare(p: Problem, of_cache: bool = False) -> Plan | None:
+    """A plan for calls that differ from `p` in the elements of `q`, `k` and `v` alone; those of a
+    cache also in its block table, lengths, offsets and scales, which come behind them. None where
+    results are no new arrays of one layout.
     """
+    if (p.block_table is None) is of_cache:
+        return None
     shape = (*p.batch, p.heads, p.n_queries, p.value_dim)[p.one_head :]
     q = p.q[0] if p.one_head else p.q
     if not can_prepare(p) or p.return_weights or (shape != q.shape and not q.flags.c_contiguous):
@@ -65,7 +67,7 @@ _N_NEW = 6  # arguments of kernels.attend, from the first on, that each call has
 
 
 def _arguments(p: Problem, result, lse, row_max, weights=None, sums=None, indices=None) -> Any:
-    table = None if p.block_table is None else np.ascontiguousarray(p.block_table)
+    table = block_table(p)
     scale, scales = (p.scale, None) if type(p.scale) is float else scale_args(p)
     relative_bias = None if p.relative_bias is None else relative_bias_rows(p)
     return (
@@ -75,6 +77,10 @@ def _arguments(p: Problem, result, lse, row_max, weights=None, sums=None, indice
         None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
         scales, relative_bias, sequences(p),
     )  # fmt: skip
+
+
+def block_table(p: Problem) -> np.ndarray | None:
+    return None if p.block_table is None else np.ascontiguousarray(p.block_table)
 
 
 def sequences(p: Problem) -> np.ndarray | None:

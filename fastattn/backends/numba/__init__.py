@@ -198,8 +198,8 @@ class _Call:
         """Let the record find an array of (batch, heads, rows, dims), whose axes may broadcast."""
         of_keys = operand in ("k", "v", "k_scales", "v_scales")
         heads = p.kv_heads if of_keys else p.heads
-        of_positions = operand == "bias" and p.relative_bias is not None
-        own_rows = of_keys or of_positions or operand == "blocks"
+        of_places = operand == "bias" and p.relative_bias is not None
+        own_rows = of_keys or of_places or operand == "blocks"
         rows = array.shape[-2] if own_rows else p.n_queries
         if of_keys and p.block_table is not None:
             self.record[f"{operand}_page"] = array.strides[0]

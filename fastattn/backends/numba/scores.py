@@ -204,8 +204,8 @@ def cap(softcap, vecs, keys, scores, scale):
 
 @compiled
 def bias_row(t, i):
-    """Where the biases of row `i` of the tile begin: of a relative one by its place on the key
-    axis, at the end of those that are farther from all keys than it reaches.
+    """Where the biases of row `i` of the tile begin: of a relative bias by the place of the row on
+    the key axis, which beyond its reach from all keys makes no difference.
     """
     if t.reach < 0:
         return row_of(t, t.bias, t.bias_row, i)

@@ -126,6 +126,7 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         return x.astype(dtype).reshape(p.kv_heads, p.group, *x.shape[1:] or (1,))[kv]
 
     full, scale = (p.n_queries, p.n_keys), np.asarray(p.scale)
+    offset = p.q_offset if isinstance(p.q_offset, int) else p.q_offset[batch]
     return Heads(
         where=(*batch, slice(kv.start * p.group, kv.stop * p.group)),
         kv_where=(*batch, kv),
@@ -142,8 +143,7 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         alibi=per_head(p.alibi),
         sinks=per_head(p.sinks),
         spans=None if intervals is None else tuple(grouped(x, p.n_queries) for x in intervals),
-        position=np.arange(p.n_queries)
-        + (p.q_offset if isinstance(p.q_offset, int) else p.q_offset[batch]),
+        position=np.arange(p.n_queries) + offset,
     )
 
 
