@@ -24,7 +24,8 @@ def attend(p: Problem, result, lse=None, weights=None, sums=None, row_max=None) 
     """As `kernel_args.attend`."""
     scale, scales = scale_args(p)
     kernels.attend_sparse(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, result, lse=lse, max_score=row_max, weights=weights, sums=sums,
+        p.q, p.k, p.v, p.k_scales, p.v_scales, result,
+        lse=lse, max_score=row_max, weights=weights, sums=sums,
         scale=scale, scales=scales, relative_bias=relative_bias_rows(p),
         block_table=None if p.block_table is None else np.ascontiguousarray(p.block_table),
         **_options(p),
