@@ -16,8 +16,8 @@ typedef struct {
     double lse, lse_rest, mean; /* weights are exp(score - lse - lse_rest); of their gradients */
 } SparseRow;
 
-/* One head of one batch entry: the rows of each operand by base pointer and byte stride. The formats
- * of their numbers, and what all heads have in common, are those of the Tile. */
+/* One head of one batch entry: the rows of each operand by base pointer and byte stride. The
+ * formats of their numbers, and what all heads have in common, are those of the Tile. */
 typedef struct {
     const char *q, *k, *v, *bias;
     ptrdiff_t q_row, bias_row;
@@ -49,7 +49,7 @@ typedef struct {
     char *grad_k, *grad_v;
 } SparseHead;
 
-/* One instruction set's kernels for one dtype of sums. Rows and keys go from `begin` to before `end`. */
+/* One instruction set's kernels for one dtype of sums. Rows, or keys, are `begin` to `end - 1`. */
 typedef struct {
     int real_bytes;
     size_t (*scratch_bytes)(const Tile *);

@@ -1,5 +1,5 @@
-/* The gradients under a sparse mask (Dao et al. 2022, "FlashAttention", algorithm 4): first those of
- * the queries, then of the keys, each from the pairs that it is in. */
+/* The gradients under a sparse mask (Dao et al. 2022, "FlashAttention", algorithm 4): first those
+ * of the queries, then of the keys, each from the pairs that it is in. */
 #ifndef FASTATTN_SPARSE_BACKWARD_INL_H
 #define FASTATTN_SPARSE_BACKWARD_INL_H
 

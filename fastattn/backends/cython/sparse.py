@@ -10,7 +10,7 @@ from ...core.backward import Backward
 from ...core.problem import DOT, Problem
 from ...core.sparse_mask import SparseMask
 from ...core.threads import thread_count
-from .kernel_args import kernels, relative_bias_rows, scale_args
+from .kernel_args import block_table, kernels, relative_bias_rows, scale_args
 
 __all__ = [
     "attend", "can_differentiate", "differentiate", "left_to_numpy", "prepare_bias", "threads",
@@ -27,9 +27,9 @@ def attend(p: Problem, result, lse=None, weights=None, sums=None, row_max=None) 
     scale, scales = scale_args(p)
     kernels.attend_sparse(
         p.q, p.k, p.v, p.k_scales, p.v_scales, result,
-        lse=lse, max_score=row_max, weights=weights, sums=sums, scale=scale,
-        scales=scales, relative_bias=relative_bias_rows(p),
-        block_table=None if p.block_table is None else np.ascontiguousarray(p.block_table),
+        lse=lse, max_score=row_max, weights=weights, sums=sums,
+        scale=scale, scales=scales, relative_bias=relative_bias_rows(p),
+        block_table=block_table(p),
         **_options(p),
     )  # fmt: skip
 
