@@ -347,7 +347,23 @@ class KVCache:
         return self._held(b, 0)
 
     def values(self, b) -> np.ndarray:
-        """The values that are held of a sequence, as `keys`: (kv_heads, n, value_dim)."""
+        """The values that are held of a sequence, oldest first.
+
+        Parameters
+        ----------
+        b : int
+            Which sequence.
+
+        Returns
+        -------
+        ndarray, (kv_heads, n, value_dim)
+            As `keys` gives them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such sequence.
+        """
         return self._held(b, 1)
 
     def _held(self, b, kind: int) -> np.ndarray:
@@ -442,7 +458,12 @@ class KVCache:
         self._sequences.reorder(indices)
 
     def free(self, b) -> None:
-        """Empty the slot `b`; its pages are given back unless others share them.
+        """Empty a slot; its pages are given back unless others share them.
+
+        Parameters
+        ----------
+        b : int
+            Which.
 
         Raises
         ------
@@ -452,7 +473,17 @@ class KVCache:
         self._sequences.replace(self._slot(b), None)
 
     def fork(self, b) -> int:
-        """Put a copy of the sequence `b` into an empty slot, the first; return its index.
+        """Put a copy of a sequence into the first empty slot.
+
+        Parameters
+        ----------
+        b : int
+            Which sequence.
+
+        Returns
+        -------
+        int
+            The slot.
 
         Raises
         ------
