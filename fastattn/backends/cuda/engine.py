@@ -113,7 +113,9 @@ def solved(p: Problem, kind: TensorSpec | None):
     flagged = False
     if kind is not None:
         n = blocks_of(kind).slices * call.split.parts * math.prod(p.rows())
-        flagged = bool(call.flags.copy_to_host(stream=stream)[:n].any())
+        flags = call.flags.copy_to_host(stream=stream)
+        stream.synchronize()
+        flagged = bool(flags[:n].any())
     return (np.asarray(out, np.float32), lse), flagged
 
 
