@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.cuda_compiler import assemble, compile_ptx, need_compiler
 from helpers.oracles import assert_solves, check, same_bits
-from helpers.problems import Shape, options
+from helpers.problems import Shape, float_type, options
 from helpers.targets import Target
 
 import fastattn
@@ -246,6 +246,17 @@ def test_a_trial_agrees(n_queries):
 
 
 @runs
+@pytest.mark.parametrize("bias", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("n_queries", [1, 5])
+def test_a_trial_is_of_the_same_kind(bias, n_queries):
+    shape = Shape(1, 2, n_queries, 11, 8)
+    opts = options(["softcap", "bias", "relative_bias", "alibi", "sinks", "mask"], shape)
+    opts["bias"] = opts["bias"].astype(float_type(bias))
+    kind = kind_of(n_queries=n_queries, **opts, return_lse=True, return_max=True)
+    assert part("call").spec_of(part("engine").example(kind)) == kind.spec
+
+
+@runs
 def test_a_trial_that_fails_leaves_it_to_multiply_adds(monkeypatch):
     engine, cores = part("engine"), part("tensor_cores")
     right = cores.weigh_maker
@@ -263,7 +274,7 @@ def test_a_trial_that_fails_leaves_it_to_multiply_adds(monkeypatch):
     monkeypatch.setattr(engine, "trial", cache(lambda device, kind: engine.compared(kind)))
     cores.compiled.cache_clear()
     try:
-        q, k, v = SMALL.arrays("bfloat16")
+        q, k, v = Shape(1, 2, 1, 11, 8).arrays("bfloat16")
         plan = fastattn.explain(q, k, v, backend="cuda").plan
         assert "no tensor cores: a trial of them differed from multiply-adds by" in plan["kernel"]
         check(TARGET, q, k, v)

@@ -3,7 +3,7 @@
 NumPy arrays are copied to the device and the results back; arrays that are there already are read
 where they lie, and the results stay beside them. `multiply_add` serves any call on any device, in
 float64 for float64 and else in float32; `tensor_cores` float16 and bfloat16 from compute capability
-8.0 on. `engine` chooses.
+8.0 on, with `wgmma` on 9.0. `engine` chooses.
 
 Nothing here has run on a device as it stands. An earlier build of the multiply-adds has, on an
 H100, with the right results; tensor cores and the merging of parts have only been simulated and

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...core.dtypes import float_type
 from ...core.problem import Problem, make_problem
-from .call import Call, Split, spec_of, tiles_of, tiles_per_launch
+from .call import PART_KEYS, Call, Split, spec_of, tiles_of, tiles_per_launch
 from .operands import current_device, dtype_name
 from .tensor_tile import TensorSpec, blocks_of, tensor_kinds
 from .tile import Geometry, Tile, tile_for
@@ -79,22 +79,25 @@ def compared(kind: TensorSpec) -> str | None:
 
 
 def example(kind: TensorSpec) -> Problem:
-    """A problem of a kind, of several tiles with ragged ends, each row with keys in sight."""
+    """A problem of a kind, of several tiles with ragged ends, each row with keys in sight; of two
+    parts if there are a few queries.
+    """
     spec, b, rng = kind.spec, blocks_of(kind), np.random.default_rng(0)
     n_queries = 1 if spec.few else b.queries + 5
-    n_keys = n_queries + 2 * b.keys + 5
+    n_keys = n_queries + 2 * b.keys + 5 + (PART_KEYS if spec.few else 0)
+    bias_type = "bfloat16" if "b" in spec.bfloat16 else "float64" if spec.clamp_bias else "float32"
 
     def draw(heads, n, dim):
         x = rng.standard_normal((1, heads, n, dim), np.float32)
         return x.astype(float_type(kind.dtype))
 
     grid = rng.standard_normal((2, n_queries, n_keys), np.float32)
-    mask = grid > -1
+    mask, bias = grid > -1, grid.astype(float_type(bias_type))
     mask[..., 0] = True
     return make_problem(
         draw(2, n_queries, spec.head_dim), draw(1, n_keys, spec.head_dim),
         draw(1, n_keys, spec.value_dim), causal=True,
-        softcap=5.0 if spec.softcap else None, bias=grid if spec.bias else None,
+        softcap=5.0 if spec.softcap else None, bias=bias if spec.bias else None,
         relative_bias=rng.standard_normal((2, 9)) if spec.relative_bias else None,
         alibi=[0.1, 0.2] if spec.alibi else None, sinks=[0.5, -1.0] if spec.sinks else None,
         mask=mask if spec.mask else None, return_lse=spec.lse, return_max=spec.row_max,
@@ -110,7 +113,9 @@ def solved(p: Problem, kind: TensorSpec | None):
     flagged = False
     if kind is not None:
         n = blocks_of(kind).slices * call.split.parts * math.prod(p.rows())
-        flagged = bool(call.flags.copy_to_host(stream=stream)[:n].any())
+        flags = call.flags.copy_to_host(stream=stream)
+        stream.synchronize()
+        flagged = bool(flags[:n].any())
     return (np.asarray(out, np.float32), lse), flagged
 
 

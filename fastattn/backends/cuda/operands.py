@@ -134,7 +134,8 @@ def scratch(name: str, size: int, dtype, stream):
     """At least `size` elements on the device, the same ones for each call that a thread makes on a
     stream, one after the other.
     """
-    key = (name, current_device(), getattr(stream, "handle", None) and str(stream.handle), dtype)
+    handle = 0 if SIMULATED else int(stream.handle)
+    key = (name, current_device(), handle, np.dtype(dtype))
     held = _kept.__dict__.setdefault("arrays", {})
     if key not in held or held[key].size < size:
         held[key] = cuda.device_array(size, dtype)
