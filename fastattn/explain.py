@@ -33,7 +33,7 @@ class Explanation:
         Which would run.
     plan : dict of str
         What it says of itself: kernel, instruction set, tile, threads, share of tiles skipped; and,
-        where it leaves maps of the weights to NumPy, why.
+        where it leaves `top_keys` to NumPy, why.
     copies : tuple of str
         The arguments that would be copied first.
     passed_over : dict of str
@@ -95,8 +95,8 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
             else:
                 unasked = "comes later" if place > order.index(chosen) else "another was named"
             passed_over[other.name] = unsupported(other, problem) or unasked
-    plan, maps = chosen.plan(problem), _left_to_numpy(chosen, problem, "weight maps")
-    plan |= {"weight maps": maps} if maps else {}
+    plan, top = chosen.plan(problem), _left_to_numpy(chosen, problem, "top_keys")
+    plan |= {"top_keys": top} if top else {}
     gradients = _gradients(problem, backend)
     return Explanation(chosen.name, plan, problem.copied, passed_over, gradients)
 

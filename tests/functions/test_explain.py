@@ -86,14 +86,14 @@ def test_what_cython_leaves_to_numpy_under_a_sparse_mask(monkeypatch):
     def noted(name, run):
         return lambda *x: ran.append(name) or run(*x)
 
-    for module, name in ((backward.numpy_backward, "run_backward"), (weight_maps, "run_map")):
+    for module, name in ((backward.numpy_backward, "run_backward"), (weight_maps, "run_top")):
         monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
     q, k, v = Shape(2, 4, 20, 30, 16).arrays()
     mask = sparse.csr_array(np.random.default_rng(0).random((20, 30)) < 0.3)
     for operands in ((q, k, v), (q, k[:1], v[:1])):
         found = fastattn.explain(*operands, mask=mask, backend="cython")
-        fastattn.key_importance(q, k, mask=mask, backend="cython")
-        assert (ran.pop() == "run_map") == found.plan["weight maps"].startswith("by NumPy: ")
+        fastattn.top_keys(q, k, 3, mask=mask, backend="cython")
+        assert (ran.pop() == "run_top") == found.plan["top_keys"].startswith("by NumPy: ")
         out, pullback = fastattn.vjp(fastattn.scaled_dot, *operands, mask=mask, backend="cython")
         pullback(out)
         assert bool(ran) == ("by NumPy: no kernel for those of arrays" in found.gradients)

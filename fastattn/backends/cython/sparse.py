@@ -47,7 +47,7 @@ def left_to_numpy(p: Problem) -> dict[str, str]:
     """What of `p` NumPy computes inside of this backend, and why, for `fastattn.explain`."""
     if not p.is_sparse:
         return {}
-    left = {"weight maps": "no kernel under a sparse mask"}
+    left = {"top_keys": "no kernel under a sparse mask"}
     nothing = np.empty(0)
     if not can_differentiate(Backward(p, nothing, nothing, nothing, None)):
         left["gradients"] = "no kernel for those of arrays that broadcast under a sparse mask"
