@@ -37,7 +37,10 @@ ARCHITECTURES = {
         "avx2": (["-mavx2", "-mfma", "-mf16c"], O2_FLOAT32),
         "baseline": ([], O2_FLOAT32),
     },
-    "__aarch64__": {"neon": ([], FULL)},
+    "__aarch64__": {
+        "neon_bf16": (["-march=armv8.2-a+bf16"], {"bfloat16": ["-DBF16_TERMS=1"]}),
+        "neon": ([], FULL),
+    },
 }
 ANY_ARCHITECTURE = {"baseline": ([], FULL)}
 

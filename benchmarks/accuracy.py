@@ -49,7 +49,11 @@ def main() -> None:
 def in_process(forbidden: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
     """What `measure` finds of each dtype where the faster instruction sets are forbidden."""
     command = [sys.executable, __file__, str(chosen.path), "--only-here"]
-    environment = {**os.environ, "FASTATTN_DISABLE_CPU_FEATURES": " ".join(forbidden)}
+    environment = {
+        **os.environ,
+        "FASTATTN_DISABLE_CPU_FEATURES": " ".join(forbidden),
+        "FASTATTN_ENABLE_CPU_FEATURES": "avx512_bf16",  # slow on some processors
+    }
     subprocess.run([*command, "--repeat", str(chosen.repeat)], env=environment, check=True)
     return json.loads(chosen.path.read_text())
 

@@ -26,6 +26,8 @@ STYLES = {
     "fastattn": ("#D55E00", "o"),
     "torch": ("#0072B2", "^"),
     "onnxruntime": ("#009E73", "v"),
+    "onnxruntime-attention": ("#009E73", "<"),
+    "onnxruntime-gqa": ("#009E73", ">"),
     "openvino": ("#56B4E9", "P"),
     "jax": ("#999999", "X"),
     "numpy-formula": ("#000000", "*"),

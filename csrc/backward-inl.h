@@ -233,7 +233,7 @@ static void differentiate_sub_block(Tile *t, const BackwardScratch *g, int p, Su
     const Scratch *s = &g->forward;
     vec top[MR_VECS];
     s->engine->multiply_keys(t, s, p, sub, NULL);
-    for (int j = 0; j < sub->keys && t->wants_scale; j++)
+    for (int j = 0; j < sub->keys && keeps_unscaled(t); j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++)
             store(g->unscaled + j * MR + n * LANES, load(sub->scores + j * MR + n * LANES));
     if (t->has_scales) multiply_by_scales(t, p, sub, sub->scores, top);

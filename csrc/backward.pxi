@@ -13,14 +13,17 @@ cdef struct Tickets:
 cdef struct BackwardParams:
     # The parameters of a backward pass; `call.out` is the gradient of q.
     CallParams call
-    Operand grad_out, result, lse, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
-    double coarse  # an lse of this size or more is too inexact to recompute weights from
+    Operand grad_out, result, lse, grad_lse, rows, grad_bias, row_sums
+    Operand grad_k, grad_v  # NULL, both: keys and values in pages have no gradients
+    Operand coarse  # (queries): an lse beyond it is too inexact to recompute weights from
     const int64_t *key_heads  # in groups of `sharers`, each of which is one item per block of keys
-    Py_ssize_t sharers, blocks  # of keys
+    Py_ssize_t sharers
     Tickets q_tickets, k_tickets, v_tickets  # their blocks: tiles of queries, and blocks of keys
     double *grad_relative_bias  # (kv_heads, rows, group), or NULL
     Py_ssize_t relative_biases  # of a key head
-    int64_t *relative_ticket  # of the key heads and blocks of all items, in their order
+    double *grad_dim_weights  # (head_dim), or NULL
+    Py_ssize_t dim_weights
+    int64_t *sums_ticket  # of the key heads and blocks of all items, in their order
 
 
 cdef Py_ssize_t gradient_index(
@@ -83,8 +86,11 @@ cdef inline double real_at(const CallParams *params, const char *at) noexcept no
     return (<double *>at)[0] if params.kernels.real_bytes == sizeof(double) else (<float *>at)[0]
 
 
-cdef bint is_coarse(const BackwardParams *backward, double lse) noexcept nogil:
-    return backward.coarse < fabs(lse) < INFINITY
+cdef bint is_coarse(
+    const BackwardParams *backward, Py_ssize_t query, double lse
+) noexcept nogil:
+    cdef double bound = (<double *>(backward.coarse.data + query * backward.coarse.head))[0]
+    return bound < fabs(lse) < INFINITY
 
 
 cdef bint prepare_tile(
@@ -98,6 +104,7 @@ cdef bint prepare_tile(
     unless it is too large for any of its digits to tell their number.
     """
     cdef const CallParams *params = &backward.call
+    cdef const TileKernels *kernels = work.sequence.kernels
     cdef char *grad_out = batch_ptr(params, &backward.grad_out, work.batch)
     cdef char *result = batch_ptr(params, &backward.result, work.batch)
     cdef char *lse = batch_ptr(params, &backward.lse, work.batch)
@@ -109,34 +116,29 @@ cdef bint prepare_tile(
     cdef bint any_coarse = False
     set_tile(params, tile, work)
     for i in range(tile.n_queries):
-        head = work.kv_head * params.group + (work.first + i) % params.group
-        query = (work.first + i) // params.group
+        head, query = head_of(params, work, i), query_of(params, work, i)
         tile.grad_out[i] = row_ptr(&backward.grad_out, grad_out, head, query)
         tile.result[i] = row_ptr(&backward.result, result, head, query)
-    params.kernels.backward.prepare(tile)
+    kernels.backward.prepare(tile)
     for i in range(tile.n_queries):
-        head = work.kv_head * params.group + (work.first + i) % params.group
-        query = (work.first + i) // params.group
+        head, query = head_of(params, work, i), query_of(params, work, i)
         row = <Row *>row_ptr(&backward.rows, rows, head, query)
         row.lse = real_at(params, row_ptr(&backward.lse, lse, head, query))
         row.lse_rest, row.mean = 0, tile.mean[i]
-        any_coarse |= is_coarse(backward, row.lse)
+        any_coarse |= is_coarse(backward, query, row.lse)
     if not any_coarse:
         return True
     tile.value_dim = 0
-    params.kernels.begin(tile)
-    if not each_block(
-        params.kernels.attend, params.kernels.block_k, tile, listen, last_look, stopped
-    ):
+    kernels.begin(tile)
+    if not each_block(kernels.attend, kernels.block_k, tile, listen, last_look, stopped):
         return False
-    params.kernels.backward.normalize(tile)
+    kernels.backward.normalize(tile)
     tile.value_dim = value_dim
     for i in range(tile.n_queries):
-        head = work.kv_head * params.group + (work.first + i) % params.group
-        query = (work.first + i) // params.group
+        head, query = head_of(params, work, i), query_of(params, work, i)
         row = <Row *>row_ptr(&backward.rows, rows, head, query)
         apart = fabs((tile.lse[i] - row.lse) + tile.lse_rest[i])
-        if is_coarse(backward, row.lse) and (
+        if is_coarse(backward, query, row.lse) and (
             apart <= 4 * eps * fabs(row.lse) or fabs(row.lse) > 1 / eps
         ):
             row.lse, row.lse_rest = tile.lse[i], tile.lse_rest[i]
@@ -155,10 +157,14 @@ cdef bint prepare_item(
 cdef bint differentiate_tile(
     const BackwardParams *backward, Tile *tile, WorkItem work, Py_ssize_t block, bint *stopped
 ) noexcept nogil:
-    """One tile of queries and one block of keys. False if the call was stopped."""
+    """One tile of queries and one block of keys, counted from the first of their sequence. False if
+    the call was stopped.
+    """
     cdef const CallParams *params = &backward.call
-    cdef Py_ssize_t begin = block * params.kernels.block_k, i, n, head, query
-    cdef Py_ssize_t end = min(begin + params.kernels.block_k, params.n_keys)
+    cdef const Sequence *sequence = work.sequence
+    cdef const TileKernels *kernels = sequence.kernels
+    cdef Py_ssize_t begin = block * kernels.block_k, i, n, head, query
+    cdef Py_ssize_t end = min(begin + kernels.block_k, sequence.n_keys)
     cdef char *grad_out = batch_ptr(params, &backward.grad_out, work.batch)
     cdef char *grad_lse = batch_ptr(params, &backward.grad_lse, work.batch)
     cdef char *rows = batch_ptr(params, &backward.rows, work.batch)
@@ -167,14 +173,13 @@ cdef bint differentiate_tile(
     cdef char *grad_bias = batch_ptr(params, &backward.grad_bias, work.batch)
     cdef char *row_sums = batch_ptr(params, &backward.row_sums, work.batch)
     cdef Py_ssize_t key_head = work.batch * params.kv_heads + work.kv_head
-    cdef Py_ssize_t q_block = work.first // params.kernels.block_q
+    cdef Py_ssize_t q_block = sequence.items_before + work.first // kernels.block_q
     cdef int64_t *counter = ticket_counter(&backward.q_tickets, key_head, q_block)
     cdef int64_t ticket = block * backward.q_tickets.sharers + backward.q_tickets.before[key_head]
     cdef bint shared = backward.q_tickets.sharers > 1, some = False
     set_tile(params, tile, work)
     for i in range(tile.n_queries):
-        head = work.kv_head * params.group + (work.first + i) % params.group
-        query = (work.first + i) // params.group
+        head, query = head_of(params, work, i), query_of(params, work, i)
         tile.grad_out[i] = row_ptr(&backward.grad_out, grad_out, head, query)
         row = <Row *>row_ptr(&backward.rows, rows, head, query)
         tile.lse[i], tile.lse_rest[i], tile.delta[i] = row.lse, row.lse_rest, row.mean
@@ -182,19 +187,18 @@ cdef bint differentiate_tile(
             tile.delta[i] -= real_at(params, row_ptr(&backward.grad_lse, grad_lse, head, query))
         if grad_bias is not NULL:
             tile.grad_bias[i] = row_ptr(&backward.grad_bias, grad_bias, head, query)
-    params.kernels.begin(tile)
+    kernels.begin(tile)
     if tile.first < end and begin < tile.last:
-        some = params.kernels.backward.differentiate(tile, begin, end)
+        some = kernels.backward.differentiate(tile, begin, end)
     elif not shared:
         return True
     # Blocks are added in their order, so that the sum does not depend on the threads.
     if (shared or tile.first < begin) and not wait_for_ticket(counter, ticket, stopped):
         return False
     if some:
-        params.kernels.backward.add(tile)
+        kernels.backward.add(tile)
         for i in range(tile.n_queries if row_sums is not NULL else 0):
-            head = work.kv_head * params.group + (work.first + i) % params.group
-            query = (work.first + i) // params.group
+            head, query = head_of(params, work, i), query_of(params, work, i)
             sums = <double *>row_ptr(&backward.row_sums, row_sums, head, query)
             for n in range(ROW_SUMS):
                 sums[n] += tile.row_sums[i][n]
@@ -208,48 +212,66 @@ cdef bint differentiate_block(
 ) noexcept nogil:
     """One block of keys of one key head. False if a signal came in between."""
     cdef const CallParams *params = &backward.call
-    cdef WorkItem work
+    cdef const Sequence *sequence = sequence_of(params, block, True)
+    cdef const TileKernels *kernels = sequence.kernels
+    cdef WorkItem work = WorkItem(sequence, head // params.kv_heads, head % params.kv_heads, 0, 0)
     cdef Py_ssize_t n
-    cdef Py_ssize_t begin = block * params.kernels.block_k
-    cdef Py_ssize_t end = min(begin + params.kernels.block_k, params.n_keys)
-    cdef Py_ssize_t batch = head // params.kv_heads, kv_head = head % params.kv_heads
-    cdef int64_t *k_counter = ticket_counter(&backward.k_tickets, head, block)
-    cdef int64_t *v_counter = ticket_counter(&backward.v_tickets, head, block)
-    tile.k = batch_ptr(params, &params.k, batch) + kv_head * params.k.head
-    tile.v = batch_ptr(params, &params.v, batch) + kv_head * params.v.head
-    tile.grad_k = batch_ptr(params, &backward.grad_k, batch) + kv_head * backward.grad_k.head
-    tile.grad_v = batch_ptr(params, &backward.grad_v, batch) + kv_head * backward.grad_v.head
-    tile.adds_k = backward.k_tickets.before[head] > 0
-    tile.adds_v = backward.v_tickets.before[head] > 0
-    params.kernels.backward.begin_keys(tile, begin, end)
-    for n in range(params.num_tiles):
+    cdef Py_ssize_t begin = (block - sequence.blocks_before) * kernels.block_k
+    cdef Py_ssize_t end = min(begin + kernels.block_k, sequence.n_keys)
+    cdef int64_t *k_counter
+    cdef int64_t *v_counter
+    tile.k, tile.v = key_ptr(params, &params.k, work), key_ptr(params, &params.v, work)
+    if params.pages.data is not NULL:
+        tile.pages = <int64_t *>batch_ptr(params, &params.pages, work.batch)
+    kernels.backward.begin_keys(tile, begin, end)
+    for n in range(sequence.num_tiles):
         if stopped[0] or (listen and interrupted(last_look)):
             return False
-        work = work_item_of(params, head * params.num_tiles + n)
-        if not differentiate_tile(backward, tile, work, block, stopped):
+        work.first = tile_rows_before(sequence, n)
+        if not differentiate_tile(
+            backward, tile, work, block - sequence.blocks_before, stopped
+        ):
             return False
+    if backward.grad_k.data is NULL:
+        return True
+    tile.grad_k = key_ptr(params, &backward.grad_k, work)
+    tile.grad_v = key_ptr(params, &backward.grad_v, work)
+    tile.adds_k = backward.k_tickets.before[head] > 0
+    tile.adds_v = backward.v_tickets.before[head] > 0
+    k_counter = ticket_counter(&backward.k_tickets, head, block)
+    v_counter = ticket_counter(&backward.v_tickets, head, block)
     if not wait_for_ticket(k_counter, backward.k_tickets.before[head], stopped):
         return False
     if not wait_for_ticket(v_counter, backward.v_tickets.before[head], stopped):
         return False
-    params.kernels.backward.store_keys(tile, begin, end)
+    kernels.backward.store_keys(tile, begin, end)
     store_release(k_counter, backward.k_tickets.before[head] + 1)
     store_release(v_counter, backward.v_tickets.before[head] + 1)
     return True
 
 
-cdef bint add_relative_bias(
+cdef inline void add_sums(double *to, const double *more, Py_ssize_t count) noexcept nogil:
+    cdef Py_ssize_t n
+    for n in range(count):
+        to[n] += more[n]
+
+
+cdef bint add_shared_sums(
     const BackwardParams *backward, Tile *tile, Py_ssize_t head, Py_ssize_t ticket, bint *stopped
 ) noexcept nogil:
-    """Add what a block of a key head found for the relative bias. False if the call was stopped."""
-    cdef Py_ssize_t n
-    cdef double *to = backward.grad_relative_bias
-    if not wait_for_ticket(backward.relative_ticket, ticket, stopped):
+    """Add what a block of a key head found for the relative bias, and for the weights of the dims.
+    False if the call was stopped.
+    """
+    cdef Py_ssize_t first = head % backward.call.kv_heads * backward.relative_biases
+    if not wait_for_ticket(backward.sums_ticket, ticket, stopped):
         return False
-    to += head % backward.call.kv_heads * backward.relative_biases
-    for n in range(backward.relative_biases):
-        to[n] += tile.grad_relative_bias[n]
-    store_release(backward.relative_ticket, ticket + 1)
+    if tile.wants_relative_bias:
+        add_sums(
+            backward.grad_relative_bias + first, tile.grad_relative_bias, backward.relative_biases
+        )
+    if tile.wants_dim_weights:
+        add_sums(backward.grad_dim_weights, tile.grad_dim_weights, backward.dim_weights)
+    store_release(backward.sums_ticket, ticket + 1)
     return True
 
 
@@ -261,70 +283,103 @@ cdef bint differentiate_item(
     """
     cdef const BackwardParams *backward = <const BackwardParams *>call
     cdef Py_ssize_t groups = backward.call.key_heads // backward.sharers
-    cdef Py_ssize_t group = item // backward.blocks, block = item % backward.blocks, i
+    cdef Py_ssize_t group = item // backward.call.blocks, block = item % backward.call.blocks, i
     cdef const int64_t *heads
+    cdef bint shared = tile.wants_relative_bias or tile.wants_dim_weights
+    cdef Py_ssize_t sums = backward.relative_biases + backward.dim_weights
+    tile.grad_dim_weights = tile.grad_relative_bias + backward.relative_biases
     if backward.q_tickets.sharers > 1:  # so that an item waits only for items before it
         group, block = item % groups, item // groups
     heads = backward.key_heads + group * backward.sharers
     for i in range(backward.sharers):
-        if tile.wants_relative_bias:
-            memset(tile.grad_relative_bias, 0, backward.relative_biases * sizeof(double))
+        if shared:
+            memset(tile.grad_relative_bias, 0, sums * sizeof(double))
         if not differentiate_block(backward, tile, heads[i], block, listen, last_look, stopped):
             return False
-        if tile.wants_relative_bias and not add_relative_bias(
+        if shared and not add_shared_sums(
             backward, tile, heads[i], item * backward.sharers + i, stopped
         ):
             return False
     return True
 
 
-cdef int run_backward(
-    const BackwardParams *backward, Workspace *workspace, int threads
-) except -1:
-    cdef Py_ssize_t tiles_to_prepare = backward.call.key_heads * backward.call.num_tiles
-    cdef Py_ssize_t items = backward.call.key_heads // backward.sharers * backward.blocks
+cdef struct BackwardCall:
+    # A backward pass that is ready to run.
+    BackwardParams backward
+    Workspace workspace
+    Py_ssize_t scratch_bytes, tickets_bytes
+    int threads
+
+
+cdef int run_backward(void *ready) except -1:
+    """Run all tiles of a BackwardCall. An interruption skips the rest and raises."""
+    cdef BackwardCall *call = <BackwardCall *>ready
+    cdef BackwardParams *backward = &call.backward
+    cdef CallParams *params = &backward.call
+    cdef Workspace *workspace = &call.workspace
+    cdef Py_ssize_t tiles_to_prepare = params.key_heads * params.items, n = params.blocks
+    cdef Py_ssize_t items = params.key_heads // backward.sharers * n
+    cdef int64_t *tickets = <int64_t *>allocate_workspace(
+        workspace, call.threads, call.scratch_bytes,
+        (backward.relative_biases + backward.dim_weights) * <Py_ssize_t>sizeof(double),
+        call.tickets_bytes,
+    )
     with nogil:
+        memset(tickets, 0, call.tickets_bytes)
+        tickets = assign_tickets(
+            backward, &backward.q_tickets, &params.out, params.items, tickets
+        )
+        if params.pages.data is NULL:
+            tickets = assign_tickets(backward, &backward.k_tickets, &backward.grad_k, n, tickets)
+            tickets = assign_tickets(backward, &backward.v_tickets, &backward.grad_v, n, tickets)
+        backward.sums_ticket = tickets
         # Items start in order: a block waits only for blocks before it.
-        if parallel_for(prepare_item, backward, workspace, tiles_to_prepare, threads):
-            parallel_for(differentiate_item, backward, workspace, items, threads)
+        if parallel_for(prepare_item, backward, workspace, tiles_to_prepare, call.threads):
+            parallel_for(differentiate_item, backward, workspace, items, call.threads)
+        free(workspace.allocated)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
 
 
 def differentiate(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
-    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
-    cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
-    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
+    cnp.ndarray grad_out not None, cnp.ndarray q not None, cnp.ndarray k not None,
+    cnp.ndarray v not None, cnp.ndarray out not None, cnp.ndarray lse not None,
+    cnp.ndarray grad_lse, cnp.ndarray rows not None,
+    cnp.ndarray grad_q not None, cnp.ndarray grad_k, cnp.ndarray grad_v,
+    cnp.ndarray coarse not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    str compute_dtype, int threads,
-    cnp.ndarray grad_bias, cnp.ndarray row_sums, cnp.ndarray key_heads not None, dropout,
-    cnp.ndarray scales, cnp.ndarray relative_bias, bint wants_scale,
-    cnp.ndarray grad_relative_bias,
+    str compute_dtype, int threads, dropout, double scale, cnp.ndarray key_heads not None,
+    cnp.ndarray grad_bias=None, cnp.ndarray row_sums=None, cnp.ndarray scales=None,
+    cnp.ndarray relative_bias=None, bint wants_scale=False, cnp.ndarray grad_relative_bias=None,
+    cnp.ndarray sequences=None, score_function=None, cnp.ndarray grad_dim_weights=None,
+    cnp.ndarray block_table=None, Plan plan=None,
 ):
     """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
     in, and their dims are contiguous. They are summed along axes of length 1 that the call
     broadcasts; without any, `grad_k` and `grad_v` may also be of half precision.
 
-    `lse` and `grad_lse`, (batch, heads, queries), have the dtype of sums. An lse beyond `coarse` is
-    computed again by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
+    `lse` and `grad_lse`, (batch, heads, queries), have the dtype of sums. An lse beyond `coarse`,
+    float64 (queries) or (1), is computed again by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
     filled with the lse, the rest that its rounding lost, and the mean of the weights' gradients.
     `grad_bias` and `row_sums` are added to unless None. `grad_bias` broadcasts to the scores; it
     has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
     `row_sums` is float64 (batch, heads, queries, 6) and contiguous: see `Tile.row_sums`, the last
     two of which `wants_scale` asks for, beside `scales`. `grad_relative_bias`, float64 and
-    contiguous, is added to unless None, and has the shape of `relative_bias`.
+    contiguous, is added to unless None, and has the shape of `relative_bias`; so is
+    `grad_dim_weights`, float64 (head_dim,) and contiguous, of an additive score. With a
+    `block_table` `grad_k` and `grad_v` are None.
     `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
     `grad_bias`. The rest is as for `attend`.
     """
-    cdef BackwardParams backward
-    cdef Workspace workspace
-    cdef Tile *tile = &workspace.prototype
-    cdef int64_t *tickets
-    cdef Py_ssize_t counts, n
+    cdef BackwardCall own
+    cdef BackwardCall *call = &own
+    if plan is not None:
+        call = <BackwardCall *>plan.begin(sizeof(BackwardCall), run_backward)
+    cdef BackwardParams *backward = &call.backward
+    cdef Tile *tile = &call.workspace.prototype
+    cdef Py_ssize_t counts, most_threads
     cdef CallParams *params = &backward.call
     bind_params(
         params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
@@ -337,51 +392,65 @@ def differentiate(
     bind_operand(params, &backward.rows, rows, 3)
     bind_operand(params, &backward.grad_bias, grad_bias, 3)
     bind_operand(params, &backward.row_sums, row_sums, 3)
-    backward.coarse = coarse
+    bind_operand(params, &backward.coarse, coarse, 1)
     backward.key_heads = <const int64_t *>cnp.PyArray_DATA(key_heads)
     backward.sharers = key_heads.shape[1]
     bind_operand(params, &backward.grad_k, grad_k, 3)
     bind_operand(params, &backward.grad_v, grad_v, 3)
     params.kernels = backward_kernels_for(
-        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1]
+        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
+        score_function is None,
     )
-    params.num_tiles = ceil_div(params.group * params.n_queries, params.kernels.block_q)
-    backward.blocks = ceil_div(params.n_keys, params.kernels.block_k)
-    if params.key_heads * backward.blocks == 0:
+    kept = cut_sequences(
+        params, sequences, compute_dtype, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
+        score_function is None, True, False,
+    )
+    if params.key_heads * params.blocks == 0 and block_table is None:
         grad_k.fill(0)
         grad_v.fill(0)
     if params.key_heads == 0:
         return
-    threads = available_threads(min(threads, max(1, key_heads.shape[0] * backward.blocks)))
+    most_threads = max(1, key_heads.shape[0] * params.blocks)
+    call.threads = available_threads(min(threads, most_threads))
     init_tile(params, tile, q, k, v, grad_q, scale, softcap, bias, relative_bias)
+    set_score_function(tile, score_function)
     tile.differentiating = True
     tile.grad_out_format = number_format(grad_out)
     tile.grad_out_dim, tile.result_dim = backward.grad_out.dim, backward.result.dim
-    tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
-    tile.grad_k_key, tile.grad_v_key = backward.grad_k.row, backward.grad_v.row
+    if block_table is not None:
+        bind_stored_keys(params, tile, k, v, None, None, block_table)
+    else:
+        tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
+        tile.grad_k_key, tile.grad_v_key = backward.grad_k.row, backward.grad_v.row
     tile.wants_bias, tile.wants_sums = grad_bias is not None, row_sums is not None
     tile.wants_scale, tile.wants_relative_bias = wants_scale, grad_relative_bias is not None
     tile.rows_share_bias = grad_bias is not None and backward.grad_bias.row == 0
-    counts = 6 + max(params.num_tiles, 1) + 2 * max(backward.blocks, 1)
-    counts = (counts * params.key_heads + 1) * <Py_ssize_t>sizeof(int64_t)
-    backward.relative_biases = 0
+    counts = 6 + max(params.items, 1) + 2 * max(params.blocks, 1)
+    call.tickets_bytes = (counts * params.key_heads + 1) * <Py_ssize_t>sizeof(int64_t)
+    backward.relative_biases = backward.dim_weights = 0
     if grad_relative_bias is not None:
         backward.grad_relative_bias = <double *>cnp.PyArray_DATA(grad_relative_bias)
         backward.relative_biases = params.relative_bias_bytes // params.kernels.real_bytes
-    workspace.rows = tile_rows(params)
-    tickets = <int64_t *>allocate_workspace(
-        &workspace, threads, params.kernels.backward.scratch_bytes(tile),
-        backward.relative_biases * <Py_ssize_t>sizeof(double), counts,
-    )
-    try:
-        memset(tickets, 0, counts)
-        n = backward.blocks
-        tickets = assign_tickets(
-            &backward, &backward.q_tickets, &params.out, params.num_tiles, tickets
-        )
-        tickets = assign_tickets(&backward, &backward.k_tickets, &backward.grad_k, n, tickets)
-        tickets = assign_tickets(&backward, &backward.v_tickets, &backward.grad_v, n, tickets)
-        backward.relative_ticket = tickets
-        run_backward(&backward, &workspace, threads)
-    finally:
-        free(workspace.allocated)
+    if grad_dim_weights is not None:
+        tile.wants_dim_weights = True
+        backward.grad_dim_weights = <double *>cnp.PyArray_DATA(grad_dim_weights)
+        backward.dim_weights = tile.head_dim
+    call.workspace.rows = tile_rows(params)
+    call.scratch_bytes = scratch_of(params, tile)
+    if plan is None:
+        run_backward(call)
+        return
+    plan.kept = plan.kept, kept
+    plan.take_threads(&call.threads, most_threads)
+    plan.take_input(&backward.grad_out)
+    plan.take_input(&params.q)
+    plan.take_input(&params.k)
+    plan.take_input(&params.v)
+    plan.take_input(&backward.result)
+    plan.take_input(&backward.lse)
+    if grad_lse is not None:
+        plan.take_input(&backward.grad_lse)
+    plan.take_output(0, &params.out)
+    plan.take_output(1, &backward.grad_k)
+    plan.take_output(2, &backward.grad_v)
+    plan.take_output(3, &backward.rows)

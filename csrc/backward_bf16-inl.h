@@ -148,7 +148,7 @@ static uint64_t split_values(const Tile *t, const BackwardScratch *g, ptrdiff_t 
     ptrdiff_t chunk = g->forward.key_rows * CHUNK;
     const char *at[SUB_BLOCK_K];
     uint64_t special;
-    for (ptrdiff_t key = begin; key < end; key++) at[key - begin] = t->v + key * t->v_key;
+    for (ptrdiff_t key = begin; key < end; key++) at[key - begin] = value_at(t, key);
     WITH_FORMAT(t->v_format, split_rows, at, (int)(end - begin), t->v_dim, t->value_dim,
                 WEIGHT_UNIT, g->value_rows + begin % BLOCK_K * CHUNK, chunk,
                 chunk * round_up(t->value_dim, CHUNK) / CHUNK, &special);
@@ -182,10 +182,8 @@ static bool sees_special(const Tile *t, const BackwardScratch *g, int p, const S
 /* Pack a micropanel and a sub-block as real numbers. */
 static void pack_reals(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub) {
     pack_real_queries(t, g, p);
-    widen(t->k + sub->key * t->k_key, t->k_key, t->k_dim, t->k_format, NULL, sub->keys, t->head_dim,
-          g->real_keys);
-    widen(t->v + sub->key * t->v_key, t->v_key, t->v_dim, t->v_format, NULL, sub->keys,
-          t->value_dim, g->real_values);
+    widen_keys(t, sub->key, sub->key + sub->keys, g->real_keys);
+    widen_values(t, sub->key, sub->key + sub->keys, g->real_values);
 }
 
 /* grad_scores = V dO^T / unit. Returns whether terms can represent all operands. */

@@ -35,12 +35,13 @@ struct BackwardScratch {
     ptrdiff_t q_rows_padded;       /* rows of a micropanel in grad_q */
     real *grad_q;                  /* [micropanel][head_dim][MR], from one block */
     real *grad_scores, *slope;     /* [SUB_BLOCK_K][MR] */
-    real *unscaled;                /* likewise, the scores before their scale; if wants_scale */
+    real *unscaled;                /* likewise, the scores before their scale: see keeps_unscaled */
     real *sub_grad_k, *sub_grad_v; /* [dim micropanel][SUB_BLOCK_K][MR dims], from one tile */
     real *grad_k, *grad_v;         /* [dim micropanel][keys of the block][MR dims] */
     real *lse, *lse_rest,
         *delta;     /* [micropanel][MR]; lse in units of scores, and what its rounding lost */
-    real *grad_out; /* [real micropanel][value_dim][MR] */
+    real *grad_out;  /* [real micropanel][value_dim][MR] */
+    real *q_columns; /* [micropanel][head_dim][MR]; of metrics */
     real *q_rows, *grad_out_rows; /* [dim micropanel][query of the real micropanels][MR dims] */
     bool *finite;                 /* [real micropanel]: are its queries and grad_out finite? */
 #ifdef BF16_TERMS
@@ -53,6 +54,11 @@ struct BackwardScratch {
         *special_keys; /* [micropanel], [sub-block]: bits of the special ones */
 #endif
 };
+
+/* Are the scores of a sub-block needed as they are before their scale and the options? */
+static bool keeps_unscaled(const Tile *t) {
+    return t->wants_scale || t->score_function == DISTANCE;
+}
 
 static size_t lay_out_backward(const Tile *t, BackwardScratch *g) {
     char *base = t->scratch;
@@ -67,7 +73,7 @@ static size_t lay_out_backward(const Tile *t, BackwardScratch *g) {
     TAKE(grad_q, row * g->q_rows_padded)
     TAKE(grad_scores, SUB_BLOCK_K * MR)
     TAKE(slope, SUB_BLOCK_K * MR)
-    TAKE(unscaled, t->wants_scale ? SUB_BLOCK_K * MR : 0)
+    TAKE(unscaled, keeps_unscaled(t) ? SUB_BLOCK_K * MR : 0)
     TAKE(sub_grad_k, SUB_BLOCK_K * k)
     TAKE(sub_grad_v, SUB_BLOCK_K * v)
     TAKE(grad_k, BLOCK_K * k)
@@ -76,6 +82,7 @@ static size_t lay_out_backward(const Tile *t, BackwardScratch *g) {
     TAKE(lse_rest, row)
     TAKE(delta, row)
     TAKE(grad_out, real_row * t->value_dim)
+    TAKE(q_columns, t->score_function == DOT ? 0 : row * t->head_dim)
     TAKE(q_rows, real_row * k)
     TAKE(grad_out_rows, real_row * v)
     TAKE(finite, REAL_MICROPANELS)
@@ -208,8 +215,13 @@ static void sum_real_sub_block(const Tile *t, const BackwardScratch *g, int p, c
 }
 
 #ifndef BF16_TERMS
+#include "metric_gradients-inl.h"
+
 static void begin_micropanel(const Tile *t, const BackwardScratch *g, int p) {
     pack_real_queries(t, g, p);
+    for (int n = 0; n < t->micropanel[p].vecs && t->score_function != DOT; n++)
+        load_columns(t->q, t->q_dim, t->q_format, t->head_dim, t->n_queries, 1,
+                     p * MR + n * LANES, g->q_columns + p * MR * t->head_dim + n * LANES);
 }
 
 static void pack_for_gradients(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
@@ -226,7 +238,9 @@ static bool multiply_values(const Tile *t, const BackwardScratch *g, int p, cons
 static void sum_sub_block(const Tile *t, const BackwardScratch *g, int p, const SubBlock *sub,
                           bool fit, Accumulated *sums) {
     (void)fit;
-    sum_real_sub_block(t, g, p, sub, keys_from(t, &g->forward, sub->key), sums);
+    View k = keys_from(t, &g->forward, sub->key);
+    if (t->score_function == DOT) sum_real_sub_block(t, g, p, sub, k, sums);
+    else sum_metric_sub_block(t, g, p, sub, k, sums);
 }
 
 static void flush_pending(const Tile *t, const BackwardScratch *g, int keys, Accumulated *sums) {

@@ -40,9 +40,22 @@ cdef struct Dropout:
     double factor
 
 
+cdef struct Sequence:
+    # Queries, the only keys that they may see, and how they are worked on: all of a call, or one of
+    # the sequences that lie in it end to end. Tiles of queries, blocks of keys and splits begin
+    # where it does, and the bounds of its tiles count from there.
+    const TileKernels *kernels
+    Py_ssize_t first_query, n_queries, first_key, n_keys
+    Py_ssize_t num_tiles, num_splits, split_keys  # of each key head: its queries, its keys
+    Py_ssize_t partial_bytes  # of the result of a split
+    # Of the sequences before it: tiles times splits, and blocks of keys, of one key head; and the
+    # partial results of one batch entry, in bytes.
+    Py_ssize_t items_before, blocks_before, partial_before
+
+
 cdef struct CallParams:
     # Everything that the tiles of one call share.
-    const TileKernels *kernels
+    const TileKernels *kernels  # of a tile of all queries; those of a sequence sum in the same dtype
     Operand q, k, v, k_scales, v_scales, out, mask, bias, weights, lse, max_score
     KeyRange keys
     int lse_bytes  # of one number, also of max_score
@@ -50,9 +63,12 @@ cdef struct CallParams:
     Py_ssize_t shape[64]  # of the batch
     Py_ssize_t kv_heads, group, n_queries, n_keys
     Py_ssize_t key_heads  # of all batch entries
-    Py_ssize_t num_tiles, num_splits, split_keys  # of each key head: its queries, its keys
-    char *partial  # (batch, kv_heads, splits): the partial result of each
-    Py_ssize_t partial_bytes
+    Sequence whole  # the only sequence, unless there are `sequences`
+    const Sequence *sequences
+    Py_ssize_t n_sequences
+    Py_ssize_t items, blocks  # of all sequences: tiles times splits, and blocks of keys, of a key head
+    char *partial  # (batch, sequences, kv_heads, splits): the partial result of each
+    Py_ssize_t partial_bytes  # of a batch entry
     NumberFormat out_format
     const int64_t *order  # of the batch entries; NULL: as stored
     Operand pages  # (batch, pages); NULL: keys and values are no pool of these
@@ -117,42 +133,169 @@ cdef inline char *row_ptr(
     return at + head * operand.head + query * operand.row
 
 
+cdef int cut_sequence(
+    CallParams *params, Sequence *sequence, Py_ssize_t value_dim, bint splits
+) except -1:
+    """Cut a sequence, whose kernels, queries and keys are set, into tiles, and into splits if that
+    is allowed. It comes after those that were cut before.
+    """
+    cdef Py_ssize_t rows = params.group * sequence.n_queries
+    cdef Py_ssize_t numbers = 2 if params.max_score.data is not NULL else 1
+    sequence.num_tiles = ceil_div(rows, sequence.kernels.block_q)
+    sequence.num_splits, sequence.split_keys, sequence.partial_bytes = 1, sequence.n_keys, 0
+    sequence.items_before, sequence.blocks_before = params.items, params.blocks
+    sequence.partial_before = params.partial_bytes
+    if splits and rows <= MAX_SPLIT_ROWS and sequence.n_keys >= 2 * SPLIT_KEYS:
+        sequence.split_keys = (sequence.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
+        sequence.num_splits = ceil_div(sequence.n_keys, sequence.split_keys)
+        sequence.partial_bytes = padded(rows * (
+            numbers * <Py_ssize_t>sizeof(double) + value_dim * sequence.kernels.real_bytes
+        ))
+        params.partial_bytes += params.kv_heads * sequence.num_splits * sequence.partial_bytes
+    params.items += sequence.num_tiles * sequence.num_splits
+    params.blocks += ceil_div(sequence.n_keys, sequence.kernels.block_k)
+    return 0
+
+
+cdef object cut_sequences(
+    CallParams *params, cnp.ndarray table, str compute_dtype, Py_ssize_t head_dim,
+    Py_ssize_t value_dim, bint dot, bint backward, bint splits,
+):
+    """Cut all that are in `table`, int64 (sequences, 4) and contiguous: the first query, the
+    number of queries, the first key and the number of keys of each. If that is None, cut the whole
+    call. Returns what must be kept until the call has ended.
+    """
+    cdef Py_ssize_t n
+    cdef const int64_t *row
+    cdef Sequence *sequences = &params.whole
+    cdef cnp.ndarray memory = None
+    params.items = params.blocks = params.partial_bytes = 0
+    params.sequences, params.n_sequences = NULL, 1
+    if table is None:
+        params.whole.kernels = params.kernels
+        params.whole.first_query, params.whole.n_queries = 0, params.n_queries
+        params.whole.first_key, params.whole.n_keys = 0, params.n_keys
+        cut_sequence(params, &params.whole, value_dim, splits)
+        return None
+    params.n_sequences = table.shape[0]
+    memory = np.empty(max(1, params.n_sequences) * sizeof(Sequence), np.uint8)
+    sequences = <Sequence *>cnp.PyArray_DATA(memory)
+    params.sequences = sequences
+    for n in range(params.n_sequences):
+        row = <const int64_t *>cnp.PyArray_DATA(table) + 4 * n
+        sequences[n].first_query, sequences[n].n_queries = row[0], row[1]
+        sequences[n].first_key, sequences[n].n_keys = row[2], row[3]
+        if backward:
+            sequences[n].kernels = backward_kernels_for(
+                compute_dtype, params.group * row[1], head_dim, value_dim, dot
+            )
+        else:
+            sequences[n].kernels = kernels_for(
+                compute_dtype, params.group * row[1], head_dim, value_dim, dot
+            )
+        cut_sequence(params, &sequences[n], value_dim, splits)
+    return memory
+
+
+cdef inline const Sequence *sequence_at(const CallParams *params, Py_ssize_t n) noexcept nogil:
+    return &params.whole if params.sequences is NULL else params.sequences + n
+
+
+cdef const Sequence *sequence_of(
+    const CallParams *params, Py_ssize_t item, bint by_blocks
+) noexcept nogil:
+    """The sequence of an item of a key head, a tile and a split of it, or of a block of keys."""
+    cdef Py_ssize_t first = 0, last = params.n_sequences - 1, middle, before
+    cdef const Sequence *sequence
+    while first < last:
+        middle = (first + last + 1) // 2
+        sequence = sequence_at(params, middle)
+        before = sequence.blocks_before if by_blocks else sequence.items_before
+        if before <= item:
+            first = middle
+        else:
+            last = middle - 1
+    return sequence_at(params, first)
+
+
 cdef struct WorkItem:
-    # The queries of one key head from `first` on, and one split of its keys.
+    # The queries of one key head and sequence, from row `first` of these on, and one split of its
+    # keys.
+    const Sequence *sequence
     Py_ssize_t batch, kv_head, first, split
 
 
 cdef WorkItem work_item_of(const CallParams *params, Py_ssize_t item) noexcept nogil:
     cdef WorkItem work
+    cdef const Sequence *sequence
     if params.reduction.sums is not NULL:
         # The tiles of a head wait for each other, so successive items have different heads.
-        item = item % params.key_heads * params.num_tiles + item // params.key_heads
-    work.split = item % params.num_splits
-    item //= params.num_splits
-    # The last queries first: under a causal mask they have the most keys, and when the items that
-    # run last are small, threads finish at about the same time.
-    work.first = (params.num_tiles - 1 - item % params.num_tiles) * params.kernels.block_q
-    item //= params.num_tiles
-    work.kv_head = item % params.kv_heads
-    work.batch = item // params.kv_heads
+        item = item % params.key_heads * params.items + item // params.key_heads
+    work.batch = item // (params.kv_heads * params.items)
+    item %= params.kv_heads * params.items
+    sequence = sequence_of(params, item // params.kv_heads, False)
+    item -= params.kv_heads * sequence.items_before
+    work.sequence = sequence
+    work.split = item % sequence.num_splits
+    item //= sequence.num_splits
+    work.first = tile_rows_before(sequence, item % sequence.num_tiles)
+    work.kv_head = item // sequence.num_tiles
     if params.order is not NULL:
         work.batch = params.order[work.batch]
     return work
 
 
+cdef inline Py_ssize_t tile_rows_before(const Sequence *sequence, Py_ssize_t n) noexcept nogil:
+    """Where the n-th tile begins. The last queries come first: under a causal mask they have the
+    most keys, and when the items that run last are small, threads finish at about the same time.
+    """
+    return (sequence.num_tiles - 1 - n) * sequence.kernels.block_q
+
+
+cdef inline Py_ssize_t query_of(
+    const CallParams *params, WorkItem work, Py_ssize_t row
+) noexcept nogil:
+    """The query in row `row` of a tile."""
+    return work.sequence.first_query + (work.first + row) // params.group
+
+
+cdef inline Py_ssize_t head_of(
+    const CallParams *params, WorkItem work, Py_ssize_t row
+) noexcept nogil:
+    """Its head. Those of a group come one after another, so that a tile's queries have similar
+    positions.
+    """
+    return work.kv_head * params.group + (work.first + row) % params.group
+
+
+cdef inline char *key_ptr(
+    const CallParams *params, const Operand *operand, WorkItem work
+) noexcept nogil:
+    """The first key of the sequence in an array of (batch, kv_heads, keys, dims)."""
+    return row_ptr(
+        operand, batch_ptr(params, operand, work.batch), work.kv_head, work.sequence.first_key
+    )
+
+
 cdef char *partial_ptr(
-    const CallParams *params, Py_ssize_t batch, Py_ssize_t kv_head, Py_ssize_t split
+    const CallParams *params, WorkItem work, Py_ssize_t split
 ) noexcept nogil:
     """The partial result of one split of a key head."""
-    cdef Py_ssize_t index = (batch * params.kv_heads + kv_head) * params.num_splits + split
-    return params.partial + index * params.partial_bytes
+    cdef const Sequence *sequence = work.sequence
+    cdef Py_ssize_t index = work.kv_head * sequence.num_splits + split
+    return (
+        params.partial + work.batch * params.partial_bytes
+        + sequence.partial_before + index * sequence.partial_bytes
+    )
 
 
 cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept nogil:
     """Point a tile at its queries and at the keys that they attend to."""
     cdef const KeyRange *keys = &params.keys
-    cdef Py_ssize_t offset = keys.offset, i, query, head, first_key = 0, last_key = params.n_keys
-    cdef Py_ssize_t position, first, last
+    cdef const Sequence *sequence = work.sequence
+    cdef Py_ssize_t offset = keys.offset, i, query, head, first_key = 0, last_key = sequence.n_keys
+    cdef Py_ssize_t position, first, last, origin = sequence.first_key
+    cdef char *offsets = batch_ptr(params, &keys.offsets, work.batch)
     cdef char *q = batch_ptr(params, &params.q, work.batch)
     cdef char *out = batch_ptr(params, &params.out, work.batch)
     cdef char *start = batch_ptr(params, &keys.start, work.batch)
@@ -161,11 +304,12 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
     cdef char *bias = batch_ptr(params, &params.bias, work.batch)
     cdef char *weights = batch_ptr(params, &params.weights, work.batch)
     cdef char *partial = NULL
-    if keys.offsets.data is not NULL:
-        offset = (<int64_t *>batch_ptr(params, &keys.offsets, work.batch))[0]
-    tile.n_queries = min(params.kernels.block_q, params.group * params.n_queries - work.first)
-    tile.k = batch_ptr(params, &params.k, work.batch) + work.kv_head * params.k.head
-    tile.v = batch_ptr(params, &params.v, work.batch) + work.kv_head * params.v.head
+    tile.n_queries = min(
+        sequence.kernels.block_q, params.group * sequence.n_queries - work.first
+    )
+    tile.k, tile.v = key_ptr(params, &params.k, work), key_ptr(params, &params.v, work)
+    tile.drop_first_key = params.dropout.offset[3] + origin
+    tile.out_format, tile.out_dim = params.out_format, params.out.dim
     if params.pages.data is not NULL:
         tile.pages = <int64_t *>batch_ptr(params, &params.pages, work.batch)
     if params.k_scales.data is not NULL:
@@ -178,28 +322,32 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
     tile.has_sinks = params.sinks is not NULL and work.split == 0
     if params.relative_bias is not NULL:
         tile.relative_bias = params.relative_bias + work.kv_head * params.relative_bias_bytes
-    if params.num_splits > 1:
-        first_key = work.split * params.split_keys
-        last_key = min(first_key + params.split_keys, params.n_keys)
-        partial = partial_ptr(params, work.batch, work.kv_head, work.split)
+    if sequence.num_splits > 1:
+        first_key = work.split * sequence.split_keys
+        last_key = min(first_key + sequence.split_keys, sequence.n_keys)
+        partial = partial_ptr(params, work, work.split)
         partial += tile.n_queries * sizeof(double)
+        tile.out_format.kind, tile.out_format.swapped = ord("f"), False
+        tile.out_format.bytes = tile.out_dim = sequence.kernels.real_bytes
     if keys.lengths.data is not NULL:
-        last_key = min(last_key, (<int64_t *>batch_ptr(params, &keys.lengths, work.batch))[0])
-    # The heads of a group come one after another, so that a tile's queries have similar positions.
-    query = work.first // params.group
-    head = work.kv_head * params.group + work.first % params.group
+        last_key = min(
+            last_key, (<int64_t *>batch_ptr(params, &keys.lengths, work.batch))[0] - origin
+        )
+    query, head = query_of(params, work, 0), head_of(params, work, 0)
     for i in range(tile.n_queries):
         tile.q[i] = row_ptr(&params.q, q, head, query)
         tile.out[i] = row_ptr(&params.out, out, head, query)
         if partial is not NULL:
-            tile.out[i] = partial + i * tile.value_dim * params.kernels.real_bytes
-        position = query + offset
+            tile.out[i] = partial + i * tile.value_dim * sequence.kernels.real_bytes
+        if offsets is not NULL:
+            offset = (<int64_t *>(offsets + query * keys.offsets.head))[0]
+        position = query + offset - origin
         first = max(first_key, position - keys.left)
         last = min(last_key, position + keys.right + 1)
         if start is not NULL:
-            first = max(first, (<int64_t *>row_ptr(&keys.start, start, head, query))[0])
-            last = min(last, (<int64_t *>row_ptr(&keys.stop, stop, head, query))[0])
-        tile.start[i] = min(first, params.n_keys)
+            first = max(first, (<int64_t *>row_ptr(&keys.start, start, head, query))[0] - origin)
+            last = min(last, (<int64_t *>row_ptr(&keys.stop, stop, head, query))[0] - origin)
+        tile.start[i] = min(first, sequence.n_keys)
         tile.stop[i] = max(last, 0)
         if mask is not NULL:
             tile.mask[i] = row_ptr(&params.mask, mask, head, query)
@@ -233,11 +381,8 @@ cdef void store_row(
     """Store the lse or the largest score of a tile's row; `to` is where those of its batch entry
     begin.
     """
-    cdef Py_ssize_t head
-    row += work.first
     if to is not NULL:
-        head = work.kv_head * params.group + row % params.group
-        to = row_ptr(operand, to, head, row // params.group)
+        to = row_ptr(operand, to, head_of(params, work, row), query_of(params, work, row))
         if params.lse_bytes == sizeof(double):
             (<double *>to)[0] = number
         else:
@@ -250,10 +395,8 @@ cdef double max_of_splits(
     """The largest score of a row, from those at the end of each partial result."""
     cdef double most = -INFINITY, own
     cdef Py_ssize_t split
-    for split in range(params.num_splits):
-        own = (<double *>(
-            partial_ptr(params, work.batch, work.kv_head, split + 1) - rows * sizeof(double)
-        ))[row]
+    for split in range(work.sequence.num_splits):
+        own = (<double *>(partial_ptr(params, work, split + 1) - rows * sizeof(double)))[row]
         if own > most or own != own:
             most = own
     return most
@@ -261,14 +404,18 @@ cdef double max_of_splits(
 
 cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcept nogil:
     """Combine the partial results of each key head's splits."""
-    cdef Py_ssize_t item, i, head, dim = params.out.dim
-    cdef Py_ssize_t rows = params.group * params.n_queries
+    cdef Py_ssize_t item = 0, i, rows, dim = params.out.dim
     cdef char *out
     cdef char *lse
     cdef char *max_score
     cdef WorkItem work
-    for item in range(params.key_heads):
-        work = work_item_of(params, item * params.num_splits)
+    while item < params.key_heads * params.items:
+        work = work_item_of(params, item)
+        if work.sequence.num_splits == 1:
+            item += 1
+            continue
+        item += work.sequence.num_splits  # those of its only tile
+        rows = params.group * work.sequence.n_queries
         out = batch_ptr(params, &params.out, work.batch)
         lse = batch_ptr(params, &params.lse, work.batch)
         max_score = batch_ptr(params, &params.max_score, work.batch)
@@ -278,11 +425,11 @@ cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcep
                     params, &params.max_score, max_score, work, i,
                     max_of_splits(params, work, i, rows),
                 )
-            head = work.kv_head * params.group + i % params.group
-            store_row(params, &params.lse, lse, work, i, params.kernels.combine_splits(
-                partial_ptr(params, work.batch, work.kv_head, 0), params.num_splits,
-                params.partial_bytes, rows, i, value_dim,
-                row_ptr(&params.out, out, head, i // params.group), dim, params.out_format,
+            store_row(params, &params.lse, lse, work, i, work.sequence.kernels.combine_splits(
+                partial_ptr(params, work, 0), work.sequence.num_splits,
+                work.sequence.partial_bytes, rows, i, value_dim,
+                row_ptr(&params.out, out, head_of(params, work, i), query_of(params, work, i)),
+                dim, params.out_format,
             ))
 
 
@@ -298,7 +445,9 @@ cdef NumberFormat number_format(cnp.ndarray array):
 
 
 cdef const double *doubles(cnp.ndarray array):
-    return NULL if array is None else <const double *>cnp.PyArray_DATA(array)
+    if array is None:
+        return NULL
+    return <const double *>cnp.PyArray_DATA(array)
 
 
 cdef int bind_key_range(CallParams *params, key_range) except -1:
@@ -311,7 +460,7 @@ cdef int bind_key_range(CallParams *params, key_range) except -1:
     if type(offset) is int:
         keys.offset = offset
     else:
-        bind_operand(params, &keys.offsets, offset, 0)
+        bind_operand(params, &keys.offsets, offset, 1)
     bind_operand(params, &keys.lengths, lengths, 0)
     if spans is not None:
         bind_operand(params, &keys.start, spans[0], 2)
@@ -371,7 +520,6 @@ cdef int bind_params(
     params.n_queries = q.shape[q.ndim - 2]
     params.out_format = number_format(out)
     params.order = NULL
-    params.num_tiles = params.num_splits = 1
     params.reduction.sums, params.reduction.top_k = NULL, 0
     return 0
 
@@ -390,7 +538,6 @@ cdef int init_tile(
     tile.v_dim, tile.v_key = params.v.dim, params.v.row
     tile.head_dim = q.shape[q.ndim - 1]
     tile.value_dim = v.shape[v.ndim - 1]
-    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
     tile.block_k = min(params.kernels.block_k, params.n_keys)
     tile.scale = scale
     tile.softcap = softcap
@@ -415,16 +562,71 @@ cdef int init_tile(
         tile.hiding_relative_bias = bool(np.isneginf(relative_bias).any())
     tile.weights_key = tile.top_k = 0
     tile.want_lse = tile.want_max = tile.differentiating = False
-    tile.wants_relative_bias = tile.wants_scale = False
+    tile.wants_relative_bias = tile.wants_scale = tile.wants_dim_weights = False
     tile.margin = 0
     tile.has_dropout = params.dropout.given
     tile.drop_threshold = params.dropout.threshold
-    tile.drop_first_key = params.dropout.offset[3]
     tile.keep_factor = params.dropout.factor
     return 0
 
 
+cdef int set_score_function(Tile *tile, score_function) except -1:
+    """From None for dot products, or a pair of a name and the weights of the dims."""
+    if score_function is not None:
+        tile.score_function = {
+            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+        }[score_function[0]]
+        tile.dim_weights = doubles(score_function[1])
+    return 0
+
+
+cdef int bind_stored_keys(
+    CallParams *params, Tile *tile, cnp.ndarray k, cnp.ndarray v, cnp.ndarray k_scales,
+    cnp.ndarray v_scales, cnp.ndarray block_table,
+) except -1:
+    """Keys and values that a cache stores: with scales, two in a byte, in pages."""
+    bind_operand(params, &params.k_scales, k_scales, 3)
+    bind_operand(params, &params.v_scales, v_scales, 3)
+    tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
+    if k.descr.kind == ord("u"):
+        tile.k_format.kind = tile.v_format.kind = ord("4")
+        tile.k_dim = tile.v_dim = 1
+    if block_table is not None:
+        bind_operand(params, &params.pages, block_table, 1)
+        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
+        tile.k_page = bind_pages(params, &params.k, k)
+        tile.v_page = bind_pages(params, &params.v, v)
+        tile.k_scales_page = bind_pages(params, &params.k_scales, k_scales)
+        tile.v_scales_page = bind_pages(params, &params.v_scales, v_scales)
+    return 0
+
+
 cdef Py_ssize_t tile_rows(const CallParams *params) noexcept nogil:
-    """The queries of a tile, in whole micropanels."""
-    cdef Py_ssize_t queries = min(params.kernels.block_q, params.group * params.n_queries)
-    return ceil_div(queries, params.kernels.mr) * params.kernels.mr
+    """The queries of the largest tile, in whole micropanels."""
+    cdef Py_ssize_t n, most = 0
+    cdef const Sequence *sequence
+    for n in range(params.n_sequences):
+        sequence = sequence_at(params, n)
+        most = max(most, ceil_div(queries_of_tile(params, sequence), sequence.kernels.mr)
+                   * sequence.kernels.mr)
+    return most
+
+
+cdef inline Py_ssize_t queries_of_tile(
+    const CallParams *params, const Sequence *sequence
+) noexcept nogil:
+    return min(sequence.kernels.block_q, params.group * sequence.n_queries)
+
+
+cdef Py_ssize_t scratch_of(const CallParams *params, const Tile *tile) noexcept nogil:
+    """The scratch that the tile takes which takes the most, in bytes."""
+    cdef Py_ssize_t n, most = 0, bytes
+    cdef const Sequence *sequence
+    for n in range(params.n_sequences):
+        sequence = sequence_at(params, n)
+        if tile.differentiating:
+            bytes = sequence.kernels.backward.scratch_bytes(tile)
+        else:
+            bytes = sequence.kernels.scratch_bytes(tile, queries_of_tile(params, sequence))
+        most = max(most, bytes)
+    return most

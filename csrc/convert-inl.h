@@ -106,12 +106,9 @@ INLINE ptrdiff_t dim_offset(NumberFormat format, ptrdiff_t d) {
     return format.kind == '4' ? d / 2 : d * format.bytes;
 }
 
-/* What dim `d` of a row with these scales is multiplied by, and how many such a row has. */
+/* What dim `d` of a row with these scales is multiplied by. */
 INLINE real scale_of_dim(const float *scales, NumberFormat format, ptrdiff_t d) {
     return scales ? (real)scales[format.kind == '4' ? d / INT4_GROUP : 0] : 1;
-}
-INLINE ptrdiff_t scales_of_row(NumberFormat format, ptrdiff_t dims) {
-    return format.kind == '4' ? (dims + INT4_GROUP - 1) / INT4_GROUP : 1;
 }
 
 /* A finite number stays finite, however large. */
@@ -150,6 +147,7 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
 /* The first `n` of LANES contiguous numbers, then 0. Reads no more than these. */
 INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
     if (n >= LANES) return load_numbers(at, format);
+    if (is_real(format)) return load_first((const real *)at, n);
     char some[LANES * sizeof(real)] __attribute__((aligned(64))) = {0};
     if (format.kind == '4') memset(some, 0x88, sizeof some); /* two zeros */
     memcpy(some, at, (size_t)dim_offset(format, n + (format.kind == '4')));
@@ -186,12 +184,11 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
     for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
 }
 
-/* Rows of numbers with any strides to contiguous rows of `real`, times the scales of each row unless
- * `scales` is NULL. */
+/* Rows of numbers with any strides to contiguous rows of `real`, times the scales of each row, which
+ * are `scales_row` floats apart, unless there are none. */
 INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
-                  const float *scales, int rows, ptrdiff_t dims, real *to) {
-    ptrdiff_t more_scales = scales ? scales_of_row(format, dims) : 0;
-    for (int j = 0; j < rows; j++, at += row, to += dims, scales += more_scales) {
+                  const float *scales, ptrdiff_t scales_row, int rows, ptrdiff_t dims, real *to) {
+    for (int j = 0; j < rows; j++, at += row, to += dims, scales += scales ? scales_row : 0) {
         ptrdiff_t d = 0;
         if (dim == format.bytes) {
             for (; d + LANES <= dims; d += LANES) {

@@ -32,7 +32,7 @@ static NumberFormat decode_format(ptrdiff_t dim, NumberFormat format) {
 static DecodeRows decode_rows(const char *at, ptrdiff_t row, ptrdiff_t ahead, ptrdiff_t dim,
                               NumberFormat format, int rows, ptrdiff_t dims, real *to) {
     if (dim == format.bytes) return (DecodeRows){at, row, ahead};
-    widen(at, row, dim, format, NULL, rows, dims, to);
+    widen(at, row, dim, format, NULL, 0, rows, dims, to);
     return (DecodeRows){(const char *)to, dims * (ptrdiff_t)sizeof(real), 0};
 }
 static DecodeRows decode_keys(const Tile *t, const Scratch *s, ptrdiff_t key, int keys) {
@@ -57,7 +57,7 @@ static void decode_pack_queries(Tile *t, const Scratch *s, int p) {
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         real *q = s->q + i * padded;
         for (ptrdiff_t d = t->head_dim; d < padded; d++) q[d] = 0;
-        widen(t->q[i], 0, t->q_dim, t->q_format, NULL, 1, t->head_dim, q);
+        widen(t->q[i], 0, t->q_dim, t->q_format, NULL, 0, 1, t->head_dim, q);
         for (ptrdiff_t d = 0; d < t->head_dim; d++) q[d] *= (real)t->q_scale;
     }
     if (t->score_function == ADDITIVE) pack_dim_weights(t, s);
@@ -68,9 +68,9 @@ static void decode_pack_nothing(const Tile *t, const Scratch *s, ptrdiff_t begin
     (void)t, (void)s, (void)begin, (void)end;
 }
 
-/* scores[key][query] of LANES keys. */
+/* scores[key][query] of LANES keys, whose scales are `groups` floats apart. */
 INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, int keys,
-                               ptrdiff_t dims, const float *scales, real *scores,
+                               ptrdiff_t dims, const float *scales, ptrdiff_t groups, real *scores,
                                NumberFormat format) {
     ptrdiff_t padded = round_up(dims, LANES);
     vec x[DECODE_QUERIES][LANES];
@@ -80,12 +80,13 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
 #pragma GCC unroll 4
         for (int n = 0; n < DECODE_KEYS; n++)
             rows[n] = k.data + (j + n < keys ? j + n : keys - 1) * k.row;
-        const float *groups[DECODE_KEYS];
+        const float *own_scales[DECODE_KEYS];
         if (format.kind == '4')
 #pragma GCC unroll 4
             for (int n = 0; n < DECODE_KEYS; n++)
-                groups[n] = scales + (j + n < keys ? j + n : keys - 1) * scales_of_row(format, dims);
-        for (ptrdiff_t begin = 0; begin < dims; begin += DECODE_BLOCK_D) {
+                own_scales[n] = scales + (j + n < keys ? j + n : keys - 1) * groups;
+        ptrdiff_t begin = 0;
+        do { /* there is a dim */
             ptrdiff_t end = begin + fewer(dims - begin, DECODE_BLOCK_D);
 #pragma GCC unroll 4
             for (int i = 0; i < queries; i++)
@@ -98,7 +99,7 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
                     const char *at = rows[n] + dim_offset(format, d);
                     __builtin_prefetch(at + k.ahead, 0, 3);
                     key[n] = load_some(at, dims - d, format);
-                    if (format.kind == '4') key[n] *= groups[n][d / INT4_GROUP];
+                    if (format.kind == '4') key[n] *= own_scales[n][d / INT4_GROUP];
                 }
 #pragma GCC unroll 4
                 for (int i = 0; i < queries; i++) {
@@ -112,12 +113,13 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
 #pragma GCC unroll 4
                 for (int n = 0; n < DECODE_KEYS; n++)
                     x[i][j + n] = begin > 0 ? x[i][j + n] + sum[i][n] : sum[i][n];
-        }
+            begin += DECODE_BLOCK_D;
+        } while (begin < dims);
     }
     for (int i = 0; i < queries; i++) {
         vec sums = sum_lanes(x[i]);
         bool scaled = scales && format.kind != '4';
-        for (int j = 0; j < keys; j++) scores[j * MR + i] = scaled ? sums[j] * scales[j] : sums[j];
+        for (int j = 0; j < keys; j++) scores[j * MR + i] = scaled ? sums[j] * scales[j * groups] : sums[j];
     }
 }
 
@@ -129,12 +131,13 @@ INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
         int i = 0;
         real *scores = sub->scores + first * MR;
         const float *scales = key_scales(t, key + first);
+        ptrdiff_t groups = key_scales_row(t);
         DecodeRows k = decode_keys(t, s, key + first, keys);
         for (int j = 0; j < keys; j++) store(scores + j * MR, splat(0));
 #define GROUP(queries)                                                                             \
     for (; i + queries <= t->n_queries; i += queries)                                              \
-        decode_score_group(queries, s->q + i * padded, k, keys, t->head_dim, scales, scores + i,   \
-                           format);
+        decode_score_group(queries, s->q + i * padded, k, keys, t->head_dim, scales, groups,       \
+                           scores + i, format);
         GROUP(4)
         GROUP(2)
         GROUP(1)
@@ -143,7 +146,7 @@ INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
 }
 
 /* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors from dim `first`
- * on. A row has `groups` scales. */
+ * on. The scales of rows are `groups` floats apart. */
 INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int rows,
                             const real *weights, const float *scales, ptrdiff_t groups,
                             ptrdiff_t first, ptrdiff_t dims, ptrdiff_t padded, real *sums,
@@ -158,7 +161,7 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         for (int n = 0; n < vecs; n++) sum[i][n] = load(sums + i * padded + n * LANES);
     for (int j = 0; j < rows; j++, v.data += v.row, weights += MR) {
         vec value[8];
-        real scale = scaled ? (real)scales[j] : 1;
+        real scale = scaled ? (real)scales[j * groups] : 1;
 #pragma GCC unroll 8
         for (int n = 0; n < vecs; n++) {
             const char *at = v.data + dim_offset(format, n * LANES);
@@ -182,9 +185,10 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
 
 /* decode_add_rows for all dims, in as many vectors at a time as the registers hold sums of. */
 INLINE void decode_add_group(const int queries, DecodeRows v, int rows, const real *weights,
-                             const float *scales, ptrdiff_t dims, real *sums, NumberFormat format) {
+                             const float *scales, ptrdiff_t groups, ptrdiff_t dims, real *sums,
+                             NumberFormat format) {
     const int vecs = NR * MR_VECS < 24 ? 8 / queries : queries > 2 ? 4 : 8;
-    ptrdiff_t padded = round_up(dims, LANES), groups = scales_of_row(format, dims), d = 0;
+    ptrdiff_t padded = round_up(dims, LANES), d = 0;
 #define VECS(n)                                                                                    \
     for (; n <= vecs && d + n * LANES <= dims; d += n * LANES)                                     \
         decode_add_rows(queries, n, v, rows, weights, scales, groups, d, n *LANES, padded, sums,   \
@@ -208,18 +212,18 @@ INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *s
         keys = adjacent_keys(t, key + first, fewer(sub->keys - first, LANES));
         int i = 0;
         const float *scales = value_scales(t, key + first);
+        ptrdiff_t groups = value_scales_row(t);
         const real *weights = sub->scores + first * MR;
         DecodeRows v = decode_values(t, s, key + first, keys);
         for (; i < t->n_queries && sub->visibility == PARTIAL; i++)
             for (int j = 0; j < keys; j++)
                 if (visible_lanes(sub, 0, first + j)[i] < 0)
                     decode_add_group(1, (DecodeRows){v.data + j * v.row, 0, 0}, 1,
-                                     weights + j * MR + i, scales ? scales + j * scales_of_row(format, t->value_dim) : NULL,
-                                     t->value_dim,
-                                     s->decode_sums + i * padded, format);
+                                     weights + j * MR + i, scales ? scales + j * groups : NULL,
+                                     groups, t->value_dim, s->decode_sums + i * padded, format);
 #define GROUP(queries)                                                                             \
     for (; i + queries <= t->n_queries; i += queries)                                              \
-        decode_add_group(queries, v, keys, weights + i, scales, t->value_dim,                      \
+        decode_add_group(queries, v, keys, weights + i, scales, groups, t->value_dim,              \
                          s->decode_sums + i * padded, format);
         GROUP(4)
         GROUP(2)

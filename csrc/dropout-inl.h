@@ -93,7 +93,7 @@ static void draw_kept(const Tile *t, const Scratch *s, int p, const SubBlock *su
 }
 
 /* [key][MR] of a sub-block: 0 where a weight is dropped. */
-static void drop(const Tile *t, const Scratch *s, int p, const SubBlock *sub, real *x) {
+static inline void drop(const Tile *t, const Scratch *s, int p, const SubBlock *sub, real *x) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
             ptrdiff_t at = j * MR + n * LANES;

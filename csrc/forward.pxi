@@ -20,8 +20,10 @@ cdef bint attend_tile(
 ) noexcept nogil:
     """Attend from the queries of one tile: an Item of CallParams."""
     cdef const CallParams *params = <const CallParams *>call
-    cdef Py_ssize_t keys = params.kernels.block_k, i
     cdef WorkItem work = work_item_of(params, item)
+    cdef const Sequence *sequence = work.sequence
+    cdef const TileKernels *kernels = sequence.kernels
+    cdef Py_ssize_t keys = kernels.block_k, i
     cdef char *lse = batch_ptr(params, &params.lse, work.batch)
     cdef char *max_score = batch_ptr(params, &params.max_score, work.batch)
     cdef char *partial
@@ -29,33 +31,33 @@ cdef bint attend_tile(
     cdef Step second_pass = NULL  # over the scores, once their sums are known
     cdef bint done
     if params.reduction.sums is not NULL:
-        second_pass = params.kernels.accumulate_bins
+        second_pass = kernels.accumulate_bins
     elif params.reduction.top_k:
-        second_pass = params.kernels.collect_top_k
+        second_pass = kernels.collect_top_k
     elif params.weights.data is not NULL:
-        second_pass = params.kernels.weights
+        second_pass = kernels.weights
     set_tile(params, tile, work)
     set_tile_reduction(params, tile, work)
     tile.margin = 0
     while True:
-        params.kernels.begin(tile)
-        if not each_block(params.kernels.attend, keys, tile, listen, last_look, stopped):
+        kernels.begin(tile)
+        if not each_block(kernels.attend, keys, tile, listen, last_look, stopped):
             return False
-        done = params.kernels.finish(tile)
+        done = kernels.finish(tile)
         if second_pass is not NULL:
             if not each_block(second_pass, keys, tile, listen, last_look, stopped):
                 return False
             if params.reduction.top_k:
-                params.kernels.rank_top_k(tile)
+                kernels.rank_top_k(tile)
         if done:
             break
-        tile.margin = log(2 * params.n_keys * WEIGHT_UNIT)
-    if params.num_splits > 1:
-        partial = partial_ptr(params, work.batch, work.kv_head, work.split)
+        tile.margin = log(2 * sequence.n_keys * WEIGHT_UNIT)
+    if sequence.num_splits > 1:
+        partial = partial_ptr(params, work, work.split)
         bytes = tile.n_queries * sizeof(double)
         memcpy(partial, tile.lse, bytes)
         if tile.want_max:
-            memcpy(partial + params.partial_bytes - bytes, tile.max_score, bytes)
+            memcpy(partial + sequence.partial_bytes - bytes, tile.max_score, bytes)
         return True
     for i in range(tile.n_queries if lse is not NULL else 0):
         store_row(params, &params.lse, lse, work, i, tile.lse[i])
@@ -66,14 +68,34 @@ cdef bint attend_tile(
     return True
 
 
-cdef int run_forward(
-    const CallParams *params, Workspace *workspace, Py_ssize_t items, int threads
-) except -1:
-    """Run all tiles. An interruption skips the rest and raises."""
+cdef struct ForwardCall:
+    # A forward pass that is ready to run.
+    CallParams params
+    Workspace workspace
+    Py_ssize_t items, scratch_bytes, shared_bytes
+    int threads
+
+
+cdef int run_forward(void *forward) except -1:
+    """Run all tiles of a ForwardCall. An interruption skips the rest and raises."""
+    cdef ForwardCall *call = <ForwardCall *>forward
+    cdef CallParams *params = &call.params
+    cdef Workspace *workspace = &call.workspace
+    cdef char *shared
+    if call.items == 0:
+        return 0
+    shared = allocate_workspace(
+        workspace, call.threads, call.scratch_bytes, reduction_bytes(params), call.shared_bytes
+    )
+    params.partial = shared
+    if params.reduction.sums is not NULL:
+        params.reduction.tickets = <int64_t *>shared
+        memset(shared, 0, call.shared_bytes)
     with nogil:
-        if parallel_for(attend_tile, params, workspace, items, threads):
-            if params.num_splits > 1:
+        if parallel_for(attend_tile, params, workspace, call.items, call.threads):
+            if params.partial_bytes > 0:
                 combine_splits(params, workspace.prototype.value_dim)
+        free(workspace.allocated)
     if PyErr_Occurred() is not NULL:
         return -1
     return 0
@@ -81,12 +103,13 @@ cdef int run_forward(
 
 def attend(
     cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
+    cnp.ndarray out not None, cnp.ndarray lse, cnp.ndarray max_score,
+    cnp.ndarray k_scales, cnp.ndarray v_scales, tuple batch,
     Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
     cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    cnp.ndarray lse, cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
+    cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
     score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table, dropout,
-    cnp.ndarray scales, cnp.ndarray relative_bias, cnp.ndarray max_score,
+    cnp.ndarray scales, cnp.ndarray relative_bias, cnp.ndarray sequences, Plan plan=None,
 ):
     """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
 
@@ -100,98 +123,83 @@ def attend(
     character: see `compute_dtype_of`. `score_function` is None for dot products, else a pair of its
     name and its weights. `dropout` is None or a `Dropout`. `scales` are those of the heads,
     contiguous float64, beside a `scale` of 1. `relative_bias` is (kv_heads, rows, group) as of
-    `Tile.relative_bias`. `max_score` is filled as `lse` is, unless None. All arguments must have
-    been validated: nothing is checked here.
+    `Tile.relative_bias`. `max_score` is filled as `lse` is, unless None. `sequences` says where
+    those are that lie end to end, if any: see `cut_sequences`. All arguments must have been
+    validated: nothing is checked here.
 
     With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
     bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last
     axis, and `weights` of that shape, these are the n largest weights of each query; a query with
     fewer visible keys gets -1 and 0 for the rest. For either, `out` has a value_dim of 0 and the
     dtype of sums.
+
+    With a `plan` nothing is computed: it is prepared to do so.
     """
-    cdef CallParams params
-    cdef Workspace workspace
-    cdef Tile *tile = &workspace.prototype
-    cdef Py_ssize_t items, shared_bytes = 0
-    cdef char *shared
+    cdef ForwardCall own
+    cdef ForwardCall *call = &own
+    if plan is not None:
+        call = <ForwardCall *>plan.begin(sizeof(ForwardCall), run_forward)
+    cdef CallParams *params = &call.params
+    cdef Tile *tile = &call.workspace.prototype
+    call.shared_bytes = 0
     bind_params(
-        &params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
+        params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
         dropout, scales, relative_bias,
     )
-    bind_operand(&params, &params.k_scales, k_scales, 3)
-    bind_operand(&params, &params.v_scales, v_scales, 3)
-    bind_operand(&params, &params.weights, weights, 3)
-    bind_operand(&params, &params.lse, lse, 2)
-    bind_operand(&params, &params.max_score, max_score, 2)
+    bind_operand(params, &params.weights, weights, 3)
+    bind_operand(params, &params.lse, lse, 2)
+    bind_operand(params, &params.max_score, max_score, 2)
     params.lse_bytes = 0
     for array in (lse, max_score):
         if array is not None:
             params.lse_bytes = array.itemsize
-    params.order = NULL if order is None else <const int64_t *>cnp.PyArray_DATA(order)
+    if order is not None:
+        params.order = <const int64_t *>cnp.PyArray_DATA(order)
     params.kernels = kernels_for(
         compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
         score_function is None,
     )
-    params.num_tiles = ceil_div(params.group * params.n_queries, params.kernels.block_q)
-    bind_reduction(&params, sums, indices)
-    if (
-        params.group * params.n_queries <= MAX_SPLIT_ROWS and params.n_keys >= 2 * SPLIT_KEYS
-        and weights is None and sums is None
-    ):
-        params.split_keys = (params.n_keys // (MAX_SPLITS * SPLIT_KEYS) + 1) * SPLIT_KEYS
-        params.num_splits = ceil_div(params.n_keys, params.split_keys)
-    items = params.key_heads * params.num_tiles * params.num_splits
-    if items == 0:
-        return
-    threads = available_threads(min(threads, items))
-
-    init_tile(&params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
-    tile.value_dim = out.shape[out.ndim - 1]
-    if k.descr.kind == ord("u"):
-        tile.k_format.kind = tile.v_format.kind = ord("4")
-        tile.k_dim = tile.v_dim = 1
-    if block_table is not None:
-        bind_operand(&params, &params.pages, block_table, 1)
-        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
-        tile.k_page = bind_pages(&params, &params.k, k)
-        tile.v_page = bind_pages(&params, &params.v, v)
-        tile.k_scales_page = bind_pages(&params, &params.k_scales, k_scales)
-        tile.v_scales_page = bind_pages(&params, &params.v_scales, v_scales)
-    init_tile_reduction(&params, tile)
-    tile.weights_key = params.weights.dim
-    if score_function is not None:
-        tile.score_function = {
-            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-        }[score_function[0]]
-        tile.dim_weights = doubles(score_function[1])
-    tile.want_lse, tile.want_max = lse is not None, max_score is not None
-    if params.num_splits > 1:
-        tile.want_lse = True
-        tile.out_format.kind, tile.out_format.swapped = ord("f"), False
-        tile.out_format.bytes = tile.out_dim = params.kernels.real_bytes
-        params.partial_bytes = padded(
-            params.group * params.n_queries
-            * (
-                (1 + tile.want_max) * <Py_ssize_t>sizeof(double)
-                + tile.value_dim * params.kernels.real_bytes
-            )
-        )
-        shared_bytes = items * params.partial_bytes
-    if sums is not None:
-        shared_bytes = params.key_heads * <Py_ssize_t>sizeof(int64_t)
-    workspace.rows = tile_rows(&params)
-    shared = allocate_workspace(
-        &workspace, threads,
-        params.kernels.scratch_bytes(
-            tile, min(params.kernels.block_q, params.group * params.n_queries)
-        ),
-        reduction_bytes(&params), shared_bytes,
+    bind_reduction(params, sums, indices)
+    kept = cut_sequences(
+        params, sequences, compute_dtype, q.shape[q.ndim - 1], out.shape[out.ndim - 1],
+        score_function is None, False, weights is None and sums is None,
     )
-    try:
-        params.partial = shared
-        if sums is not None:
-            params.reduction.tickets = <int64_t *>shared
-            memset(shared, 0, shared_bytes)
-        run_forward(&params, &workspace, items, threads)
-    finally:
-        free(workspace.allocated)
+    call.items = params.key_heads * params.items
+    if call.items == 0 and plan is None:
+        return
+    call.threads = available_threads(min(threads, call.items))
+
+    init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
+    tile.value_dim = out.shape[out.ndim - 1]
+    bind_stored_keys(params, tile, k, v, k_scales, v_scales, block_table)
+    init_tile_reduction(params, tile)
+    tile.weights_key = params.weights.dim
+    set_score_function(tile, score_function)
+    tile.want_lse, tile.want_max = lse is not None, max_score is not None
+    if params.partial_bytes > 0:
+        tile.want_lse = True
+        call.shared_bytes = params.key_heads // params.kv_heads * params.partial_bytes
+    if sums is not None:
+        call.shared_bytes = params.key_heads * <Py_ssize_t>sizeof(int64_t)
+    call.workspace.rows = tile_rows(params)
+    call.scratch_bytes = scratch_of(params, tile)
+    if plan is None:
+        run_forward(call)
+        return
+    plan.kept = plan.kept, kept
+    plan.take_threads(&call.threads, call.items)
+    plan.take_input(&params.q)
+    plan.take_input(&params.k)
+    plan.take_input(&params.v)
+    if block_table is not None:
+        plan.take_input(&params.pages)
+        plan.take_input(&params.keys.lengths)
+        plan.take_input(&params.keys.offsets)
+    if k_scales is not None:
+        plan.take_input(&params.k_scales)
+        plan.take_input(&params.v_scales)
+    plan.take_output(0, &params.out)
+    if lse is not None:
+        plan.take_output(1, &params.lse)
+    if max_score is not None:
+        plan.take_output(1 + (lse is not None), &params.max_score)

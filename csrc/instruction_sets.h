@@ -1,4 +1,4 @@
-/* The instruction sets that the kernels are compiled for, fastest first. */
+/* The instruction sets that the kernels are compiled for, newest first. */
 #ifndef FASTATTN_INSTRUCTION_SETS_H
 #define FASTATTN_INSTRUCTION_SETS_H
 
@@ -9,6 +9,9 @@ typedef struct {
     const char *name;
     const char *features; /* that it needs, as FASTATTN_DISABLE_CPU_FEATURES names them */
     int (*runs_here)(void);
+    /* Is the next one faster on this processor? Then this one is passed over, unless it is named in
+     * FASTATTN_ENABLE_CPU_FEATURES. NULL: no. */
+    int (*slow_here)(void);
     /* The kernels by compute dtype; `fma` multiplies float32 by multiply-adds, whatever the
      * hardware: kernel_choice.pxi says when. */
     const TileKernels *float64, *float32, *float16, *bfloat16, *fma;

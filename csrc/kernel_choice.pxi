@@ -1,13 +1,9 @@
 # Part of kernels.pyx: which instruction set's kernels serve a call.
 
-# The features that may be disabled, on any machine.
-FEATURES = ("avx2", "avx512", "avx512_bf16", "amx")
+# The features that may be disabled and enabled, on any machine.
+FEATURES = ("avx2", "avx512", "avx512_bf16", "amx", "neon_bf16")
 
-cdef const InstructionSet *fastest = NULL
-for _i in range(N_INSTRUCTION_SETS):
-    if INSTRUCTION_SETS[_i].runs_here():
-        fastest = &INSTRUCTION_SETS[_i]
-        break
+cdef const InstructionSet *fastest = newest_of(set(), set())
 
 
 # What a call multiplies in: the dtype of its arrays, or what the user allows in its place.
@@ -48,12 +44,12 @@ cdef const TileKernels *kernels_for(
 
 
 cdef const TileKernels *backward_kernels_for(
-    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim
+    str compute_dtype, Py_ssize_t queries, Py_ssize_t head_dim, Py_ssize_t value_dim, bint dot
 ) except NULL:
     """The kernels for gradients: those of the forward pass, so that the scores are the same bit for
     bit, or the float32 multiply-adds if these have no gradients.
     """
-    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, True)
+    cdef const TileKernels *kernels = kernels_for(compute_dtype, queries, head_dim, value_dim, dot)
     return chosen().fma if kernels.backward is NULL else kernels
 
 
@@ -110,12 +106,25 @@ def matmul_dtype(
 
 
 def instruction_sets():
-    """The instruction sets that this machine can run, fastest first."""
+    """The instruction sets that this machine can run, newest first."""
     return tuple(
         INSTRUCTION_SETS[i].name.decode()
         for i in range(N_INSTRUCTION_SETS)
         if INSTRUCTION_SETS[i].runs_here()
     )
+
+
+def slow_instruction_sets():
+    """Those of them that are passed over, as the next one is faster on this processor."""
+    return tuple(
+        INSTRUCTION_SETS[i].name.decode()
+        for i in range(N_INSTRUCTION_SETS)
+        if INSTRUCTION_SETS[i].runs_here() and is_slow(&INSTRUCTION_SETS[i])
+    )
+
+
+cdef bint is_slow(const InstructionSet *isa) noexcept:
+    return isa.slow_here is not NULL and isa.slow_here()
 
 
 def kernel_tables():
@@ -143,18 +152,32 @@ def instruction_set():
 
 cdef const InstructionSet *chosen() except NULL:
     # Read at every call: getenv of C costs next to nothing.
-    cdef const char *setting = c_getenv("FASTATTN_DISABLE_CPU_FEATURES")
-    if setting is NULL or setting[0] == 0:
+    cdef const char *disabled = c_getenv("FASTATTN_DISABLE_CPU_FEATURES")
+    cdef const char *enabled = c_getenv("FASTATTN_ENABLE_CPU_FEATURES")
+    if (disabled is NULL or disabled[0] == 0) and (enabled is NULL or enabled[0] == 0):
         return fastest
-    disabled = setting.decode().replace(",", " ").split()
-    for name in disabled:
-        if name not in FEATURES:
-            raise ValueError(
-                f"FASTATTN_DISABLE_CPU_FEATURES: expected some of {' '.join(FEATURES)}, "
-                f"got {name!r}"
-            )
+    return newest_of(
+        features_in("FASTATTN_DISABLE_CPU_FEATURES"), features_in("FASTATTN_ENABLE_CPU_FEATURES")
+    )
+
+
+cdef const InstructionSet *newest_of(disabled, enabled) except NULL:
+    """The newest instruction set without disabled features, and without slow ones that are not
+    enabled. The last one needs no features.
+    """
+    cdef const InstructionSet *isa
     for i in range(N_INSTRUCTION_SETS):
-        needs = INSTRUCTION_SETS[i].features.decode().split()
-        if INSTRUCTION_SETS[i].runs_here() and not set(needs) & set(disabled):
-            return &INSTRUCTION_SETS[i]
-    return fastest  # an instruction set without optional features
+        isa = &INSTRUCTION_SETS[i]
+        if not isa.runs_here() or disabled & set(isa.features.decode().split()):
+            continue
+        if not is_slow(isa) or isa.name.decode() in enabled:
+            return isa
+    return &INSTRUCTION_SETS[N_INSTRUCTION_SETS - 1]
+
+
+def features_in(str variable):
+    """The features that an environment variable names."""
+    names = set((getenv(variable) or "").replace(",", " ").split())
+    for name in sorted(names.difference(FEATURES)):
+        raise ValueError(f"{variable}: expected some of {' '.join(FEATURES)}, got {name!r}")
+    return names

@@ -7,14 +7,16 @@
 import numpy as np
 
 cimport numpy as cnp
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.ref cimport Py_INCREF
 from cpython.unicode cimport PyUnicode_AsUTF8
 from cython.parallel cimport parallel, prange, threadid
 from libc.float cimport DBL_EPSILON, FLT_EPSILON
 from libc.math cimport INFINITY, fabs, log
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.stdlib cimport getenv as c_getenv
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strlen
 
 cnp.import_array()
 
@@ -22,6 +24,14 @@ cdef extern from "Python.h":
     # Without `except`: the exception stays set until the call ends.
     int PyErr_CheckSignals() noexcept
     void *PyErr_Occurred() noexcept
+    void PyErr_Clear() noexcept
+    const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) noexcept
+    long long PyLong_AsLongLongAndOverflow(object, int *) noexcept
+
+cdef extern from "numpy/arrayobject.h":
+    # Both steal a reference to the dtype.
+    cnp.ndarray PyArray_Empty(int, cnp.npy_intp *, cnp.dtype, int)
+    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, cnp.dtype, int)
 
 cdef extern from "platform.h" nogil:
     int omp_get_max_threads()
@@ -35,6 +45,7 @@ cdef extern from "platform.h" nogil:
     double seconds()
     int64_t load_acquire(const int64_t *)
     void store_release(int64_t *, int64_t)
+    int64_t exchange(int64_t *, int64_t)
 
 cdef extern from "sched.h" nogil:
     int sched_yield()
@@ -55,6 +66,8 @@ include "threads.pxi"
 include "call.pxi"
 include "weight_maps.pxi"
 include "forward.pxi"
+include "plan.pxi"
 include "backward.pxi"
 include "sparse.pxi"
+include "sparse_calls.pxi"
 include "peak.pxi"

@@ -116,11 +116,14 @@ static inline int grow_pool(int most) {
     return most;
 }
 
-/* A counter that threads wait for. */
+/* Counters that threads wait for, and flags that one of them takes. */
 static inline int64_t load_acquire(const int64_t *count) {
     return __atomic_load_n(count, __ATOMIC_ACQUIRE);
 }
 static inline void store_release(int64_t *count, int64_t value) {
     __atomic_store_n(count, value, __ATOMIC_RELEASE);
+}
+static inline int64_t exchange(int64_t *flag, int64_t value) {
+    return __atomic_exchange_n(flag, value, __ATOMIC_ACQUIRE);
 }
 #endif

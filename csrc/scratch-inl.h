@@ -3,6 +3,9 @@
 #define FASTATTN_SCRATCH_INL_H
 
 #include "convert-inl.h"
+#ifdef BF16_TERMS
+#include "bf16.h"
+#endif
 
 /* The visible keys of a sub-block are bits, in words as wide as a lane, so that each lane tests its
  * own. */
@@ -44,11 +47,11 @@ typedef struct Scratch {
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
     real *keys, *values;     /* [key of the block][dim], widened */
 #ifdef BF16_TERMS
-    uint32_t *q_terms; /* see matmul_bf16-inl.h */
-    uint16_t *key_terms;
-    uint16_t *value_terms;
-    uint32_t *value_pairs;
-    uint32_t *weight_terms;
+    bundle *q_terms; /* see matmul_bf16-inl.h */
+    bfloat *key_terms;
+    bfloat *value_terms;
+    bundle *value_bundles;
+    bundle *weight_terms;
     uint64_t *special_keys,
         *special_values; /* [sub-block]: bits of the keys that terms cannot represent */
 #else
@@ -83,6 +86,12 @@ static const float *value_scales(const Tile *t, ptrdiff_t key) {
     return at ? (const float *)row_of_key(t, at, t->v_scales_key, t->v_scales_page, key) : NULL;
 }
 
+/* How many floats lie between the scales of a key and those of the next one in its page. */
+static ptrdiff_t key_scales_row(const Tile *t) { return t->k_scales_key / (ptrdiff_t)sizeof(float); }
+static ptrdiff_t value_scales_row(const Tile *t) {
+    return t->v_scales_key / (ptrdiff_t)sizeof(float);
+}
+
 /* How many of `keys` keys from `key` on are side by side: those of its page. */
 static int adjacent_keys(const Tile *t, ptrdiff_t key, ptrdiff_t keys) {
     ptrdiff_t left = t->pages ? t->page - key % t->page : keys;
@@ -93,15 +102,15 @@ static int adjacent_keys(const Tile *t, ptrdiff_t key, ptrdiff_t keys) {
 static void widen_keys(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
     for (int keys; begin < end; begin += keys, to += keys * t->head_dim) {
         keys = adjacent_keys(t, begin, end - begin);
-        widen(key_at(t, begin), t->k_key, t->k_dim, t->k_format, key_scales(t, begin), keys,
-              t->head_dim, to);
+        widen(key_at(t, begin), t->k_key, t->k_dim, t->k_format, key_scales(t, begin),
+              key_scales_row(t), keys, t->head_dim, to);
     }
 }
 static void widen_values(const Tile *t, ptrdiff_t begin, ptrdiff_t end, real *to) {
     for (int keys; begin < end; begin += keys, to += keys * t->value_dim) {
         keys = adjacent_keys(t, begin, end - begin);
-        widen(value_at(t, begin), t->v_key, t->v_dim, t->v_format, value_scales(t, begin), keys,
-              t->value_dim, to);
+        widen(value_at(t, begin), t->v_key, t->v_dim, t->v_format, value_scales(t, begin),
+              value_scales_row(t), keys, t->value_dim, to);
     }
 }
 
@@ -151,11 +160,11 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(q, MR * t->head_dim)
     TAKE(keys, t->head_dim)
     TAKE(values, t->value_dim)
-    TAKE(q_terms, BF16_TERMS * row * round_up(t->head_dim, CHUNK) / 2)
+    TAKE(q_terms, BF16_TERMS * row * round_up(t->head_dim, CHUNK) / BUNDLE)
     TAKE(key_terms, BF16_TERMS * block_k * round_up(t->head_dim, CHUNK))
     TAKE(value_terms, BF16_TERMS * block_k * s->out_rows)
-    TAKE(value_pairs, BF16_TERMS * CHUNK / 2 * s->out_rows)
-    TAKE(weight_terms, BF16_TERMS * MR * BLOCK_K / 2)
+    TAKE(value_bundles, BF16_TERMS * BUNDLES * s->out_rows)
+    TAKE(weight_terms, BF16_TERMS * MR * BLOCK_K / BUNDLE)
     TAKE(special_keys, BLOCK_K / SUB_BLOCK_K)
     TAKE(special_values, BLOCK_K / SUB_BLOCK_K)
 #else

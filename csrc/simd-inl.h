@@ -67,6 +67,28 @@ INLINE void store(real *p, vec x) { *(vec *)p = x; }
 INLINE vec load_unaligned(const real *p) { return *(const loose_vec *)p; }
 INLINE void store_unaligned(real *p, vec x) { *(loose_vec *)p = x; }
 
+/* The first n of LANES numbers, n < LANES, then 0. Reads no more than these. */
+INLINE vec load_first(const real *p, ptrdiff_t n) {
+#if defined(__AVX512F__) && defined(REAL_IS_DOUBLE)
+    return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif defined(__AVX512F__)
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+    ivec lane, wanted;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    wanted = lane < splat_int((lane_int)n);
+#ifdef REAL_IS_DOUBLE
+    return _mm256_maskload_pd(p, (__m256i)wanted);
+#else
+    return _mm256_maskload_ps(p, (__m256i)wanted);
+#endif
+#else
+    vec x = {0};
+    __builtin_memcpy(&x, p, (size_t)n * sizeof *p);
+    return x;
+#endif
+}
+
 typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2)));
 typedef uint8_t ubyte_lanes __attribute__((vector_size(LANES)));
 typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
@@ -399,6 +421,13 @@ INLINE vec sum_lanes(vec x[LANES]) {
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++)
             x[i] = zip_low(x[i], x[i + half]) + zip_high(x[i], x[i + half]);
+    return x[0];
+}
+
+/* The sum of all lanes. */
+INLINE real sum_of_lanes(vec x) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2) x = zip_low(x, x) + zip_high(x, x);
     return x[0];
 }
 

@@ -1,4 +1,4 @@
-# Part of kernels.pyx: attention under a sparse mask, both directions.
+# Part of kernels.pyx: the work items of a sparse mask, both directions.
 
 # Queries, or keys, of a work item.
 cdef enum:
@@ -16,7 +16,10 @@ cdef struct SparseParams:
     SparseLists keys, queries  # of each pattern, one after another: of queries, of keys
     Py_ssize_t patterns  # 1, or one for each entry of the last axis of the batch
     Operand grad_out, result, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
-    double coarse
+    double scale, coarse
+    Py_ssize_t item_rows  # queries of a work item
+    double *grad_relative_bias  # (kv_heads, rows, group) as Tile.relative_bias, or NULL
+    int64_t *ticket  # of the item that is next to add to it
     Py_ssize_t head_bytes  # offset of a thread's SparseHeads in its scratch
 
 
@@ -31,8 +34,14 @@ cdef void set_head(
     h.v = row_ptr(&params.v, batch_ptr(params, &params.v, batch), kv_head, 0)
     h.bias = sparse_rows(params, &params.bias, batch, head)
     h.q_row, h.bias_row = params.q.row, params.bias.row
-    h.k_scales = <float *>sparse_rows(params, &params.k_scales, batch, kv_head)
-    h.v_scales = <float *>sparse_rows(params, &params.v_scales, batch, kv_head)
+    h.k_scales = sparse_rows(params, &params.k_scales, batch, kv_head)
+    h.v_scales = sparse_rows(params, &params.v_scales, batch, kv_head)
+    h.relative_bias = NULL
+    if params.relative_bias is not NULL:
+        h.relative_bias = (
+            params.relative_bias + kv_head * params.relative_bias_bytes
+            + head % params.group * sparse.kernels.real_bytes
+        )
     h.left, h.right, h.offset, h.length = keys.left, keys.right, keys.offset, params.n_keys
     if keys.offsets.data is not NULL:
         h.offset = (<int64_t *>batch_ptr(params, &keys.offsets, batch))[0]
@@ -41,12 +50,28 @@ cdef void set_head(
     h.start = sparse_rows(params, &keys.start, batch, head)
     h.stop = sparse_rows(params, &keys.stop, batch, head)
     h.start_row, h.stop_row = keys.start.row, keys.stop.row
+    h.scale = sparse.scale if params.scales is NULL else params.scales[head]
     h.slope = 0 if params.alibi is NULL else params.alibi[head]
     h.sink = 0 if params.sinks is NULL else params.sinks[head]
+    if params.dropout.given:
+        philox_key_of(
+            params.dropout.seed, batch + params.dropout.offset[0], head + params.dropout.offset[1],
+            h.drop_key,
+        )
+        h.drop_first_query = params.dropout.offset[2]
     h.out = sparse_rows(params, &params.out, batch, head)
     h.weights = sparse_rows(params, &params.weights, batch, head)
     h.lse = sparse_rows(params, &params.lse, batch, head)
+    h.max_score = sparse_rows(params, &params.max_score, batch, head)
     h.out_row, h.weights_row, h.lse_row = params.out.row, params.weights.row, params.lse.row
+    h.max_score_row = params.max_score.row
+    h.bins = NULL
+    if params.reduction.sums is not NULL:
+        h.bin_rows, h.bin_columns = params.reduction.rows, params.reduction.columns
+        h.n_queries, h.n_keys = params.n_queries, params.n_keys
+        h.bins = params.reduction.sums + (
+            (batch * params.kv_heads * params.group + head) * h.bin_rows * h.bin_columns
+        )
     h.grad_out = sparse_rows(params, &sparse.grad_out, batch, head)
     h.result = sparse_rows(params, &sparse.result, batch, head)
     h.grad_lse = sparse_rows(params, &sparse.grad_lse, batch, head)
@@ -93,6 +118,51 @@ cdef Py_ssize_t next_rows(
     return last
 
 
+cdef struct Places:
+    Py_ssize_t first, end
+
+
+cdef inline Py_ssize_t places_before(
+    const Tile *tile, const SparseHead *head, Py_ssize_t query, Py_ssize_t key
+) noexcept nogil:
+    """Where a pair is in Tile.grad_relative_bias."""
+    return max(-tile.reach, min(query + head.offset - key, tile.reach)) + tile.reach
+
+
+cdef Places touched_distances(
+    const Tile *tile, const SparseHead *head, const SparseLists *keys, Py_ssize_t row,
+    Py_ssize_t end,
+) noexcept nogil:
+    """The part of Tile.grad_relative_bias that some queries may add to."""
+    cdef Places touched
+    cdef Py_ssize_t first, last
+    touched.first, touched.end = 2 * tile.reach + 1, 0
+    for row in range(row, end):
+        if keys.starts[row] < keys.starts[row + 1]:
+            first = sparse_item(keys, keys.starts[row])
+            last = sparse_item(keys, keys.starts[row + 1] - 1)
+            touched.first = min(touched.first, places_before(tile, head, row, last))
+            touched.end = max(touched.end, places_before(tile, head, row, first) + 1)
+    touched.first = min(touched.first, touched.end)
+    return touched
+
+
+cdef bint add_to_relative_bias(
+    const SparseParams *sparse, const Tile *tile, Py_ssize_t kv_head, Py_ssize_t group,
+    Places touched, Py_ssize_t ticket, bint *stopped,
+) noexcept nogil:
+    """Add what an item found, in the order of the items. False if the call was stopped."""
+    cdef Py_ssize_t n, row = tile.group
+    cdef double *to = sparse.grad_relative_bias
+    to += (kv_head * (2 * (tile.reach + MAX_LANES) + 1) + MAX_LANES) * row + group
+    if not wait_for_ticket(sparse.ticket, ticket, stopped):
+        return False
+    for n in range(touched.first, touched.end):
+        to[n * row] += tile.grad_relative_bias[n]
+    store_release(sparse.ticket, ticket + 1)
+    return True
+
+
 cdef bint sparse_queries(
     const void *call, Tile *tile, Py_ssize_t item, bint listen, double *last_look, bint *stopped
 ) noexcept nogil:
@@ -101,14 +171,24 @@ cdef bint sparse_queries(
     cdef const CallParams *params = &sparse.call
     cdef SparseHead *head = <SparseHead *>(<char *>tile.scratch + sparse.head_bytes)
     cdef Py_ssize_t group = item % params.group, row, last, end
-    cdef Py_ssize_t blocks = ceil_div(params.n_queries, SPARSE_ROWS), kv_head, batch
+    cdef Py_ssize_t blocks = ceil_div(params.n_queries, sparse.item_rows), ticket = item
+    cdef Py_ssize_t kv_head, batch
     cdef SparseLists keys
+    cdef Places touched
     item //= params.group  # so that successive items read the same keys
-    row = item % blocks * SPARSE_ROWS
+    row = item % blocks * sparse.item_rows
     kv_head, batch = item // blocks % params.kv_heads, item // blocks // params.kv_heads
-    end = min(row + SPARSE_ROWS, params.n_queries)
+    end = min(row + sparse.item_rows, params.n_queries)
     set_head(sparse, head, batch, kv_head * params.group + group)
     keys = lists_of(sparse, &sparse.keys, params.n_queries, batch)
+    if params.pages.data is not NULL:
+        tile.pages = <int64_t *>batch_ptr(params, &params.pages, batch)
+    if tile.wants_relative_bias:
+        touched = touched_distances(tile, head, &keys, row, end)
+        memset(
+            tile.grad_relative_bias + touched.first, 0,
+            (touched.end - touched.first) * sizeof(double),
+        )
     while row < end:
         last = next_rows(&keys, row, end, listen, last_look, stopped)
         if last < 0:
@@ -118,7 +198,9 @@ cdef bint sparse_queries(
         else:
             sparse.kernels.attend(tile, head, &keys, row, last)
         row = last
-    return True
+    return not tile.wants_relative_bias or add_to_relative_bias(
+        sparse, tile, kv_head, group, touched, ticket, stopped
+    )
 
 
 cdef bint sparse_keys(
@@ -152,130 +234,11 @@ cdef SparseLists sparse_lists(cnp.ndarray starts, cnp.ndarray items):
     return lists
 
 
-cdef int bind_sparse(
-    SparseParams *sparse, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out,
-    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray starts,
-    cnp.ndarray keys, cnp.ndarray lse, score_function, bint double_sums,
-) except -1:
-    """What both directions have in common."""
-    cdef CallParams *params = &sparse.call
-    cdef const InstructionSet *isa = chosen()
-    memset(sparse, 0, sizeof(SparseParams))
-    bind_params(params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, None, bias,
-                None, None, None)
-    bind_operand(params, &params.lse, lse, 2)
-    sparse.kernels = isa.sparse_float64 if double_sums else isa.sparse_float32
-    params.kernels = isa.float64 if double_sums else isa.fma
-    sparse.keys = sparse_lists(starts, keys)
-    sparse.patterns = starts.shape[0]
-    init_tile(params, tile, q, k, v, out, scale, softcap, bias, None)
-    if score_function is not None:
-        tile.score_function = {
-            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-        }[score_function[0]]
-        tile.dim_weights = doubles(score_function[1])
-    return 0
-
-
-cdef int run_sparse(
-    SparseParams *sparse, Workspace *workspace, Py_ssize_t key_blocks, int threads
-) except -1:
-    """Run the items of all queries, and then those of all keys, if there are any."""
-    cdef CallParams *params = &sparse.call
-    cdef Py_ssize_t items = params.key_heads * params.group * ceil_div(params.n_queries, SPARSE_ROWS)
-    threads = available_threads(min(threads, max(1, items, key_blocks)))
-    sparse.head_bytes = padded(sparse.kernels.scratch_bytes(&workspace.prototype))
-    workspace.rows = 1  # no query has anything of its own in the tile
-    allocate_workspace(
-        workspace, threads,
-        sparse.head_bytes + max(1, params.group) * <Py_ssize_t>sizeof(SparseHead), 0, 0,
-    )
-    try:
-        with nogil:
-            if parallel_for(sparse_queries, sparse, workspace, items, threads):
-                parallel_for(sparse_keys, sparse, workspace, key_blocks, threads)
-        if PyErr_Occurred() is not NULL:
-            return -1
-    finally:
-        free(workspace.allocated)
-    return 0
-
-
-def attend_sparse(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
-    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range,
-    cnp.ndarray starts not None, cnp.ndarray keys not None,
-    cnp.ndarray lse, cnp.ndarray weights, score_function, int threads,
-):
-    """As `attend`, under the sparse mask of `starts`, int64 (patterns, queries + 1), and `keys`,
-    int32 or int64: see `fastattn.core.sparse_mask.SparseMask`.
-    """
-    cdef SparseParams sparse
-    cdef bint double_sums = out.descr.itemsize == 8
-    cdef Workspace workspace
-    cdef Tile *tile = &workspace.prototype
-    bind_sparse(
-        &sparse, tile, q, k, v, out, batch, heads, kv_heads, scale, softcap, bias, alibi, sinks,
-        key_range, starts, keys, lse, score_function, double_sums,
-    )
-    bind_operand(&sparse.call, &sparse.call.k_scales, k_scales, 3)
-    bind_operand(&sparse.call, &sparse.call.v_scales, v_scales, 3)
-    bind_operand(&sparse.call, &sparse.call.weights, weights, 3)
-    tile.weights_key = sparse.call.weights.dim
-    run_sparse(&sparse, &workspace, 0, threads)
-
-
-def differentiate_sparse(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
-    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
-    cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
-    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range,
-    cnp.ndarray starts not None, cnp.ndarray keys not None, score_function, int threads,
-    cnp.ndarray grad_bias, cnp.ndarray row_sums,
-):
-    """As `differentiate`, under the sparse mask of `attend_sparse`. No gradient may broadcast along
-    the batch, the heads or the rows: each row of one is written by one thread. `grad_q` and
-    `grad_bias` have the dtype of sums.
-    """
-    cdef SparseParams sparse
-    cdef bint double_sums = grad_q.descr.itemsize == 8
-    cdef Workspace workspace
-    cdef Tile *tile = &workspace.prototype
-    cdef Py_ssize_t blocks
-    bind_sparse(
-        &sparse, tile, q, k, v, grad_q, batch, heads, kv_heads, scale, softcap, bias, alibi,
-        sinks, key_range, starts, keys, lse, score_function, double_sums,
-    )
-    key_starts, queries = transposed(starts, keys, k.shape[k.ndim - 2])
-    sparse.queries = sparse_lists(key_starts, queries)
-    bind_operand(&sparse.call, &sparse.grad_out, grad_out, 3)
-    bind_operand(&sparse.call, &sparse.result, out, 3)
-    bind_operand(&sparse.call, &sparse.grad_lse, grad_lse, 2)
-    bind_operand(&sparse.call, &sparse.rows, rows, 3)
-    bind_operand(&sparse.call, &sparse.grad_k, grad_k, 3)
-    bind_operand(&sparse.call, &sparse.grad_v, grad_v, 3)
-    bind_operand(&sparse.call, &sparse.grad_bias, grad_bias, 3)
-    bind_operand(&sparse.call, &sparse.row_sums, row_sums, 3)
-    sparse.coarse = coarse
-    tile.differentiating = True
-    tile.grad_out_format = number_format(grad_out)
-    tile.grad_out_dim, tile.result_dim = sparse.grad_out.dim, sparse.result.dim
-    tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
-    tile.grad_k_key, tile.grad_v_key = sparse.grad_k.row, sparse.grad_v.row
-    blocks = sparse.call.key_heads * ceil_div(sparse.call.n_keys, SPARSE_ROWS)
-    run_sparse(&sparse, &workspace, blocks, threads)
-
-
 def transposed(cnp.ndarray starts not None, cnp.ndarray keys not None, Py_ssize_t n_keys):
     """The queries of each key, ascending, as ``(starts, queries)`` of the same form."""
     cdef Py_ssize_t patterns = starts.shape[0], n_queries = starts.shape[1] - 1, p, i, j, at
     cdef cnp.ndarray counts = np.zeros((patterns, n_keys + 1), np.int64)
-    cdef cnp.ndarray queries = np.empty(keys.shape[0], np.int32 if n_queries < 1 << 31 else np.int64)
+    cdef cnp.ndarray queries = np.empty(len(keys), np.int32 if n_queries < 1 << 31 else np.int64)
     cdef SparseLists lists = sparse_lists(starts, keys)
     cdef int64_t *count = <int64_t *>cnp.PyArray_DATA(counts)
     cdef char *query = <char *>cnp.PyArray_DATA(queries)

@@ -115,6 +115,8 @@ typedef struct {
     int wants_bias, wants_relative_bias, wants_sums, wants_scale, rows_share_bias;
     char **grad_bias;
     double *grad_relative_bias; /* of the layout of relative_bias; added to */
+    int wants_dim_weights;
+    double *grad_dim_weights; /* added to, for a `scale` of 1 */
     /* If wants_sums, filled by differentiate for each query: the sums of its weights and of the
      * gradients of its scores, and both sums weighted with the distance of the key, which is 0
      * without alibi; then, if wants_scale, both weighted with the score's derivative by its scale.

@@ -1,4 +1,5 @@
-# Part of kernels.pyx: the declarations of tile_sizes.h, tile.h, sparse.h and instruction_sets.h.
+# Part of kernels.pyx: the declarations of tile_sizes.h, tile.h, philox.h, sparse.h and
+# instruction_sets.h.
 
 cdef extern from "tile_sizes.h" nogil:
     enum:
@@ -95,6 +96,8 @@ cdef extern from "tile.h" nogil:
         bint wants_bias, wants_relative_bias, wants_sums, wants_scale, rows_share_bias
         char **grad_bias
         double *grad_relative_bias
+        bint wants_dim_weights
+        double *grad_dim_weights
         double (*row_sums)[ROW_SUMS]
         double *bins
         int *slot
@@ -134,6 +137,9 @@ cdef extern from "tile.h" nogil:
         const BackwardKernels *backward
         double (*peak)(Py_ssize_t) noexcept nogil
 
+cdef extern from "philox.h" nogil:
+    void philox_key_of(uint64_t seed, uint64_t entry, uint64_t head, uint32_t *key)
+
 cdef extern from "sparse.h" nogil:
     ctypedef struct SparseLists:
         const int64_t *starts
@@ -149,17 +155,23 @@ cdef extern from "sparse.h" nogil:
         const char *v
         const char *bias
         Py_ssize_t q_row, bias_row
-        const float *k_scales
-        const float *v_scales
+        const char *k_scales
+        const char *v_scales
+        const void *relative_bias
         Py_ssize_t left, right, offset, length
         const char *start
         const char *stop
         Py_ssize_t start_row, stop_row
-        double slope, sink
+        double scale, slope, sink
+        uint32_t drop_key[2]
+        uint64_t drop_first_query
         char *out
         char *weights
         char *lse
-        Py_ssize_t out_row, weights_row, lse_row
+        char *max_score
+        Py_ssize_t out_row, weights_row, lse_row, max_score_row
+        double *bins
+        Py_ssize_t bin_rows, bin_columns, n_queries, n_keys
         const char *grad_out
         const char *result
         const char *grad_lse
@@ -190,6 +202,7 @@ cdef extern from "instruction_sets.h" nogil:
         const char *name
         const char *features
         bint (*runs_here)() noexcept nogil
+        bint (*slow_here)() noexcept nogil
         const TileKernels *float64
         const TileKernels *float32
         const TileKernels *float16

@@ -18,13 +18,16 @@
  * second matmul. Blocks and sub-blocks begin at multiples of their sizes, whatever is visible. */
 #define SUB_BLOCK_K 64
 
-/* Queries in a tile, at most MAX_BLOCK_Q. On bfloat16 hardware as many as that, because keys and
- * values are packed again for each tile. For multiply-adds 96 floats or 48 doubles: a whole number
- * of micropanels for every instruction set, and two for the widest, because each tile reads all of
- * K and V (48 floats lose 5 % to the third-level cache at 4096 keys). */
+/* Queries in a tile, at most MAX_BLOCK_Q. On bfloat16 hardware as many as that, or as fit
+ * MAX_MICROPANELS, because keys and values are packed again for each tile. For multiply-adds 96
+ * floats or 48 doubles: a whole number of micropanels for every instruction set, and two for the
+ * widest, because each tile reads all of K and V (48 floats lose 5 % to the third-level cache at
+ * 4096 keys). */
 #define MAX_BLOCK_Q 384
 #define FMA_BLOCK_Q_BYTES 384 /* of one dim of a tile's queries */
-#ifdef BF16_TERMS
+#if defined(BF16_TERMS) && defined(__aarch64__)
+#define BLOCK_Q (MAX_MICROPANELS * MR)
+#elif defined(BF16_TERMS)
 #define BLOCK_Q MAX_BLOCK_Q
 #else
 #define BLOCK_Q ((int)(FMA_BLOCK_Q_BYTES / sizeof(real)))
@@ -38,9 +41,10 @@
 /* Rows of scores and of sums are padded to a multiple of ROW_PAD: a register of AMX has 16 rows. */
 #define ROW_PAD 16
 
-/* Sub-blocks of keys begin at a multiple of ROW_MULTIPLE: one step of a matmul. */
+/* Sub-blocks of keys begin at a multiple of ROW_MULTIPLE: whole steps of both matmuls, of which one
+ * has keys as rows, two times ROW_PAD at once. */
 #ifdef BF16_TERMS
-#define ROW_MULTIPLE CHUNK
+#define ROW_MULTIPLE (2 * ROW_PAD)
 #else
 #define ROW_MULTIPLE 1
 #endif
@@ -108,8 +112,15 @@
 
 /* ---- bfloat16 hardware ---- */
 
-/* Head dims or keys that one step of a matmul sums: a row of AMX's registers. */
+/* Head dims or keys that one step of a matmul sums, and those of them that are side by side in a
+ * lane: a row and an element of AMX's registers, or a row of the matrices of arm64's BFMMLA. */
+#ifdef __aarch64__
+#define CHUNK 4
+#define BUNDLE 4
+#else
 #define CHUNK 32
+#define BUNDLE 2
+#endif
 
 /* The running maximum of a row is updated, and its sums rescaled, only if a score exceeds it by
  * this power of 2. */

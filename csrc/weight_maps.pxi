@@ -92,7 +92,7 @@ cdef bint ordered_add(
     False if a signal came in between.
     """
     cdef int64_t *counter = params.reduction.tickets + work.batch * params.kv_heads + work.kv_head
-    cdef int64_t ticket = params.num_tiles - 1 - work.first // params.kernels.block_q
+    cdef int64_t ticket = work.sequence.num_tiles - 1 - work.first // params.kernels.block_q
     while load_acquire(counter) < ticket:
         if stopped[0] or (listen and interrupted(last_look)):
             return False

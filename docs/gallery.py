@@ -17,6 +17,7 @@ ARGUMENTS = {
     "predict_next": ["--short"],
     "reverse_sequences": ["--short"],
     "sentence_embeddings": ["--short"],
+    "serve_prompts": ["--short"],
     "train_torch": ["--short"],
     "transformers_search": ["--short"],
 }
@@ -30,14 +31,16 @@ def runnable(folder: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """The packages that a program imports, itself or in a function."""
+    """The packages that a program imports, itself, in a function or by a module beside it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-    return {name.partition(".")[0] for name in names} - {"common"}
+    packages = {name.partition(".")[0] for name in names}
+    beside = {name for name in packages if path.with_name(f"{name}.py").exists()}
+    return (packages - beside).union(*(imports(path.with_name(f"{name}.py")) for name in beside))
 
 
 def missing(packages: Iterable[str]) -> list[str]:

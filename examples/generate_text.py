@@ -17,6 +17,7 @@ The characters with and without the cache must be the same, and those of a cache
 and in a quarter of it are shown too. OMP_NUM_THREADS limits NumPy, fastattn and torch alike.
 """
 
+import codecs
 import contextlib
 import io
 import sys
@@ -37,9 +38,9 @@ PROMPT = "Beautiful is"
 
 
 def zen():
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        import this  # noqa: F401  prints it
-    return printed.getvalue().split("\n\n", 1)[1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        import this  # prints it, the first time only
+    return codecs.decode(this.s, "rot13").split("\n\n", 1)[1] + "\n"
 
 
 # ------------------------------------------------------------------------ training, with torch

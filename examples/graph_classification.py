@@ -1,10 +1,15 @@
-"""Node classification on a graph: attention over neighbours learns which of them to trust.
+"""Node classification on a graph
+==============================
+
+Attention over neighbours learns which of them to trust.
 
 A node's class shows in its neighbours only. Two in five of these are drawn at random, and three in
 five nodes are spam: their features tell of any class, though they differ in one direction. The mean
 of the neighbours takes them all alike; attention over the same neighbours learns which to read. The
 graph is the sparse mask of `fastattn.scaled_dot`, a CSR array of SciPy, so time and memory follow
 its edges; the gradients are `fastattn.vjp`.
+
+.. code-block:: sh
 
     pip install fastattn[plot] scipy
     python examples/graph_classification.py           # some ten seconds

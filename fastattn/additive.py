@@ -13,7 +13,7 @@ from .core.options import check_wrt
 from .core.problem import Problem, ScoreFunction, gradient_of, make_problem
 from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, without_weights
-from .similarity import DIFFERENTIABLE, refuse
+from .similarity import differentiable, refuse
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["additive"]
@@ -98,7 +98,7 @@ def _additive_arrays(q, k, v, w_q, w_k, w, b):
 
 def _projected(inputs, parameters, options, **more) -> Problem:
     """The problem that is left once queries and keys are projected."""
-    refuse("additive", options, "scale")
+    refuse("additive", options)
     dtype = widest({float_dtype(name, x) for name, x in inputs.items()})
     hidden = parameters["w"].shape[0]
     q, k = (
@@ -118,8 +118,7 @@ def _additive(
 ):  # fmt: skip
     without_out(options)
     inputs, parameters = _additive_arrays(q, k, v, w_q, w_k, w, b)
-    optional = {name: options.get(name) for name in DIFFERENTIABLE}
-    check_wrt(wrt, {**parameters, "b": b, **optional})
+    check_wrt(wrt, {**parameters, "b": b, **differentiable("additive", options)})
     own = tuple(name for name in wrt if name in ("w_q", "w_k", "b"))
     inner = tuple(name for name in wrt if name not in own)
     p = _projected(inputs, parameters, options, gradients=True, wrt=inner, return_lse=True)

@@ -6,8 +6,9 @@ from .core.device_array import DeviceArray
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
 from .dispatch import select
+from .plans import keep_plan, plan_key, plans, run_plan
 
-__all__ = ["scaled_dot", "solve"]
+__all__ = ["prepare", "scaled_dot", "solve"]
 
 
 @attention
@@ -189,6 +190,15 @@ def scaled_dot(
     >>> out.round(3)
     array([[1.34, 0.66]])
     """
+    arrays = (q, k, v)
+    key = plan_key(arrays, (
+        scale, softcap, bias, relative_bias, alibi, sinks, causal, window, q_offset, kv_lengths,
+        spans, mask, block_table, dropout, dropout_offset, return_lse, return_max, return_weights,
+        out, backend, threads, precision,
+    ))  # fmt: skip
+    plan = plans.get(key)
+    if plan:
+        return run_plan(plan, arrays, threads)
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
@@ -196,7 +206,16 @@ def scaled_dot(
         relative_bias=relative_bias, return_max=return_max,
         dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
-    return solve(problem, backend, out)
+    result = solve(problem, backend, out)
+    if key is not None:
+        keep_plan(key, prepare, problem)
+    return result
+
+
+def prepare(problem: Problem, of_cache: bool = False):
+    """A plan for further calls of the kind of `problem`, by the backend that serves it, or None."""
+    backend = select(problem)
+    return backend.prepare(problem, of_cache) if hasattr(backend, "prepare") else None
 
 
 def solve(problem: Problem, backend: str | None, out, run=None):

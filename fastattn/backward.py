@@ -7,6 +7,7 @@ import numpy as np
 from .core.backward import make_backward_problem
 from .core.problem import Gradient, Problem, make_problem
 from .dispatch import select, unsupported_backward
+from .plans import keep_plan, plan_key, plans, run_plan
 
 __all__ = ["scaled_dot_backward"]
 
@@ -93,6 +94,14 @@ def scaled_dot_backward(
     >>> bool(np.isclose((more**2).sum() / 2 - (out**2).sum() / 2, (dv * step).sum(), rtol=1e-4))
     True
     """
+    arrays = (grad_out, q, k, v, out, lse, *(() if grad_lse is None else (grad_lse,)))
+    key = plan_key(arrays, (
+        wrt, scale, softcap, bias, relative_bias, alibi, sinks, causal, window, q_offset,
+        kv_lengths, spans, mask, block_table, dropout, dropout_offset, backend, threads, precision,
+    ))  # fmt: skip
+    plan = plans.get(key)
+    if plan:
+        return run_plan(plan, arrays, threads)
     problem = make_problem(
         q, k, v, scale, softcap, bias, alibi, sinks,
         causal, window, q_offset, kv_lengths, spans, mask,
@@ -100,7 +109,19 @@ def scaled_dot_backward(
         relative_bias=relative_bias,
         dropout=dropout, dropout_offset=dropout_offset,
     )  # fmt: skip
-    return solve_backward(problem, backend, grad_out, out, lse, grad_lse)
+    grads = solve_backward(problem, backend, grad_out, out, lse, grad_lse)
+    if key is not None:
+        keep_plan(key, _prepare, problem, arrays)
+    return grads
+
+
+def _prepare(problem: Problem, arrays: tuple):
+    """A plan for further passes of this kind, by the backend that serves it, or None."""
+    backend = select(problem, None, unsupported_backward)
+    if not hasattr(backend, "prepare_backward"):
+        return None
+    grad_out, _, _, _, *results = arrays
+    return backend.prepare_backward(make_backward_problem(problem, grad_out, *results), arrays)
 
 
 def solve_backward(

@@ -6,19 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from .attention import solve
+from .attention import prepare, solve
 from .core.arguments import integers
 from .core.dtypes import float_dtype, widest
 from .core.options import span_sides
 from .core.output import destination
+from .core.page_pool import PAGE
 from .core.pages import Held
 from .core.problem import Problem, make_problem
 from .core.sequences import Sequences, Snapshot
 from .core.storage import Storage
 from .core.visibility import key_range
 from .merge import merge
+from .plans import keep_plan, plan_key, plans, run_plan
 
 __all__ = ["attend"]
+
+# Options of arrays with an axis of all keys, those that a cache has by now.
+_BY_KEYS = {"bias", "mask", "return_weights"}
 
 
 def attend(
@@ -29,17 +34,27 @@ def attend(
     n = q.shape[2]
     if counts is not None and (counts == n).all():
         counts = None
-    if counts is not None:
-        options["q_offset"] = state.lengths - counts
-        options["spans"] = _spans_of_rows(counts, n, options.get("spans"))
-    if state.ragged:
-        options["kv_lengths"] = state.lengths
-        options.setdefault("q_offset", state.lengths - n)
     own = float_dtype("q", q)
     wide = widest({own, storage.dtype}) if storage.widens else own
     narrows = wide is not own
     k, v, *scales = state.views
-    held = Held(state.table, state.longest, *dims, tuple(scales), storage.widens)
+    n_keys, key = state.longest, None
+    if counts is not None:
+        options["q_offset"] = state.lengths - counts
+        options["spans"] = _spans_of_rows(counts, n, options.get("spans"))
+    elif sequences.window is out is None and not narrows and options.keys().isdisjoint(_BY_KEYS):
+        # With as many keys as the pages have room for, a plan serves until they are full.
+        n_keys = -(-n_keys // PAGE) * PAGE
+        arrays = (q, k, v, state.table, state.lengths, state.lengths - n, *scales)
+        key = plan_key(arrays, (n_keys, causal, backend, *options.items()))
+        plan = plans.get(key)
+        if plan:
+            return run_plan(plan, arrays, options.get("threads"))
+        options["kv_lengths"], options["q_offset"] = arrays[4:6]
+    if state.ragged:
+        options["kv_lengths"] = state.lengths
+        options.setdefault("q_offset", state.lengths - n)
+    held = Held(state.table, n_keys, *dims, tuple(scales), storage.widens)
     p = make_problem(
         q.astype(wide) if narrows else q, k, v, causal=causal, held=held,
         out=None if narrows else out, **options,
@@ -54,6 +69,8 @@ def attend(
     results = results if isinstance(results, tuple) else (results,)
     if narrows:
         results = _narrowed(results, p, own, out)
+    if key is not None:
+        keep_plan(key, prepare, p, True)
     if counts is not None and p.sinks is not None:
         _clear_rows(results, counts, n)
     return results if len(results) > 1 else results[0]

@@ -15,6 +15,7 @@ import numpy as np
 from .backward import of_its_array, solve_backward
 from .core.backward import Backward
 from .core.dropout import Dropout
+from .core.option_table import OPTIONS, PARTS
 from .core.problem import DOT, Gradient, Problem, make_problem
 from .core.sparse_mask import SparseMask
 from .merge import merge
@@ -61,22 +62,19 @@ class Chunk(NamedTuple):
         """
         first = self.keys.start
         shift = self.queries.start - first
-        found = {name: getattr(p, name) for name in ("scale", "softcap", "threads", "precision")}
-        if isinstance(p.scale, np.ndarray):
-            found["scale"] = self.of(p.scale, "h")
-        r = p.key_range
-        found["window"] = (r.left, r.right)
-        found["q_offset"] = shift + (
-            self.of(p.q_offset, "") if isinstance(p.q_offset, np.ndarray) else p.q_offset
-        )
-        if p.dropout is not None:
-            found |= self._dropout(p, p.dropout)
-        for name in ("bias", "relative_bias", "mask", "alibi", "sinks"):
+        found = {name: getattr(p, name) for name in _VALUES}
+        for name, axes in _ARRAYS.items():
             x = getattr(p, name)
             if isinstance(x, SparseMask):
                 found[name] = x.part(self.batch, self.queries, self.keys)
             elif x is not None and not (name == "sinks" and first > 0):
-                found[name] = self.of(x, _AXES[name])
+                found[name] = self.of(x, axes) if isinstance(x, np.ndarray) else x
+        offset = self.of(p.q_offset, "q")[..., 0] if np.ndim(p.q_offset) else p.q_offset
+        found["q_offset"] = offset + shift
+        r = p.key_range
+        found["window"] = (r.left, r.right)
+        if p.dropout is not None:
+            found |= self._dropout(p, p.dropout)
         if r.lengths is not None:
             lengths = self.of(r.lengths, "") - first
             found["kv_lengths"] = np.clip(lengths, 0, self.keys.stop - first)
@@ -115,10 +113,18 @@ class Chunk(NamedTuple):
         return dict(zip(("q", "k", "v", *wrt), found, strict=True))
 
 
-_AXES = {
-    "q": "hq.", "k": "gj.", "v": "gj.", "bias": "hqj", "relative_bias": "h.", "mask": "hqj",
-    "alibi": "h", "sinks": "h",
-}  # fmt: skip
+# The options that a problem keeps under their names: values, and arrays that are cut along their
+# axes behind the leading ones.
+_KEPT = {name: OPTIONS[name] for name in Problem.__slots__ if name in OPTIONS}
+_VALUES = tuple(name for name, x in _KEPT.items() if x.about != "results" and not x.takes_arrays)
+_ARRAYS = {
+    part.option: part.kind.lstrip("b")
+    for part in PARTS.values()
+    if isinstance(part.kind, str)
+    and part.kind.strip(".")
+    and part.option in _KEPT.keys() - {"out", "q_offset"}
+}
+_AXES = {"q": "hq.", "k": "gj.", "v": "gj.", **_ARRAYS}
 
 
 class Gradients:

@@ -29,12 +29,14 @@ __all__ = [
 # serve, in words, or None, `run(problem, result)`, which fills `result` -> (lse, row_max, weights),
 # and `plan(problem)`, what it says of itself to `explain`. One that computes gradients also has
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
-# with each axis along which the argument broadcasts either in full or summed already. One that
-# pushes tangents forward has `unsupported_forward_mode(problem)` and `run_forward_mode(problem,
-# tangents)`, these by the names of their operands -> (tangent of out, tangent of lse). One that
-# makes maps of the weights has `run_map(problem, rows, columns)` -> their sums over cells, and
-# `run_top(problem, n)` -> (indices, weights) of each query's strongest keys. One that may be there
-# without working has `broken()`, which says why, or None.
+# with each axis along which the argument broadcasts either in full or summed already. One whose
+# calls can be prepared has `prepare(problem, of_cache)` and `prepare_backward(backward, arrays)`
+# -> a plan, of which `run(arrays, threads)` is the call on other arrays of that layout, or None.
+# One that pushes tangents forward has `unsupported_forward_mode(problem)` and
+# `run_forward_mode(problem, tangents)`, these by the names of their operands -> (tangent of out,
+# tangent of lse). One that makes maps of the weights has `run_map(problem, rows, columns)` -> their
+# sums over cells, and `run_top(problem, n)` -> (indices, weights) of each query's strongest keys.
+# One that may be there without working has `broken()`, which says why, or None.
 BACKENDS = (cython, cuda, numba, numpy)
 
 # Those that arrays in the host's memory are given to; copying them to a device is for the user to

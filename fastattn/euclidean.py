@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import solve
+from .core.option_table import check
 from .core.problem import DISTANCE, Problem, make_problem
 from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, tangents_of
@@ -54,6 +55,7 @@ def euclidean(q, k, v, *, scale=1.0, out=None, backend=None, **options):
     array([[0.731, 0.269],
            [0.269, 0.731]])
     """
+    check("euclidean", options)
     p = _distances(q, k, v, scale, out=out, **options)
     return solve(p, backend, out)
 
@@ -67,6 +69,7 @@ def _distances(q, k, v, scale, **options) -> Problem:
 @differentiates(euclidean)
 def _euclidean(q, k, v, *, wrt, scale=1.0, backend=None, return_lse=False, **options):
     without_out(options)
+    check("euclidean", options)
     p = _distances(q, k, v, scale, gradients=True, wrt=wrt, return_lse=True, **options)
     results, back = differentiated(p, backend, return_lse)
 

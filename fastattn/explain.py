@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .core.option_table import check
 from .core.problem import Problem, make_problem
 from .dispatch import (
     BACKENDS,
@@ -18,6 +19,10 @@ from .dispatch import (
 __all__ = ["Explanation", "available_backends", "explain", "show_config"]
 
 
+# What a call may have besides the options of `scaled_dot`: those of `flex`, and of `vjp`.
+_BESIDES = {"score_mod", "mask_mod", "block_mask", "score_grad", "wrt"}
+
+
 @dataclass(frozen=True)
 class Explanation:
     """How a call would be served. ``print`` shows it as a small table.
@@ -27,13 +32,15 @@ class Explanation:
     backend : str
         Which would run.
     plan : dict of str
-        What it says of itself: kernel, instruction set, tile, threads, share of tiles skipped.
+        What it says of itself: kernel, instruction set, tile, threads, share of tiles skipped; and,
+        where it leaves `top_keys` to NumPy, why.
     copies : tuple of str
         The arguments that would be copied first.
     passed_over : dict of str
         The backends before it in the order, or that were not asked for, with the reason of each.
     gradients : str
-        Which backend would compute those of q, k and v, and why not another.
+        Which backend would compute those of q, k and v, and why not another; and, where it leaves
+        them to NumPy, why.
     """
 
     backend: str
@@ -76,6 +83,7 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
     >>> fastattn.explain(q, k, v, causal=True, backend="numpy").backend
     'numpy'
     """
+    check("explain", options.keys() - _BESIDES)
     problem = make_problem(q, k, v, gradients=True, **options)
     chosen = select(problem, backend)
     passed_over = {}
@@ -87,8 +95,10 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
             else:
                 unasked = "comes later" if place > order.index(chosen) else "another was named"
             passed_over[other.name] = unsupported(other, problem) or unasked
+    plan, top = chosen.plan(problem), _left_to_numpy(chosen, problem, "top_keys")
+    plan |= {"top_keys": top} if top else {}
     gradients = _gradients(problem, backend)
-    return Explanation(chosen.name, chosen.plan(problem), problem.copied, passed_over, gradients)
+    return Explanation(chosen.name, plan, problem.copied, passed_over, gradients)
 
 
 def _gradients(problem: Problem, backend) -> str:
@@ -98,7 +108,17 @@ def _gradients(problem: Problem, backend) -> str:
         return f"none: {error}"
     before = BACKENDS[: BACKENDS.index(chosen)] if chosen in BACKENDS else ()
     reasons = ((b.name, unsupported_backward(b, problem)) for b in before)
-    return ", ".join((chosen.name, *(f"not {name}: {why}" for name, why in reasons if why)))
+    left = _left_to_numpy(chosen, problem, "gradients")
+    told = (chosen.name, left, *(f"not {name}: {why}" for name, why in reasons if why))
+    return ", ".join(filter(None, told))
+
+
+def _left_to_numpy(backend, problem: Problem, what: str) -> str:
+    """That `backend` has this computed by NumPy, and why, or nothing."""
+    if not hasattr(backend, "left_to_numpy"):
+        return ""
+    why = backend.left_to_numpy(problem).get(what)
+    return f"by NumPy: {why}" if why else ""
 
 
 def available_backends() -> tuple[str, ...]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from .attention import scaled_dot, solve
+from .attention import solve
 from .core.arguments import flag
+from .core.option_table import check
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, without_weights
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["flex"]
-
-
-OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - {"backend"}
 
 
 @attention
@@ -82,8 +80,7 @@ def flex(
 
 
 def _problem(q, k, v, score_mod, mask_mod, block_mask, score_grad, options, **more) -> Problem:
-    for name in options.keys() - OPTIONS:
-        raise TypeError(f"{name}: not an option of flex, which takes {', '.join(sorted(OPTIONS))}")
+    check("flex", options)
     return make_problem(
         q, k, v, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask,
         score_grad=score_grad, **options, **more,

@@ -60,9 +60,9 @@ def gaussian(
         Hide the key ``j == i + q_offset``, which with as many queries as keys is the query itself.
         With `kv_lengths` it requires `q_offset`.
     return_lse, return_weights, out, **options
-        As of `fastattn.scaled_dot`, except ``scale`` and ``softcap``, and ``sinks`` only where
-        `normalize` is True. `bias`, `relative_bias` and `alibi` change the score after the
-        distance.
+        As of `fastattn.scaled_dot`, except ``scale``, ``softcap`` and ``block_table``, and
+        ``sinks`` only where `normalize` is True. `bias`, `relative_bias` and `alibi` change the
+        score after the distance.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def gaussian(
 
 
 def _pose(q, k, v, alpha, normalize, exclude_self, options, **more) -> Call:
-    refuse("gaussian", options, "scale", "softcap")
+    refuse("gaussian", options)
     alpha = positive("alpha", alpha)
     normalize, exclude_self = flag("normalize", normalize), flag("exclude_self", exclude_self)
     q, k, v = (plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
@@ -143,7 +143,7 @@ def _without_self(p: Problem):
     start, stop = (0, p.n_keys) if spans is None else spans
     offset = p.q_offset
     if isinstance(offset, np.ndarray):
-        offset = offset[..., None, None]
+        offset = offset[..., None, :]
     place = np.arange(p.n_queries) + offset
     sides = (start, np.minimum(stop, place)), (np.maximum(start, place + 1), stop)
     return [tuple(np.broadcast_to(x, p.rows()) for x in side) for side in sides]

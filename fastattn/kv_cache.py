@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from .attention import scaled_dot
 from .cache_attention import attend
-from .core.arguments import count, integer, integers, plain
+from .core.arguments import FAR, count, flag, integer, integers, plain
 from .core.dtypes import FLOATS, as_real, is_float
+from .core.option_table import check
 from .core.page_pool import PAGE, PagePool
 from .core.sequences import Sequences
 from .core.signatures import attention
 from .core.storage import storage
 
 __all__ = ["KVCache"]
-
-# What `attend` takes: the cache says itself which keys there are and where they are.
-_OPTIONS = set(scaled_dot.__kwdefaults__ or ()) - {"kv_lengths", "q_offset", "block_table"}
 
 
 class KVCache:
@@ -35,6 +32,10 @@ class KVCache:
         Length of a key.
     value_dim : int, optional
         Length of a value; `head_dim` by default.
+    values_in_keys : bool, default False
+        Are the values the first `value_dim` columns of the keys? Then these are stored and read
+        once, and `append` takes no values: multi-head latent attention with its projections
+        absorbed (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1).
     capacity : int, default 256
         Tokens of each sequence that there are pages for at first. Where more come as many pages are
         added; none of them moves.
@@ -66,12 +67,15 @@ class KVCache:
         Of what is stored; uint8 for int4, of which it holds two.
     nbytes : int
         Of all pages, in use or not.
+    pages_in_use : int
+        How many pages of 64 tokens hold some; one that sequences share counts once.
 
     Raises
     ------
     TypeError, ValueError
         If a size is not a whole number of at least 1, `capacity` exceeds `max_tokens`, `keep_first`
-        is given without a `window`, or `dtype` is none of these or cannot be had.
+        is given without a `window`, `value_dim` exceeds `head_dim` with `values_in_keys`, or
+        `dtype` is none of these or cannot be had.
 
     Notes
     -----
@@ -105,12 +109,18 @@ class KVCache:
     """
 
     def __init__(
-        self, batch, kv_heads, head_dim, *, value_dim=None, capacity=256, max_tokens=None,
-        dtype="float32", window=None, keep_first=0,
+        self, batch, kv_heads, head_dim, *, value_dim=None, values_in_keys=False, capacity=256,
+        max_tokens=None, dtype="float32", window=None, keep_first=0,
     ) -> None:  # fmt: skip
         batch, self._kv_heads = count("batch", batch), count("kv_heads", kv_heads)
         head_dim = count("head_dim", head_dim)
         self._dims = head_dim, head_dim if value_dim is None else count("value_dim", value_dim)
+        self._values_in_keys = flag("values_in_keys", values_in_keys)
+        if self._values_in_keys and self._dims[1] > head_dim:
+            raise ValueError(
+                f"value_dim: expected at most head_dim {head_dim} with values_in_keys, "
+                f"got {self._dims[1]}"
+            )
         capacity = count("capacity", capacity)
         self._max_tokens = None if max_tokens is None else count("max_tokens", max_tokens)
         if self._max_tokens is not None and capacity > self._max_tokens:
@@ -126,11 +136,8 @@ class KVCache:
         self._sequences = Sequences(pool, batch, window, keep_first)
 
     def _new_pool(self, pages: int) -> PagePool:
-        # Numbers of keys and of values first, then their scales.
-        k, v = (self._storage.fields(dim) for dim in self._dims)
-        pool = PagePool(
-            self._kv_heads, [field for pair in zip(k, v, strict=True) for field in pair]
-        )
+        stored = [self._storage.fields(dim) for dim in self._dims]
+        pool = PagePool(self._kv_heads, _by_field(stored[:1] if self._values_in_keys else stored))
         pool.grow(pages)
         return pool
 
@@ -154,6 +161,11 @@ class KVCache:
         """Bytes of all pages, in use or not."""
         return self._sequences.pool.nbytes
 
+    @property
+    def pages_in_use(self) -> int:
+        """How many pages of 64 tokens hold some; one that sequences share counts once."""
+        return self._sequences.pool.pages - self._sequences.pool.free
+
     def __repr__(self) -> str:
         (head_dim, value_dim), state = self._dims, self._sequences.now
         pool, window = self._sequences.pool, self._sequences.window
@@ -163,11 +175,12 @@ class KVCache:
             f"KVCache({self._storage.name}, batch {len(lengths)}, kv_heads {self._kv_heads}, "
             f"head_dim {head_dim}, "
             + f"value_dim {value_dim}, " * (value_dim != head_dim)
+            + "values_in_keys, " * self._values_in_keys
             + f"lengths {tokens}, "
             + f"max_tokens {self._max_tokens}, " * (self._max_tokens is not None)
             + f"window {window}, " * (window is not None)
             + f"keep_first {self._sequences.keep_first}, " * bool(self._sequences.keep_first)
-            + f"{pool.pages - pool.free} of {pool.pages} pages, {pool.nbytes / 2**20:.2f} MiB)"
+            + f"{self.pages_in_use} of {pool.pages} pages, {pool.nbytes / 2**20:.2f} MiB)"
         )
 
     def __getstate__(self) -> dict:
@@ -189,7 +202,7 @@ class KVCache:
     def __deepcopy__(self, memo) -> KVCache:
         return self.__copy__()
 
-    def append(self, k, v, counts=None) -> None:
+    def append(self, k, v=None, counts=None) -> None:
         """Add tokens behind those that are there.
 
         Parameters
@@ -197,7 +210,7 @@ class KVCache:
         k : array_like of floats, (batch, kv_heads, n, head_dim)
             Rounded to what is stored.
         v : array_like of floats, (batch, kv_heads, n, value_dim)
-            Likewise.
+            Likewise; None with `values_in_keys`.
         counts : array_like of int, (batch,), optional
             Where sequences get different numbers: only the first ``counts[b]`` tokens of sequence
             ``b`` are read.
@@ -221,10 +234,14 @@ class KVCache:
         >>> cache.lengths
         array([3, 1])
         """
-        k, v = self._operand("k", k, 0), self._operand("v", v, 1)
-        n = k.shape[2]
-        if v.shape[2] != n:
-            raise ValueError(f"v: expected {n} tokens as in k, got {v.shape[2]}")
+        operands = [("k", self._operand("k", k, 0))]
+        n = operands[0][1].shape[2]
+        if not self._values_in_keys:
+            operands.append(("v", self._operand("v", v, 1)))
+            if operands[1][1].shape[2] != n:
+                raise ValueError(f"v: expected {n} tokens as in k, got {operands[1][1].shape[2]}")
+        elif v is not None:
+            raise TypeError(f"v: expected None with values_in_keys, got {type(v).__name__}")
         state = self._sequences.now
         if counts is not None:
             counts = self._counts(counts, n)
@@ -237,8 +254,7 @@ class KVCache:
                 f"that would have {longest}"
             )
         seen = None if counts is None else np.arange(n) < counts[:, None, None]
-        k, v = self._storage.rounded("k", k, seen), self._storage.rounded("v", v, seen)
-        fields = [field for pair in zip(k, v, strict=True) for field in pair]
+        fields = _by_field([self._storage.rounded(name, x, seen) for name, x in operands])
         with np.errstate(over="ignore", invalid="ignore"):
             self._sequences.append(fields, n if counts is None else counts, self._max_tokens)
 
@@ -285,14 +301,15 @@ class KVCache:
         >>> cache.attend(np.ones((1, 1, 1, 2), np.float32))
         array([[[[1., 1.]]]], dtype=float32)
         """
-        for name in options.keys() - _OPTIONS:
-            raise TypeError(f"{name}: attend() has no such option")
+        check("attend", options)
         q, state = plain("q", q), self._sequences.now
         batch = len(state.lengths)
         if q.ndim != 4 or q.shape[0] != batch:
             raise ValueError(f"q: expected shape ({batch}, heads, n, head_dim), got {q.shape}")
         if counts is not None:
             counts = self._counts(counts, q.shape[2], state.lengths)
+        if self._values_in_keys:
+            state = state._replace(views=self._views(state))
         return attend(
             self._sequences, state, self._storage, self._dims, q, counts, causal, backend, out,
             options,
@@ -330,15 +347,39 @@ class KVCache:
         return self._held(b, 0)
 
     def values(self, b) -> np.ndarray:
-        """The values that are held of a sequence, as `keys`: (kv_heads, n, value_dim)."""
+        """The values that are held of a sequence, oldest first.
+
+        Parameters
+        ----------
+        b : int
+            Which sequence.
+
+        Returns
+        -------
+        ndarray, (kv_heads, n, value_dim)
+            As `keys` gives them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such sequence.
+        """
         return self._held(b, 1)
 
     def _held(self, b, kind: int) -> np.ndarray:
         state = self._sequences.now
         b = self._slot(b)
-        fields = [self._sequences.rows(state, b, view) for view in state.views[kind::2]]
+        fields = [self._sequences.rows(state, b, view) for view in self._views(state)[kind::2]]
         real = np.float64 if self.dtype == np.float64 else np.float32
         return as_real(fields[0], fields[1] if fields[1:] else None, real, self._dims[kind])
+
+    def _views(self, state) -> tuple:
+        """The pools of keys and of values, then those of their scales."""
+        if not self._values_in_keys:
+            return state.views
+        of_values = self._storage.fields(self._dims[1])
+        values = [k[..., : shape[0]] for k, (shape, _) in zip(state.views, of_values, strict=True)]
+        return tuple(_by_field([state.views, values]))
 
     def _slot(self, b) -> int:
         b, batch = integer("b", b), len(self._sequences.now.lengths)
@@ -370,19 +411,21 @@ class KVCache:
         >>> cache.lengths
         array([2, 0])
         """
-        n = integers("n", n)
         lengths, last = self._sequences.now[3:5]
-        if n.shape not in ((), lengths.shape):
-            raise ValueError(f"n: expected shape () or {lengths.shape}, got {n.shape}")
-        if n.min() < 0:
-            raise ValueError(f"n: expected at least 0, got {n.min()}")
+        if type(n) is not int:
+            n = integers("n", n)
+            if n.shape not in ((), lengths.shape):
+                raise ValueError(f"n: expected shape () or {lengths.shape}, got {n.shape}")
+        least = n if type(n) is int else n.min()
+        if least < 0:
+            raise ValueError(f"n: expected at least 0, got {least}")
         if self._sequences.window is not None:
             for b in np.flatnonzero(lengths - np.minimum(lengths, n) > last):
                 raise ValueError(
                     f"n: expected at least {lengths[b] - last[b]} of sequence {b}, as a window "
                     f"keeps what its last append needs, got {np.broadcast_to(n, lengths.shape)[b]}"
                 )
-        self._sequences.truncate(n)
+        self._sequences.truncate(min(n, FAR) if type(n) is int else n)
 
     def reorder(self, indices) -> None:
         """Let each sequence be a copy of one that is there: beams that go on from the best.
@@ -415,7 +458,12 @@ class KVCache:
         self._sequences.reorder(indices)
 
     def free(self, b) -> None:
-        """Empty the slot `b`; its pages are given back unless others share them.
+        """Empty a slot; its pages are given back unless others share them.
+
+        Parameters
+        ----------
+        b : int
+            Which.
 
         Raises
         ------
@@ -425,7 +473,17 @@ class KVCache:
         self._sequences.replace(self._slot(b), None)
 
     def fork(self, b) -> int:
-        """Put a copy of the sequence `b` into an empty slot, the first; return its index.
+        """Put a copy of a sequence into the first empty slot.
+
+        Parameters
+        ----------
+        b : int
+            Which sequence.
+
+        Returns
+        -------
+        int
+            The slot.
 
         Raises
         ------
@@ -463,3 +521,8 @@ class KVCache:
                 f"counts: expected at most the {held[b]} tokens of sequence {b}, got {counts[b]}"
             )
         return counts
+
+
+def _by_field(stored) -> list:
+    """The numbers of what is stored, keys and maybe values, then their scales if there are some."""
+    return [field for fields in zip(*stored, strict=True) for field in fields]

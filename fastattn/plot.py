@@ -237,6 +237,7 @@ def neighbourhood(node, neighbours, weights, *, ax=None, **options) -> Axes:
     Returns
     -------
     matplotlib.axes.Axes
+        Where it is drawn.
 
     Raises
     ------

@@ -364,7 +364,7 @@ def positions(p: Problem):
     """``i``, the place of each query on the key axis, and ``j``, that of each key."""
     offset = p.q_offset
     if isinstance(offset, np.ndarray):
-        offset = offset[..., None, None, None]
+        offset = offset[..., None, :, None]
     return np.arange(p.n_queries)[:, None] + offset, np.arange(p.n_keys)
 
 

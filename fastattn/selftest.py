@@ -21,7 +21,7 @@ from .dispatch import BACKENDS, unsupported, unsupported_backward
 
 __all__ = ["Outcome", "count", "selftest"]
 
-DISABLE = "FASTATTN_DISABLE_CPU_FEATURES"
+DISABLE, ENABLE = "FASTATTN_DISABLE_CPU_FEATURES", "FASTATTN_ENABLE_CPU_FEATURES"
 
 
 class Outcome(NamedTuple):
@@ -158,14 +158,18 @@ def _checkerboard(batch, head, i, j):
 
 @contextmanager
 def _disabled_features(features: str) -> Iterator[None]:
-    before = os.environ.get(DISABLE)
+    """All others are used, slow ones too."""
+    compiled = kernels()
+    before = {name: os.environ.get(name) for name in (DISABLE, ENABLE)}
     os.environ[DISABLE] = features
+    os.environ[ENABLE] = " ".join(compiled.FEATURES) if compiled else ""
     try:
         yield
     finally:
-        del os.environ[DISABLE]
-        if before is not None:
-            os.environ[DISABLE] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def _exact(p: Problem, grad_out) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from .chunks import Chunk, Gradients, Union, blocks, entries, fill, runs
 from .core.arguments import flag, number, plain
 from .core.backward import Backward
 from .core.dtypes import float_dtype
+from .core.option_table import DIFFERENTIABLE, OPTIONS, check
 from .core.options import check_wrt
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
@@ -19,9 +20,6 @@ from .jvp import has_tangents, jvp, pushed_forward, without_weights
 from .vjp import differentiated, differentiates, vjp, without_out
 
 __all__ = ["cosine", "dot", "pool"]
-
-# The options whose gradients there are of every score.
-DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
 
 # The length of a float32 vector below which squares that matter may be subnormal.
 _SHORT = 1e-15
@@ -60,7 +58,7 @@ def dot(q, k, v, **options):
     >>> out.round(3)
     array([[1.462, 0.538]])
     """
-    refuse("dot", options, "scale")
+    refuse("dot", options)
     return scaled_dot(q, k, v, scale=1.0, **options)
 
 
@@ -76,7 +74,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
         The score is ``cos(q_i, k_j) / temperature``; finite and > 0. A vector of zeros has cosine 0
         with every other.
     out, backend, **options
-        As of `fastattn.scaled_dot`, except ``scale``.
+        As of `fastattn.scaled_dot`, except ``scale`` and ``block_table``.
 
     Returns
     -------
@@ -102,7 +100,7 @@ def cosine(q, k, v, *, temperature=1.0, out=None, backend=None, **options):
     >>> out.round(3)
     array([[1.762, 0.238]])
     """
-    refuse("cosine", options, "scale")
+    refuse("cosine", options)
     p = _cosine_problem(q, k, v, temperature, out=out, **options)
     return solve(p, backend, out, partial(_run_cosine, backend=backend))
 
@@ -172,8 +170,8 @@ def pool(
 
 @differentiates(dot)
 def _dot(q, k, v, *, wrt, **options):
-    refuse("dot", options, "scale")
-    check_wrt(wrt, {name: options.get(name) for name in DIFFERENTIABLE})
+    refuse("dot", options)
+    check_wrt(wrt, differentiable("dot", options))
     return vjp(scaled_dot, q, k, v, wrt=wrt, scale=1.0, **options)
 
 
@@ -181,8 +179,8 @@ def _dot(q, k, v, *, wrt, **options):
 def _cosine(
     q, k, v, *, wrt, temperature=1.0, backend=None, return_lse=False, **options
 ):  # fmt: skip
-    refuse("cosine", options, "scale")
-    check_wrt(wrt, {name: options.get(name) for name in DIFFERENTIABLE})
+    refuse("cosine", options)
+    check_wrt(wrt, differentiable("cosine", options))
     without_out(options)
     p = _cosine_problem(q, k, v, temperature, gradients=True, wrt=wrt, return_lse=True, **options)
     run = partial(_run_cosine, backend=backend)
@@ -242,6 +240,7 @@ def _turned(grad, unit, length):
 @differentiates(pool)
 def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
     check_wrt(wrt, {"b": b})
+    _check_pool(options)
     x, w, given = _pooling(x, w, b, kv_lengths, mask)
     single = w.ndim == 1
     results, back = vjp(
@@ -259,14 +258,23 @@ def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
     return _pooled(results, single), pullback
 
 
-def refuse(score: str, options: dict, *names: str) -> None:
-    """Take out of `options` what has no meaning for a score, which must be None there."""
-    for name in names:
-        value = options.pop(name, None)
+def refuse(score: str, options: dict) -> None:
+    """Take out of `options` what has no meaning for a score, which must be None there; an error of
+    one that there is not.
+    """
+    for name in [name for name in options if name in OPTIONS and score in OPTIONS[name].without]:
+        value = options.pop(name)
         if value is not None:
             raise TypeError(
                 f"{name}: expected None, got {type(value).__name__}; {score} has no {name}"
             )
+    check(score, options)
+
+
+def differentiable(score: str, options: dict) -> dict:
+    """The options by which there are gradients of a score, as they are given."""
+    has = (name for name in DIFFERENTIABLE if score not in OPTIONS[name].without)
+    return {name: options.get(name) for name in has}
 
 
 def positive(name: str, value) -> float:
@@ -325,6 +333,14 @@ def _pooling(x, w, b, kv_lengths, mask):
     return x[..., None, :, :], w, options
 
 
+def _check_pool(options) -> None:
+    for name in options.keys() - {"backend", "return_lse", "return_weights", "threads"}:
+        raise TypeError(
+            f"{name}: pool() has no such option; it has b, kv_lengths, mask, return_lse, "
+            "return_weights, backend, threads"
+        )
+
+
 def _pooled(results, single: bool):
     """Without the axis of heads and, of a single pooling, that of queries: both have length 1."""
     given = results if isinstance(results, tuple) else (results,)
@@ -336,7 +352,7 @@ def _pooled(results, single: bool):
 
 @has_tangents(dot)
 def _dot_tangents(arrays, tangents, **options):
-    refuse("dot", options, "scale")
+    refuse("dot", options)
     return jvp(scaled_dot, arrays, tangents, scale=1.0, **options)
 
 
@@ -344,7 +360,7 @@ def _dot_tangents(arrays, tangents, **options):
 def _cosine_tangents(
     arrays, tangents, *, temperature=1.0, backend=None, return_lse=False, **options
 ):  # fmt: skip
-    refuse("cosine", options, "scale")
+    refuse("cosine", options)
     without_out(options)
     without_weights(options)
     p = _cosine_problem(*arrays, temperature, return_lse=True, **options)
@@ -364,7 +380,7 @@ def _directions(x, dx):
 def _pool_tangents(
     arrays, tangents, *, b=0.0, kv_lengths=None, mask=None, return_lse=False, **options
 ):  # fmt: skip
-    refuse("pool", options, *(options.keys() - {"backend", "return_weights", "threads"}))
+    _check_pool(options)
     x, w = arrays
     dx, dw = tangents
     x, w, own = _pooling(x, w, b, kv_lengths, mask)

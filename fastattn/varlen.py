@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import numpy as np
 
-from .attention import scaled_dot, solve
-from .core.arguments import flag, integers, plain
-from .core.options import dropout_start, window_sides
-from .core.output import destination, empty_like
-from .core.problem import Problem, make_problem
+from .attention import solve
+from .core.arguments import integers, plain
+from .core.option_table import check
+from .core.packing import Packing
+from .core.problem import make_problem
 from .core.signatures import attention
 from .documents import document_lengths
 from .jvp import has_tangents, pushed_forward, tangents_of
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["varlen"]
-
-# Of `scaled_dot`, those that each sequence would need its own of, or that make no sense beside it.
-_OWN = {"causal", "window", "q_offset"}
-_WITHOUT = {"bias", "block_table", "kv_lengths", "mask", "return_weights", "spans"}
-OPTIONS = frozenset(scaled_dot.__kwdefaults__ or ()) - _OWN - _WITHOUT - {"backend", "out"}
 
 
 @attention
@@ -76,8 +68,10 @@ def varlen(
     Notes
     -----
     The signature is that of ``flash_attn_varlen_func``, which likewise aligns a causal mask with
-    the last query and the last key. With `fastattn.vjp`, ``cu_seqlens_q`` and ``cu_seqlens_k`` are
-    options or positional; a positional one has None for its gradient.
+    the last query and the last key. With the ``cython`` backend and without dropout, the results of
+    a sequence, and its gradients of `q`, `k` and `v`, are those of a call of its own, bit for bit.
+    With `fastattn.vjp`, ``cu_seqlens_q`` and ``cu_seqlens_k`` are options or positional; a
+    positional one has None for its gradient.
 
     Examples
     --------
@@ -92,46 +86,19 @@ def varlen(
     >>> bool(np.array_equal(out[3], v[3]))  # a sequence of one token sees itself
     True
     """
-    packed = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-    calls = _calls(packed, causal, window, q_offset, options)
-    if len(calls) == 1:
-        target = None if out is None else _heads_first(out)
-        results = solve(_problem(packed, calls[0], options, out=target), backend, target)
-    else:
-        problems = [_problem(packed, call, options) for call in calls]
-        results = _solve_each(packed, calls, problems, backend)
-        if out is not None:
-            target = _heads_first(out)
-            shape, dtype = packed.result_shape, problems[0].dtype
-            destination(target, shape, dtype, False, (packed.q, packed.k, packed.v))
-            target[...] = results[0] if isinstance(results, tuple) else results
-    return _tokens_first(results, out)
+    check("varlen", options)
+    arrays, sequences = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, q_offset)
+    target = _heads_first(out)
+    problem = make_problem(
+        *arrays, causal=causal, window=window, packing=sequences, out=target, **options
+    )
+    return _tokens_first(solve(problem, backend, target), out)
 
 
-class _Packed(NamedTuple):
-    """Checked arrays, heads first, and where the sequences are in them."""
-
-    q: np.ndarray  # (Hq, total_q, D)
-    k: np.ndarray  # (Hkv, total_k, D)
-    v: np.ndarray  # (Hkv, total_k, Dv)
-    cu_q: np.ndarray  # (sequences + 1,), int64
-    cu_k: np.ndarray
-
-    @property
-    def result_shape(self) -> tuple[int, ...]:
-        return (*self.q.shape[:2], self.v.shape[-1])
-
-
-class _Call(NamedTuple):
-    """Neighbouring sequences that one problem can hold: their positions agree."""
-
-    queries: slice
-    keys: slice
-    q_offset: int
-    spans: tuple[np.ndarray, np.ndarray]  # (queries,), counted from the first of `keys`
-
-
-def _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k) -> _Packed:
+def _packed(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, q_offset
+) -> tuple[tuple[np.ndarray, ...], Packing]:
+    """The arrays, heads first, and where the sequences are in them."""
     arrays = {name: plain(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     for name, x in arrays.items():
         if x.ndim != 3:
@@ -150,8 +117,8 @@ def _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k) -> _Packed:
     if cu_k.shape != cu_q.shape:
         raise ValueError(f"cu_seqlens_k: expected {cu_q.size} entries as in cu_seqlens_q, "
                          f"got {cu_k.size}")  # fmt: skip
-    heads_first = {name: x.swapaxes(0, 1) for name, x in arrays.items()}
-    return _Packed(**heads_first, cu_q=cu_q, cu_k=cu_k)
+    offset = _offsets(q_offset, np.diff(cu_k) - np.diff(cu_q))
+    return tuple(x.swapaxes(0, 1) for x in arrays.values()), Packing(cu_q, cu_k, offset)
 
 
 def _cumulative(name, cumulative, lengths_name, lengths, total) -> np.ndarray | None:
@@ -176,32 +143,6 @@ def _cumulative(name, cumulative, lengths_name, lengths, total) -> np.ndarray | 
     return cumulative
 
 
-def _calls(packed: _Packed, causal, window, q_offset, options) -> list[_Call]:
-    """The fewest calls: one, but where a score depends on positions that do not agree."""
-    for name in options.keys() - OPTIONS:
-        raise TypeError(f"{name}: varlen() has no such option")
-    cu_q, cu_k = packed.cu_q, packed.cu_k
-    n_queries, n_keys = np.diff(cu_q), np.diff(cu_k)
-    offset = _offsets(q_offset, n_keys - n_queries)
-    start, stop = _spans(packed, offset, flag("causal", causal), window)
-    # The position of the first query less that of the first key, both counted in the packed arrays.
-    shift = offset - cu_q[:-1] + cu_k[:-1]
-    firsts = np.zeros(1, np.int64)
-    if any(options.get(name) is not None for name in ("alibi", "relative_bias")):
-        some = np.flatnonzero((n_queries > 0) & (n_keys > 0))
-        changes = some[1:][np.diff(shift[some]) != 0]
-        firsts = np.concatenate([firsts, changes])
-        shift = shift if not some.size else np.where(n_queries * n_keys > 0, shift, shift[some[0]])
-    calls = []
-    for first, last in zip(firsts, [*firsts[1:], len(n_queries)], strict=True):
-        queries, keys = slice(cu_q[first], cu_q[last]), slice(cu_k[first], cu_k[last])
-        used = np.flatnonzero((n_queries[first:last] > 0) & (n_keys[first:last] > 0))
-        at = int(shift[first + used[0]]) if used.size else 0
-        spans = start[queries] - keys.start, stop[queries] - keys.start
-        calls.append(_Call(queries, keys, at + int(queries.start - keys.start), spans))
-    return calls
-
-
 def _offsets(q_offset, default) -> np.ndarray:
     if q_offset is None:
         return default
@@ -209,35 +150,6 @@ def _offsets(q_offset, default) -> np.ndarray:
     if offset.ndim > 1 or offset.shape not in ((), default.shape):
         raise ValueError(f"q_offset: expected an int or shape {default.shape}, got {offset.shape}")
     return np.broadcast_to(offset, default.shape)
-
-
-def _spans(packed: _Packed, offset, causal: bool, window) -> tuple[np.ndarray, np.ndarray]:
-    """``(start, stop)`` of each query in the packed keys."""
-    n_queries = np.diff(packed.cu_q)
-
-    def of_queries(x):
-        return np.repeat(x, n_queries)
-
-    begin, n_keys = of_queries(packed.cu_k[:-1]), of_queries(np.diff(packed.cu_k))
-    left, right = (None, None) if window is None else window_sides(window)
-    right = 0 if causal else right
-    start, stop = np.zeros_like(n_keys), n_keys
-    if left is not None or right is not None:
-        position = np.arange(len(begin)) + of_queries(offset - packed.cu_q[:-1])
-        if left is not None:
-            start = np.clip(position - left, 0, n_keys)
-        if right is not None:
-            stop = np.clip(position + (right + 1), start, n_keys)
-    return begin + start, begin + stop
-
-
-def _problem(packed: _Packed, call: _Call, options, **more) -> Problem:
-    q, (k, v) = packed.q[:, call.queries], (x[:, call.keys] for x in (packed.k, packed.v))
-    if options.get("dropout") is not None:
-        b, h, i, j = dropout_start(options.get("dropout_offset"))
-        start = b, h, i + call.queries.start, j + call.keys.start
-        options = options | {"dropout_offset": start}
-    return make_problem(q, k, v, q_offset=call.q_offset, spans=call.spans, **options, **more)
 
 
 def _heads_first(out):
@@ -251,18 +163,6 @@ def _tokens_first(results, out=None):
     return (_tokens_first(results[0], out), *results[1:])
 
 
-def _solve_each(packed: _Packed, calls, problems, backend):
-    """The results of several problems, put together along the queries."""
-    out = empty_like(packed.q, packed.result_shape, problems[0].dtype)
-    rest = []
-    for call, problem in zip(calls, problems, strict=True):
-        target = out[:, call.queries]
-        results = solve(replace(problem, out=target), backend, target)
-        rest.append(results[1:] if isinstance(results, tuple) else ())
-    joined = [np.concatenate(parts, axis=1) for parts in zip(*rest, strict=True)]
-    return (out, *joined) if joined else out
-
-
 @differentiates(varlen)
 def _varlen(
     q, k, v, *positional, wrt, cu_seqlens_q=None, cu_seqlens_k=None, lengths=None, lengths_k=None,
@@ -271,52 +171,29 @@ def _varlen(
     without_out(options)
     if positional:
         cu_seqlens_q, cu_seqlens_k = (*positional, cu_seqlens_k)[:2]
-    packed = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-    calls = _calls(packed, causal, window, q_offset, options)
-    problems = [
-        _problem(packed, call, options, gradients=True, wrt=wrt, return_lse=True) for call in calls
-    ]
-    pairs = [differentiated(problem, backend, return_lse) for problem in problems]
-    results = _concatenated([results for results, _ in pairs])
+    check("varlen", options)
+    arrays, sequences = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, q_offset)
+    problem = make_problem(
+        *arrays, causal=causal, window=window, packing=sequences, gradients=True, wrt=wrt,
+        return_lse=True, **options,
+    )  # fmt: skip
+    results, back = differentiated(problem, backend, return_lse)
 
     def pullback(grad_out, grad_lse=None):
-        grad_out = plain("grad_out", grad_out).swapaxes(0, 1)
-        pairs_of = zip(packed[:3], problems[0].gradients[:3], strict=True)
-        totals = [np.zeros(x.shape, gradient.dtype) for x, gradient in pairs_of]
-        options = [0 for _ in wrt]
-        for call, (_, back) in zip(calls, pairs, strict=True):
-            part = None if grad_lse is None else plain("grad_lse", grad_lse)[:, call.queries]
-            found = back(grad_out[:, call.queries], part)
-            sides = (call.queries, call.keys, call.keys)
-            for total, x, side in zip(totals, found[:3], sides, strict=True):
-                total[:, side] = x
-            options = [total + x for total, x in zip(options, found[3:], strict=True)]
-        arrays = (x.swapaxes(0, 1) for x in totals)
-        return (*arrays, *(None for _ in positional), *options)
+        found = back(plain("grad_out", grad_out).swapaxes(0, 1), grad_lse)
+        arrays = (x.swapaxes(0, 1) for x in found[:3])
+        return (*arrays, *(None for _ in positional), *found[3:])
 
     return _tokens_first(results), pullback
-
-
-def _concatenated(results):
-    if not isinstance(results[0], tuple):
-        return results[0] if len(results) == 1 else np.concatenate(results, axis=1)
-    return tuple(map(_concatenated, zip(*results, strict=True)))
 
 
 @has_tangents(varlen)
 def _varlen_tangents(
     arrays, tangents, *, cu_seqlens_q=None, cu_seqlens_k=None, lengths=None, lengths_k=None,
-    causal=False, window=None, q_offset=None, **options,
+    causal=False, window=None, q_offset=None, backend=None, **options,
 ):  # fmt: skip
-    packed = _packed(*arrays, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-    tangents = [None if t is None else t.swapaxes(0, 1) for t in tangents]
-    found = []
-    for call in _calls(packed, causal, window, q_offset, options):
-        sides = (call.queries, call.keys, call.keys)
-        arrays = [x[:, side] for x, side in zip(packed[:3], sides, strict=True)]
-        p, backend, return_lse = tangents_of(
-            arrays, dict(options), q_offset=call.q_offset, spans=call.spans
-        )
-        moved = [None if t is None else t[:, s] for t, s in zip(tangents, sides, strict=True)]
-        found.append(pushed_forward(p, moved, backend, return_lse))
-    return tuple(_tokens_first(_concatenated(each)) for each in zip(*found, strict=True))
+    check("varlen", options)
+    arrays, sequences = _packed(*arrays, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, q_offset)
+    p, _, return_lse = tangents_of(arrays, options, causal=causal, window=window, packing=sequences)
+    moved = [None if t is None else t.swapaxes(0, 1) for t in tangents]
+    return tuple(map(_tokens_first, pushed_forward(p, moved, backend, return_lse)))

@@ -9,6 +9,7 @@ from typing import Any
 from .attention import scaled_dot, solve
 from .backward import solve_backward
 from .core.arguments import flag
+from .core.option_table import check
 from .core.problem import Problem, make_problem
 from .dispatch import select, unsupported_backward
 
@@ -112,6 +113,7 @@ def rule_of(function, rules: dict[Any, Callable]) -> Callable:
 @differentiates(scaled_dot)
 def _scaled_dot(q, k, v, *, wrt, backend=None, return_lse=False, **options):
     without_out(options)
+    check("scaled_dot", options)
     problem = make_problem(q, k, v, gradients=True, wrt=wrt, return_lse=True, **options)
     return differentiated(problem, backend, return_lse)
 

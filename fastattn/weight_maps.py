@@ -6,15 +6,11 @@ import numpy as np
 
 from .core.arguments import count, integers, plain
 from .core.bins import bin_starts
+from .core.option_table import check
 from .core.problem import Problem, make_problem
 from .dispatch import select, unsupported_map
 
 __all__ = ["attention_map", "key_importance", "top_keys"]
-
-_OPTIONS = (
-    "scale", "softcap", "bias", "relative_bias", "alibi", "sinks", "causal", "window",
-    "q_offset", "kv_lengths", "spans", "mask", "threads", "precision",
-)  # fmt: skip
 
 
 def key_importance(q, k, *, backend=None, **options) -> np.ndarray:
@@ -163,9 +159,7 @@ def top_keys(q, k, n, *, backend=None, **options) -> tuple[np.ndarray, np.ndarra
 
 
 def _pose(function: str, q, k, options) -> Problem:
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"{name}: no option of {function}, which takes {', '.join(_OPTIONS)}")
+    check(function, options)
     q, k = plain("q", q), plain("k", k)
     return make_problem(q, k, k[..., :0] if k.ndim else k, **options)
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import simulator
 from helpers.problems import DTYPES
 from helpers.subprocesses import child_environment
-from helpers.targets import Target, multiplied_dtype, targets
+from helpers.targets import Target, features, multiplied_dtype, targets
 from hypothesis import HealthCheck, settings
 
 import fastattn
@@ -36,11 +36,14 @@ settings.load_profile("quick")
 
 @cache
 def compile_numba_kernels():
-    """On disk they are found by the programs that tests start, which have a time limit."""
-    for dtype in ("float32", "float64"):
+    """On disk they are found by the programs that tests start, which have a time limit. Every other
+    worker of pytest-xdist begins at the other end, so that two compile half of them each.
+    """
+    kinds = [(dtype, bias) for dtype in ("float32", "float64") for bias in (False, True)]
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for dtype, bias in kinds[:: -1 if worker % 2 else 1]:
         q = np.ones((1, 1, 1), dtype)
-        for bias in (None, np.ones(1, dtype)):
-            fastattn.scaled_dot(q, q, q, bias=bias, backend="numba")
+        fastattn.scaled_dot(q, q, q, bias=q[0, 0] if bias else None, backend="numba")
 
 
 # A test runs for each target, less those that could find nothing new. Instruction sets may share
@@ -61,6 +64,13 @@ def dtypes_of(item) -> set[str]:
     return found if found == {"float64"} else found | {"float32", "float64"}
 
 
+def case_of(item):
+    """The test and its parameters but for the target."""
+    indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
+    indices.pop("target", None)
+    return item.nodeid.partition("[")[0], frozenset(indices.items())
+
+
 def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
@@ -71,7 +81,11 @@ def pytest_collection_modifyitems(config, items):
         )
         (dropped if repeats else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
+    # All targets of a case one after the other, so that what oracles found is remembered.
+    order = {}
+    for item in kept:
+        order.setdefault(case_of(item), len(order))
+    items[:] = sorted(kept, key=lambda item: order[case_of(item)])
 
 
 @pytest.fixture(params=targets(), ids=str)
@@ -81,6 +95,7 @@ def target(request, monkeypatch) -> Iterator[Target]:
             pytest.skip("Numba is not installed, or cannot run here")
         compile_numba_kernels()
     monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", request.param.disabled)
+    monkeypatch.setenv("FASTATTN_ENABLE_CPU_FEATURES", features())
     used = set()
     if request.param.isa is not None:
         for name in ("run", "run_backward", "run_map", "run_top"):
@@ -99,13 +114,16 @@ def target(request, monkeypatch) -> Iterator[Target]:
 @pytest.fixture(autouse=True)
 def _own_environment():
     """Without `monkeypatch`, with which pytest-run-parallel takes a test for unfit for threads."""
-    names = ("FASTATTN_BACKEND", "FASTATTN_NUM_THREADS", "FASTATTN_DISABLE_CPU_FEATURES")
+    names = (
+        "FASTATTN_BACKEND", "FASTATTN_NUM_THREADS",
+        "FASTATTN_DISABLE_CPU_FEATURES", "FASTATTN_ENABLE_CPU_FEATURES",
+    )  # fmt: skip
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     yield
     os.environ.update(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python():
     """``run_python(source, *arguments, timeout=300)`` -> what the program printed; it must exit 0.
 

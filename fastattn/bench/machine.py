@@ -26,6 +26,7 @@ ENVIRONMENT = (
     "FASTATTN_BACKEND",
     "FASTATTN_NUM_THREADS",
     "FASTATTN_DISABLE_CPU_FEATURES",
+    "FASTATTN_ENABLE_CPU_FEATURES",
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
     "OMP_PROC_BIND",
@@ -80,6 +81,7 @@ def info() -> dict[str, Any]:
         "blas": _blas(),
         "machine": describe(),
         "instruction sets": list(compiled.instruction_sets()) if compiled else [],
+        "slow instruction sets": list(compiled.slow_instruction_sets()) if compiled else [],
         "instruction set in use": _or_why_not(instruction_set),
         "threads": {
             "default": _or_why_not(default_threads),

@@ -15,6 +15,7 @@ import numpy as np
 
 from .base import Candidate, Prepared
 from .cases import Case
+from .onnxruntime_peers import ONNXRUNTIME
 
 __all__ = ["PEERS", "Jax", "TorchCuda"]
 
@@ -148,58 +149,6 @@ class TorchCuda(Torch):
         return Prepared(call, prepared.read)
 
 
-class OnnxRuntime(Candidate):
-    """``com.microsoft.MultiHeadAttention`` on the CPU, in its own layout (batch, length, H * D)."""
-
-    name = "onnxruntime"
-    packages = ("onnxruntime", "onnx")
-    dtypes = ("float32",)
-    grouped = windows = causal_at_the_end = False
-
-    def grids(self, case: Case) -> int:
-        return int(case.causal)  # its flash kernel has no causal mask
-
-    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
-        import onnxruntime  # type: ignore
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(
-            self._model(case), options, providers=["CPUExecutionProvider"]
-        )
-
-        def packed(x):
-            return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], -1)
-
-        feed = {name: packed(x) for name, x in zip("qkv", (q, k, v), strict=True)}
-        split = (case.batch, case.n_queries, case.heads, case.head_dim)
-        return Prepared(
-            lambda: session.run(None, feed)[0], lambda out: out.reshape(split).swapaxes(1, 2)
-        )
-
-    @staticmethod
-    def _model(case: Case) -> bytes:
-        from onnx import TensorProto, helper
-
-        width = case.heads * case.head_dim
-        lengths = {"q": case.n_queries, "k": case.n_keys, "v": case.n_keys, "out": case.n_queries}
-        values = {
-            name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [case.batch, n, width])
-            for name, n in lengths.items()
-        }
-        out = values.pop("out")
-        node = helper.make_node(
-            "MultiHeadAttention", [*values], ["out"], domain="com.microsoft",
-            num_heads=case.heads, unidirectional=int(case.causal),
-        )  # fmt: skip
-        graph = helper.make_graph([node], "attention", [*values.values()], [out])
-        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-        # The runtime reads older formats, not ones that are newer than itself.
-        return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-
-
 class Jax(Candidate):
     """``jax.nn.dot_product_attention``, compiled, in its layout (batch, length, H, D)."""
 
@@ -300,7 +249,7 @@ PEERS: tuple[Candidate, ...] = (
     Torch(),
     TorchFlex(),
     TorchCuda(),
-    OnnxRuntime(),
+    *ONNXRUNTIME,
     Jax(),
     OpenVino(),
 )

@@ -105,7 +105,9 @@ def print_info(info: dict[str, Any]) -> None:
     """Print what `fastattn.bench.machine.info` found."""
     machine, threads = info["machine"], info["threads"]
     in_use = info["instruction set in use"]
-    sets = [f"{isa} (in use)" if isa == in_use else isa for isa in info["instruction sets"]]
+    notes = dict.fromkeys(info["slow instruction sets"], " (slow on this CPU)")
+    notes[in_use] = " (in use)"
+    sets = [f"{isa}{notes.get(isa, '')}" for isa in info["instruction sets"]]
     memory = machine["memory"]
     openmp = {None: "", 0: ", built without OpenMP"}.get(
         threads["OpenMP"], f", OpenMP offers {threads['OpenMP']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +30,9 @@ class Backward(NamedTuple):
         """Is the gradient of the argument `name` asked for?"""
         return any(gradient.name == name for gradient in self.problem.gradients)
 
-    def coarse(self) -> float:
-        """The size of an lse from which on what it is rounded by shows in the weights of its row.
+    def coarse(self) -> np.ndarray:
+        """The size of an lse from which on its rounding shows in the weights of its row: one for
+        all rows, (), or that of each, (queries,).
 
         It moves all of them alike, where a softmax makes them sum to 1. Up to 4 that is within an
         epsilon. Beyond, it is no more than their own rounding where many keys share the weight; few
@@ -41,9 +41,10 @@ class Backward(NamedTuple):
         """
         p = self.problem
         if self.wants("relative_bias"):
-            return 0.0  # whose ends sum up many weights of each row
+            return np.zeros(())  # whose ends sum up many weights of each row
         digits = 2.0**13 if p.dtype.itemsize == 2 else 1.0  # that the result has less than an lse
-        return digits * max(4.0, 2 * math.log(max(1, p.n_keys)))
+        n_keys = p.n_keys if p.packing is None else np.subtract(*p.packing.spans()[::-1])
+        return digits * np.maximum(4.0, 2 * np.log(np.maximum(1, n_keys)))
 
     def tolerance(self, lse):
         """How far the rounded weights of a softmax of this `lse` may be from a sum of 1."""

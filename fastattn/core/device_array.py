@@ -130,9 +130,9 @@ class DeviceArray:
         other.__dict__.update(owner=None, address=0, dtype=dtype, readonly=False)
         return other
 
-    def allocate(self, shape, strides, dtype) -> Any:
-        """A new array on the same device, of the library that this one is of, or of Numba's if that
-        is not known.
+    def allocate(self, shape, strides, dtype, otherwise=None) -> Any:
+        """A new array on the same device, of the library that this one is of, or made by
+        ``otherwise(shape, dtype, strides)`` if that is not known.
         """
         library = self._library()
         if library == "torch":
@@ -145,9 +145,7 @@ class DeviceArray:
             with self.owner.device:
                 memory = cupy.empty(math.prod(shape), dtype).data
                 return cupy.ndarray(shape, dtype, memory, strides)
-        return import_module("numba.cuda").device_array(
-            tuple(shape), dtype=dtype, strides=tuple(strides)
-        )
+        return otherwise(tuple(shape), dtype=dtype, strides=tuple(strides))
 
     def place(self) -> tuple[int | None, int]:
         """``(device, stream)``: the number of the device, None for the current one, and the address

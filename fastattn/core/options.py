@@ -100,10 +100,13 @@ def key_lengths(value, batch, n_keys) -> np.ndarray:
 
 
 def query_offset(value, batch) -> int | np.ndarray:
+    """An int, or an array of (batch, 1)."""
     if type(value) is int and -FAR < value < FAR:
         return value
     x = integers("q_offset", value)
-    return int(x) if x.ndim == 0 else broadcast("q_offset", x, batch, "the leading axes")
+    if x.ndim == 0:
+        return int(x)
+    return broadcast("q_offset", x, batch, "the leading axes")[..., None]
 
 
 def span_sides(value) -> tuple:

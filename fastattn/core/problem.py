@@ -33,6 +33,7 @@ from .options import (
     window_sides,
 )
 from .output import destination, empty_like, may_overlap
+from .packing import Packing
 from .pages import block_table_array, check_pool, usable_table
 from .sparse_mask import SparseMask
 from .visibility import KeyRange, key_range
@@ -108,7 +109,8 @@ class Problem:
     relative_bias: np.ndarray | None  # (heads, 2 R + 1), float64, from the distance -R on
     alibi: np.ndarray | None  # (heads,), float64
     sinks: np.ndarray | None  # (heads,), float64
-    q_offset: int | np.ndarray  # (batch), int64
+    q_offset: int | np.ndarray  # (batch, queries), int64, of length 1 where all queries agree
+    packing: Packing | None  # without batch, mask, bias, weights, pages or scales of keys
     key_range: KeyRange
     mask: Any  # ndarray (batch, heads, queries, keys), bool, or a SparseMask, or None
     return_lse: bool
@@ -182,14 +184,15 @@ def make_problem(
     return_lse=False, return_weights=False, out=None, threads=None, precision=None,
     gradients=False, wrt=(), score_mod=None, mask_mod=None, block_mask=None,
     score_function=DOT, block_table=None, held=None, relative_bias=None, return_max=False,
-    dropout=None, dropout_offset=None, score_grad=None,
+    dropout=None, dropout_offset=None, score_grad=None, packing=None,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `fastattn.scaled_dot` or `fastattn.flex` and return the problem.
 
     With ``gradients=True`` those of `q`, `k`, `v` and the options named in ``wrt`` are to come.
 
     A `score_function` other than `DOT` comes with a scale; what is wrong with its weights is said
-    of ``w``. `held`, a `Held`, stands for a `block_table` where `k` and `v` are a `KVCache`'s.
+    of ``w``. `held`, a `Held`, stands for a `block_table` where `k` and `v` are a `KVCache`'s. A
+    `packing` stands for `q_offset` and `spans` where the arrays have three axes.
 
     Raises
     ------
@@ -312,7 +315,10 @@ def make_problem(
                 "relative_bias, got None; pass 0 for a padded batch of whole sequences, "
                 "kv_lengths - n_queries for a cache"
             )
-    q_offset = n_keys - n_queries if q_offset is None else query_offset(q_offset, batch)
+    if packing is not None:
+        q_offset, spans = packing.q_offset(), packing.spans()
+    else:
+        q_offset = n_keys - n_queries if q_offset is None else query_offset(q_offset, batch)
     if spans is not None:
         spans = span_arrays(spans, rows, n_keys)
     visible = key_range(n_queries, n_keys, q_offset, causal, window, kv_lengths, spans)
@@ -349,7 +355,7 @@ def make_problem(
     p.head_dim, p.value_dim = head_dim, value_dim
     p.scale, p.softcap, p.bias, p.relative_bias = scale, softcap, bias, relative_bias
     p.alibi, p.sinks, p.dropout = alibi, sinks, dropout
-    p.q_offset, p.key_range, p.mask = q_offset, visible, mask
+    p.q_offset, p.packing, p.key_range, p.mask = q_offset, packing, visible, mask
     p.return_lse, p.return_max, p.return_weights = return_lse, return_max, return_weights
     p.out, p.one_head, p.copied, p.gradients = out, one_head, copied, requested
     p.threads, p.precision, p.score_function = threads, precision, score_function

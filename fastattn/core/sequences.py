@@ -7,6 +7,7 @@ behind its own in its last page copies that page, and whoever reads a `Snapshot`
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,12 @@ __all__ = ["Sequences", "Snapshot"]
 Pages = tuple[Page | None, ...]  # of a sequence, in order; None: given back
 
 
+class _Epoch:
+    """Lives as long as a snapshot of it is held."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Snapshot(NamedTuple):
     """The sequences at one moment. It is replaced, never changed."""
 
@@ -30,12 +37,13 @@ class Snapshot(NamedTuple):
     last: np.ndarray  # (batch,), int64: the tokens of the last append that are still there
     longest: int
     ragged: bool  # do the lengths differ?
+    epoch: _Epoch  # in which sequences have only grown
 
     def of(self, pages, table, lengths, last) -> Snapshot:
         """Other sequences on the same pool."""
         longest = int(lengths.max())
         ragged = bool((lengths != longest).any())
-        return Snapshot(pages, table, self.views, lengths, last, longest, ragged)
+        return Snapshot(pages, table, self.views, lengths, last, longest, ragged, self.epoch)
 
 
 class Sequences:
@@ -48,7 +56,8 @@ class Sequences:
         self._lock = threading.Lock()  # between those who change something
         none = np.zeros(batch, np.int64)
         table = np.zeros((batch, 0), np.int64)
-        self.now = Snapshot(((),) * batch, table, pool.views, none, none, 0, False)
+        self.now = Snapshot(((),) * batch, table, pool.views, none, none, 0, False, _Epoch())
+        self._earlier: list[weakref.ref] = []  # epochs of which somebody may hold a snapshot
 
     def held(self, state: Snapshot, b: int) -> list[tuple[int, int]]:
         """The tokens of a sequence that some query from the last append on may see."""
@@ -106,8 +115,11 @@ class Sequences:
             old = self.now
             lengths = old.lengths + counts
             if isinstance(counts, int):
-                state = old._replace(lengths=lengths, longest=old.longest + counts)
-                state = state._replace(last=np.full_like(lengths, counts) if counts else old.last)
+                last = lengths - old.lengths if counts else old.last
+                longest = old.longest + counts
+                state = Snapshot(
+                    old.pages, old.table, old.views, lengths, last, longest, old.ragged, old.epoch
+                )
             else:
                 last = np.where(counts > 0, counts, old.last)
                 state = old.of(old.pages, old.table, lengths, last)
@@ -117,19 +129,25 @@ class Sequences:
                     view[pages, :, rows] = x[source]
             self.now = state if self.window is None else self._without_unseen(state)
 
-    def truncate(self, n: np.ndarray) -> None:
+    def truncate(self, n: int | np.ndarray) -> None:
         with self._lock:
             old = self.now
             lengths = np.minimum(old.lengths, n)
             last = np.maximum(old.last - (old.lengths - lengths), 0)
-            pages = tuple(p[: -(-m // PAGE)] for p, m in zip(old.pages, lengths, strict=True))
-            self.now = old.of(pages, old.table, lengths, last)
+            tokens = lengths.tolist()
+            pages = tuple([p[: -(-m // PAGE)] for p, m in zip(old.pages, tokens, strict=True)])
+            longest = max(tokens)
+            ragged = old.ragged and min(tokens) != longest
+            self._begin(
+                Snapshot(pages, old.table, old.views, lengths, last, longest, ragged, _Epoch())
+            )
 
     def reorder(self, indices: np.ndarray) -> None:
         with self._lock:
             old = self.now
             pages = tuple(old.pages[b] for b in indices)
-            self.now = old.of(pages, old.table[indices], old.lengths[indices], old.last[indices])
+            table, lengths, last = (x[indices] for x in (old.table, old.lengths, old.last))
+            self._begin(old.of(pages, table, lengths, last)._replace(epoch=_Epoch()))
 
     def replace(self, b: int, other: int | None) -> None:
         """Let sequence `b` be what the other is; None: empty."""
@@ -143,7 +161,22 @@ class Sequences:
                 table = table.copy()
                 pages[b], table[b] = pages[other], table[other]
                 lengths[b], last[b] = lengths[other], last[other]
-            self.now = old.of(tuple(pages), table, lengths, last)
+            self._begin(old.of(tuple(pages), table, lengths, last)._replace(epoch=_Epoch()))
+
+    def _begin(self, state: Snapshot) -> None:
+        """The first state of a new epoch."""
+        self._earlier = [x for x in self._earlier if x() is not None]
+        self._earlier.append(weakref.ref(self.now.epoch))
+        self.now = state
+
+    def _is_read(self, state: Snapshot, page: Page, i: int) -> bool:
+        """Does anything but one sequence of `state` read rows of its page `i`? A sequence that
+        shares it has it at the same place, and a snapshot in which a sequence was longer, or shared
+        it, is of an earlier epoch.
+        """
+        if any(x() is not None for x in self._earlier):
+            return True
+        return sum(len(pages) > i and pages[i] is page for pages in state.pages) > 1
 
     def _with_room(self, old: Snapshot, state: Snapshot, most: int | None) -> Snapshot:
         """`state`, whose sequences have pages of their own for the tokens that they gain."""
@@ -157,7 +190,8 @@ class Sequences:
             rows = before % PAGE
             if rows:
                 tail = pages[-1]
-                if tail.filled > rows:  # behind its tokens are those of others
+                # Behind its tokens there may be those of others.
+                if tail.filled > rows and self._is_read(old, tail, len(pages) - 1):
                     changed[b] = list(pages)
                     copies.append((b, rows))
                 else:

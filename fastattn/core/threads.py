@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from .environment import getenv
 from .extension import kernels
 from .problem import Problem
 
-__all__ = ["affinity", "openmp_setting", "thread_count", "worth_threads"]
+__all__ = ["affinity", "flops", "openmp_setting", "thread_count"]
 
 # With fewer, the time goes into reading the keys, and the arithmetic is for nothing.
 FEWEST_QUERIES = 4
@@ -50,14 +49,15 @@ def openmp_setting() -> int:
     return int(first) if first.strip().isdecimal() else affinity()
 
 
-def worth_threads(problem: Problem, openmp: Callable[[], int], least_flops: int) -> int:
-    """How many threads a problem gets: one where it has fewer than `least_flops`."""
+def flops(problem: Problem) -> int:
+    """What a problem takes if no key is hidden; with few queries, what reading the keys does."""
     p = problem
     queries = p.n_queries if p.n_queries > FEWEST_QUERIES else FEWEST_QUERIES
-    flops = 2 * queries * p.n_keys * (p.head_dim + p.value_dim) * p.heads
-    for n in p.batch:
-        flops *= n
-    return 1 if flops < least_flops else thread_count(p.threads, openmp())
+    scores = queries * p.n_keys if p.packing is None else p.packing.scores()
+    n = 2 * scores * (p.head_dim + p.value_dim) * p.heads
+    for entries in p.batch:
+        n *= entries
+    return n
 
 
 def affinity() -> int:

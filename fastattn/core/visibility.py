@@ -25,7 +25,7 @@ class KeyRange(NamedTuple):
 
     n_queries: int
     n_keys: int
-    offset: int | np.ndarray  # (batch), int64
+    offset: int | np.ndarray  # (batch, queries), int64
     left: int | None
     right: int | None  # 0 under a causal mask
     lengths: np.ndarray | None  # (batch), int64, within 0..n_keys
@@ -47,7 +47,7 @@ class KeyRange(NamedTuple):
         if self.left is not None or self.right is not None:
             offset = self.offset
             if isinstance(offset, np.ndarray):
-                offset = offset[..., None, None]
+                offset = offset[..., None, :]
             position = np.arange(self.n_queries)[None] + offset
             if self.left is not None:
                 start = np.maximum(position - self.left, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -12,26 +13,22 @@ import numpy as np
 import fastattn
 
 from ..core.dropout import Dropout
-from ..core.options import span_sides
+from ..core.option_table import PARTS, check, joined, split
 from ..core.problem import Problem, make_problem
 from ..dispatch import select
 
 __all__ = ["scaled_dot"]
 
-# The axes behind the leading ones, by name; an array of fewer axes has the last of them.
-_AXES = {
-    "q": "hid", "k": "hjd", "v": "hjd", "bias": "hij", "mask": "hij", "start": "hi", "stop": "hi",
-    "alibi": "h", "sinks": "h", "q_offset": "", "kv_lengths": "",
-}  # fmt: skip
+# The axes behind the leading ones, by name; an array of fewer axes has the last of them. d is one
+# of an array's own, which is not cut.
+_AXES = {"q": "hqd", "k": "hjd", "v": "hjd"} | {
+    name: part.kind.lstrip("b").replace(".", "d")
+    for name, part in PARTS.items()
+    if isinstance(part.kind, str)
+}
 
 
-def scaled_dot(
-    q, k, v, *,
-    scale=None, softcap=None, bias=None, alibi=None, sinks=None,
-    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
-    dropout=None, dropout_offset=None,
-    return_lse=False, backend=None, threads=1, precision=None,
-):  # fmt: skip
+def scaled_dot(q, k, v, **options):
     """`fastattn.scaled_dot` on Dask's arrays: block of queries by block of keys.
 
     Parameters
@@ -41,13 +38,12 @@ def scaled_dot(
     k, v : dask Array, (..., Hkv, Sk, D or Dv)
         Likewise. The chunks of their leading axes and heads are made those of `q`, and v's keys
         those of `k`. Only one chunk of keys need be in memory for one of queries.
-    bias, alibi, sinks, q_offset, kv_lengths, spans, mask : dask Array, or as in `scaled_dot`
-        They are cut like the queries and keys.
-    scale, softcap, causal, window, dropout, dropout_offset, return_lse, backend, precision
-        As in `fastattn.scaled_dot`: chunks do not change which weights are dropped. With dropout
-        leading axes but the first are made one chunk.
-    threads : int, default 1
-        How many to use for each block; Dask works at several blocks at once.
+    **options
+        As of `fastattn.scaled_dot`, except ``block_table``, ``out`` and ``return_weights``. Arrays
+        may be Dask's, but for a sparse `mask`, which cannot be cut; they are cut like the queries
+        and keys. Chunks do not change which weights are dropped; with dropout leading axes but the
+        first are made one chunk. ``threads``, 1 by default, is for each block; Dask works at
+        several blocks at once.
 
     Returns
     -------
@@ -55,6 +51,8 @@ def scaled_dot(
         In the chunks of `q`.
     lse : dask Array, (..., Hq, Sq), if `return_lse`
         In the same chunks.
+    row_max : dask Array, (..., Hq, Sq), if `return_max`
+        Likewise.
 
     Raises
     ------
@@ -80,52 +78,57 @@ def scaled_dot(
     >>> np.allclose(out.compute(), fastattn.scaled_dot(q, k, v, causal=True))
     True
     """
-    start, stop = (None, None) if spans is None else span_sides(spans)
-    options = {"scale": scale, "softcap": softcap, "causal": causal, "window": window,
-               "backend": backend, "threads": threads, "precision": precision, "dropout": dropout,
-               "dropout_offset": dropout_offset}  # fmt: skip
-    given = {
-        "q": q, "k": k, "v": v, "bias": bias, "mask": mask, "alibi": alibi, "sinks": sinks,
-        "q_offset": q_offset, "kv_lengths": kv_lengths, "start": start, "stop": stop,
-    }  # fmt: skip
-    given = {name: x for name, x in given.items() if x is not None}
-    problem = _problem(given, options)
-    if not isinstance(q_offset, da.Array):
-        given["q_offset"] = problem.q_offset
+    check("dask", options)
+    options.setdefault("threads", 1)
+    dropout = {name: options.pop(name, None) for name in ("dropout", "dropout_offset")}
+    given, values = split(options)
+    given = {"q": q, "k": k, "v": v, **given}
+    asked = [values.pop(name, False) for name in ("return_lse", "return_max")]
+    problem = _problem(given, values | dropout)
+    values.pop("q_offset", None)
+    if not isinstance(given.get("offsets"), da.Array):
+        offset = problem.q_offset
+        given["offsets"] = offset if isinstance(offset, int) else offset[..., 0]
     arrays = {name: da.asarray(x) for name, x in given.items()}
+    whole = _Whole.of(problem, asked[1])
     if problem.one_head:
-        packed = _attend({**arrays, **{x: arrays[x][None] for x in "qkv"}}, options, problem)[0]
+        heads = {name: arrays[name][None] for name in "qkv"}
+        packed = _attend({**arrays, **heads}, values, problem, whole)[0]
     else:
-        packed = _attend(arrays, options, problem)
-    out, lse = packed[..., :-1].astype(problem.dtype), packed[..., -1]
+        packed = _attend(arrays, values, problem, whole)
+    out = packed[..., : whole.value_dim].astype(problem.dtype)
     chunks = {
         out.ndim - n: arrays["q"].chunks[-n]
         for n in range(2, arrays["q"].ndim + 1)
         if arrays["q"].shape[-n] == out.shape[-n]
     }
-    return (out.rechunk(chunks), lse.rechunk(chunks)) if return_lse else out.rechunk(chunks)
+    sums = (packed[..., whole.value_dim + n] for n, wanted in enumerate(asked) if wanted)
+    results = tuple(x.rechunk(chunks) for x in (out, *sums))
+    return results if len(results) > 1 else results[0]
 
 
-def _problem(given: dict[str, Any], options: dict[str, Any]) -> Problem:
+def _problem(arrays: dict[str, Any], values: dict[str, Any]) -> Problem:
     """The problem of arrays of which only shapes and dtypes are known, or an error."""
-    words = dict(given)
-    for name, x in given.items():
+    parts = arrays | values
+    for name, x in arrays.items():
         if isinstance(x, da.Array):
             if np.isnan(x.size):
                 raise ValueError(f"{name}: chunks of unknown size; compute_chunk_sizes() helps")
-            words[name] = np.broadcast_to(np.zeros((), x.dtype), x.shape)
-    if "start" in words:
-        words["spans"] = words.pop("start"), words.pop("stop")
-    backend = options["backend"]
-    problem = make_problem(**words, **{name: x for name, x in options.items() if name != "backend"})
+            parts[name] = np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    backend = parts.pop("backend", None)
+    problem = make_problem(**joined(parts))
+    if problem.is_sparse:
+        raise TypeError("mask: expected an array, which can be cut, got a sparse one")
     select(problem, backend)
     return problem
 
 
-def _attend(arrays: dict[str, da.Array], options: dict[str, Any], p: Problem) -> da.Array:
-    """``out`` with ``lse`` as one more column, (..., Sq, Dv + 1)."""
+def _attend(
+    arrays: dict[str, da.Array], values: dict[str, Any], p: Problem, whole: _Whole
+) -> da.Array:
+    """``out`` with ``lse``, and the maximum, as more columns: (..., Sq, Dv + 1 or Dv + 2)."""
     batch = tuple(f"batch {n}" for n in range(len(p.batch)))
-    sizes = dict(zip((*batch, *"hij"), (*p.batch, p.heads, p.n_queries, p.n_keys), strict=True))
+    sizes = dict(zip((*batch, *"hqj"), (*p.batch, p.heads, p.n_queries, p.n_keys), strict=True))
     labels = {}
     for name, x in arrays.items():
         every = (*batch, *_AXES[name])
@@ -134,19 +137,21 @@ def _attend(arrays: dict[str, da.Array], options: dict[str, Any], p: Problem) ->
     if p.dropout is not None:  # so that the entries of a block follow one another
         cut |= {axis: (sizes[axis],) for axis in batch[1:]}
     operands: list[Any] = []
-    places = dict(zip(_PLACES, (*"ijh", *batch[:1]), strict=False))
+    places = dict(zip(_PLACES, (*"qjh", *batch[:1]), strict=False))
     for axis in places.values():
         operands += [da.arange(sizes[axis], chunks=(cut[axis],)), (axis,)]
     for name, x in arrays.items():
         operands += [x.rechunk(_chunks(x, labels[name], sizes, cut)), labels[name]]
-    out = (*batch, *"hijd")
+    out = (*batch, *"hqjd")
+    columns = whole.value_dim + 1 + whole.return_max
     packed = da.blockwise(
-        _part, out, *operands, names=(*places, *arrays), options=options, p=_Whole.of(p),
-        align_arrays=False, adjust_chunks={**cut, "j": (1,) * len(cut["j"]), "d": p.value_dim + 1},
+        _part, out, *operands, names=(*places, *arrays), values=values, p=whole,
+        align_arrays=False, adjust_chunks={**cut, "j": (1,) * len(cut["j"]), "d": columns},
         meta=np.empty((0,) * len(out), p.accumulator),
     )  # fmt: skip
+    merged = partial(_merged, value_dim=whole.value_dim)
     return da.reduction(
-        packed, _as_it_is, _merged, axis=packed.ndim - 2, combine=_merged, concatenate=True,
+        packed, _as_it_is, merged, axis=packed.ndim - 2, combine=merged, concatenate=True,
         dtype=packed.dtype, meta=np.empty((0,) * (packed.ndim - 1), packed.dtype),
     )  # fmt: skip
 
@@ -185,46 +190,51 @@ class _Whole(NamedTuple):
     """What blocks need to know of the whole problem."""
 
     n_keys: int
+    value_dim: int
     entries: int  # in one place of the first leading axis
     dropout: Dropout | None
+    return_max: bool
 
     @classmethod
-    def of(cls, p: Problem) -> _Whole:
-        return cls(p.n_keys, math.prod(p.batch[1:]), p.dropout)
+    def of(cls, p: Problem, return_max: bool) -> _Whole:
+        return cls(p.n_keys, p.value_dim, math.prod(p.batch[1:]), p.dropout, return_max)
 
 
-def _part(*blocks, names, options, p: _Whole) -> np.ndarray:
-    """One block of queries with one of keys, (..., queries, 1, Dv + 1)."""
-    words = dict(zip(names, blocks, strict=True))
-    rows, columns, heads = (words.pop(name) for name in _PLACES[:3])
-    entries = words.pop("entries", np.zeros(1, int))
+def _part(*blocks, names, values, p: _Whole) -> np.ndarray:
+    """One block of queries with one of keys, (..., queries, 1, columns)."""
+    parts = dict(zip(names, blocks, strict=True))
+    rows, columns, heads = (parts.pop(name) for name in _PLACES[:3])
+    entries = parts.pop("entries", np.zeros(1, int))
+    options: dict[str, Any] = {}
     if p.dropout is not None:
         start = (int(x[:1].sum()) for x in (entries * p.entries, heads, rows, columns))
-        options = options | {"dropout_offset": p.dropout.shifted(*start).offset}
-    n_keys = p.n_keys
+        own = p.dropout.shifted(*start)
+        options = {"dropout": (own.rate, own.seed), "dropout_offset": own.offset}
     first, here = int(columns[:1].sum()), columns.size
-    words["q_offset"] = words["q_offset"] + int(rows[:1].sum()) - first
+    parts["offsets"] = parts["offsets"] + int(rows[:1].sum()) - first
     if first > 0:
-        words.pop("sinks", None)  # they count once
-    if "kv_lengths" in words:
-        lengths = words["kv_lengths"]
-        wrong = lengths[(lengths < 0) | (lengths > n_keys)]
+        parts.pop("sinks", None)  # they count once
+    if "kv_lengths" in parts:
+        lengths = parts["kv_lengths"]
+        wrong = lengths[(lengths < 0) | (lengths > p.n_keys)]
         if wrong.size:
-            raise ValueError(f"kv_lengths: expected 0..{n_keys}, got {wrong[0]}")
-        words["kv_lengths"] = np.clip(lengths, first, first + here) - first
-    if "start" in words:
-        sides = words.pop("start"), words.pop("stop")
-        words["spans"] = tuple(np.clip(x, first, first + here) - first for x in sides)
-    return _packed(*fastattn.scaled_dot(**words, **options, return_lse=True))[..., None, :]
+            raise ValueError(f"kv_lengths: expected 0..{p.n_keys}, got {wrong[0]}")
+    for name in {"kv_lengths", "start", "stop"} & parts.keys():
+        parts[name] = np.clip(parts[name], first, first + here) - first
+    options |= joined(parts | values) | {"return_lse": True, "return_max": p.return_max}
+    found = fastattn.scaled_dot(**options)
+    return _packed(*found)[..., None, :]
 
 
-def _packed(out: np.ndarray, lse: np.ndarray) -> np.ndarray:
-    return np.concatenate([out.astype(lse.dtype), lse[..., None]], axis=-1)
+def _packed(out: np.ndarray, *sums: np.ndarray) -> np.ndarray:
+    columns = (x[..., None] for x in sums)
+    return np.concatenate([out.astype(sums[0].dtype), *columns], axis=-1)
 
 
-def _merged(parts: np.ndarray, axis, keepdims) -> np.ndarray:
-    pairs = [(x[..., :-1], x[..., -1]) for x in np.moveaxis(parts, -2, 0)]
-    packed = _packed(*fastattn.merge(*pairs))
+def _merged(parts: np.ndarray, axis, keepdims, value_dim: int) -> np.ndarray:
+    pairs = [(x[..., :value_dim], x[..., value_dim]) for x in np.moveaxis(parts, -2, 0)]
+    row_max = parts[..., value_dim + 1 :].max(axis=-2)
+    packed = np.concatenate([_packed(*fastattn.merge(*pairs)), row_max], axis=-1)
     return packed[..., None, :] if keepdims else packed
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core.arguments import flag, number, plain, renamed
-from ..core.options import dropout_of, dropout_start, span_sides, window_sides
-from .jax_operators import Call, attend
+from ..core.arguments import integer, number, plain, renamed
+from ..core.option_table import OPTIONS, PARTS, check, split
+from .jax_operators import LEADING, Call, attend
 
 __all__ = ["dot_product_attention", "scaled_dot"]
 
@@ -85,17 +85,15 @@ def dot_product_attention(
             "query: expected the same batch as key and value, "
             f"{k.shape[0]} and {v.shape[0]}, got {q.shape[0]}"
         )
-    arrays = {"bias": bias, "mask": mask}
+    options = {"bias": bias, "mask": mask, "scale": scale, "causal": is_causal, "q_offset": 0,
+               "window": local_window_size, "return_lse": return_residual}  # fmt: skip
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         lengths = {"query_seq_lengths": query_seq_lengths,
                    "key_value_seq_lengths": key_value_seq_lengths}  # fmt: skip
         n_queries, n_keys = (_lengths(name, x, q.shape[0]) for name, x in lengths.items())
-        arrays["stop"] = _stops(q.shape[1], k.shape[1], n_queries, n_keys)
+        options["spans"] = 0, _stops(q.shape[1], k.shape[1], n_queries, n_keys)
     try:
-        out, *lse = _attend(
-            q, k, v, arrays, sequence_first=True, return_lse=return_residual, scale=scale,
-            causal=is_causal, q_offset=0, window=local_window_size,
-        )  # fmt: skip
+        out, *lse = _attend(q, k, v, options, sequence_first=True)
     except (TypeError, ValueError) as error:
         raise renamed(error, _NAMES) from None
     out = out.reshape(*jnp.shape(query)[:-1], out.shape[-1])
@@ -105,31 +103,21 @@ def dot_product_attention(
     return out, residual.reshape(out.shape[:-1])
 
 
-def scaled_dot(
-    q, k, v, *,
-    scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
-    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
-    dropout=None, dropout_offset=None,
-    return_lse=False, backend=None, threads=None, precision=None,
-):  # fmt: skip
+def scaled_dot(q, k, v, **options):
     """`fastattn.scaled_dot` on JAX's arrays, with gradients.
 
-    They are those of `q`, `k`, `v`, `bias`, `relative_bias`, `alibi` and `sinks`.
+    They are those of `q`, `k`, `v`, `scale`, `bias`, `relative_bias`, `alibi` and `sinks`.
 
     Parameters
     ----------
     q, k, v : Array, (..., heads, length, dim)
         On the CPU; float16, bfloat16, float32 or float64.
-    bias, relative_bias, alibi, sinks : Array or as in `fastattn.scaled_dot`
-    q_offset, kv_lengths, spans, mask : Array or as in `fastattn.scaled_dot`
-        JAX's arrays may be traced.
-    dropout : (rate, key), optional
-        As in `fastattn.scaled_dot`, with a key of `jax.random`, traced or not, in place of the
-        seed, which may be a number too. `jax.vmap` gives every place the same dropout, unless it
-        maps the key.
-    scale, softcap, causal, window, dropout_offset, return_lse, backend, threads, precision
-        As in `fastattn.scaled_dot`. A scale of JAX's, traced or not, multiplies `q`; the others
-        cannot be traced, which is a TypeError.
+    **options
+        As of `fastattn.scaled_dot`, except ``block_table``, ``out`` and ``return_weights``. Arrays
+        may be JAX's, traced or not, and so may `scale`, which multiplies `q` where it is one
+        number, and the numbers of `dropout_offset`. The seed of `dropout` may be a key of
+        `jax.random`, traced or not. Other options cannot be traced, which is a TypeError.
+        `jax.vmap` gives every place the same dropout, unless it maps the key or the offset.
 
     Returns
     -------
@@ -137,6 +125,8 @@ def scaled_dot(
         As of `fastattn.scaled_dot`.
     lse : Array, (..., Hq, Sq), if `return_lse`
         It passes gradients on, too.
+    row_max : Array, (..., Hq, Sq), if `return_max`
+        It passes none on.
 
     Raises
     ------
@@ -156,52 +146,21 @@ def scaled_dot(
     >>> jax.grad(loss)(jax.numpy.zeros(8)).shape
     (8,)
     """
+    check("jax", options)
     q, k, v = (_array(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
-    start, stop = (None, None) if spans is None else span_sides(spans)
-    arrays = {"bias": bias, "relative_bias": relative_bias, "mask": mask, "alibi": alibi,
-              "sinks": sinks, "kv_lengths": kv_lengths, "start": start, "stop": stop}  # fmt: skip
-    options = {"scale": scale, "softcap": softcap, "causal": causal, "window": window,
-               "threads": threads, "precision": precision}  # fmt: skip
-    if dropout is not None:
-        options["rate"], arrays["seed"] = _rate_and_seed(dropout)
-        options["dropout_offset"] = dropout_start(dropout_offset)
-    (options if q_offset is None or isinstance(q_offset, int) else arrays)["q_offset"] = q_offset
-    results = _attend(q, k, v, arrays, return_lse=return_lse, backend=backend, **options)
+    results = _attend(q, k, v, options)
     if q.ndim == k.ndim == v.ndim == 2:
         results = [x[0] for x in results]
-    return tuple(results) if return_lse else results[0]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "causal": "is_causal",
           "window": "local_window_size", "return_lse": "return_residual"}  # fmt: skip
-_WORDS = {"start": "spans", "stop": "spans", "seed": "dropout"}  # where an operand's is another
-
-# How many axes an array has less than q, k and v if given in full; slopes and sinks always are.
-_FEWER_AXES = {
-    "q": 0, "k": 0, "v": 0, "bias": 0, "mask": 0, "start": 1, "stop": 1, "q_offset": 3,
-    "kv_lengths": 3,
-}  # fmt: skip
 
 
-def _rate_and_seed(dropout) -> tuple[float, jax.Array]:
-    """The seed as two words of 32 bits, the lower one first."""
-    if not isinstance(dropout, (tuple, list)) or not isinstance(dropout[-1], jax.Array):
-        dropout_of(dropout, None)
-        rate, seed = dropout
-        words = np.array([int(seed) & 0xFFFFFFFF, int(seed) >> 32], np.uint32)
-        return float(rate), jnp.asarray(words)
-    if len(dropout) != 2:
-        raise ValueError(f"dropout: expected (rate, key), got {len(dropout)} items")
-    rate, key = dropout
-    dropout_of((rate, 0), None)
-    return float(rate), jax.random.bits(key, (2,), "uint32")
-
-
-def _attend(
-    q, k, v, arrays: dict[str, Any], return_lse, sequence_first=False, backend=None, **options
-):  # fmt: skip
-    """``[out]`` or ``[out, lse]`` of arrays with all their axes: `jax.vmap` adds its own in front
-    of them.
+def _attend(q, k, v, options: dict[str, Any], sequence_first=False) -> list[jax.Array]:
+    """``[out]``, then lse and the maximum if asked, of arrays with all their axes: `jax.vmap` adds
+    its own in front of them.
     """
     axes = max(q.ndim, k.ndim, v.ndim, 3)
     for name, x in {"q": q, "k": k, "v": v}.items():
@@ -209,23 +168,57 @@ def _attend(
             raise TypeError(
                 f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}"
             )
-    for name, x in {**options, "return_lse": return_lse}.items():
-        if name != "scale":
+    options = {name: x for name, x in options.items() if x is not None}
+    for name, x in options.items():
+        if not OPTIONS[name].takes_arrays:
             _check_static(name, x)
-    arrays = {"q": q, "k": k, "v": v, **arrays}
-    if isinstance(options["scale"], jax.Array):  # traced perhaps, and with a gradient
-        arrays["q"], options["scale"] = _scaled(q, options["scale"]), 1.0
-    for name in ("scale", "softcap"):
-        if options.get(name) is not None:
-            options[name] = number(name, options[name])
-    given = {name: _array(_WORDS.get(name, name), x) for name, x in arrays.items() if x is not None}
-    operands = [_expanded(x, axes - _FEWER_AXES.get(name, axes)) for name, x in given.items()]
-    if options["window"] is not None:
-        options["window"] = window_sides(options["window"])
-    typed = tuple((name, type(x), x) for name, x in options.items())
-    return_lse = flag("return_lse", return_lse)
-    call = Call(tuple(given), typed, backend, return_lse, axes, sequence_first)
+    if "softcap" in options:
+        options["softcap"] = number("softcap", options["softcap"])
+    if "scale" in options and np.ndim(options["scale"]) != 1:
+        q, options["scale"] = _scaled(q, options["scale"])
+    if "dropout_offset" in options:
+        options["dropout_offset"] = _offset(options["dropout_offset"])
+    arrays, values = split(options)
+    if "seed" in arrays:
+        arrays["seed"] = _words(arrays["seed"])
+    return_lse, return_max = (values.pop(x, False) for x in ("return_lse", "return_max"))
+    backend = values.pop("backend", None)
+    named = {"q": q, "k": k, "v": v}
+    named |= {name: _array(PARTS[name].option, x) for name, x in arrays.items()}
+    operands = [
+        jnp.expand_dims(x, range(axes - 3 + len(LEADING[name]) - x.ndim)) if name in LEADING else x
+        for name, x in named.items()
+    ]
+    typed = tuple((name, type(x), x) for name, x in values.items())
+    call = Call(tuple(named), typed, backend, return_lse, return_max, axes, sequence_first)
     return attend(call, *operands)
+
+
+def _words(seed) -> jax.Array:
+    """The seed as two words of 32 bits, the lower one first, or those that a key gives."""
+    if isinstance(seed, jax.Array):
+        try:
+            return jax.random.bits(seed, (2,), "uint32")
+        except (TypeError, ValueError):
+            what = f"{seed.dtype} of shape {seed.shape}"
+            raise TypeError(f"dropout: expected a key of jax.random, got {what}") from None
+    return jnp.asarray(np.array([int(seed) & 0xFFFFFFFF, int(seed) >> 32], np.uint32))
+
+
+def _offset(value):
+    """The numbers of `dropout_offset`, as an array if one of them is one of JAX's."""
+    if not (isinstance(value, (tuple, list)) and any(isinstance(x, jax.Array) for x in value)):
+        return value
+    items = [x if isinstance(x, jax.Array) else integer("dropout_offset", x) for x in value]
+    for x in items:
+        if np.ndim(x):
+            raise TypeError(f"dropout_offset: expected an integer, got array of shape {x.shape}")
+    try:
+        return jnp.stack([jnp.asarray(x) for x in items])
+    except OverflowError as error:
+        raise ValueError(
+            f"dropout_offset: expected numbers that JAX has, beside one of its own, got {error}"
+        ) from None
 
 
 def _array(name: str, x):
@@ -249,20 +242,21 @@ def _check_static(name: str, x) -> None:
             )
 
 
-def _scaled(q, scale):
-    if scale.ndim:
-        raise ValueError(f"scale: expected a real number, got array of shape {scale.shape}")
-    return q * scale.astype(q.dtype)
-
-
-def _expanded(x, axes: int):
-    return jnp.expand_dims(x, range(axes - x.ndim))
+def _scaled(q, scale) -> tuple[jax.Array, float]:
+    """`q` times a scale that is traced, perhaps, and has a gradient; and the scale that is left."""
+    if isinstance(scale, jax.Array):
+        if scale.ndim:
+            raise ValueError(
+                f"scale: expected a number, or one per query head, got array of shape {scale.shape}"
+            )
+        return q * scale.astype(q.dtype), 1.0
+    return q, number("scale", scale)
 
 
 def _with_batch(name: str, x):
     if x.ndim not in (3, 4):
         raise ValueError(f"{name}: expected 3 or 4 axes, (batch, length, heads, dim), got {x.ndim}")
-    return _expanded(x, 4)
+    return jnp.expand_dims(x, range(4 - x.ndim))
 
 
 def _lengths(name: str, value, batch: int):

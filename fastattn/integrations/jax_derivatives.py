@@ -24,6 +24,7 @@ from jax.interpreters import ad, batching, mlir
 
 import fastattn
 
+from ..core.option_table import OPTIONS, PARTS
 from ..dispatch import select, unsupported_backward
 from ..jvp import solve_forward_mode, solve_second_order
 
@@ -35,7 +36,8 @@ __all__ = ["DIFFERENTIABLE", "tangents_of"]
 _REFUSED = (
     "scaled_dot: there is no forward mode of forward mode; jax.hessian gives second derivatives"
 )
-DIFFERENTIABLE = ("bias", "relative_bias", "alibi", "sinks")
+# By the names of the operands: those of options are parts of them.
+DIFFERENTIABLE = tuple(name for name, part in PARTS.items() if OPTIONS[part.option].differentiable)
 
 
 def tangents_of(call: Call, tangents: dict[str, Any], arrays, out, lse) -> list[jax.Array]:
@@ -91,8 +93,12 @@ def _in_full(x, batch):
     return jax.numpy.broadcast_to(x, batch + x.shape[len(batch) :])
 
 
-def _options(names) -> tuple[str, ...]:
+def _parts(names) -> tuple[str, ...]:
     return tuple(name for name in names if name in DIFFERENTIABLE)
+
+
+def _options_of(parts) -> tuple[str, ...]:
+    return tuple(PARTS[name].option for name in parts)
 
 
 def _given(names, values) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def _run_gradients(params, context, results, *buffers) -> None:
         grad_out, grad_lse, *arrays, out, lse = operands
         grads = fastattn.scaled_dot_backward(
             call.swapped(grad_out), **call.words(arrays), out=call.swapped(out), lse=lse,
-            grad_lse=grad_lse, wrt=wrt, backend=call.backend,
+            grad_lse=grad_lse, wrt=_options_of(wrt), backend=call.backend,
         )  # fmt: skip
         _fill(call, wrt, found, grads)
 
@@ -140,13 +146,18 @@ def _run_second(params, context, results, *buffers) -> None:
     for found, operands in _places(call, params["batch"], results, buffers):
         tangents = _swapped(call, moving, operands)
         grad_out, grad_lse, *arrays = operands[len(moving) :]
-        p = call.problem_of(arrays, gradients=True, wrt=wrt)
+        p = call.problem_of(arrays, gradients=True, wrt=_options_of(wrt))
         _fill(call, wrt, found, solve_second_order(p, tangents, call.swapped(grad_out), grad_lse))
 
 
 def _swapped(call: Call, names, arrays) -> dict[str, np.ndarray]:
+    """The tangents of q, k and v in the layout of `fastattn.scaled_dot`, those of others by the
+    names of their options.
+    """
     pairs = zip(names, arrays, strict=False)
-    return {name: call.swapped(x) if name in "qkv" else x for name, x in pairs}
+    return dict(
+        (name, call.swapped(x)) if name in "qkv" else (PARTS[name].option, x) for name, x in pairs
+    )
 
 
 def _fill(call: Call, wrt, results: Sequence[np.ndarray], grads) -> None:
@@ -185,9 +196,9 @@ _bent = _primitive(
 def _tangents_transpose(cts, *operands, call, moving, batch):
     linear, (*arrays, out, lse) = operands[: len(moving)], operands[len(moving) :]
     grads = _instantiated(cts, out, lse, batch)
-    wrt = _options(moving)
+    wrt = _parts(moving)
     blank = [jax.ShapeDtypeStruct(x.shape[len(batch) :], x.dtype) for x in arrays]
-    problem = call.make_problem(blank, gradients=True, wrt=wrt)
+    problem = call.make_problem(blank, gradients=True, wrt=_options_of(wrt))
     select(problem, call.backend, unsupported_backward)
     found = _gradients.bind(*grads, *arrays, out, lse, call=call, wrt=wrt, batch=batch)
     return *_of_linear(moving, linear, wrt, found), *[None] * (len(arrays) + 2)
@@ -208,7 +219,7 @@ def _second_transpose(cts, *operands, call, moving, wrt, batch):
     linear, rest = operands[: len(moving)], operands[len(moving) :]
     if any(map(ad.is_undefined_primal, rest)):
         raise NotImplementedError(_REFUSED)
-    along, own = _given(("q", "k", "v", *wrt), cts), _options(moving)
+    along, own = _given(("q", "k", "v", *wrt), cts), _parts(moving)
     found = _second.bind(
         *along.values(), *rest, call=call, moving=tuple(along), wrt=own, batch=batch
     )
@@ -219,7 +230,7 @@ def _bent_transpose(cts, *operands, call, turning, moving, batch):
     n = len(turning)
     linear, rest = operands[:n], operands[n:]
     tangents, (*arrays, out, lse) = rest[: len(moving)], rest[len(moving) :]
-    grads, wrt = _instantiated(cts, out, lse, batch), _options(turning)
+    grads, wrt = _instantiated(cts, out, lse, batch), _parts(turning)
     found = _second.bind(*tangents, *grads, *arrays, call=call, moving=moving, wrt=wrt, batch=batch)
     return *_of_linear(turning, linear, wrt, found), *[None] * len(rest)
 

@@ -15,35 +15,41 @@ from jax.experimental.buffer_callback import buffer_callback
 
 import fastattn
 
+from ..core.option_table import PARTS, joined
 from ..core.problem import Problem, make_problem
 from ..dispatch import select
 from .jax_derivatives import DIFFERENTIABLE, tangents_of
 
 __all__ = ["Call", "attend"]
 
+# Arrays with leading axes of the problem's, and the axes behind them.
+LEADING = {"q": "hqd", "k": "hjd", "v": "hjd"} | {
+    name: part.kind[1:]
+    for name, part in PARTS.items()
+    if isinstance(part.kind, str) and part.kind[0] == "b"
+}
+
 
 class Call(NamedTuple):
     """What is static in a call: hashable, so that `jax.jit` knows which compiled one serves it."""
 
-    names: tuple[str, ...]  # of the arrays: q, k, v and what else is given
-    options: tuple[tuple[str, type, Any], ...]  # the other words; by type too: True equals 1
+    names: tuple[str, ...]  # of the arrays: q, k, v and parts of options
+    values: tuple[tuple[str, type, Any], ...]  # the other parts; by type too: True equals 1
     backend: str | None
     return_lse: bool
+    return_max: bool
     axes: int  # of q, k and v each; what `jax.vmap` adds goes in front
     sequence_first: bool  # (..., length, heads, dim) instead of (..., heads, length, dim)
 
     def words(self, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
-        """The arrays and options by the names that they have in `fastattn.scaled_dot`."""
-        words: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
-        words.update((name, x) for name, _, x in self.options)
-        for name in "qkv":
-            words[name] = self.swapped(words[name])
-        if "seed" in words:
-            low, high = words.pop("seed")
-            words["dropout"] = words.pop("rate"), int(low) | int(high) << 32
-        if "stop" in words:
-            words["spans"] = words.pop("start", 0), words.pop("stop")
-        return words
+        """All arguments of `fastattn.scaled_dot` by their names."""
+        parts: dict[str, Any] = dict(zip(self.names, arrays, strict=True))
+        parts.update((name, x) for name, _, x in self.values)
+        parts.update((name, self.swapped(parts[name])) for name in "qkv")
+        if "seed" in parts:
+            low, high = parts["seed"]
+            parts["seed"] = int(low) | int(high) << 32
+        return joined(parts)
 
     def swapped(self, x: np.ndarray) -> np.ndarray:
         """A view of q, k, v, out or a gradient of theirs in the layout of `fastattn.scaled_dot`, or
@@ -65,8 +71,7 @@ class Call(NamedTuple):
         """`fastattn.scaled_dot` broadcasts what has leading axes; what heads have, and a seed, have
         none.
         """
-        without = {"relative_bias", "alibi", "sinks", "seed"}.intersection(self.names)
-        return "sequential" if without else "expand_dims"
+        return "expand_dims" if LEADING.keys() >= set(self.names) else "sequential"
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -75,14 +80,14 @@ def _attend(call: Call, *arrays):
     select(problem, call.backend)
     out = call.swapped(np.broadcast_to(0, problem.rows(problem.value_dim)))
     results = [jax.ShapeDtypeStruct(out.shape, problem.dtype)]
-    if call.return_lse:
-        results.append(jax.ShapeDtypeStruct(problem.rows(), problem.accumulator))
+    n_sums = call.return_lse + call.return_max
+    results += [jax.ShapeDtypeStruct(problem.rows(), problem.accumulator)] * n_sums
     return buffer_callback(partial(_run, call), results, vmap_method=call.vmap_method)(*arrays)
 
 
 @partial(_attend.defjvp, symbolic_zeros=True)
 def _with_tangents(call: Call, arrays, tangents):
-    out, lse = _attend(call._replace(return_lse=True), *arrays)
+    out, lse, *row_max = _attend(call._replace(return_lse=True), *arrays)
     able = ("q", "k", "v", *DIFFERENTIABLE)
     moving = {
         name: x
@@ -90,10 +95,14 @@ def _with_tangents(call: Call, arrays, tangents):
         if name in able and not isinstance(x, SymbolicZero)
     }
     d_out, d_lse = tangents_of(call, moving, arrays, out, lse)
-    return ([out, lse], [d_out, d_lse]) if call.return_lse else ([out], [d_out])
+    d_max = [jax.numpy.zeros_like(x) for x in row_max]
+    if call.return_lse:
+        return [out, lse, *row_max], [d_out, d_lse, *d_max]
+    return [out, *row_max], [d_out, *d_max]
 
 
-# ``attend(call, q, k, v, *arrays)`` is ``[out]``, or ``[out, lse]`` with lse (..., Hq, Sq).
+# ``attend(call, q, k, v, *arrays)`` is ``[out]``, then lse and the maximum, (..., Hq, Sq), if
+# asked.
 attend = jax.jit(_attend, static_argnums=0)
 
 
@@ -101,13 +110,13 @@ attend = jax.jit(_attend, static_argnums=0)
 
 
 def _run(call: Call, context, results, *buffers) -> None:
-    out, *lse = (np.asarray(x) for x in results)
-    words = call.words(_batched(call, out, buffers))
+    out, *sums = (np.asarray(x) for x in results)
     found = fastattn.scaled_dot(
-        **words, out=call.swapped(out), return_lse=call.return_lse, backend=call.backend
-    )
-    if call.return_lse:
-        lse[0][...] = found[1]
+        **call.words(_batched(call, out, buffers)), out=call.swapped(out),
+        return_lse=call.return_lse, return_max=call.return_max, backend=call.backend,
+    )  # fmt: skip
+    for target, x in zip(sums, found[1:] if sums else (), strict=True):
+        target[...] = x
 
 
 def _batched(call: Call, result: np.ndarray, buffers) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..core.arguments import renamed
+from ..core.option_table import check
 from .torch_operators import attend, new_seed
 from .torch_tensors import check_tensors
 
@@ -133,13 +134,7 @@ def _mask(attn_mask, query, key) -> dict[str, Any]:
     return {"bias": attn_mask}
 
 
-def scaled_dot(
-    q, k, v, *,
-    scale=None, softcap=None, bias=None, relative_bias=None, alibi=None, sinks=None,
-    causal=False, window=None, q_offset=None, kv_lengths=None, spans=None, mask=None,
-    dropout=None, dropout_offset=None,
-    return_lse=False, backend=None, threads=None, precision=None,
-):  # fmt: skip
+def scaled_dot(q, k, v, **options):
     """`fastattn.scaled_dot` on tensors, with gradients.
 
     They are those of `q`, `k`, `v`, `scale`, `bias`, `relative_bias`, `alibi` and `sinks`.
@@ -148,15 +143,11 @@ def scaled_dot(
     ----------
     q, k, v : Tensor, (..., heads, length, dim)
         On the CPU; none is copied.
-    scale, bias, relative_bias, alibi, sinks : Tensor or as in `fastattn.scaled_dot`
-    q_offset, kv_lengths, spans, mask : Tensor or as in `fastattn.scaled_dot`
-        Tensors among them are on the CPU, too.
-    dropout : (rate, seed), optional
-        As in `fastattn.scaled_dot`; the seed may be a tensor, such as
-        ``torch.randint(2**63 - 1, ())``.
-    softcap, causal, window, dropout_offset, return_lse, backend, threads, precision
-        As in `fastattn.scaled_dot`. No gradient passes through `softcap`: a tensor that requires
-        one is an error.
+    **options
+        As of `fastattn.scaled_dot`, except ``block_table``, ``out`` and ``return_weights``. Arrays
+        may be tensors on the CPU, and the seed of `dropout` too, such as
+        ``torch.randint(2**63 - 1, ())``. No gradient passes through `softcap`: a tensor that
+        requires one is an error.
 
     Returns
     -------
@@ -164,6 +155,8 @@ def scaled_dot(
         In the memory order of `q`.
     lse : Tensor, (..., Hq, Sq), if `return_lse`
         It passes gradients on, too.
+    row_max : Tensor, (..., Hq, Sq), if `return_max`
+        It passes none on.
 
     Raises
     ------
@@ -182,10 +175,8 @@ def scaled_dot(
     >>> sinks.grad.shape
     torch.Size([8])
     """
-    out, lse = attend(
-        q, k, v, scale=scale, softcap=softcap, bias=bias, relative_bias=relative_bias, alibi=alibi,
-        sinks=sinks, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths,
-        spans=spans, mask=mask, dropout=dropout, dropout_offset=dropout_offset,
-        return_lse=return_lse, backend=backend, threads=threads, precision=precision,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    check("torch", options)
+    results = attend(q, k, v, **options)
+    asked = True, options.get("return_lse"), options.get("return_max")
+    found = tuple(x for x, wanted in zip(results, asked, strict=True) if wanted)
+    return found if len(found) > 1 else found[0]

@@ -4,6 +4,7 @@ is imported, with what autograd and `torch.compile` need to know of them.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 
 import fastattn
 
-from ..core.options import dropout_of, dropout_start, span_sides, window_sides
+from ..core.option_table import OPTIONS, joined, split
 from ..core.problem import Problem, make_problem
 from ..jvp import solve_forward_mode, solve_second_order
 from .torch_derivatives import Gradients, named, names_of, one_by_one, options_among, pushed
@@ -33,32 +34,37 @@ from .torch_tensors import (
 
 __all__ = ["attend", "new_seed"]
 
+_CONSTANTS = {name for name, option in OPTIONS.items() if not option.takes_arrays}
 
-def attend(q, k, v, *, return_lse=False, **words) -> tuple[Tensor, Tensor | None]:
-    """``(out, lse)`` of `fastattn.scaled_dot`, whose words may be tensors.
 
-    Without `return_lse`, lse may be empty or None.
+def attend(q, k, v, **options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(out, lse, row_max)`` of `fastattn.scaled_dot`, whose options may be tensors.
+
+    What is not asked for may be empty or None.
     """
     if _any_autocast() and torch.is_autocast_enabled("cpu"):
         q, k, v = map(autocast, (q, k, v))
     compiling = _is_compiling()
     given = [q, k, v]
-    for name, x in words.items():
+    for name, x in options.items():
         if isinstance(x, Tensor):
-            if name == "softcap":
+            if name in _CONSTANTS:
                 check_constant(name, x)
             given.append(x)
     gradient = _needs_gradient(given)
     straight = not compiling and _straight_to_cpu(given)
     if straight and not gradient:
-        return _run(q, k, v, return_lse, words)
+        return _run(q, k, v, options)
     if not (compiling or straight):
-        check_tensors(words, q=q, k=k, v=v)
-    tensors, options = _operands(**words)
+        check_tensors(options, q=q, k=k, v=v)
+    tensors, values = _operands(options)
     if not compiling and (gradient or transforms()):
-        return _attention(options, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
-    # The way back starts from lse.
-    return FORWARD(q, k, v, *tensors, return_lse=return_lse or gradient, **options)
+        values.pop("return_lse", None)
+        found = _attention(values, q, k, v, *tensors)  # as the dispatcher, 5 us earlier
+        return found if len(found) == 3 else (*found, None)
+    if gradient:
+        values["return_lse"] = True  # the way back starts from it
+    return FORWARD(q, k, v, *tensors, **values)
 
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -89,39 +95,21 @@ def _straight_to_cpu(tensors) -> bool:
     return _listeners().raw_repr() in _NOBODY and not _profiles()
 
 
-def _operands(
-    bias=None, alibi=None, sinks=None, mask=None, q_offset=None, kv_lengths=None, spans=None,
-    window=None, dropout=None, dropout_offset=None, relative_bias=None, scale=None, **options,
-):  # fmt: skip
-    """Words as the operators take them: optional tensors in their order, to the last one given,
-    and options.
+def _operands(options: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """Options as the operators take them: optional tensors in their order, to the last one given,
+    and values.
     """
-    if window is not None:
-        options["left"], options["right"] = window_sides(window)
-    start, stop = (None, None) if spans is None else span_sides(spans)
-    offsets = None
-    if isinstance(q_offset, int):
-        options["q_offset"] = q_offset
-    else:
-        offsets = q_offset
-    scales = None
-    if isinstance(scale, (Tensor, np.ndarray, list, tuple)):
-        scales = scale
-    else:
-        options["scale"] = scale
-    seed = None
-    if dropout is not None:
-        options["rate"], seed = _rate_and_seed(dropout)
-        options["place"] = dropout_start(dropout_offset)
-    tensors = []  # each None costs autograd 0.3 us
-    optional = (
-        bias, alibi, sinks, mask, offsets, kv_lengths, start, stop, seed, relative_bias, scales,
-    )  # fmt: skip
-    for place, (name, x) in enumerate(zip(OPTIONAL, optional, strict=True)):
-        if x is not None:
+    arrays, values = split(options)
+    seed = arrays.get("seed")
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = int(seed)
+        arrays["seed"] = torch.tensor(seed if seed < 1 << 63 else seed - (1 << 64))
+    tensors: list[Tensor | None] = []  # each None costs autograd 0.3 us
+    for place, name in enumerate(OPTIONAL):
+        if name in arrays:
             tensors += [None] * (place - len(tensors))
-            tensors.append(as_tensor(x, WORDS.get(name, name)))
-    return tensors, options
+            tensors.append(as_tensor(arrays[name], WORDS[name]))
+    return tensors, values
 
 
 def new_seed() -> Tensor:
@@ -129,35 +117,26 @@ def new_seed() -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64)
 
 
-def _rate_and_seed(dropout) -> tuple[float, Tensor]:
-    """The seed of `dropout` as a tensor, which a compiled graph can draw anew."""
-    if isinstance(dropout, (tuple, list)) and len(dropout) == 2 and isinstance(dropout[1], Tensor):
-        dropout_of((dropout[0], 0), None)
-        return float(dropout[0]), dropout[1]
-    dropout_of(dropout, None)
-    rate, seed = dropout
-    seed = int(seed)
-    return float(rate), torch.tensor(seed if seed < 1 << 63 else seed - (1 << 64))
+def _forward(q, k, v, *tensors, **options):
+    out, *sums = _run(q, k, v, _words(tensors, options))
+    return out, *(out.new_empty(0, dtype=_sums(out)) if x is None else x for x in sums)
 
 
-def _forward(q, k, v, *tensors, return_lse=False, **options):
-    out, lse = _run(q, k, v, return_lse, _words(tensors, options))
-    return out, out.new_empty(0, dtype=_sums(out)) if lse is None else lse
-
-
-def _run(q, k, v, return_lse, words) -> tuple[Tensor, Tensor | None]:
-    for name, x in words.items():
+def _run(q, k, v, options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    for name, x in options.items():
         if isinstance(x, Tensor):
-            words[name] = array(x, name)
-    if words.get("dropout") is not None:
-        words["dropout"] = _with_number(words["dropout"])
-    found = fastattn.scaled_dot(
-        array(q, "q"), array(k, "k"), array(v, "v"), return_lse=return_lse, **words
-    )
-    out = tensor(found[0] if return_lse else found)
+            options[name] = array(x, name)
+    if options.get("dropout") is not None:
+        options["dropout"] = _with_number(options["dropout"])
+    found = fastattn.scaled_dot(array(q, "q"), array(k, "k"), array(v, "v"), **options)
+    found, *sums = found if isinstance(found, tuple) else (found,)
+    out = tensor(found)
     if not q.is_contiguous() and (q.stride(-1) != 1 or not alike(out, q)):
         out = laid_out(out, empty_result(q, k, v))
-    return out, tensor(found[1]) if return_lse else None
+    if not sums:
+        return out, None, None
+    lse = tensor(sums[0]) if options.get("return_lse") else None
+    return out, lse, tensor(sums[-1]) if options.get("return_max") else None
 
 
 def _with_number(dropout):
@@ -165,12 +144,21 @@ def _with_number(dropout):
     if not isinstance(dropout, (tuple, list)) or len(dropout) != 2:
         return dropout
     rate, seed = dropout
-    return rate, int(seed) % (1 << 64) if isinstance(seed, Tensor) else seed
+    return rate, _seed(seed) if isinstance(seed, Tensor) else seed
 
 
-def _forward_fake(q, k, v, *tensors, return_lse=False, **options):
+def _seed(x) -> int:
+    try:
+        return operator.index(x) % (1 << 64)
+    except TypeError:
+        what = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise TypeError(f"dropout: expected a seed that is one integer, got {what}") from None
+
+
+def _forward_fake(q, k, v, *tensors, return_lse=False, return_max=False, **options):
     out = empty_result(q, k, v)
-    return out, out.new_empty(out.shape[:-1] if return_lse else 0, dtype=_sums(out))
+    shapes = (out.shape[:-1] if wanted else 0 for wanted in (return_lse, return_max))
+    return out, *(out.new_empty(shape, dtype=_sums(out)) for shape in shapes)
 
 
 def _sums(out) -> torch.dtype:
@@ -182,7 +170,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *tensors, wrt, **options):
     grads = fastattn.scaled_dot_backward(
         *(array(x, name) for name, x in named.items()),
         grad_lse=None if grad_lse is None else array(grad_lse, "grad_lse"),
-        wrt=tuple(WORDS.get(name, name) for name in wrt),
+        wrt=tuple(map(WORDS.get, wrt)),
         **_words(tensors, options),
     )
     return _like_sources(grads, _sources(q, k, v, tensors, wrt))
@@ -201,14 +189,14 @@ def _tangents(*given, **options):
 
 
 def _tangents_fake(*given, **options):
-    return _forward_fake(*given[len(SOURCES) :], return_lse=True)
+    return _forward_fake(*given[len(SOURCES) :], return_lse=True)[:2]
 
 
 def _second(*given, wrt, **options):
     tangents, given = given[: len(SOURCES)], given[len(SOURCES) :]
     grad_out, grad_lse, q, k, v, *tensors = given
     sources = _sources(q, k, v, tensors, wrt)
-    own = tuple(WORDS.get(name, name) for name in wrt)
+    own = tuple(map(WORDS.get, wrt))
     p = _problem(q, k, v, _words(tensors, options), gradients=True, wrt=own)
     grads = (None if x is None else array(x, "grad") for x in (grad_out, grad_lse))
     return _like_sources(solve_second_order(p, _along(tangents), *grads), sources)
@@ -236,14 +224,14 @@ class _ScaledDot(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, *tensors):
         if _straight_to_cpu(tensors):
-            results = _forward(*tensors, return_lse=True, **options)
+            results = _forward(*tensors, return_lse=True, **options)[: _returned(options)]
         else:
             results = _below_autograd(options, *tensors)
         _keep(ctx, options, tensors, results)
         return results
 
     @staticmethod
-    def backward(ctx, grad_out, grad_lse):
+    def backward(ctx, grad_out, grad_lse, *_):
         q, k, v, *tensors, out, lse = ctx.saved_tensors
         names = names_of((q, k, v, *tensors))
         wrt = options_among(names, ctx.needs_input_grad[1:])
@@ -263,7 +251,8 @@ class _ScaledDot(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _, *tangents):
         *tensors, out, lse = ctx.saved_tensors
-        return pushed(ctx.options, named(names_of(tensors), tangents), (out, lse), tensors)
+        found = pushed(ctx.options, named(names_of(tensors), tangents), (out, lse), tensors)
+        return *found, *(None for _ in range(ctx.n_results - 2))
 
 
 class _Transformed(_ScaledDot):
@@ -287,23 +276,31 @@ def _attention(options, *tensors):
     return (_Transformed if transforms() else _ScaledDot).apply(options, *tensors)
 
 
+def _returned(options) -> int:
+    """How many results there are beside the maximum, or with it."""
+    return 3 if options.get("return_max") else 2
+
+
 def _below_autograd(options, *tensors):
     with torch._C._AutoDispatchBelowAutograd():
-        return FORWARD(*tensors, return_lse=True, **options)
+        return FORWARD(*tensors, return_lse=True, **options)[: _returned(options)]
 
 
 def _keep(ctx, options, tensors, results) -> None:
-    ctx.save_for_backward(*tensors, *results)
+    ctx.save_for_backward(*tensors, *results[:2])
     if forward_ad._current_level >= 0:
-        ctx.save_for_forward(*tensors, *results)
-    ctx.options = options
+        ctx.save_for_forward(*tensors, *results[:2])
+    ctx.mark_non_differentiable(*results[2:])
+    ctx.options = {name: x for name, x in options.items() if name != "return_max"}
+    ctx.n_results = len(results)
     ctx.set_materialize_grads(False)
 
 
 def _differentiable(*tensors, return_lse=False, **options):
     if _needs_gradient(tensors) or transforms():
-        out, lse = _attention(options, *tensors)
-        return out, lse if return_lse else lse.new_empty(0)
+        out, lse, *row_max = _attention(options, *tensors)
+        nothing = lse.new_empty(0)
+        return out, lse if return_lse else nothing, *(row_max or (nothing,))
     with torch._C._AutoDispatchBelowAutograd():
         return FORWARD(*tensors, return_lse=return_lse, **options)
 
@@ -327,23 +324,13 @@ torch.library.register_fake("fastattn::scaled_dot_tangents", _tangents_fake, lib
 torch.library.register_fake("fastattn::scaled_dot_second", _second_fake, lib=LIBRARY)
 
 
-def _words(tensors, options) -> dict:
+def _words(tensors, options) -> dict[str, Any]:
     """The words of `fastattn.scaled_dot` for what an operator was given."""
-    for name, x in zip(OPTIONAL, tensors, strict=False):
-        if x is not None:
-            options[name] = array(x, name)
-    if "rate" in options:
-        options["dropout"] = options.pop("rate"), int(options.pop("seed")) % (1 << 64)
-        options["dropout_offset"] = options.pop("place", None)
-    if "offsets" in options:
-        options["q_offset"] = options.pop("offsets")
-    if "scales" in options:
-        options["scale"] = options.pop("scales")
-    if "start" in options:
-        options["spans"] = options.pop("start"), options.pop("stop")
-    if "left" in options or "right" in options:
-        options["window"] = options.pop("left", None), options.pop("right", None)
-    return options
+    given = zip(OPTIONAL, tensors, strict=False)
+    arrays: dict[str, Any] = {name: array(x, WORDS[name]) for name, x in given if x is not None}
+    if "seed" in arrays:
+        arrays["seed"] = _seed(arrays["seed"])
+    return joined({**arrays, **options})
 
 
 def _sources(q, k, v, tensors, wrt) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .torch_operators import attend, new_seed
 from .transformers_masks import Mask, make_mask
-from .transformers_models import refuse_models_without_interface
+from .transformers_models import keep_in_continuous_batching, refuse_models_without_interface
 
 __all__ = ["attention", "register"]
 
@@ -37,6 +39,10 @@ def register(name: str = "fastattn") -> None:
     padding on either side, packed sequences, alone or together. Others are bool arrays. A padded
     query without a key to see gets 0, where ``eager`` averages the values of padding.
 
+    Continuous batching (``model.generate_batch``) is served without a mask: each request's queries
+    attend to its own keys. These the library copies together from its pages before each layer; it
+    hands on the pages themselves for flash attention on a GPU only.
+
     Examples
     --------
     >>> import torch
@@ -55,6 +61,7 @@ def register(name: str = "fastattn") -> None:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, make_mask)
     refuse_models_without_interface(attention)
+    keep_in_continuous_batching(attention)
 
 
 def attention(
@@ -70,6 +77,8 @@ def attention(
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    write_index: list[Tensor] | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' ``AttentionInterface``, as its eager ones.
@@ -99,6 +108,14 @@ def attention(
         Its `bias`.
     indices : Tensor of ints, (batch, queries, n), optional
         Of the keys that a query may see, those that it does.
+    relative_bias : Tensor, (heads, 2 * R + 1), optional
+        As in `fastattn.scaled_dot`, gradient included: in place of a `position_bias` of queries x
+        keys. With a mask of the library's, positions are the mask's; otherwise the last query is at
+        the last key.
+    write_index : list of Tensor, optional
+        Given in continuous batching only: then the one entry of the batch has the requests packed
+        end to end, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` say where each begins, and
+        ``sliding_window``, if any, how many keys a query sees.
     **options
         What asks for nothing that attention computes, such as ``use_cache``, is ignored; so is
         ``is_causal``, which models set whatever their mask says.
@@ -114,29 +131,71 @@ def attention(
     ValueError
         If the model asks for anything else; the message begins with its name.
     """
-    _refuse(options)
+    _refuse(_REFUSED, options)
+    scores = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    if write_index is not None and attention_mask is None:
+        unserved = {
+            "indices": indices, "position_bias": position_bias, "relative_bias": relative_bias,
+            "sinks": sinks,
+        }  # fmt: skip
+        _refuse(unserved.keys(), unserved)
+        return _each_request(query, key, value, scores, **options), None
     words = _seen(attention_mask, indices, key.shape[2])
     if position_bias is not None:
         bias = words.get("bias")
         words["bias"] = position_bias if bias is None else position_bias + bias
-    words |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    words |= scores
+    if relative_bias is not None:
+        words |= {"relative_bias": relative_bias, **_positions(attention_mask, words)}
     if dropout and module.training:
         words["dropout"] = dropout, new_seed()
-    out, lse = attend(query, key, value, return_lse=sinks is not None, **words)
+    out, lse, _ = attend(query, key, value, return_lse=sinks is not None, **words)
     if sinks is not None and lse is not None:
         # One more term of the sum: exp(lse) / (exp(lse) + exp(sink)) of each weight is left.
         out = out * (lse[..., None] - sinks).sigmoid().to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(options: dict[str, Any]) -> None:
-    for name in _REFUSED.intersection(options):
+def _each_request(
+    query: Tensor, key: Tensor, value: Tensor, scores: dict[str, Any], *, cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor, sliding_window: int | None = None, is_causal: bool = True, **_others,
+) -> Tensor:  # fmt: skip
+    """The attention of packed requests, each as if it were alone."""
+    out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    window = None if sliding_window is None else (sliding_window - 1, None)
+    ends = zip(pairwise(cu_seq_lens_q.tolist()), pairwise(cu_seq_lens_k.tolist()), strict=True)
+    for queries, keys in ((slice(*q), slice(*k)) for q, k in ends):
+        own, _, _ = attend(
+            query[:, :, queries], key[:, :, keys], value[:, :, keys], causal=is_causal,
+            window=window, **scores,
+        )  # fmt: skip
+        out[:, queries] = own.transpose(1, 2)
+    return out
+
+
+def _refuse(names: Set[str], options: dict[str, Any]) -> None:
+    for name in names & options.keys():
         x = options[name]
         if x is not None and x is not False:
             raise ValueError(
                 f"{name}: expected None, got {x if isinstance(x, bool) else type(x).__name__}; "
-                'fastattn has no such option, use attn_implementation="eager"'
+                'fastattn has no such option here, use attn_implementation="eager"'
             )
+
+
+def _positions(mask: Tensor | None, words: dict[str, Any]) -> dict[str, Any]:
+    """Where the queries are among the keys, in the words of `fastattn.scaled_dot`; `words` are what
+    the mask shows.
+    """
+    if not isinstance(mask, Mask):
+        return {}
+    if mask.q_offset is None:
+        raise ValueError(
+            "relative_bias: expected None with a part of a mask, which does not say where the "
+            "queries are, got a tensor"
+        )
+    as_spans = {"causal": False, "spans": mask.spans} if words.get("causal") else {}
+    return {"q_offset": mask.q_offset, **as_spans}
 
 
 def _seen(mask: Tensor | None, indices: Tensor | None, keys: int) -> dict[str, Any]:

@@ -32,9 +32,12 @@ class Mask(Tensor):
     Attributes
     ----------
     seen : Tensor of bool, of its shape
+    q_offset : int or None
+        Where the first query is among the keys; not known of a part of a mask.
     """
 
     seen: Tensor
+    q_offset: int | None = None
 
     @staticmethod
     def __new__(cls, seen: Tensor, dtype: torch.dtype):
@@ -166,13 +169,19 @@ def make_mask(
             start, stop = (np.minimum(np.maximum(x - kv_offset, 0), kv_length) for x in spans)
             if allow_is_bidirectional_skip and not start.any() and (stop == kv_length).all():
                 return None
-            return SpanMask((batch_size, 1, q_length, kv_length), (start, stop), dtype)
+            mask: Mask = SpanMask((batch_size, 1, q_length, kv_length), (start, stop), dtype)
+            mask.q_offset = int(q_offset) - int(kv_offset)
+            return mask
     given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     options |= {"allow_is_bidirectional_skip": allow_is_bidirectional_skip, "use_vmap": use_vmap}
     if traced:
         return masking_utils.eager_mask(*given, dtype=dtype, **options)
     seen = masking_utils.sdpa_mask(*given, allow_is_causal_skip=False, **options)
-    return None if seen is None else Mask(seen, dtype)
+    if seen is None:
+        return None
+    mask = Mask(seen, dtype)
+    mask.q_offset = int(q_offset) - int(kv_offset)
+    return mask
 
 
 def _spans_of(function, batch, q, k, attention_mask) -> Spans | None:

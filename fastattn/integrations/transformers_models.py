@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from functools import cache, wraps
 
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, ContinuousBatchingManager, PreTrainedModel
 
-__all__ = ["refuse_models_without_interface"]
+__all__ = ["keep_in_continuous_batching", "refuse_models_without_interface"]
 
 # Layers chosen by the implementation's name from a table that holds those of the library.
 _TABLE = re.compile(r"_CLASSES\[[^\]]*_attn_implementation")
@@ -30,7 +30,7 @@ def refuse_models_without_interface(attention: Callable) -> None:
     def checked(self, requested_attention, is_init_check=False):
         chosen = check(self, requested_attention, is_init_check)
         # Told later, a model that cannot is left as it is, with the library's warning.
-        if is_init_check and AttentionInterface._global_mapping.get(chosen) is attention:
+        if is_init_check and _is(chosen, attention):
             why = _why_not(type(self))
             if why:
                 raise ValueError(
@@ -41,6 +41,30 @@ def refuse_models_without_interface(attention: Callable) -> None:
 
     checked.fastattn_checks = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = checked
+
+
+def keep_in_continuous_batching(attention: Callable) -> None:
+    """From now on, ``generate_batch`` leaves a model on an implementation that is `attention`.
+
+    The library allows its own there, by their names; a model with any other is an error or, with
+    flash attention installed, switched to that.
+    """
+    switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
+    if hasattr(switch, "fastattn_checks"):
+        return
+
+    @wraps(switch)
+    def checked(self, model, *args, **kwargs):
+        if not _is(model.config._attn_implementation, attention):
+            switch(self, model, *args, **kwargs)
+
+    checked.fastattn_checks = True  # type: ignore[attr-defined]
+    ContinuousBatchingManager.switch_to_cb_friendly_attn = checked
+
+
+def _is(implementation: str, attention: Callable) -> bool:
+    """Is `attention` registered by that name?"""
+    return AttentionInterface._global_mapping.get(implementation) is attention
 
 
 @cache

@@ -10,10 +10,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.cuda_compiler import compile_ptx, need_compiler
 from helpers.layouts import LAYOUTS
 from helpers.oracles import assert_solves, check, same_bits
 from helpers.problems import DTYPES, Shape, float_type, options
@@ -39,9 +41,10 @@ runs = pytest.mark.skipif(
 
 @pytest.mark.skipif(SIMULATED, reason="is what runs this")
 def test_in_the_simulator():
-    """All of this file but the compiler's part."""
+    """All of this file and its neighbours but the compiler's part."""
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = map(str, sorted(Path(__file__).parent.glob("test_cuda*.py")))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env=child_environment(NUMBA_ENABLE_CUDASIM="1"), stdout=subprocess.PIPE, text=True
     )
@@ -67,20 +70,32 @@ def test_several_tiles(dtype):
 @runs
 @pytest.mark.parametrize(
     "name",
-    ["scale", "softcap", "bias", "-inf", "alibi", "sinks", "causal", "window", "q_offset",
-     "kv_lengths", "spans", "mask"],
+    ["scale", "scales", "softcap", "bias", "-inf", "relative_bias", "-inf distances", "alibi",
+     "sinks", "causal", "window", "q_offset", "kv_lengths", "spans", "mask"],
 )  # fmt: skip
 def test_one_option(name):
-    check(TARGET, *SMALL.arrays(), **options([name], SMALL), return_weights=True)
+    check(TARGET, *SMALL.arrays(), **options([name], SMALL), return_max=True, return_weights=True)
 
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(2))
 def test_many_options(dtype, seed):
-    names = ["scale", "softcap", "bias", "-inf", "alibi", "sinks", "window", "spans", "mask"]
+    names = ["scales", "softcap", "bias", "-inf", "relative_bias", "alibi", "sinks", "window",
+             "spans", "mask"]  # fmt: skip
     shape = Shape(2, 2, 5, 9, 4, kv_heads=1, value_dim=3)
     check(TARGET, *shape.arrays(dtype, seed), **options(names, shape, seed), return_weights=True)
+
+
+@runs
+def test_packed_sequences():
+    q, k, v = (x[0].swapaxes(0, 1) for x in Shape(1, 2, 7, 9, 4).arrays())
+    cu = [0, 3, 3, 7], [0, 2, 4, 9]
+    options = {"causal": True, "alibi": [0.5, 0.25], "return_lse": True}
+    found = fastattn.varlen(q, k, v, *cu, backend="cuda", **options)
+    expected = fastattn.varlen(q, k, v, *cu, backend="numpy", **options)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 @runs
@@ -153,6 +168,60 @@ def test_out():
     assert_solves(fastattn.scaled_dot(q, k, v, out=q, backend="cuda"), before)
 
 
+# ------------------------------------------------------------------------------ a few queries
+
+# Two heads to a tile, three parts of the keys in the simulator, two slices of v.
+FEW = Shape(2, 4, 1, 70, 4, kv_heads=2, value_dim=18)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_are_merged(dtype):
+    check(TARGET, *FEW.arrays(dtype), return_max=True)
+
+
+@runs
+@pytest.mark.parametrize("seed", range(2))
+def test_parts_with_many_options(seed):
+    names = ["scales", "softcap", "-inf", "relative_bias", "alibi", "sinks", "window", "spans"]
+    opts = options(names, FEW, seed)
+    check(TARGET, *FEW.arrays(), **opts, mask=options(["mask"], FEW)["mask"], return_max=True)
+    check(TARGET, *FEW.arrays(), kv_lengths=[0, 33], causal=True, q_offset=[0, 32])
+
+
+@runs
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_parts_that_are_not_finite(value):
+    q, k, v = FEW.arrays()
+    k[0, 0, 2, 0] = v[0, 1, 40, 3] = v[1, 0, 65, 1] = k[1, 0, 68, 2] = value
+    out, _, _ = check(TARGET, q, k, v, return_max=True)
+    assert np.isfinite(out[1, 2:]).all()
+    out, _, _ = check(TARGET, q, k, v, kv_lengths=[70, 65], return_max=True)
+    assert np.isfinite(out[1]).all()
+
+
+@runs
+def test_parts_of_extremes():
+    q, k, v = FEW.arrays()
+    most = np.finfo(np.float32).max
+    out, _ = check(TARGET, q, k, np.full_like(v, most), sinks=[-np.inf, -np.inf, np.inf, 1])
+    assert np.isfinite(out).all()
+    check(TARGET, q, k, v, bias=np.where(np.arange(70) < 40, -np.inf, -most))
+    q[..., 0], k[..., :40, 0] = 1, -np.inf  # scores of -inf in all of the first part
+    check(TARGET, q, k, v)
+
+
+@runs
+def test_parts_depend_on_the_keys_alone():
+    """An entry, or a group of heads, by itself has the bits that it has among others."""
+    q, k, v = FEW.arrays()
+    whole = fastattn.scaled_dot(q, k, v, backend="cuda")
+    for b, group in ((0, 1), (1, 0)):
+        heads = slice(2 * group, 2 * group + 2)
+        one = (q[b : b + 1, heads], *(x[b : b + 1, group : group + 1] for x in (k, v)))
+        assert same_bits(fastattn.scaled_dot(*one, backend="cuda")[0], whole[b, heads])
+
+
 # ------------------------------------------------------------------------------- NaN and Inf
 
 
@@ -215,8 +284,9 @@ def test_launches_are_cut(monkeypatch, device):
     whole = fastattn.scaled_dot(*arrays, causal=True, backend="cuda")
     out = device(np.full_like(whole, np.nan))
     count = fastattn.explain(*arrays, causal=True, backend="cuda").plan["launches"]
-    monkeypatch.setattr(backend, "LAUNCH_TILES", 1)
-    monkeypatch.setattr(backend, "LAUNCH_FLOPS", 1)
+    call = importlib.import_module("fastattn.backends.cuda.call")
+    monkeypatch.setattr(call, "LAUNCH_TILES", 1)
+    monkeypatch.setattr(call, "LAUNCH_FLOPS", 1)
     cut = fastattn.explain(*arrays, causal=True, backend="cuda").plan["launches"]
     assert int(cut) >= int(count)
     if SIMULATED:
@@ -251,6 +321,7 @@ class FakeCuda:
     config = SimpleNamespace(ENABLE_CUDASIM=False)
 
     def __init__(self, error=None):
+        self.cuda = self
         self.error = error
         self.compiled = []
 
@@ -518,53 +589,36 @@ def test_results_are_torchs():
 # ------------------------------------------------------------------------------ the compiler
 
 
-def compile_ptx(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
-    """The PTX of a kernel, which needs no GPU."""
-    cuda = importlib.import_module("numba.cuda")
-    kernel = importlib.import_module("fastattn.backends.cuda.kernel")
-    dispatcher = importlib.import_module("numba.cuda.dispatcher")
-    # Device functions are compiled for the current device; there need not be one.
-    device = SimpleNamespace(compute_capability=processor)
-    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
-    types = importlib.import_module("numba").types
-    real = getattr(types, spec.real)
-    of = {n: types_of.get(n, spec.real) for n in ("q", "k", "v", "out", "mask", "bias")}
-    arrays = (types.Array(getattr(types, t), 1, "C") for t in of.values())
-    int64, more = types.Array(types.int64, 1, "C"), types.Array(types.int64, 2, "C")
-    reals = types.Array(real, 1, "C")
-    signature = (
-        *arrays, int64, int64, reals, types.Array(getattr(types, of["out"]), 1, "C"), reals, reals,
-        more, more, real, real, real, *[types.int64] * 5,
+def ptx_of(monkeypatch, spec, opt=True, processor=(9, 0), **types_of):
+    """The PTX of a kernel of multiply-adds."""
+    kernel = importlib.import_module("fastattn.backends.cuda.multiply_add")
+    real = spec.real
+    of = {n: types_of.get(n, real) for n in ("q", "k", "v", "out", "mask", "bias")}
+    arguments = (
+        *(f"[{t}]" for t in of.values()), "[int64]", "[int64]", f"[{real}]", f"[{real}]",
+        f"[{of['out']}]", "[int64]", f"[{real}]", "[int64]", "[int32]", real, real, "int64",
     )  # fmt: skip
-    kernel.compiled.cache_clear()  # or its device functions would be of another processor
-    attend = kernel.compiled(spec).py_func
-    return cuda.compile_ptx(attend, signature, cc=processor, opt=opt)[0]
+    return compile_ptx(monkeypatch, kernel.compiled(spec), arguments, processor, opt)
 
 
 def spec_of(*arrays, **options):
-    return backend._spec(make_problem(*arrays, **options))._replace(simulated=False)
+    call = importlib.import_module("fastattn.backends.cuda.call")
+    return call.spec_of(make_problem(*arrays, **options))._replace(simulated=False)
 
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """`compile_ptx`, where NVIDIA's compiler library is."""
+    """`ptx_of`, where NVIDIA's compiler library is."""
     if SIMULATED:
         pytest.skip("the simulator compiles nothing")
-    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
-    nvvm, nvrtc = (importlib.import_module(f"numba.cuda.cudadrv.{x}") for x in ("nvvm", "nvrtc"))
-    try:
-        nvvm.NVVM()
-        nvrtc.get_supported_ccs()
-    except Exception as error:
-        found = " ".join(str(error).split())
-        pytest.skip(f"no NVVM or NVRTC: {found}; pip install 'fastattn[cuda12]'")
-    return lambda *args, **types_of: compile_ptx(monkeypatch, *args, **types_of)
+    need_compiler()
+    return lambda *args, **types_of: ptx_of(monkeypatch, *args, **types_of)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_compiled_kernel_is_what_was_meant(compiler, head_dim):
     """What the simulator cannot show: types, registers, vector loads, shared memory."""
-    ptx = compiler(spec_of(*Shape(1, 1, 1, 1, head_dim).arrays()))
+    ptx = compiler(spec_of(*Shape(1, 1, 64, 1, head_dim).arrays()))
     assert ".f64" not in ptx
     assert ".local" not in ptx  # the sums are in registers
     inner = [b for b in re.split(r"^\$L", ptx, flags=re.M) if b.count("fma.rn.f32") >= 64]
@@ -573,6 +627,13 @@ def test_compiled_kernel_is_what_was_meant(compiler, head_dim):
     assert len(products) >= 2
     shared = sum(int(n) for n in re.findall(r"\.shared .*\[(\d+)\]", ptx))
     assert 0 < shared <= 48 << 10
+
+
+def test_compiles_for_a_few_queries(compiler):
+    """Parts of the keys, and the rows that the kernel of tensor cores has flagged."""
+    spec = spec_of(*Shape(1, 1, 1, 1, 128).arrays("float64"), return_max=True)
+    assert spec.few
+    compiler(spec._replace(partial=True, redo=True), False, out="float64")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """What only the numba backend has to promise: its disk cache, its vectors, its absence."""
 
 import os
+import signal
+import warnings
 
 import numpy as np
 import pytest
+from helpers.kept import add, multiply
 from helpers.oracles import assert_solves, same_bits
 from helpers.problems import Shape
 
@@ -23,9 +26,10 @@ print(len(stats.cache_hits), len(stats.cache_misses))
 """
 
 
-def test_second_process_is_warm(run_python, tmp_path):
-    found = [run_python(CALL, timeout=300, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
-    assert [line.split() for line in found] == [["0", "1"], ["1", "0"]]
+def test_second_process_is_warm(run_python):
+    """This one is the first."""
+    exec(CALL.partition("from")[0])
+    assert run_python(CALL).split() == ["1", "0"]
 
 
 def test_nowhere_to_keep_kernels(run_python):
@@ -40,22 +44,33 @@ print(launch.launcher(None, None)._cache.__class__.__name__)
     assert run_python(program).strip() == "NullCache"
 
 
-# A function of no time to compile, kept as the kernels are, and what was said meanwhile.
-KEPT = """
-import sys, warnings
-from numba import njit
-from fastattn.backends.numba.disk import keep_on_disk
-from helpers.kept import add, multiply
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    exec(sys.argv[1] if len(sys.argv) > 1 else "")
-    for function, wanted in ((add, 5), (multiply, 6)):
-        compiled = njit(function)
-        keep_on_disk(compiled)
-        assert compiled(2, 3) == wanted
-        print(len(compiled.stats.cache_hits), len(compiled.stats.cache_misses))
-print(*(w.category.__name__ for w in caught))
-"""
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """``kept()``: functions of no time to compile, kept as the kernels are: hits and misses of each
+    in a new process, whose memory holds none of them, and the categories of its warnings.
+    """
+    import numba
+
+    from fastattn.backends.numba import disk
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def use():
+        monkeypatch.setattr(disk, "_warned", False)
+        counts = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for function, wanted in ((add, 5), (multiply, 6)):
+                compiled = numba.njit(function)
+                disk.keep_on_disk(compiled)
+                assert compiled(2, 3) == wanted
+                counts.append((len(compiled.stats.cache_hits), len(compiled.stats.cache_misses)))
+        return counts, [w.category for w in caught]
+
+    return use
+
+
+COLD, WARM = [(0, 1), (0, 1)], [(1, 0), (1, 0)]
 
 
 def test_the_kernel_is_kept_like_that(run_python):
@@ -67,29 +82,32 @@ print(type(launch.launcher(None, None)._cache) is disk._Cache)
 
 
 @pytest.mark.parametrize("ending, cut", [("nbi", True), ("nbc", True), ("nbc", False)])
-def test_damaged_cache(run_python, tmp_path, ending, cut):
+def test_damaged_cache(kept, tmp_path, ending, cut):
     """A file that was cut off, or in which a bit has changed: said once, and mended."""
-    where = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    assert run_python(KEPT, **where).splitlines() == ["0 1", "0 1", ""]
-    assert run_python(KEPT, **where).splitlines() == ["1 0", "1 0", ""]
+    assert kept() == (COLD, [])
+    assert kept() == (WARM, [])
     for path in tmp_path.rglob(f"*.{ending}"):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data[: len(data) // 2] if cut else data)
-    assert run_python(KEPT, **where).splitlines() == ["0 1", "0 1", "RuntimeWarning"]
-    assert run_python(KEPT, **where).splitlines() == ["1 0", "1 0", ""]
+    assert kept() == (COLD, [RuntimeWarning])
+    assert kept() == (WARM, [])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no limits on the size of files there")
-def test_full_disk(run_python, tmp_path):
+def test_full_disk(kept):
     """A limit on the size of files stands in for it; said once for all kernels."""
-    program = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-"""
-    found = run_python(KEPT, program, NUMBA_CACHE_DIR=str(tmp_path))
-    assert found.splitlines() == ["0 1", "0 1", "RuntimeWarning"]
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        found = kept()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert found == (COLD, [RuntimeWarning])
 
 
 def test_without_compiling(run_python):

@@ -161,6 +161,24 @@ def test_gradients(target, name):
         assert (x[..., y.shape[-1] :] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page", [64, 24])
+def test_gradient_bits_of_keys_in_one_piece(target, dtype, page):
+    if target.backend != "cython":
+        pytest.skip("it has no kernel for gradients")
+    shape = Shape(2, 4, 150, 1152, 24, kv_heads=2)
+    q, k, v = draw(shape, dtype)
+    *pools, table = in_pages(k, v, [1152, 1152], page)
+    options = {"kv_lengths": [1100, 700], "causal": True, "q_offset": [900, 600]}
+    options |= {"alibi": [0.5, 0.25, 0.125, 1.0], "wrt": ("alibi",), "backend": target.backend}
+    out, back = fastattn.vjp(fastattn.scaled_dot, q, k, v, **options)
+    _, back_paged = fastattn.vjp(fastattn.scaled_dot, q, *pools, block_table=table, **options)
+    dq, _, _, slopes = back(out)
+    found = back_paged(out)
+    assert found[1] is found[2] is None
+    assert np.array_equal(found[0], dq) and np.array_equal(found[3], slopes)
+
+
 Q, K, V = draw(Shape(2, 4, 3, 8, 8, kv_heads=2))
 ERRORS = [
     ({"kv_lengths": None}, "kv_lengths: expected a value with block_table, got None"),

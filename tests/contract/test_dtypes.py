@@ -33,15 +33,14 @@ def test_promotion(target, names):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "shape",
-    [Shape(2, 2, 130, 600, 64, value_dim=37), Shape(2, 4, 1, 130, 20, 2), Shape(1, 1, 3, 5000, 8)],
+    [Shape(1, 2, 130, 600, 64, value_dim=37), Shape(2, 4, 1, 130, 20, 2), Shape(1, 1, 3, 5000, 8)],
     ids=["many queries", "few queries", "parts of keys"],
 )
 def test_mixed_dtypes_give_the_bits_of_converted_copies(target, shape, transposed):
     """A narrower operand is widened as it is read, which changes no number."""
     arrays = shape.arrays()
-    for names in itertools.product(DTYPES, repeat=3):
-        if len(set(names)) == 1:
-            continue
+    for m, n in itertools.product(range(4), repeat=2):  # each pair at each two operands
+        names = DTYPES[m], DTYPES[n], DTYPES[(m + n) % 4]
         mixed = [x.astype(float_type(n)) for x, n in zip(arrays, names, strict=True)]
         if transposed:
             mixed = [np.asfortranarray(x) for x in mixed]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.problems import Shape
-from helpers.targets import instruction_sets
+from helpers.targets import features, instruction_sets
 
 import fastattn
 from fastattn import dispatch, reference
@@ -105,12 +105,20 @@ built = pytest.mark.skipif(not SETS, reason="the compiled extension is not built
 
 @built
 class TestInstructionSets:
-    """FASTATTN_DISABLE_CPU_FEATURES: names separated by spaces or commas."""
+    """FASTATTN_DISABLE_CPU_FEATURES and FASTATTN_ENABLE_CPU_FEATURES: names separated by spaces or
+    commas.
+    """
+
+    @pytest.fixture(autouse=True)
+    def _slow_ones_too(self, monkeypatch):
+        monkeypatch.setenv("FASTATTN_ENABLE_CPU_FEATURES", features())
 
     @pytest.mark.parametrize("setting", ["avx9000", "avx2,avx9000", "avx512 avx9000", "AVX9000;"])
-    def test_unknown_name(self, monkeypatch, setting):
-        monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", setting)
-        with pytest.raises(ValueError, match=r"^FASTATTN_DISABLE_CPU_FEATURES: .*(?i:avx9000)"):
+    @pytest.mark.parametrize("variable", ["DISABLE", "ENABLE"])
+    def test_unknown_name(self, monkeypatch, variable, setting):
+        variable = f"FASTATTN_{variable}_CPU_FEATURES"
+        monkeypatch.setenv(variable, setting)
+        with pytest.raises(ValueError, match=rf"^{variable}: .*(?i:avx9000)"):
             fastattn.scaled_dot(*ARRAYS, backend="cython")
 
     def test_unknown_name_in_a_new_process(self, run_python):
@@ -138,6 +146,24 @@ except ValueError as error:
         for n, isa in enumerate(SETS):
             monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", " ".join(SETS[:n]))
             assert _kernels.instruction_set() == isa
+
+    def test_slow_ones_are_passed_over_unless_enabled(self, monkeypatch):
+        from fastattn import _kernels
+
+        slow = _kernels.slow_instruction_sets()
+        for n, isa in enumerate(SETS):
+            monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", " ".join(SETS[:n]))
+            monkeypatch.setenv("FASTATTN_ENABLE_CPU_FEATURES", "")
+            assert _kernels.instruction_set() == next(x for x in SETS[n:] if x not in slow)
+            if isa in slow:
+                monkeypatch.setenv("FASTATTN_ENABLE_CPU_FEATURES", isa)
+                assert _kernels.instruction_set() == isa
+
+    def test_disabled_ones_stay_so(self, monkeypatch):
+        from fastattn import _kernels
+
+        monkeypatch.setenv("FASTATTN_DISABLE_CPU_FEATURES", features())
+        assert _kernels.instruction_set() == SETS[-1]
 
     @pytest.mark.skipif("avx2" not in SETS, reason="no AVX2 here")
     def test_avx2_disables_avx512_too(self, monkeypatch):
@@ -202,7 +228,7 @@ def copied(tmp_path):
 
     def copy(content=None, name=None):
         package = Path(fastattn.__file__).parent
-        leave = shutil.ignore_patterns("__pycache__", "_kernels*.so", "_kernels*.pyd")
+        leave = shutil.ignore_patterns("_kernels*.so", "_kernels*.pyd", "*.nbi", "*.nbc")
         shutil.copytree(package, tmp_path / "fastattn", ignore=leave)
         if content is not None:
             suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
@@ -261,7 +287,7 @@ with contextlib.redirect_stdout(io.StringIO()) as told:
     fastattn.show_config()
 told = " ".join(told.getvalue().split())
 assert "cython: FASTATTN_DISABLE_CPU_FEATURES: expected some of avx2 avx512" in told, told
-assert "amx, got 'avx9000'" in told, told
+assert "neon_bf16, got 'avx9000'" in told, told
 assert "FASTATTN_NUM_THREADS: expected an integer, got 'many'" in told, told
 assert "cython" not in fastattn.available_backends()
 q = np.ones((3, 4), np.float32)

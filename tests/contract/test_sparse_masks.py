@@ -189,14 +189,16 @@ def test_scipy_is_not_imported():
 @pytest.mark.parametrize(
     "names",
     ["causal", "window", "q_offset causal", "kv_lengths", "spans", "softcap", "bias", "-inf bias",
-     "alibi q_offset", "sinks", "relative_bias", "scales",
-     "scale softcap bias alibi sinks window spans"],
+     "alibi q_offset", "sinks", "relative_bias", "-inf distances q_offset", "scales",
+     "scales softcap", "scale softcap bias alibi sinks window spans",
+     "scales bias relative_bias alibi sinks"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_options(target, names, dtype):
+@pytest.mark.parametrize("dropout", [None, (0.3, 5)])
+def test_options(target, names, dtype, dropout):
     q, k, v = SHAPE.arrays(dtype)
-    given = options(names.split(), SHAPE, seed=1)
-    check(target, q, k, v, mask=csr(), return_weights=True, **given)
+    given = options(names.split(), SHAPE, seed=1) | {"dropout": dropout}
+    check(target, q, k, v, mask=csr(), return_max=True, return_weights=True, **given)
     check_gradients(target, q, k, v, mask=csr(density=0.5), **given)
 
 
@@ -214,6 +216,19 @@ def test_a_bias_that_broadcasts(target, shape):
     bias = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     check(target, q, k, v, mask=csr(), bias=bias)
     check_gradients(target, q, k, v, mask=csr(density=0.5), bias=bias)
+
+
+@pytest.mark.parametrize("offset", [(0, 0, 0, 0), (7, 2**33, 2**33 + 5, 2**35 - 3)])
+def test_the_same_weights_are_dropped_as_under_a_dense_mask(target, offset):
+    q, k, _ = SHAPE.arrays("float64")
+    v, mask = np.broadcast_to(np.eye(31), (3, 2, 31, 31)).copy(), csr(density=0.6)
+    dropped = {"dropout": (0.4, 9), "dropout_offset": offset}
+    out, pullback = target.vjp(q, k, v, mask=mask, **dropped)
+    dense = fastattn.scaled_dot(q, k, v, mask=mask.toarray(), backend="reference", **dropped)
+    assert same_bits(out == 0, dense == 0)
+    assert 0.3 < (out[:, :, 2] == 0).mean() < 0.5  # row 2 sees all
+    grad_v = pullback(np.ones_like(out))[2][..., 0]
+    np.testing.assert_allclose(grad_v, out.reshape(3, 2, -1, 31).sum(axis=2), rtol=1e-12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -243,6 +258,7 @@ def test_large_numbers(target):
     check(target, q * np.float32(1e25), k * np.float32(1e15), v, mask=csr(), scale=1e-38)
     check(target, q, k, np.full_like(v, 3e38), mask=csr())
     check(target, q * np.float32(1e20), k * np.float32(1e20), v, mask=csr())
+    check(target, q, k, v, mask=csr(), relative_bias=np.full((4, 5), 3e38), scale=[1, 2, -1e38, 0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -311,6 +327,16 @@ def test_weight_maps(backend):
             np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13)
 
 
+def test_weight_maps_of_many_queries_do_not_depend_on_the_threads():
+    q, k, _ = Shape(2, 4, 600, 700, 8, kv_heads=2).arrays()
+    mask = csr(600, 700, 0.05)
+    for function, args in ((fastattn.key_importance, ()), (fastattn.attention_map, ((7, 9),))):
+        found = function(q, k, *args, mask=mask, threads=3)
+        assert same_bits(found, function(q, k, *args, mask=mask, threads=1))
+        dense = function(q, k, *args, mask=mask.toarray(), backend="reference")
+        np.testing.assert_allclose(found, dense, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("page", [1, 4, 5])
 def test_keys_in_pages(target, page):
     q, k, v = SHAPE.arrays()
@@ -320,14 +346,27 @@ def test_keys_in_pages(target, page):
     given = {"kv_lengths": lengths, "q_offset": lengths - 23, "causal": True}
     pool_k, pool_v, table = in_pages(k, v, lengths, page)
     call = {"mask": mask, "block_table": table, **given}
-    out, pullback = target.vjp(q, pool_k, pool_v, **call)
     wanted, pull_wanted = fastattn.vjp(
         fastattn.scaled_dot, q, k, v, mask=mask[:, :31], backend="reference", **given
     )
+    out = target.attend(q, pool_k, pool_v, **call)
     np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+    out, pullback = target.vjp(q, pool_k, pool_v, **call)
     dq, dk, dv = pullback(out)
     np.testing.assert_allclose(dq, pull_wanted(out)[0], rtol=1e-4, atol=1e-5)
     assert dk is dv is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "int8", "int4"])
+def test_a_cache(target, dtype):
+    q, k, v = Shape(2, 4, 5, 70, 40, kv_heads=2).arrays()
+    cache = fastattn.KVCache(2, 2, 40, dtype=dtype)
+    cache.append(k, v)
+    mask = csr(5, 70)
+    target.attend(q, k, v, mask=mask)  # skips where there is no kernel
+    found = cache.attend(q, mask=mask, backend=target.backend)
+    dense = cache.attend(q, mask=mask.toarray(), backend="reference")
+    np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- promises
@@ -335,15 +374,17 @@ def test_keys_in_pages(target, page):
 
 def test_same_bits_for_threads_and_slices(target):
     q, k, v = Shape(2, 4, 700, 700, 16, kv_heads=2).arrays()
-    mask = csr(700, 700, 0.05)
-    out, pullback = target.vjp(q, k, v, mask=mask, threads=3)
+    mask, bias = csr(700, 700, 0.05), np.random.default_rng(0).standard_normal((4, 301))
+    call = {"mask": mask, "wrt": ("relative_bias",), "dropout": (0.2, 1)}
+    out, pullback = target.vjp(q, k, v, relative_bias=bias, threads=3, **call)
     grads = pullback(out)
-    one, pull_one = target.vjp(q, k, v, mask=mask, threads=1)
+    one, pull_one = target.vjp(q, k, v, relative_bias=bias, threads=1, **call)
     assert same_bits(out, one)
     assert all(same_bits(x, y) for x, y in zip(grads, pull_one(out), strict=True))
-    part, pull_part = target.vjp(q[1:, 2:], k[1:, 1:], v[1:, 1:], mask=mask)
+    call["dropout_offset"] = (1, 2, 0, 0)
+    part, pull_part = target.vjp(q[1:, 2:], k[1:, 1:], v[1:, 1:], relative_bias=bias[2:], **call)
     assert same_bits(part, out[1:, 2:])
-    for x, y, first in zip(pull_part(part), grads, (2, 1, 1), strict=True):
+    for x, y, first in zip(pull_part(part)[:3], grads[:3], (2, 1, 1), strict=True):
         assert same_bits(x, y[1:, first:])
 
 

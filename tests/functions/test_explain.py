@@ -74,6 +74,34 @@ def test_gradients(target):
     assert all(f"not {name}: " in default for name in before)
 
 
+def test_what_cython_leaves_to_numpy_under_a_sparse_mask(monkeypatch):
+    """Told where NumPy runs, and nowhere else."""
+    sparse = pytest.importorskip("scipy.sparse", reason="its arrays are the masks")
+    if "cython" not in fastattn.available_backends():
+        pytest.skip("the extension is not built")
+    from fastattn.backends.cython import backward, weight_maps
+
+    ran = []
+
+    def noted(name, run):
+        return lambda *x: ran.append(name) or run(*x)
+
+    for module, name in ((backward.numpy_backward, "run_backward"), (weight_maps, "run_top")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    q, k, v = Shape(2, 4, 20, 30, 16).arrays()
+    mask = sparse.csr_array(np.random.default_rng(0).random((20, 30)) < 0.3)
+    for operands in ((q, k, v), (q, k[:1], v[:1])):
+        found = fastattn.explain(*operands, mask=mask, backend="cython")
+        fastattn.top_keys(q, k, 3, mask=mask, backend="cython")
+        assert (ran.pop() == "run_top") == found.plan["top_keys"].startswith("by NumPy: ")
+        out, pullback = fastattn.vjp(fastattn.scaled_dot, *operands, mask=mask, backend="cython")
+        pullback(out)
+        assert bool(ran) == ("by NumPy: no kernel for those of arrays" in found.gradients)
+    assert ran == ["run_backward"]
+    dense = fastattn.explain(q, k, v, backend="cython")
+    assert "NumPy" not in f"{dense.plan}{dense.gradients.partition(', not')[0]}"
+
+
 def test_share_skipped(target):
     if target.backend != "cython":
         pytest.skip(f"{target.backend} does not tell what it skips")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.gradients import exact_gradients, plain_gradients, random_like
-from helpers.oracles import assert_exact_enough, same_bits
+from helpers.oracles import assert_exact_enough, judging_dtype, same_bits
 from helpers.problems import Shape, options
 from test_score_functions import parameters, problem_of
 
@@ -58,8 +58,7 @@ def test_promise_1(target, name, dtype, shape):
         grads = [random_like(x, seed) for seed, x in enumerate(results)]
         grads[1] = np.where(np.isfinite(results[1]), grads[1], 0)
         p = problem_of(name, q, k, v, **given, **opts, gradients=True, wrt=wrt + own)
-        real = np.longdouble if dtype == "float64" else np.float64
-        exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)
+        exact, plain = exact_gradients(p, *grads, judging_dtype(p)), plain_gradients(p, *grads)
         for got, truth, yardstick, g in zip(
             pullback(*grads), exact, plain, p.gradients, strict=True
         ):
@@ -153,6 +152,19 @@ def test_padding_has_gradient_zero_and_touches_nothing(target, name):
     assert not found[1][1][:, :, 6:].any() and not found[1][2][:, :, 6:].any()
     for other in found[1:]:
         assert all(same_bits(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_same_bits_for_any_threads(target, name):
+    if not target.bitwise:
+        pytest.skip(f"{target.backend} does not promise it")
+    arrays, given = arguments(name, Shape(2, 4, 150, 1100, 7, kv_heads=2), "float32")
+    found = []
+    for threads in (1, 3):
+        wrt = tuple(given) or ("scale",)
+        (out, _), pullback = vjp(target, name, arrays, given, wrt, causal=True, threads=threads)
+        found.append(pullback(out))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_dtypes_of_gradients():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.gradients import exact_gradients, plain_gradients, random_like
-from helpers.oracles import assert_exact_enough
+from helpers.oracles import assert_exact_enough, judging_dtype
 from helpers.problems import Shape, options
 from test_similarity import SPREADS, spread
 
@@ -112,8 +112,7 @@ def test_gradients_of_a_large_spread(target, case, dtype):
     out, pullback = fastattn.vjp(fastattn.gaussian, q, k, v, alpha=alpha, backend=target.backend)
     p = make_problem(q, k, v, scale=-alpha, score_function=SQUARED_DISTANCE, gradients=True)
     grads = random_like(out), np.zeros((1, len(q)))
-    real = np.longdouble if dtype == "float64" else np.float64
-    exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)
+    exact, plain = exact_gradients(p, *grads, judging_dtype(p)), plain_gradients(p, *grads)
     for got, truth, yardstick, g in zip(pullback(grads[0]), exact, plain, p.gradients, strict=True):
         assert_exact_enough(got, truth, yardstick, g.dtype, f"gradient of {g.name}")
 

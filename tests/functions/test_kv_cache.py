@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from helpers.memory import STATUS
+from helpers.memory import reported
 from helpers.oracles import assert_solves, check, same_bits
 from helpers.problems import DTYPES, Shape, float_type
 
@@ -399,30 +399,29 @@ def test_rounds_to_infinity_without_a_word():
     assert np.isposinf(cache.attend(np.zeros((1, 1, 1, 4), np.float32))).all()
 
 
-# Prints by how many MiB attention to 2 x 8 MiB of int8 raises the peak of the process.
-PROGRAM = (
-    STATUS
-    + """
-backend, n = sys.argv[1], int(sys.argv[2])
+# How much memory attention to 2 x 8 MiB of int8 takes.
+PROGRAM = """
+import sys
+import numpy as np
+import fastattn
+from helpers.memory import extra, report
+
+how = {"backend": sys.argv[1], "threads": 2}
 cache = fastattn.KVCache(1, 2, 128, capacity=32768, dtype="int8")
 rng = np.random.default_rng(0)
 for _ in range(16):
     cache.append(*rng.standard_normal((2, 1, 2, 2048, 128), np.float32))
-q = rng.standard_normal((1, 4, n, 128), np.float32)
-cache.attend(q[:, :, :1], backend=backend, threads=2, window=(9, 0))  # whatever is made once
-before = status("VmRSS")
-top = status("VmHWM")
-cache.attend(q, backend=backend, threads=2)
-print(max(0, status("VmHWM") - max(before, top)))
+q = rng.standard_normal((1, 4, 20, 128), np.float32)
+cache.attend(q[:, :, :1], window=(9, 0), **how)  # whatever is made once
+report(**{f"{n} queries": extra(lambda: cache.attend(q[:, :, :n], **how)) for n in (1, 20)})
 """
-)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("n", [1, 20])
-def test_int8_is_never_an_array_of_floats(target, run_python, n):
+@pytest.mark.one_instruction_set
+def test_int8_is_never_an_array_of_floats(target, run_python):
     """The keys alone would be 32 MiB of float32; some tiles are less than 24."""
-    assert float(run_python(PROGRAM, backend(target), str(n))) < 24
+    assert not reported(run_python(PROGRAM, backend(target)), 24)
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float32", "bfloat16")])

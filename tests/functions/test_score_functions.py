@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.memory import STATUS
+from helpers.memory import reported
 from helpers.oracles import assert_exact_enough, assert_solves, plain_numpy, same_bits
 from helpers.problems import DTYPES, Shape, options
 
@@ -284,35 +284,35 @@ def test_same_bits_for_any_threads_and_slices(target, name):
     assert same_bits(call(target, name, q[:, 2:], k[:, 1:], v[:, 1:], **given), whole[:, 2:])
 
 
-PROGRAM = (
-    STATUS
-    + """
-name, backend = sys.argv[1:]
+PROGRAM = """
+import sys
+import numpy as np
+import fastattn
+from helpers.memory import extra, report
+
+backend, *names = sys.argv[1:]
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((n, 32), np.float32) for n in (128, 16384, 16384))
 w = {x: rng.standard_normal((32, 16), np.float32) for x in ("w_q", "w_k")} | {"w": np.ones(16)}
-def call(n):
+
+def call(name, n):
     options = w if name == "additive" else {}
     return getattr(fastattn, name)(q, k[:n], v[:n], backend=backend, threads=2, **options)
-call(600)
-before = status("VmHWM")
-call(16384)
-print(status("VmHWM") - before)
+
+for name in names:
+    call(name, 600)  # whatever is made once
+report(**{name: extra(lambda: call(name, 16384)) for name in names})
 """
-)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", BOTH)
-def test_memory(target, name, run_python):
+@pytest.mark.one_instruction_set
+def test_memory(target, run_python):
     """Scores of 128 x 16384 are 8 MiB, 128 with an axis of 16; the projected keys 1."""
-    call(
-        target,
-        name,
-        *Shape(1, 1, 1, 1, 2).arrays(),
-        **(parameters(2) if name == "additive" else {}),
-    )
-    assert float(run_python(PROGRAM, name, target.backend)) < 6
+    for name in BOTH:
+        given = parameters(2) if name == "additive" else {}
+        call(target, name, *Shape(1, 1, 1, 1, 2).arrays(), **given)
+    assert not reported(run_python(PROGRAM, target.backend, *BOTH), 6)
 
 
 # ------------------------------------------------------------------------------ arrays and errors

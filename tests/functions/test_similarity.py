@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.oracles import assert_exact_enough, same_bits
+from helpers.oracles import assert_exact_enough, judging_dtype, same_bits
 from helpers.problems import DTYPES, Shape, options
+from helpers.remembered import remembered
 
 import fastattn
 from fastattn import reference
@@ -32,6 +33,7 @@ def distances(q, k, alpha=1.0):
     return -q.dtype.type(alpha) * (squares[0][..., None] + squares[1][..., None, :] - twice)
 
 
+@remembered
 def solve(p, score, real, normalize=True, hidden=None):
     """``(out, lse, weights)`` on the full grid, every step in `real`."""
     with np.errstate(all="ignore"):
@@ -54,9 +56,8 @@ def solve(p, score, real, normalize=True, hidden=None):
 
 def check(results, p, score, offset=0.0, **how):
     """Promise 1; the yardstick is that of the same inputs less `offset`."""
-    real = np.longdouble if p.accumulator == np.float64 else np.float64
     near = replace(p, q=p.q - p.dtype.type(offset), k=p.k - p.dtype.type(offset))
-    exact = solve(p, score, real, **how)
+    exact = solve(p, score, judging_dtype(p), **how)
     plain = [x.astype(p.dtype) for x in solve(near, score, p.accumulator, **how)]
     names = ("out", "lse", "weights")
     dtypes = (p.dtype, p.accumulator, p.dtype)
@@ -103,7 +104,7 @@ def test_cosine(target, names):
     opts = options(names, SHAPE)
     results = fastattn.cosine(q, k, v, temperature=0.1, return_lse=True, return_weights=True,
                               backend=target.backend, **opts)  # fmt: skip
-    check(results, make_problem(q, k, v, **opts), lambda q, k: cosines(q, k, 0.1))
+    check(results, make_problem(q, k, v, **opts), functools.partial(cosines, temperature=0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,7 +160,7 @@ def test_gaussian(target, names, how):
     p = make_problem(q, k, v, **opts)
     i, j = reference.positions(p)
     hidden = i == j if "exclude_self" in how else None
-    check(results, p, lambda q, k: distances(q, k, 0.05), hidden=hidden,
+    check(results, p, functools.partial(distances, alpha=0.05), hidden=hidden,
           normalize=how.get("normalize", True))  # fmt: skip
 
 

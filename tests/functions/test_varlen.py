@@ -18,6 +18,7 @@ OPTIONS = {
     "offsets": {"causal": True, "q_offset": OFFSETS},
     "alibi": {"alibi": [0.0, 0.5, 0.25, 1.0]},
     "alibi offsets": {"alibi": [0.0, 0.5, 0.25, 1.0], "causal": True, "q_offset": OFFSETS},
+    "relative_bias": {"relative_bias": np.linspace(-1, 2, 28).reshape(4, 7) ** 2},
     "score": {"scale": 0.3, "softcap": 2.0, "sinks": [0.0, 1.0, -1.0, 0.5]},
 }
 
@@ -58,7 +59,8 @@ def test_each_sequence_by_itself(target, name, dtype):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradients(name):
     q, k, v = packed()
-    options, wrt = OPTIONS[name], tuple(x for x in ("alibi", "sinks") if x in OPTIONS[name])
+    options = OPTIONS[name]
+    wrt = tuple(x for x in ("alibi", "relative_bias", "sinks") if x in options)
     out, pullback = fastattn.vjp(fastattn.varlen, q, k, v, CU_Q, CU_K, wrt=wrt, **options)
     grad = np.random.default_rng(1).standard_normal(out.shape)
     dq, dk, dv, of_cu_q, of_cu_k, *rest = pullback(grad)
@@ -74,10 +76,55 @@ def test_gradients(name):
         np.testing.assert_allclose(x, expected, atol=1e-12)
 
 
+# Of each kernel, of more than one tile and block, split keys, and sequences that see nothing.
+MANY_Q, MANY_K = [0, 3, 20, 140, 1, 600, 70], [9, 3, 33, 0, 5000, 1100, 70]
+ALONE = {
+    "plain": {},
+    "causal": {"causal": True, "alibi": [0.5, 0.25, 0.125, 1.0]},
+    "window": {"window": (50, 0), "sinks": [0.0, 1.0, -1.0, 0.5]},
+    "relative_bias": {"relative_bias": np.linspace(-1, 1, 4 * 101).reshape(4, 101)},
+}
+
+
+def many(dtype):
+    rng = np.random.default_rng(2)
+    shapes = (sum(MANY_Q), 4, 40), (sum(MANY_K), 2, 40), (sum(MANY_K), 2, 24)
+    return tuple(rng.standard_normal(shape).astype(float_type(dtype)) for shape in shapes)
+
+
+def many_alone(q, k, v):
+    ends = zip(np.cumsum(MANY_Q), np.cumsum(MANY_K), MANY_Q, MANY_K, strict=True)
+    for end_q, end_k, n_q, n_k in ends:
+        queries, keys = slice(end_q - n_q, end_q), slice(end_k - n_k, end_k)
+        yield queries, keys, tuple(x.swapaxes(0, 1) for x in (q[queries], k[keys], v[keys]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALONE)
+def test_bits_of_a_sequence_alone(target, name, dtype):
+    if target.backend != "cython":
+        pytest.skip("blocks of other backends begin where the pack does")
+    q, k, v = many(dtype)
+    options = ALONE[name] | {"backend": target.backend, "return_lse": True, "return_max": True}
+    (out, lse, top), pullback = fastattn.vjp(
+        fastattn.varlen, q, k, v, lengths=MANY_Q, lengths_k=MANY_K, threads=3, **options
+    )
+    grad = np.random.default_rng(3).standard_normal(out.shape).astype(out.dtype)
+    dq, dk, dv = pullback(grad)
+    for queries, keys, arrays in many_alone(q, k, v):
+        results, back = fastattn.vjp(fastattn.scaled_dot, *arrays, threads=1, **options)
+        alone, lse_alone, top_alone = results
+        assert np.array_equal(lse[:, queries], lse_alone)
+        assert np.array_equal(top[:, queries], top_alone)
+        own = (out[queries], dq[queries], dk[keys], dv[keys])
+        for x, expected in zip(own, (alone, *back(grad[queries].swapaxes(0, 1))), strict=True):
+            assert np.array_equal(x.swapaxes(0, 1), expected)
+
+
 def test_lengths_and_out():
     q, k, v = packed()
     expected = fastattn.varlen(q, k, v, CU_Q, CU_K)
-    for options in ({}, {"alibi": np.zeros(4)}):  # in one call, and in one for each offset
+    for options in ({}, {"alibi": np.zeros(4)}):
         out = np.empty((len(q), 4, 5))
         same = fastattn.varlen(q, k, v, lengths=LENGTHS_Q, lengths_k=LENGTHS_K, out=out, **options)
         assert same is out

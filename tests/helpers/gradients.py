@@ -4,20 +4,32 @@ import numpy as np
 
 from fastattn.backward import of_its_array
 from fastattn.core.backward import Backward
-from helpers.oracles import assert_exact_enough, make_problem, plain_measure, plain_numpy, reference
+from fastattn.core.option_table import DIFFERENTIABLE
+from helpers.oracles import (
+    assert_exact_enough,
+    definition,
+    judging_dtype,
+    make_problem,
+    plain_measure,
+    plain_numpy,
+    reference,
+)
+from helpers.remembered import remembered
 
-ARRAY_OPTIONS = ("scale", "bias", "relative_bias", "alibi", "sinks")
+ARRAY_OPTIONS = DIFFERENTIABLE
 
 
+@remembered
 def exact_gradients(p, grad_out, grad_lse=None, real=np.float64) -> list[np.ndarray]:
     """The definition's, from a forward pass that is not rounded between."""
-    out, lse, _ = reference.attend(p, real)
+    out, lse, _ = definition(p, real)
     grads = (None if x is None else with_heads(x, p).astype(real) for x in (grad_out, grad_lse))
     grad_out, grad_lse = grads
     found = reference.gradients(Backward(p, out, lse, grad_out, grad_lse), real)
     return [of_its_array(found[g.name], g._replace(dtype=np.dtype(real))) for g in p.gradients]
 
 
+@remembered
 def plain_gradients(p, grad_out, grad_lse=None) -> list[np.ndarray]:
     """As a NumPy user would write them, every step in the dtype of `p`."""
     real = p.dtype
@@ -110,8 +122,7 @@ def check_gradients(target, q, k, v, *, wrt=None, with_lse=True, grad_size=None,
     found = pullback(*grads)
     options.pop("threads", None)
     p = make_problem(q, k, v, gradients=True, wrt=wrt, **options)
-    real = np.longdouble if p.accumulator == np.float64 else np.float64
-    exact, plain = exact_gradients(p, *grads, real), plain_gradients(p, *grads)
+    exact, plain = exact_gradients(p, *grads, judging_dtype(p)), plain_gradients(p, *grads)
     assert len(found) == len(p.gradients) == 3 + len(wrt)
     for got, truth, yardstick, g in zip(found, exact, plain, p.gradients, strict=True):
         assert got.shape == g.shape

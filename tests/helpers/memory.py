@@ -49,12 +49,3 @@ def reported(printed: str, most: float) -> dict[str, float]:
     cases = json.loads(printed)
     assert cases
     return {case: size for case, size in cases.items() if not size < most}
-
-
-# How other programs begin.
-STATUS = """
-import sys
-import numpy as np
-import fastattn
-from helpers.memory import status
-"""

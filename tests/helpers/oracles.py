@@ -13,6 +13,7 @@ import numpy as np
 
 from fastattn import reference
 from fastattn.core.problem import Problem, make_problem
+from helpers.remembered import remembered
 
 
 def brute_force(
@@ -110,6 +111,15 @@ def philox(counter, key, rounds=7):
     return l0, r0, l1, r1
 
 
+definition = remembered(reference.attend)
+
+
+def judging_dtype(p: Problem):
+    """In which the definition is more exact than any result of `p`."""
+    return np.longdouble if p.accumulator == np.float64 else np.float64
+
+
+@remembered
 def plain_numpy(p: Problem, dtype):
     """``(out, lse, weights)`` as a NumPy user would write it, every step in `dtype`.
 
@@ -214,7 +224,7 @@ def assert_exact_enough(got, exact, plain, dtype, what="out"):
 def assert_solves(results, p: Problem):
     """The results of `fastattn.scaled_dot`, in its order of return, solve `p` (promise 1)."""
     results = results if isinstance(results, tuple) else (results,)
-    exact = reference.attend(p, np.longdouble if p.accumulator == np.float64 else np.float64)
+    exact = definition(p, judging_dtype(p))
     plain, plain_sums = (plain_numpy(p, dtype) for dtype in (p.dtype, p.accumulator))
     wanted = [("out", exact[0], plain[0], p.dtype)]
     if p.return_lse:  # kept in the accumulator's dtype, so measured in that

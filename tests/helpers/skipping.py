@@ -1,6 +1,6 @@
 """Calls of which some keys lie in memory that may not be read: to read them ends the process.
 
-As a program, ``python -m helpers.skipping BACKEND WHAT``, this makes the calls of every case and
+As a program, ``python -m helpers.skipping BACKEND WHAT...``, this makes the calls of every case and
 prints each before, so that the last line says which one ended it.
 """
 
@@ -88,14 +88,15 @@ def make_maps(backend, q, k, v, first, last, options):
     assert first == last or (importance.any() and (indices >= 0).any())
 
 
-def main(backend, what):
+def main(backend, *whats):
     for case in CASES:
         for n_queries in (1, 5, 300):
-            print(case, n_queries, flush=True)
             first, last, options = problem(case, n_queries)
             q = np.random.default_rng(1).standard_normal((n_queries, DIM), np.float32)
             k, v = guarded(first, last), guarded(first, last)
-            globals()[what](backend, q, k, v, first, last, options)
+            for what in whats:
+                print(case, n_queries, what, flush=True)
+                globals()[what](backend, q, k, v, first, last, options)
     print("fine")
 
 

@@ -73,7 +73,7 @@ class Target(NamedTuple):
 
 @cache
 def kernel_tables() -> dict[str, dict[str, tuple[int, ...]]]:
-    """The compiled kernels by instruction set, fastest first, and dtype; empty if not built."""
+    """The compiled kernels by instruction set, newest first, and dtype; empty if not built."""
     try:
         from fastattn import _kernels
     except ImportError:
@@ -82,8 +82,17 @@ def kernel_tables() -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those of the compiled kernels, fastest first; empty where they are not built."""
+    """Those of the compiled kernels, newest first; empty where they are not built."""
     return tuple(kernel_tables())
+
+
+def features() -> str:
+    """All that may be disabled. A test enables them, as slow ones are passed over otherwise."""
+    try:
+        from fastattn import _kernels
+    except ImportError:
+        return ""
+    return " ".join(_kernels.FEATURES)
 
 
 def multiplied_dtype(problem) -> str:

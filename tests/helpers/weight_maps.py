@@ -9,7 +9,7 @@ import fastattn
 from fastattn import reference
 from fastattn.core.problem import make_problem
 from fastattn.dispatch import named, unsupported_map
-from helpers.oracles import assert_exact_enough, plain_numpy
+from helpers.oracles import assert_exact_enough, definition, judging_dtype, plain_numpy
 
 
 def problem_of(q, k, **options):
@@ -27,8 +27,7 @@ def call(target, name, q, k, *args, **options):
 
 def oracles(p):
     """The weights in more than the dtype of sums, and plain NumPy's in that dtype."""
-    exact = np.longdouble if p.accumulator == np.float64 else np.float64
-    return reference.attend(p, exact)[2], plain_numpy(p, p.accumulator)[2]
+    return definition(p, judging_dtype(p))[2], plain_numpy(p, p.accumulator)[2]
 
 
 def cells(weights, rows, columns):

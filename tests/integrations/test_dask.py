@@ -28,19 +28,21 @@ def _one_thread():
 def check(operands, chunks, **chosen):
     """Against the whole in one call, in float64, where the merging of parts is all that differs."""
     chunked = [da.from_array(x, chunks=c) for x, c in zip(operands, chunks, strict=True)]
-    found = scaled_dot(*chunked, return_lse=True, **chosen)
+    chosen = {"return_lse": True, "return_max": True} | chosen
+    found = scaled_dot(*chunked, **chosen)
     whole = {name: x.compute() if isinstance(x, da.Array) else x for name, x in chosen.items()}
-    wanted = fastattn.scaled_dot(*operands, return_lse=True, **whole)
+    wanted = fastattn.scaled_dot(*operands, **whole)
     for lazy, computed, want in zip(found, dask.compute(*found), wanted, strict=True):
         assert lazy.shape == computed.shape == want.shape and lazy.dtype == computed.dtype
         np.testing.assert_allclose(computed, want, rtol=0, atol=1e-12)
-    assert found[1].chunks == found[0].chunks[:-1]
+    assert found[1].chunks == found[2].chunks == found[0].chunks[:-1]
     return found[0].chunks
 
 
 NAMES = [
     (), ("causal",), ("window", "softcap"), ("alibi", "scale"), ("sinks", "causal", "q_offset"),
     ("bias", "mask"), ("kv_lengths",), ("kv_lengths", "window", "sinks"), ("spans", "-inf"),
+    ("relative_bias", "scales"), ("relative_bias", "causal", "q_offset", "kv_lengths"),
     ("spans", "q_offset", "alibi", "sinks", "causal", "mask", "kv_lengths"),
 ]  # fmt: skip
 
@@ -54,7 +56,8 @@ def test_options(names, seed):
 
 def test_options_as_dask_arrays():
     """In chunks of their own, and with axes that broadcast."""
-    chosen = options(("bias", "mask", "alibi", "sinks", "kv_lengths", "q_offset"), SHAPE)
+    names = "bias", "mask", "alibi", "sinks", "kv_lengths", "q_offset", "relative_bias", "scales"
+    chosen = options(names, SHAPE)
     chosen["bias"], chosen["mask"] = chosen["bias"][:1, :, :1], chosen["mask"][0, 0]
     chosen = {name: da.from_array(x, chunks=4) for name, x in chosen.items()}
     check(SHAPE.arrays("float64"), CHUNKS, **chosen)
@@ -132,6 +135,13 @@ def test_errors_come_before_any_work(words, error, message):
     operands = map(da.from_array, SHAPE.arrays())
     with pytest.raises(error, match=r"^" + message):
         scaled_dot(*operands, **words)
+
+
+def test_sparse_mask_is_refused():
+    sparse = pytest.importorskip("scipy.sparse", reason="its arrays are such masks")
+    operands = map(da.from_array, SHAPE.arrays())
+    with pytest.raises(TypeError, match=r"^mask: expected an array, which can be cut, got a spa"):
+        scaled_dot(*operands, mask=sparse.csr_array(np.ones((50, 70))))
 
 
 def test_errors_that_only_the_computation_finds():

@@ -291,7 +291,7 @@ def test_derivatives_of_options(mapped):
     """First and second ones in both modes; mapped, options of heads have leading axes."""
     rng = np.random.default_rng(0)
     shapes = {"q": (4, 3, 2), "k": (2, 5, 2), "v": (2, 5, 2), "bias": (3, 5), "sinks": (4,),
-              "alibi": (4,), "relative_bias": (4, 3)}  # fmt: skip
+              "alibi": (4,), "relative_bias": (4, 3), "scale": (4,)}  # fmt: skip
     with jax.enable_x64(True):
         x = {name: jnp.asarray(rng.random(shape)) for name, shape in shapes.items()}
 
@@ -352,6 +352,32 @@ def test_options_are_those_of_scaled_dot(names):
     grads = pullback(*(np.ones_like(x) for x in results))
     for got, want in zip(found, (*results, *grads), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_scales_and_relative_bias_with_gradients():
+    """Traced, and mapped beside what is not."""
+    shape = Shape(2, 4, 20, 30, 16, kv_heads=2)
+    q, k, v = shape.arrays()
+    rng = np.random.default_rng(2)
+    scales, biases = rng.uniform(0.1, 1, (3, 4)), rng.standard_normal((3, 4, 9))
+    scales, biases = scales.astype("float32"), biases.astype("float32")
+
+    def loss(q, scale, relative_bias):
+        out, row_max = scaled_dot(
+            q, k, v, scale=scale, relative_bias=relative_bias, return_max=True, causal=True
+        )
+        return (out**2).sum(), row_max
+
+    differentiate = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    found = jax.jit(jax.vmap(differentiate, (None, 0, 0)))(q, scales, biases)
+    for n in range(3):
+        given = {"scale": scales[n], "relative_bias": biases[n], "causal": True}
+        (out, row_max), pullback = fastattn.vjp(
+            fastattn.scaled_dot, q, k, v, wrt=("scale", "relative_bias"), return_max=True, **given
+        )
+        dq, _, _, *rest = pullback(2 * out)
+        for got, want in zip(jax.tree.leaves(found), (dq, *rest, row_max), strict=True):
+            np.testing.assert_array_equal(got[n], want)
 
 
 def test_two_axes_are_one_head():
@@ -523,6 +549,28 @@ def test_dropout_by_a_key():
     np.testing.assert_array_equal(scaled_dot(q, k, v, **own), expected)
 
 
+def test_offsets_of_dropout_that_are_traced():
+    """Each slice drops what the whole does, whichever it is."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 30, 8))
+    whole = scaled_dot(q, k, v, dropout=(0.3, 9))
+
+    @jax.jit
+    def of_rows(first):
+        rows = jax.lax.dynamic_slice_in_dim(q, first, 10, 1)
+        return scaled_dot(rows, k, v, dropout=(0.3, 9), dropout_offset=(0, 0, first, 0))
+
+    np.testing.assert_allclose(of_rows(10), whole[:, 10:20], rtol=0, atol=1e-6)
+    mapped = jax.vmap(of_rows)(jnp.array([0, 10, 20]))
+    np.testing.assert_allclose(jnp.concatenate(mapped, 1), whole, rtol=0, atol=1e-6)
+    one, far = jnp.array([1]), jnp.array(2)
+    for wrong, words in (
+        ((0, 0, one, 0), "an integer, got array"), (jnp.zeros(4), "an integer, got float32"),
+        (jnp.zeros(3, int), "4 numbers|3 numbers"), ((2**40, 0, far, 0), "numbers that JAX has"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=f"^dropout_offset: .*({words})"):
+            scaled_dot(q, k, v, dropout=(0.3, 9), dropout_offset=wrong)
+
+
 def test_gradients_of_dropout():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4))
 
@@ -540,7 +588,11 @@ def test_gradients_of_dropout():
     )
 
 
-@pytest.mark.parametrize("dropout", [0.1, (0.1, 2, 3), (1.5, 0), (0.1, -1)], ids=str)
+@pytest.mark.parametrize(
+    "dropout",
+    [0.1, (0.1, 2, 3), (1.5, 0), (0.1, -1), (0.1, jnp.ones(2)), (0.1, jnp.ones(3, int))],
+    ids=str,
+)
 def test_wrong_dropout(dropout):
     q = jax.numpy.ones((1, 3, 4))
     with pytest.raises((TypeError, ValueError), match=r"^dropout: expected"):

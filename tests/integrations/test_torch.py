@@ -196,6 +196,18 @@ def test_backend_threads_and_precision_are_passed_on():
     torch.testing.assert_close(out, scaled_dot(*arrays), rtol=0, atol=1e-6)
 
 
+def test_scale_of_each_head_has_a_gradient():
+    q, k, v = tensors()
+    scale = torch.linspace(0.1, 0.4, 4, requires_grad=True)
+    out, row_max = scaled_dot(q, k, v, scale=scale, return_max=True)
+    scores = scale[:, None, None] * (q @ k.mT)
+    wanted = scores.softmax(-1) @ v
+    torch.testing.assert_close((out, row_max), (wanted, scores.amax(-1).detach()))
+    found, want = (torch.autograd.grad(x.square().sum(), scale) for x in (out, wanted))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert not row_max.requires_grad
+
+
 def test_gradient_through_lse_alone():
     q, k, v = tensors(dtype=torch.float64, requires_grad=True)
     _, lse = scaled_dot(q, k, v, return_lse=True)
@@ -257,20 +269,21 @@ def test_opcheck(n_options, order):
               for x in arrays]  # fmt: skip
     forward = torch.ops.fastattn.scaled_dot.default
     backward = torch.ops.fastattn.scaled_dot_backward.default
-    given = (*arrays, *options[:n_options])
-    torch.library.opcheck(forward, given, {"causal": True, "return_lse": True})
-    results = [x.detach() for x in forward(*given, return_lse=True)]
-    given = [x.detach() for x in (*results, *arrays, *results, *options[:n_options])]
-    wrt = ["bias", "alibi", "sinks"][:n_options]
-    torch.library.opcheck(backward, given, {"wrt": wrt})
-    along = [x.detach().cos() for x in arrays] + [None] * 5
+    options = dict(zip(["bias", "alibi", "sinks"][:n_options], options, strict=False))
+    given = {**options, "causal": True, "return_lse": True}
+    torch.library.opcheck(forward, (*arrays,), {**given, "return_max": n_options > 1})
+    results = [x.detach() for x in forward(*arrays, **given)[:2]]
+    arrays = [x.detach() for x in arrays]
+    options = {name: x.detach() for name, x in options.items()}
+    given = {**options, "wrt": list(options)}
+    torch.library.opcheck(backward, (*results, *arrays, *results), given)
+    along = [x.cos() for x in arrays] + [None] * 5
     tangents, second = (
         getattr(torch.ops.fastattn, f"scaled_dot_{name}").default for name in ("tangents", "second")
     )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(tangents, (*along, *given[2:5], *given[7:]), test_utils=tests)
-    given = (*along, *given[:5], *given[7:])
-    torch.library.opcheck(second, given, {"wrt": wrt}, test_utils=tests)
+    torch.library.opcheck(tangents, (*along, *arrays), options, test_utils=tests)
+    torch.library.opcheck(second, (*along, *results, *arrays), given, test_utils=tests)
 
 
 @compiles
@@ -327,6 +340,14 @@ def test_dropout_follows_torchs_generator():
     seed = int(torch.randint(2**63 - 1, ()))
     own = fastattn.scaled_dot(*(x.numpy() for x in (q, k, v)), dropout=(0.3, seed))
     np.testing.assert_array_equal(first, own)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("seed", [torch.ones(2, dtype=torch.int64), torch.tensor(0.5)], ids=str)
+def test_wrong_seeds(requires_grad, seed):
+    arrays = tensors(requires_grad=requires_grad)
+    with pytest.raises(TypeError, match=r"^dropout: expected a seed that is one integer, got "):
+        scaled_dot(*arrays, dropout=(0.1, seed))
 
 
 def test_dropout_has_gradients():

@@ -160,6 +160,7 @@ def test_derivatives_are_torchs(name):
     torch.testing.assert_close(found, wanted)
 
 
+@warns
 def test_derivatives_of_options():
     """First and second ones, by both modes, against differences."""
     q, k, v = (x[0] for x in doubles())

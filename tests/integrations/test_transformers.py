@@ -181,6 +181,62 @@ def test_compiled():
     torch.compiler.reset()
 
 
+def served(model, implementation, prompts):
+    """``(new tokens, their log-probabilities)`` of each prompt by continuous batching, in pages of
+    8 tokens and steps of at most 16, so that prompts are cut and mixed.
+    """
+    model.set_attn_implementation(implementation)
+    results = model.generate_batch(
+        prompts, progress_bar=False,
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=8, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(
+            num_blocks=24, page_size=8, max_batch_tokens=16, return_logprobs=True),
+    )  # fmt: skip
+    assert model.config._attn_implementation == implementation
+    return [(x.generated_tokens, torch.tensor(x.logprobs)) for x in results.values()]
+
+
+def alone(model, prompt):
+    """The same of one prompt by ``generate``."""
+    model.set_attn_implementation("eager")
+    found = model.generate(
+        torch.tensor([prompt]), max_new_tokens=8, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    top = torch.cat(found.logits).log_softmax(-1).amax(-1)
+    return found.sequences[0, len(prompt) :].tolist(), top
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_continuous_batching(name):
+    """Each request gets what it gets alone, past the window; no mask is made."""
+    model = make(name)
+    prompts = [x[:n].tolist() for x, n in zip(tokens(), (20, 5, 13), strict=True)]
+    wanted = [alone(model, prompt) for prompt in prompts]
+    wanted += served(model, "sdpa", prompts) if name == "llama" else []
+    found = served(model, "fastattn", prompts) * (2 if name == "llama" else 1)
+    for (got, top), (want, wanted_top) in zip(found, wanted, strict=True):
+        assert got == want
+        # Two float32 results of a few layers, each some roundings off.
+        torch.testing.assert_close(top, wanted_top, rtol=0, atol=3e-5)
+
+
+def test_continuous_batching_of_padded_batches():
+    """Tokens behind the last request, which compiled batches have, get 0."""
+    q, k, v = torch.randn(3, 1, 2, 7, 8)
+    ends = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    options = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "write_index": []}
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, None, **options)
+    want, _ = integration.attention(
+        torch.nn.Module(), *(x[:, :, :3] for x in (q, k, v)), torch.ones(3, 3).tril().bool()
+    )
+    torch.testing.assert_close(out[:, :3], want)
+    assert (out[:, 5:] == 0).all()
+    with pytest.raises(ValueError, match=r"^position_bias: expected None, got Tensor"):
+        integration.attention(torch.nn.Module(), q, k, v, None, position_bias=q, **options)
+
+
 # ------------------------------------------------------------------- what reaches fastattn, and how
 
 
@@ -253,6 +309,49 @@ def test_masks_of_users():
     for mask, scores in ((numbers, numbers), (seen, torch.where(seen, 0.0, -torch.inf))):
         found, _ = integration.attention(torch.nn.Module(), q, k, v, mask, position_bias=bias)
         torch.testing.assert_close(found, softmax(q, k, v, scores + bias), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("place", [
+    (5, 5, 0), (5, 9, 2), (1, 9, 3),  # queries, keys, the first query's position
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "padded", "chosen"])
+def test_relative_bias(kind, place):
+    """As a position bias of queries x keys, its gradient too, where the mask puts the queries."""
+    n, keys, offset = place
+    q, k, v = (torch.randn(2, 4, m, 8, dtype=torch.float64) for m in (n, keys, keys))
+    table = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    options = {}
+    if kind == "bidirectional":
+        options["mask_function"] = transformers.masking_utils.bidirectional_mask_function
+    if kind == "padded":
+        options["mask_function"] = transformers.masking_utils.bidirectional_mask_function
+        options["attention_mask"] = torch.arange(keys).expand(2, -1) < 4
+    mask = make_mask(2, n, keys, offset, **options)
+    given = {"indices": torch.zeros(2, n, 1, dtype=torch.long)} if kind == "chosen" else {}
+    distance = torch.arange(keys) - (torch.arange(n) + offset)[:, None]
+    bias = table[:, distance.clip(-3, 3) + 3][None]
+    want, found = (
+        integration.attention(torch.nn.Module(), q, k, v, mask, **given, **more)[0]
+        for more in ({"position_bias": bias}, {"relative_bias": table})
+    )
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-13)
+    gradients = [torch.autograd.grad(x.square().sum(), table)[0] for x in (found, want)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_relative_bias_without_positions():
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=r"^relative_bias: expected None with a part of a mask"):
+        integration.attention(
+            torch.nn.Module(), q, q, q, make_mask(1, 5, 6)[..., :5], relative_bias=torch.ones(2, 3)
+        )
+    found, _ = integration.attention(
+        torch.nn.Module(), q, q, q, None, relative_bias=torch.tensor([[9.0, 0, 0], [9.0, 0, 0]])
+    )
+    near, _ = integration.attention(
+        torch.nn.Module(), q, q, q, None, position_bias=9.0 * torch.ones(5, 5).tril(-1)[None, None]
+    )
+    torch.testing.assert_close(found, near)
 
 
 def test_sinks_of_queries():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+ARM64 = {"neon_bf16", "neon"}
 X86_64 = {"amx", "avx512_bf16", "avx512", "avx2", "baseline"}
 ROOT = Path(__file__).parents[2]
 setuptools = pytest.importorskip("setuptools", reason="it is what builds")
@@ -39,8 +40,8 @@ def build(monkeypatch):
 @pytest.mark.parametrize(
     ("compiler", "sets"),
     [
-        (["aarch64-linux-gnu-gcc"], {"neon"}),
-        (["clang", "--target=aarch64-linux-gnu"], {"neon"}),
+        (["aarch64-linux-gnu-gcc"], ARM64),
+        (["clang", "--target=aarch64-linux-gnu"], ARM64),
         (["clang", "--target=x86_64-linux-gnu"], X86_64),
         (["clang", "--target=powerpc64le-linux-gnu"], {"baseline"}),
     ],

@@ -36,7 +36,7 @@ for _ in range(3):
         os._exit(0 if right(attend()) and right(attend()) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert right(attend())  # so does the parent
-print("fine")
+print("fork", flush=True)
 """
 
 GRANDCHILD = """
@@ -48,14 +48,14 @@ if child == 0:
         os._exit(0 if right(attend()) else 1)
     os._exit(0 if fine and os.waitpid(grandchild, 0)[1] == 0 else 1)
 assert os.waitpid(child, 0)[1] == 0
-print("fine")
+print("grandchild", flush=True)
 """
 
 POOL = """
 with multiprocessing.get_context("fork").Pool(2) as pool:
     results = pool.map(attend, range(4))
 assert all(map(right, results))
-print("fine")
+print("pool", flush=True)
 """
 
 THREAD = """
@@ -81,7 +81,7 @@ thread = threading.Thread(target=forks)
 thread.start()
 thread.join()
 assert fine
-print("fine")
+print("thread", flush=True)
 """
 
 GRADIENTS = """
@@ -103,22 +103,26 @@ child = ctypes.PyDLL(None).fork()
 if child == 0:
     os._exit(0 if right(attend()) else 1)
 assert os.waitpid(child, 0)[1] == 0
-print("fine")
+print("C", flush=True)
 """
 
-PROGRAMS = {"fork": FORK, "grandchild": GRANDCHILD, "pool": POOL, "thread": THREAD, "C": IN_C}
 
-
-@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_child_works(target, run_python, program):
-    """After the parent has used its threads; in time, too: a child that hangs fails here."""
+@pytest.mark.one_instruction_set
+def test_child_works(target, run_python):
+    """After the parent has used its threads; a child that hangs fails here, too."""
     if target.backend == "cuda":
         pytest.skip("CUDA works in no forked child once its parent has used it")
-    assert run_python(COMMON + program, target.backend, timeout=120).strip() == "fine"
+    programs = {"C": IN_C, "fork": FORK, "grandchild": GRANDCHILD, "pool": POOL, "thread": THREAD}
+    if target.backend == "numba":
+        # Its threads are Python's. One that waits for the GIL when C forks leaves that lock broken
+        # in the child, where Python, which has not heard of the fork, does not make it anew.
+        del programs["C"]
+    printed = run_python(COMMON + "".join(programs.values()), target.backend)
+    assert printed.split() == list(programs)
 
 
 def test_gradients_in_a_child(run_python):
-    assert run_python(COMMON + GRADIENTS, FIRST, timeout=120).strip() == "fine"
+    assert run_python(COMMON + GRADIENTS, FIRST).strip() == "fine"
 
 
 # Another library's region on the pool that all share: `start_pool()`.
@@ -169,7 +173,7 @@ def test_pool_of_another_library(run_python, starts, imported):
     program = (IMPORTED_BEFORE if imported == "before" else "") + (
         POOL_OF_TORCH if starts == "torch" else POOL_OF_OPENMP
     )
-    assert run_python(program + OTHERS, timeout=60).strip() == "fine"
+    assert run_python(program + OTHERS).strip() == "fine"
 
 
 LOADER = """
@@ -191,7 +195,7 @@ class Attended(torch.utils.data.Dataset):
         return fastattn.scaled_dot(q, q, q, threads=2)[i]
 
 loader = torch.utils.data.DataLoader(
-    Attended(), num_workers=2, timeout=30, multiprocessing_context="fork"
+    Attended(), num_workers=2, multiprocessing_context="fork"
 )
 assert all((batch == 1).all() for batch in loader)
 print("fine")
@@ -200,7 +204,7 @@ print("fine")
 
 def test_workers_of_a_torch_loader(run_python):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    assert run_python(LOADER, timeout=90).strip() == "fine"
+    assert run_python(LOADER).strip() == "fine"
 
 
 COMPILING = """
@@ -212,13 +216,16 @@ from numba.core.compiler_lock import global_compiler_lock
 
 warnings.simplefilter("ignore")
 
+compiling = threading.Event()
+
 def compile_for_long():
     with global_compiler_lock:
-        time.sleep(1)
+        compiling.set()
+        time.sleep(0.5)
 
 other = threading.Thread(target=compile_for_long)
 other.start()
-time.sleep(0.2)
+compiling.wait()
 child = os.fork()
 if child == 0:
     signal.alarm(200)
@@ -234,4 +241,4 @@ print("fine")
 def test_child_of_a_parent_that_compiles(run_python):
     """Numba's lock, which another thread holds, is free in the child."""
     pytest.importorskip("numba", reason="only Numba compiles at run time")
-    assert run_python(COMPILING, timeout=300).strip() == "fine"
+    assert run_python(COMPILING).strip() == "fine"

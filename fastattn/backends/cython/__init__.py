@@ -7,15 +7,16 @@ import numpy as np
 from ...core import extension
 from ...core.arguments import broadcast_shapes
 from ...core.bins import no_top_keys
-from ...core.problem import DOT, SQUARED_DISTANCE, Problem
+from ...core.problem import DOT, Problem
 from ..numpy import weight_maps
-from . import sparse
-from .backward import run_backward
+from . import kernel_args, sparse
+from .backward import prepare_backward, run_backward
 from .kernel_args import attend, compute_dtype, kernels, threads
+from .sparse import left_to_numpy
 
 __all__ = [
-    "broken", "name", "plan", "run", "run_backward", "run_map", "run_top", "unsupported",
-    "unsupported_backward",
+    "broken", "left_to_numpy", "name", "plan", "prepare", "prepare_backward", "run",
+    "run_backward", "run_map", "run_top", "unsupported", "unsupported_backward",
 ]  # fmt: skip
 
 name = "cython"
@@ -35,21 +36,6 @@ def unsupported(problem: Problem) -> str | None:
         return "a score_mod or mask_mod cannot be compiled into it"
     if p.bias is not None and not _readable(p.bias.dtype):
         return f"no kernel for a bias of {p.bias.dtype}"
-    if p.mask is not None and p.is_sparse:
-        return _unsupported_beside_sparse(p)
-    return None
-
-
-def _unsupported_beside_sparse(p: Problem) -> str | None:
-    if p.block_table is not None:
-        return "no kernel for a sparse mask of keys in pages"
-    if p.dropout is not None:
-        return "no kernel for dropout under a sparse mask"
-    if p.relative_bias is not None or p.return_max or isinstance(p.scale, np.ndarray):
-        return (
-            "no kernel for a relative bias, the largest scores, or a scale for each head"
-            " under a sparse mask"
-        )
     return None
 
 
@@ -66,20 +52,22 @@ def run(problem: Problem, result):
     lse = np.empty(p.rows(), p.accumulator) if p.return_lse else None
     weights = np.zeros(p.rows(p.n_keys), p.dtype) if p.return_weights else None
     row_max = np.empty(p.rows(), p.accumulator) if p.return_max else None
-    if p.mask is not None and p.is_sparse:
-        sparse.attend(p, result, lse, weights)
-    else:
-        attend(p, result, lse, weights, row_max=row_max)
+    call = sparse.attend if p.mask is not None and p.is_sparse else attend
+    call(p, result, lse, weights, row_max=row_max)
     return lse, row_max, weights
+
+
+def prepare(problem: Problem, of_cache: bool = False):
+    """A plan that runs further calls of this kind, or None."""
+    return None if problem.is_sparse else kernel_args.prepare(problem, of_cache)
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
     """The weights summed over cells, float64 (batch, heads, rows, columns)."""
     p = problem
-    if p.is_sparse:
-        return weight_maps.run_map(p, rows, columns)
     sums = np.zeros((*p.batch, p.heads, rows, columns))
-    attend(p, np.empty(p.rows(0), p.accumulator), sums=sums)
+    call = sparse.attend if p.is_sparse else attend
+    call(p, np.empty(p.rows(0), p.accumulator), sums=sums)
     return sums
 
 
@@ -99,11 +87,6 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
-    if problem.block_table is not None:
-        return "no kernel for gradients with keys in pages"
-    dense = not problem.is_sparse and problem.score_function is not SQUARED_DISTANCE
-    if dense and problem.score_function is not DOT:
-        return "no kernel for the gradients of distances and additive scores"
     return unsupported(problem)
 
 

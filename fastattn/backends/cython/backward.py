@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +14,19 @@ from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
 from . import sparse
 from .kernel_args import (
+    block_table,
+    can_prepare,
     compute_dtype,
     from_relative_bias_rows,
     kernels,
     relative_bias_rows,
     scale_args,
+    sequences,
     threads,
+    threads_pay,
 )
 
-__all__ = ["run_backward"]
+__all__ = ["prepare_backward", "run_backward"]
 
 
 def run_backward(backward: Backward) -> dict[str, np.ndarray]:
@@ -29,10 +34,9 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     those of `q`, `k`, `v` and of a bias of queries x keys have length 1 where their arrays do.
     """
     b, p = backward, backward.problem
-    able = sparse.can_differentiate(b) if p.is_sparse else p.score_function is DOT
-    if not able:
+    if p.is_sparse and not sparse.can_differentiate(b):
         return numpy_backward.run_backward(b)
-    arrays = {"q": p.q, "k": p.k, "v": p.v}
+    arrays = {"q": p.q} if p.block_table is not None else {"q": p.q, "k": p.k, "v": p.v}
     found = {name: _room(p, name, x) for name, x in arrays.items()}
     found["q"].fill(0)
     grad_bias, key_heads = sparse.prepare_bias(b) if p.is_sparse else _prepare_bias(b)
@@ -43,16 +47,21 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     relative_bias, of_relative_bias = relative_bias_rows(p), None
     if relative_bias is not None and b.wants("relative_bias"):
         of_relative_bias = np.zeros(relative_bias.shape)
+    of_dim_weights = np.zeros(p.head_dim) if b.wants("w") else None
     rows = np.empty(p.rows(3))
     if p.is_sparse:
-        sparse.differentiate(b, found, rows, row_sums, grad_bias)
+        sparse.differentiate(
+            b, found, rows=rows, row_sums=row_sums, grad_bias=grad_bias, scale=scale,
+            scales=scales, relative_bias=relative_bias, grad_relative_bias=of_relative_bias,
+        )  # fmt: skip
     else:
+        grads = found["q"], found.get("k"), found.get("v")
         kernels.differentiate(
-            p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
-            found["q"], found["k"], found["v"], p.batch, p.heads, p.kv_heads, scale,
-            p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p),
-            threads(p), grad_bias, row_sums, key_heads, p.dropout,
-            scales, relative_bias, b.wants("scale"), of_relative_bias,
+            *_arguments(b, rows, *grads), scale=scale, grad_bias=grad_bias, row_sums=row_sums,
+            key_heads=key_heads, scales=scales, relative_bias=relative_bias,
+            wants_scale=b.wants("scale"), grad_relative_bias=of_relative_bias,
+            sequences=sequences(p), block_table=block_table(p), grad_dim_weights=of_dim_weights,
+            score_function=None if p.score_function is DOT else p.score_function,
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
@@ -60,12 +69,55 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
         found["bias"] = grad_bias
     if of_relative_bias is not None:
         found["relative_bias"] = from_relative_bias_rows(p, of_relative_bias)
+    if of_dim_weights is not None:
+        found["w"] = of_dim_weights
     for name, x in arrays.items():  # in the memory order of its array
         ordered = empty_like(x, found[name].shape, found[name].dtype)
         if ordered.strides != found[name].strides:
             ordered[...] = found[name]
             found[name] = ordered
     return found
+
+
+def prepare_backward(backward: Backward, arrays: tuple):
+    """A plan that runs further passes of this kind on such `arrays`, as `scaled_dot_backward` takes
+    them; or None where a gradient is not what the kernel sums.
+    """
+    b, p = backward, backward.problem
+    given = (b.grad_out, p.q, p.k, p.v, b.out, b.lse, b.grad_lse)
+    copied = not all(map(np.may_share_memory, arrays, given))
+    elsewhere = p.is_sparse or p.block_table is not None or len(p.gradients) > 3
+    if elsewhere or copied or p.dtype.itemsize == 2 or not can_prepare(p):
+        return None
+    outputs = []
+    for i, heads in ((1, p.heads), (2, p.kv_heads), (3, p.kv_heads)):
+        new = np.empty_like(arrays[i], p.dtype)
+        shared = new.shape[:-2] != (*p.batch, heads)[p.one_head :]
+        gaps = new.shape[-1] > 1 and new.strides[-1] != new.itemsize
+        if shared or gaps:
+            return None
+        outputs.append((new, i, i == 1, True))
+    outputs.append((np.empty(p.rows(3)), -1, False, False))
+    *grads, rows = (x for x, *_ in outputs)
+    if p.one_head:
+        grads = [x[None] for x in grads]
+    key_heads = np.arange(math.prod(p.batch) * p.kv_heads)[:, None]
+    arguments = _arguments(b, rows, *grads)
+    plan = kernels.Plan(outputs, threads_pay(p), (arguments[_N_NEW:], key_heads))
+    kernels.differentiate(*arguments, scale=p.scale, key_heads=key_heads, plan=plan)
+    return plan
+
+
+_N_NEW = 11  # arguments of kernels.differentiate, from the first on, that each call has its own of
+
+
+def _arguments(b: Backward, rows, grad_q, grad_k, grad_v) -> Any:
+    p = b.problem
+    return (
+        b.grad_out, p.q, p.k, p.v, b.out, b.lse, b.grad_lse, rows, grad_q, grad_k, grad_v,
+        np.atleast_1d(b.coarse()), p.batch, p.heads, p.kv_heads, p.softcap or 0.0,
+        p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p), threads(p), p.dropout,
+    )  # fmt: skip
 
 
 def _room(p: Problem, name: str, x) -> np.ndarray:

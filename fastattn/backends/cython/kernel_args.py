@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...core.extension import kernels
 from ...core.problem import DOT, Problem
-from ...core.threads import worth_threads
+from ...core.threads import flops, thread_count
+
+if TYPE_CHECKING:
+    from ..._kernels import Plan
 
 __all__ = [
-    "attend", "compute_dtype", "from_relative_bias_rows", "kernels", "relative_bias_rows",
-    "scale_args", "threads",
+    "attend", "block_table", "can_prepare", "compute_dtype", "from_relative_bias_rows", "kernels",
+    "prepare", "relative_bias_rows", "scale_args", "sequences", "threads", "threads_pay",
 ]  # fmt: skip
 
 _PAD = 16  # MAX_LANES of csrc/tile_sizes.h
@@ -25,16 +30,62 @@ def attend(
     p: Problem, result, lse=None, weights=None, sums=None, indices=None, row_max=None
 ) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
-    table = None if p.block_table is None else np.ascontiguousarray(p.block_table)
+    kernels.attend(*_arguments(p, result, lse, row_max, weights, sums, indices))
+
+
+def prepare(p: Problem, of_cache: bool = False) -> Plan | None:
+    """A plan for calls that differ from `p` in the elements of `q`, `k` and `v` alone; those of a
+    cache also in its block table, lengths, offsets and scales, which come behind them. None where
+    results are no new arrays of one layout.
+    """
+    if (p.block_table is None) is of_cache:
+        return None
+    shape = (*p.batch, p.heads, p.n_queries, p.value_dim)[p.one_head :]
+    q = p.q[0] if p.one_head else p.q
+    if not can_prepare(p) or p.return_weights or (shape != q.shape and not q.flags.c_contiguous):
+        return None
+    like_q = shape == q.shape
+    result = np.empty_like(q, p.dtype) if like_q else np.empty(shape, p.dtype)
+    lse = np.empty(shape[:-1], p.accumulator) if p.return_lse else None
+    row_max = np.empty(shape[:-1], p.accumulator) if p.return_max else None
+    outputs = [(result, 0 if like_q else -1, False, True)]
+    outputs += [(rows, -1, False, True) for rows in (lse, row_max) if rows is not None]
+    made = (x if x is None or not p.one_head else x[None] for x in (result, lse, row_max))
+    arguments = _arguments(p, *made)
+    plan = kernels.Plan(outputs, threads_pay(p), arguments[_N_NEW:])
+    kernels.attend(*arguments, plan=plan)
+    return plan
+
+
+def can_prepare(p: Problem) -> bool:
+    """Does a call like `p` read its arrays where they lie, and is there something to compute?"""
+    read_in_place = p.block_table is None or p.block_table.flags.c_contiguous
+    return read_in_place and not p.copied and flops(p) > 0
+
+
+_N_NEW = 6  # arguments of kernels.attend, from the first on, that each call has its own of
+
+
+def _arguments(p: Problem, result, lse, row_max, weights=None, sums=None, indices=None) -> Any:
+    table = block_table(p)
     scale, scales = (p.scale, None) if type(p.scale) is float else scale_args(p)
     relative_bias = None if p.relative_bias is None else relative_bias_rows(p)
-    kernels.attend(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, result, p.batch, p.heads, p.kv_heads,
+    return (
+        p.q, p.k, p.v, result, lse, row_max, p.k_scales, p.v_scales, p.batch, p.heads, p.kv_heads,
         scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
-        lse, weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
+        weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
         None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
-        scales, relative_bias, row_max,
+        scales, relative_bias, sequences(p),
     )  # fmt: skip
+
+
+def block_table(p: Problem) -> np.ndarray | None:
+    return None if p.block_table is None else np.ascontiguousarray(p.block_table)
+
+
+def sequences(p: Problem) -> np.ndarray | None:
+    """The table of packed sequences, or None."""
+    return None if p.packing is None else p.packing.longest_first()
 
 
 def scale_args(p: Problem, per_head: bool = False) -> tuple[float, np.ndarray | None]:
@@ -77,6 +128,11 @@ def compute_dtype(problem: Problem) -> str:
 
 
 def threads(problem: Problem) -> int:
-    """How many threads `problem` is worth; what it computes does not depend on it."""
+    """How many threads `problem` gets; what it computes does not depend on it."""
+    return thread_count(problem.threads, kernels.openmp_threads()) if threads_pay(problem) else 1
+
+
+def threads_pay(problem: Problem) -> bool:
+    """Is there enough work in `problem` for more than one thread?"""
     cost = ADDITIVE_FLOPS if problem.score_function.name == "additive" else 1
-    return worth_threads(problem, kernels.openmp_threads, ONE_THREAD_FLOPS // cost)
+    return flops(problem) >= ONE_THREAD_FLOPS // cost

@@ -10,21 +10,28 @@ from ...core.backward import Backward
 from ...core.problem import DOT, Problem
 from ...core.sparse_mask import SparseMask
 from ...core.threads import thread_count
-from .kernel_args import kernels
+from .kernel_args import block_table, kernels, relative_bias_rows, scale_args
 
-__all__ = ["attend", "can_differentiate", "differentiate", "prepare_bias", "threads"]
+__all__ = [
+    "attend", "can_differentiate", "differentiate", "left_to_numpy", "prepare_bias", "threads",
+]  # fmt: skip
 
 # Below this many flops a second thread costs more than it brings.
 ONE_THREAD_FLOPS = 2_000_000
 
-_NAMES = ("batch", "heads", "kv_heads", "scale", "bias", "alibi", "sinks", "key_range")
+_NAMES = ("batch", "heads", "kv_heads", "bias", "alibi", "sinks", "key_range", "dropout")
 
 
-def attend(p: Problem, result, lse, weights) -> None:
-    """Fill `result`, and `lse` and `weights` where given; weights hold 0 already."""
+def attend(p: Problem, result, lse=None, weights=None, sums=None, row_max=None) -> None:
+    """As `kernel_args.attend`."""
+    scale, scales = scale_args(p)
     kernels.attend_sparse(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, result, lse=lse, weights=weights, **_options(p)
-    )
+        p.q, p.k, p.v, p.k_scales, p.v_scales, result,
+        lse=lse, max_score=row_max, weights=weights, sums=sums,
+        scale=scale, scales=scales, relative_bias=relative_bias_rows(p),
+        block_table=block_table(p),
+        **_options(p),
+    )  # fmt: skip
 
 
 def can_differentiate(b: Backward) -> bool:
@@ -33,8 +40,18 @@ def can_differentiate(b: Backward) -> bool:
     own = {"q": p.rows(), "k": (*p.batch, p.kv_heads, p.n_keys)}
     own["v"] = own["k"]
     shared = any(p.with_axes(getattr(p, name).shape)[:-1] != own[name] for name in own)
-    own_kernel = not b.wants("w") and not b.wants("scale")
-    return not shared and own_kernel and (_has_own_bias(b) or not _has_keys(b))
+    return not shared and not b.wants("w") and (_has_own_bias(b) or not _has_keys(b))
+
+
+def left_to_numpy(p: Problem) -> dict[str, str]:
+    """What of `p` NumPy computes inside of this backend, and why, for `fastattn.explain`."""
+    if not p.is_sparse:
+        return {}
+    left = {"top_keys": "no kernel under a sparse mask"}
+    nothing = np.empty(0)
+    if not can_differentiate(Backward(p, nothing, nothing, nothing, None)):
+        left["gradients"] = "no kernel for those of arrays that broadcast under a sparse mask"
+    return left
 
 
 def _bias_shape(b: Backward) -> tuple[int, ...]:
@@ -59,14 +76,15 @@ def prepare_bias(b: Backward) -> tuple[np.ndarray | None, np.ndarray]:
     return grad_bias, np.empty((0, 0), np.int64)
 
 
-def differentiate(b: Backward, found: dict[str, np.ndarray], rows, row_sums, grad_bias) -> None:
-    """Fill the gradients of q, k and v in `found`, and `rows` and `row_sums` as the dense kernels
-    do; add to `grad_bias` where given.
+def differentiate(b: Backward, found: dict[str, np.ndarray], **also: Any) -> None:
+    """Fill the gradients of q, k and v in `found`, and what else the dense kernels take by these
+    names.
     """
     p = b.problem
     kernels.differentiate_sparse(
-        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, rows, b.coarse(),
-        found["q"], found["k"], found["v"], grad_bias=grad_bias, row_sums=row_sums, **_options(p),
+        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, coarse=float(b.coarse()),
+        grad_q=found["q"], grad_k=found["k"], grad_v=found["v"], wants_scale=b.wants("scale"),
+        **also, **_options(p),
     )  # fmt: skip
 
 

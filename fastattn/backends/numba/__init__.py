@@ -16,7 +16,7 @@ from ...core.backward import Backward
 from ...core.block_mask import NONE
 from ...core.problem import DOT, Problem
 from ...core.thread_pool import share
-from ...core.threads import openmp_setting, worth_threads
+from ...core.threads import flops, openmp_setting, thread_count
 
 name = "numba"
 
@@ -175,6 +175,7 @@ class _Call:
         if p.mask is not None:
             self.point(p, "mask", p.mask)
         bias = p.bias if p.relative_bias is None else diagonals(p)
+        t["reach"] = -1 if p.relative_bias is None else p.relative_bias.shape[1] // 2
         if bias is not None:
             self.point(p, "bias", bias)
             direct = bias.dtype == p.accumulator and bias.flags.aligned
@@ -191,11 +192,11 @@ class _Call:
             self.point(p, "lse", lse[..., None])
         if row_max is not None:
             self.point(p, "max_result", row_max[..., None])
+        if p.alibi is not None or p.relative_bias is not None:
+            offset = p.q_offset if isinstance(p.q_offset, int) else p.q_offset[..., None, :]
+            self.point(p, "position", (np.arange(p.n_queries) + offset)[..., None])
         if p.alibi is not None:
             t["alibi"] = self.address(p.alibi)
-            t["q_offset"] = self.address(
-                np.ascontiguousarray(np.broadcast_to(p.q_offset, p.batch), np.int64)
-            )
         if p.sinks is not None:
             t["sinks"] = self.address(p.sinks)
 
@@ -207,7 +208,9 @@ class _Call:
         """Let the record find an array of (batch, heads, rows, dims), whose axes may broadcast."""
         of_keys = operand in ("k", "v", "k_scales", "v_scales")
         heads = p.kv_heads if of_keys else p.heads
-        rows = array.shape[-2] if of_keys or operand == "blocks" else p.n_queries
+        of_places = operand == "bias" and p.relative_bias is not None
+        own_rows = of_keys or of_places or operand == "blocks"
+        rows = array.shape[-2] if own_rows else p.n_queries
         if of_keys and p.block_table is not None:
             self.record[f"{operand}_page"] = array.strides[0]
             # The page numbered 0, which need not be there.
@@ -243,20 +246,17 @@ class _Call:
 
 
 def diagonals(p: Problem) -> np.ndarray:
-    """The relative bias as a bias of queries x keys: a view of one number for each distance that
-    there is, along which a query later is a step back.
+    """The relative bias as a bias of places x keys, of each place -reach..n_keys + reach on the key
+    axis: a view of one number for each distance, along which a place later is a step back.
     """
     assert p.relative_bias is not None
-    if not p.n_queries or not p.n_keys:
-        return np.zeros((p.heads, p.n_queries, p.n_keys), p.accumulator)
     reach = p.relative_bias.shape[1] // 2
-    distance = np.arange(1 - p.n_queries, p.n_keys) - np.asarray(p.q_offset)[..., None]
+    places = p.n_keys + 2 * reach + 1
+    distance = np.arange(1 - places, p.n_keys) + reach
     numbers = p.relative_bias.astype(p.accumulator)[:, np.clip(distance, -reach, reach) + reach]
-    numbers = np.ascontiguousarray(np.moveaxis(numbers, 0, -2))
-    *strides, step = numbers.strides
-    first = numbers[..., p.n_queries - 1 :]
-    shape = (*numbers.shape[:-1], p.n_queries, p.n_keys)
-    return np.lib.stride_tricks.as_strided(first, shape, (*strides, -step, step), writeable=False)
+    stride, step = numbers.strides
+    first, shape = numbers[:, places - 1 :], (p.heads, places, p.n_keys)
+    return np.lib.stride_tricks.as_strided(first, shape, (stride, -step, step), writeable=False)
 
 
 def power_below(weights: np.ndarray) -> float:
@@ -280,7 +280,9 @@ def keys_seen(problem: Problem) -> int:
 
 def threads(problem: Problem) -> int:
     """How many threads `problem` is worth; what it computes does not depend on it."""
-    return worth_threads(problem, openmp_setting, ONE_THREAD_FLOPS)
+    if flops(problem) < ONE_THREAD_FLOPS:
+        return 1
+    return thread_count(problem.threads, openmp_setting())
 
 
 def plan(problem: Problem) -> dict[str, str]:

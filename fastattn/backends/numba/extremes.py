@@ -105,7 +105,9 @@ def values_may_overflow(t, scale):
 def largest(t, at, row, dim, rows, dims, format, scales, scale):
     """The largest finite magnitude in some rows of numbers."""
     if format != REAL:
-        widen(at, row, dim, rows, dims, format, floats(scales), reals(t.widened, scale))
+        widen(
+            at, row, dim, rows, dims, format, floats(scales), np.int64(0), reals(t.widened, scale)
+        )
         at, dim = t.widened, VECTOR_BYTES // lanes(scale)
         row = dims * dim
     limit, zero = splat(finite_most(scale)), splat(constant(0.0, scale))

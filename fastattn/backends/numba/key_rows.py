@@ -35,7 +35,7 @@ def _rows(
     while key < last:
         keys = min(last - key, t.page - key % t.page) if paged else last - key
         at, own = _row(t, head, row, page, key), _row(t, scales, scales_row, scales_page, key)
-        widen(at, row, dim, keys, dims, format, floats(own), reals(to, scale))
+        widen(at, row, dim, keys, dims, format, floats(own), scales_row, reals(to, scale))
         to += keys * dims * size
         key += keys
     return t.widened, dims * size, size

@@ -86,11 +86,11 @@ def float8(bits):
 
 
 @compiled
-def widen(address, row, step, rows, dims, format, scales, target):
+def widen(address, row, step, rows, dims, format, scales, scales_row, target):
     """Rows of any format, those of int8 and int4 times their `scales`, strides in bytes, as rows of
     `target`, one behind the other.
     """
-    groups = (dims + GROUP - 1) // GROUP
+    groups = scales_row // 4
     for j in range(rows):
         source, to = address + j * row, ahead(target, j * dims)
         if format == REAL:
@@ -108,7 +108,7 @@ def widen(address, row, step, rows, dims, format, scales, target):
             for d in range(dims):
                 to[d] = float8(np.int64(packed[d * step]))
         elif format == INT8:
-            scale, numbers = np.float64(scales[j]), flags(source)
+            scale, numbers = np.float64(scales[j * groups]), flags(source)
             for d in range(dims):
                 to[d] = np.float64(np.int8(numbers[d * step])) * scale
         elif format == FLOAT32:

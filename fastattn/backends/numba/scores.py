@@ -203,12 +203,24 @@ def cap(softcap, vecs, keys, scores, scale):
 
 
 @compiled
+def bias_row(t, i):
+    """Where the biases of row `i` of the tile begin: of a relative bias by the place of the row on
+    the key axis, which beyond its reach from all keys makes no difference.
+    """
+    if t.reach < 0:
+        return row_of(t, t.bias, t.bias_row, i)
+    place = ints(row_of(t, t.position, t.position_row, i))[0] + t.reach
+    place = min(max(place, 0), t.n_keys + 2 * t.reach)
+    return ints(t.bias)[ints(t.row_head)[i]] + place * t.bias_row
+
+
+@compiled
 def load_bias(t, format, row, key, vecs, keys, tile, scale):
     """tile[key][lane] = the bias, whatever its type."""
     size, count = TILE_VECS * lanes(scale), vecs * lanes(scale)
     rows = ints(t.words)
     for i in range(count):
-        rows[i] = row_of(t, t.bias, t.bias_row, row + i) + key * t.bias_dim
+        rows[i] = bias_row(t, row + i) + key * t.bias_dim
     done = 0
     if format == REAL and t.bias_dim * lanes(scale) == VECTOR_BYTES:
         done = keys // lanes(scale) * lanes(scale)
@@ -272,7 +284,7 @@ def subtract_alibi(t, row, key, vecs, keys, scores, scale):
         for i in range(lanes(scale)):
             at = row + n + i
             slope = doubles(t.alibi)[ints(t.row_head)[at] % t.heads]
-            place = ints(t.row_query)[at] + ints(t.q_offset)[t.batch]
+            place = ints(row_of(t, t.position, t.position_row, at))[0]
             slopes[i] = constant(slope, scale)
             distances[i] = constant(np.float64(place - key), scale)
         slope, distance, step = load(slopes), load(distances), one - one

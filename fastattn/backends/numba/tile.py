@@ -62,13 +62,14 @@ MASK_QUERIES = block_mask.BLOCK_QUERIES
 
 # Arrays, by the address of a table of where each head's rows begin and by strides in bytes; a table
 # of 0 stands for an array that was not given.
-ARRAYS = ("q", "k", "v", "k_scales", "v_scales", "out", "start", "stop", "bias", "mask",
-          "weights", "lse", "max_result", "blocks")  # fmt: skip
+ARRAYS = ("q", "k", "v", "k_scales", "v_scales", "out", "start", "stop", "position", "bias",
+          "mask", "weights", "lse", "max_result", "blocks")  # fmt: skip
 NUMBERS = (
     # The problem. A tile holds the rows of `fold` query heads that read one key head.
     "heads", "kv_heads", "group", "fold", "n_queries", "n_keys", "head_dim", "value_dim",
     "q_format", "k_format", "v_format", "out_format",  # see `numbers`
-    "bias_swapped", "scales", "alibi", "sinks", "q_offset",
+    "bias_swapped", "scales", "alibi", "sinks",
+    "reach",  # of a relative bias, -1 without one
     "additive_weights",  # see `score_functions`
     # The tile, set by `open_tile`: its rows, panels, batch entry and the visible keys.
     "tile_rows", "tiles", "rows", "panels", "batch", "first", "last",
@@ -274,7 +275,7 @@ def load_queries(t, p, columns, scale):
         q, step = rows[i], t.q_dim
         if t.q_format != REAL:
             widen(q, np.int64(0), step, np.int64(1), t.head_dim, t.q_format, floats(0),
-                  reals(t.widened, scale))  # fmt: skip
+                  np.int64(0), reals(t.widened, scale))  # fmt: skip
             q, step = t.widened, VECTOR_BYTES // width
         for d in range(done, t.head_dim):
             columns[d * size + i] = reals(q + d * step, scale)[0]

@@ -13,7 +13,7 @@ from ...core.backward import Backward
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ...core.row_sums import RowSums
-from . import sparse
+from . import sparse_backward
 from .score_functions import score_function_gradients, unscaled_scores, where_visible
 from .tiles import (
     Heads,
@@ -56,7 +56,7 @@ def run_backward(backward: Backward, functions=None) -> dict[str, np.ndarray]:
     b, p = backward, backward.problem
     found = new_gradients(p)
     if p.is_sparse:
-        sparse.run_backward(b, found)
+        sparse_backward.run_backward(b, found)
         return found
     with np.errstate(all="ignore"):
         for heads, queries in query_blocks(p, functions):
@@ -105,7 +105,8 @@ def _rows(b: Backward, h: Heads, queries: slice) -> _Rows:
     mean = (grad_out * block(b.out)).sum(axis=-1)
     delta = mean if b.grad_lse is None else mean - block(b.grad_lse)
     rows = _Rows(queries, q, grad_out, mean, delta, lse, np.ones_like(lse))
-    coarse = np.isfinite(lse) & (np.abs(lse) > b.coarse())
+    bound = np.broadcast_to(b.coarse(), p.n_queries)[queries]
+    coarse = np.isfinite(lse) & (np.abs(lse) > bound)
     if not coarse.any():
         return rows
     shift, total = sums(p, h, q, queries)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
-from . import sparse
+from . import sparse_tangents
 from .score_functions import product_tangents, where_visible
 from .tiles import (
     Heads,
@@ -71,7 +71,7 @@ def run_forward_mode(
     out = empty_like(p.q, p.rows(p.value_dim), p.dtype)
     lse = np.empty(p.rows(), p.accumulator)
     if p.is_sparse:
-        sparse.run_forward_mode(p, along, moving, vectors, out, lse)
+        sparse_tangents.run_forward_mode(p, along, moving, vectors, out, lse)
         return out, lse
     with np.errstate(all="ignore"):
         blocks = zip(query_blocks(p, functions), query_blocks(along), strict=True)

@@ -74,7 +74,7 @@ class Heads(NamedTuple):
     alibi: np.ndarray | None
     sinks: np.ndarray | None
     spans: tuple[np.ndarray, ...] | None
-    q_offset: int
+    position: np.ndarray  # (queries,), of each query on the key axis
     functions: Any = None  # of `fastattn.flex`, for a tile: see `backends.numba.gradients`
 
 
@@ -127,6 +127,7 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         return x.astype(dtype).reshape(p.kv_heads, p.group, *x.shape[1:] or (1,))[kv]
 
     full, scale = (p.n_queries, p.n_keys), np.asarray(p.scale)
+    offset = p.q_offset if isinstance(p.q_offset, int) else p.q_offset[batch]
     return Heads(
         where=(*batch, slice(kv.start * p.group, kv.stop * p.group)),
         kv_where=(*batch, kv),
@@ -143,7 +144,7 @@ def _operands(p: Problem, intervals, batch, kv: slice) -> Heads:
         alibi=per_head(p.alibi),
         sinks=per_head(p.sinks),
         spans=None if intervals is None else tuple(grouped(x, p.n_queries) for x in intervals),
-        q_offset=p.q_offset if isinstance(p.q_offset, int) else int(p.q_offset[batch]),
+        position=np.arange(p.n_queries) + offset,
     )
 
 
@@ -325,13 +326,13 @@ def distance_index(h: Heads, queries: slice, keys: slice) -> np.ndarray:
     """Where the distance of each key from each query stands in a row of the relative bias."""
     assert h.relative_bias is not None
     reach = h.relative_bias.shape[-1] // 2
-    i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
+    i = h.position[queries, None]
     return np.clip(np.arange(keys.start, keys.stop) - i, -reach, reach) + reach
 
 
 def distances(h: Heads, queries: slice, keys: slice) -> np.ndarray:
     """``abs(i - j)`` with the place `i` of each query on the key axis."""
-    i = np.arange(queries.start, queries.stop)[:, None] + h.q_offset
+    i = h.position[queries, None]
     return np.abs(i - np.arange(keys.start, keys.stop))
 
 
