@@ -565,6 +565,7 @@ cdef int init_tile(
     tile.wants_relative_bias = tile.wants_scale = tile.wants_dim_weights = False
     tile.margin = 0
     tile.has_dropout = params.dropout.given
+    tile.drop_first_key = params.dropout.offset[3]
     tile.drop_threshold = params.dropout.threshold
     tile.keep_factor = params.dropout.factor
     return 0

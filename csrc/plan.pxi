@@ -118,10 +118,10 @@ ctypedef int (*RunCall)(void *call) except -1
 cdef class Plan:
     """A call that is prepared, to run on arrays of the layout that it was made for.
 
-    `kernels.attend` and `kernels.differentiate` prepare the plan that they are given. It runs on
-    one thread unless it `uses_threads`. `outputs` are such arrays as they fill, in the order of their arguments, each with the
-    index of the input that it is like (-1: none, it is in C's order), and two flags: is it zeroed
-    before, and is it returned? `kept` is what the call reads besides.
+    `attend` and `differentiate` prepare the plan that they are given. It runs on one thread unless
+    it `uses_threads`. `outputs` are such arrays as they fill, in the order of their arguments, each
+    with the index of the input that it is like (-1: none, it is in C's order), and two flags: is it
+    zeroed before, and is it returned? `kept` is what the call reads besides.
     """
     cdef void *call
     cdef size_t call_bytes
@@ -132,7 +132,7 @@ cdef class Plan:
     cdef list dtypes  # of the outputs
     cdef object kept
     cdef readonly bint uses_threads
-    cdef Py_ssize_t threads, most_threads  # where in the call their number belongs; how many at most
+    cdef Py_ssize_t threads, most_threads  # where in the call their number belongs; the most
     cdef int64_t running  # on a thread, in `call`; others work in copies of it
 
     def __init__(self, outputs not None, bint uses_threads, kept):
@@ -188,12 +188,11 @@ cdef class Plan:
     cdef run_in(self, void *call, tuple arrays, int threads):
         cdef cnp.ndarray array
         cdef Output *output
-        cdef list results = []
+        cdef list results = [], made = []
         cdef int i
         for i in range(self.n_inputs):
             array = <cnp.ndarray>arrays[i]
             (<Operand *>(<char *>call + self.inputs[i])).data = <char *>cnp.PyArray_DATA(array)
-        made = []
         for i in range(self.n_outputs):
             output = &self.outputs[i]
             dtype = <cnp.dtype>self.dtypes[i]

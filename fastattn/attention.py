@@ -208,14 +208,14 @@ def scaled_dot(
     )  # fmt: skip
     result = solve(problem, backend, out)
     if key is not None:
-        keep_plan(key, prepare, problem)
+        keep_plan(key, prepare, problem, backend)
     return result
 
 
-def prepare(problem: Problem, of_cache: bool = False):
+def prepare(problem: Problem, backend: str | None, of_cache: bool = False):
     """A plan for further calls of the kind of `problem`, by the backend that serves it, or None."""
-    backend = select(problem)
-    return backend.prepare(problem, of_cache) if hasattr(backend, "prepare") else None
+    chosen = select(problem, backend)
+    return chosen.prepare(problem, of_cache) if hasattr(chosen, "prepare") else None
 
 
 def solve(problem: Problem, backend: str | None, out, run=None):

@@ -111,17 +111,17 @@ def scaled_dot_backward(
     )  # fmt: skip
     grads = solve_backward(problem, backend, grad_out, out, lse, grad_lse)
     if key is not None:
-        keep_plan(key, _prepare, problem, arrays)
+        keep_plan(key, _prepare, problem, backend, arrays)
     return grads
 
 
-def _prepare(problem: Problem, arrays: tuple):
+def _prepare(problem: Problem, backend: str | None, arrays: tuple):
     """A plan for further passes of this kind, by the backend that serves it, or None."""
-    backend = select(problem, None, unsupported_backward)
-    if not hasattr(backend, "prepare_backward"):
+    chosen = select(problem, backend, unsupported_backward)
+    if not hasattr(chosen, "prepare_backward"):
         return None
     grad_out, _, _, _, *results = arrays
-    return backend.prepare_backward(make_backward_problem(problem, grad_out, *results), arrays)
+    return chosen.prepare_backward(make_backward_problem(problem, grad_out, *results), arrays)
 
 
 def solve_backward(

@@ -70,7 +70,7 @@ def attend(
     if narrows:
         results = _narrowed(results, p, own, out)
     if key is not None:
-        keep_plan(key, prepare, p, True)
+        keep_plan(key, prepare, p, backend, True)
     if counts is not None and p.sinks is not None:
         _clear_rows(results, counts, n)
     return results if len(results) > 1 else results[0]

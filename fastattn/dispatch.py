@@ -27,7 +27,7 @@ __all__ = [
 
 # In the order tried. A backend is a module with a `name`, `unsupported(problem)` -> why it cannot
 # serve, in words, or None, `run(problem, result)`, which fills `result` -> (lse, row_max, weights),
-# and `plan(problem)`, what it says of itself to `explain`. One that computes gradients also has
+# and `describe(problem)`, what it says of itself to `explain`. One that computes gradients also has
 # `unsupported_backward(problem)` and `run_backward(backward)` -> {name of an argument: gradient},
 # with each axis along which the argument broadcasts either in full or summed already. One whose
 # calls can be prepared has `prepare(problem, of_cache)` and `prepare_backward(backward, arrays)`
@@ -120,8 +120,8 @@ def cannot_run(backend, problem: Problem) -> str | None:
     """
     reason = unsupported(backend, problem)
     try:
-        if reason is None and hasattr(backend, "plan"):
-            backend.plan(problem)
+        if reason is None and hasattr(backend, "describe"):
+            backend.describe(problem)
     except ValueError as error:
         return str(error)
     return reason

@@ -95,7 +95,7 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
             else:
                 unasked = "comes later" if place > order.index(chosen) else "another was named"
             passed_over[other.name] = unsupported(other, problem) or unasked
-    plan, top = chosen.plan(problem), _left_to_numpy(chosen, problem, "top_keys")
+    plan, top = chosen.describe(problem), _left_to_numpy(chosen, problem, "top_keys")
     plan |= {"top_keys": top} if top else {}
     gradients = _gradients(problem, backend)
     return Explanation(chosen.name, plan, problem.copied, passed_over, gradients)

@@ -51,7 +51,7 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     return gradients(backward)
 
 
-def plan(problem: Problem) -> dict[str, str]:
+def describe(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     return {"kernel": "the definition in float64, on the full grid"}
 

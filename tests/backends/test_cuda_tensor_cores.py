@@ -290,7 +290,7 @@ def test_a_trial_that_fails_leaves_it_to_multiply_adds(monkeypatch):
 )
 def test_what_is_left_to_multiply_adds(opts, why):
     q, k, v = SMALL.arrays("float16")
-    said = part("engine").plan(make_problem(q, k, v, **opts))["kernel"]
+    said = part("engine").describe(make_problem(q, k, v, **opts))["kernel"]
     assert "multiply-adds" in said and why in said
     assert "tensor cores (mma.sync)" in fastattn.explain(q, k, v, backend="cuda").plan["kernel"]
     assert "they multiply" in part("engine").unfit(make_problem(q, k, v.astype(np.float32)))

@@ -34,7 +34,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setattr(plans, "plans", {})
-    for module in ("attention", "backward"):
+    for module in ("attention", "backward", "cache_attention"):
         monkeypatch.setattr(f"fastattn.{module}.plans", plans.plans)
 
 
@@ -96,6 +96,19 @@ def test_the_third_call_of_a_layout_runs_a_plan():
     assert not runs_plan()
     fastattn.scaled_dot(q, k, v)
     assert runs_plan()
+
+
+def test_a_backend_that_is_named_makes_its_own_plans():
+    q, k, v = arrays()
+    for _ in range(3):
+        out, lse = fastattn.scaled_dot(q, k, v, return_lse=True, backend="numpy")
+        fastattn.scaled_dot_backward(out, q, k, v, out, lse, backend="numpy")
+    cache = fastattn.KVCache(2, 2, 8)
+    cache.append(k, v)
+    for _ in range(3):
+        cache.attend(q, backend="numpy")
+    assert len(plans.plans) == 3
+    assert not runs_plan()
 
 
 def test_a_plan_is_given_other_arrays():

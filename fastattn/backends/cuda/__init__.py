@@ -110,6 +110,6 @@ def run(problem: Problem, result):
             raise
 
 
-def plan(problem: Problem) -> dict[str, str]:
+def describe(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
-    return import_module(".engine", __package__).plan(problem)
+    return import_module(".engine", __package__).describe(problem)

@@ -19,7 +19,7 @@ from .tensor_tile import TensorSpec, blocks_of, tensor_kinds
 from .tile import Geometry, Tile, tile_for
 from .toolkit import SIMULATED, cuda
 
-__all__ = ["plan", "run", "trial"]
+__all__ = ["describe", "run", "trial"]
 
 MOST_DIMS = 256  # whose fragments of q fit into registers
 
@@ -119,7 +119,7 @@ def solved(p: Problem, kind: TensorSpec | None):
     return (np.asarray(out, np.float32), lse), flagged
 
 
-def plan(p: Problem) -> dict[str, str]:
+def describe(p: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     spec, split, why = spec_of(p), Split(p), unfit(p)
     tile: Geometry | Tile = tile_for(spec)

@@ -15,7 +15,7 @@ from .kernel_args import attend, compute_dtype, kernels, threads
 from .sparse import left_to_numpy
 
 __all__ = [
-    "broken", "left_to_numpy", "name", "plan", "prepare", "prepare_backward", "run",
+    "broken", "describe", "left_to_numpy", "name", "prepare", "prepare_backward", "run",
     "run_backward", "run_map", "run_top", "unsupported", "unsupported_backward",
 ]  # fmt: skip
 
@@ -90,7 +90,7 @@ def unsupported_backward(problem: Problem) -> str | None:
     return unsupported(problem)
 
 
-def plan(problem: Problem) -> dict[str, str]:
+def describe(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     p = problem
     if p.is_sparse:

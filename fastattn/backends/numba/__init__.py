@@ -285,7 +285,7 @@ def threads(problem: Problem) -> int:
     return thread_count(problem.threads, openmp_setting())
 
 
-def plan(problem: Problem) -> dict[str, str]:
+def describe(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     from . import tile, vectors
 

@@ -33,8 +33,8 @@ from .tiles import (
 from .weight_maps import run_map, run_top
 
 __all__ = [
+    "describe",
     "name",
-    "plan",
     "run",
     "run_backward",
     "run_forward_mode",
@@ -71,7 +71,7 @@ def run(problem: Problem, result):
     return lse, row_max, weights
 
 
-def plan(problem: Problem) -> dict[str, str]:
+def describe(problem: Problem) -> dict[str, str]:
     """What would run, for `fastattn.explain`."""
     return {
         "kernel": f"NumPy in {problem.accumulator}",
