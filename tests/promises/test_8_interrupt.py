@@ -10,6 +10,7 @@ import json, os, signal, sys, threading, time
 import numpy as np
 import fastattn
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 backend, *cases = sys.argv[1:]
 rng = np.random.default_rng(0)
 few = [rng.standard_normal((8, 9, 64), np.float32) for _ in range(3)]
