@@ -106,9 +106,9 @@ def scaled_dot(
         least of the OpenMP setting, the CPU affinity and the cgroup's quota. The result does not
         depend on it. The ``numpy`` backend leaves threads to its BLAS.
     precision : {"bfloat16"}, optional
-        Multiply float32 inputs as bfloat16 where a kernel can (AMX, AVX512_BF16; more than 16
-        queries per key head), sums in float32 still: for standard normal inputs results are off by
-        0.35 % of their root mean square. Elsewhere it changes nothing; `explain` says which.
+        Multiply float32 inputs as bfloat16 where a kernel can (AMX, AVX512_BF16, BFMMLA; more
+        than 16 queries per key head), sums in float32 still: for standard normal inputs results are
+        off by 0.35 % of their root mean square. Elsewhere it changes nothing; `explain` says which.
 
     Returns
     -------

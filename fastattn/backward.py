@@ -40,12 +40,13 @@ def scaled_dot_backward(
     wrt : tuple of {"scale", "bias", "relative_bias", "alibi", "sinks"}, default ()
         The options whose gradients are wanted besides. That of a bias of queries x keys is such an
         array itself; one that broadcasts stays as small as it is.
-    scale, softcap, bias, relative_bias, alibi, sinks
-    causal, window, q_offset, kv_lengths, spans, mask, block_table
+    scale, softcap, bias, relative_bias, alibi, sinks : optional
         As they were given to `scaled_dot`.
-    dropout, dropout_offset
+    causal, window, q_offset, kv_lengths, spans, mask, block_table : optional
+        Likewise.
+    dropout, dropout_offset : optional
         Likewise: the same weights are dropped again.
-    backend, threads, precision
+    backend, threads, precision : optional
         As in `scaled_dot`; a backend that has no backward pass is passed over, or an error if it
         is named.
 

@@ -26,9 +26,7 @@ def varlen(
 
     Parameters
     ----------
-    q : array_like, (total_q, Hq, D)
-    k : array_like, (total_k, Hkv, D)
-    v : array_like, (total_k, Hkv, Dv)
+    q, k, v : array_like, (total_q, Hq, D), (total_k, Hkv, D) and (total_k, Hkv, Dv)
         The sequences one after another, without padding; otherwise as of `fastattn.scaled_dot`. In
         the host's memory.
     cu_seqlens_q : array_like of int, (sequences + 1,)
@@ -53,7 +51,11 @@ def varlen(
     Returns
     -------
     out : ndarray, (total_q, Hq, Dv)
+        The widest dtype of `q`, `k` and `v`, in the memory order of `q`.
     lse : ndarray, (Hq, total_q), if ``return_lse=True``
+        As of `fastattn.scaled_dot`.
+    row_max : ndarray, (Hq, total_q), if ``return_max=True``
+        Likewise.
 
     Raises
     ------
