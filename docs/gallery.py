@@ -15,6 +15,7 @@ ARGUMENTS = {
     "generate_text": ["20", "60"],
     "jax_training": ["--short"],
     "predict_next": ["--short"],
+    "relative_distance": ["--short"],
     "reverse_sequences": ["--short"],
     "sentence_embeddings": ["--short"],
     "serve_prompts": ["--short"],

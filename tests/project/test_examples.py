@@ -10,7 +10,7 @@ import pytest
 from helpers.subprocesses import child_environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# The systems that they show are those of the articles, in this order, and one that serves.
+# The systems that they show are those of the articles, in this order; one learns distances, one serves.
 DRAWN = {
     "gaussian_smoothing": (),
     "reverse_sequences": ("torch",),
@@ -18,6 +18,7 @@ DRAWN = {
     "predict_next": (),
     "find_the_marked": (),
     "graph_classification": ("scipy",),
+    "relative_distance": (),
     "serve_prompts": ("torch",),
 }
 
