@@ -10,7 +10,8 @@ import pytest
 from helpers.subprocesses import child_environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# The systems that they show are those of the articles, in this order; one learns distances, one serves.
+# The systems that they show are those of the articles, in this order; one learns distances, and one
+# serves.
 DRAWN = {
     "gaussian_smoothing": (),
     "reverse_sequences": ("torch",),
