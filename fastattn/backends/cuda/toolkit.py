@@ -7,7 +7,7 @@ from numba import cuda
 __all__ = ["SIMULATED", "cuda", "device_function", "intrinsic", "kernel"]
 
 # Numba's simulator runs each thread of the device as one of Python's.
-SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
+SIMULATED = bool(getattr(cuda.config, "ENABLE_CUDASIM"))  # noqa: B009  which it makes as it runs
 
 if not SIMULATED:
     from numba.cuda.extending import intrinsic
