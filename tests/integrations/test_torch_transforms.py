@@ -235,6 +235,16 @@ def test_learned_scales(shape, compiled):
     torch.compiler.reset()
 
 
+@warns
+@pytest.mark.parametrize("attend", [scaled_dot, ours])
+def test_scale_has_a_gradient(attend):
+    q, k, v = doubles(1)
+    x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attend(q, k, v, scale=x), x)
+    found = torch.func.grad(lambda x: attend(q, k, v, scale=x).sum())(x)
+    torch.testing.assert_close(found, torch.autograd.grad(attend(q, k, v, scale=x).sum(), x)[0])
+
+
 # ------------------------------------------------------------------------------ causal biases
 
 
