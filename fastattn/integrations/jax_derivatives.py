@@ -85,8 +85,15 @@ def _primitive(name: str, callback, result_shapes, n_linear) -> Primitive:
     static = ("batch", "call", "moving", "turning", "wrt")
     primitive.def_impl(jax.jit(run, static_argnames=static))  # which compiles once
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
-    batching.primitive_batchers.update({primitive: batched})
+    _set(batching.primitive_batchers, primitive, batched)
     return primitive
+
+
+def _set(rules, primitive, rule) -> None:
+    """Add to a table of JAX's; the stand-in for JAX, where documentation is built without it, takes
+    calls alone.
+    """
+    rules.__setitem__(primitive, rule)
 
 
 def _in_full(x, batch):
@@ -291,5 +298,5 @@ for _primitive_of, _jvp, _transpose in (
     (_second, _no_third, _second_transpose),
     (_bent, _no_third, _bent_transpose),
 ):
-    ad.primitive_jvps.update({_primitive_of: _jvp})
-    ad.primitive_transposes.update({_primitive_of: _transpose})
+    _set(ad.primitive_jvps, _primitive_of, _jvp)
+    _set(ad.primitive_transposes, _primitive_of, _transpose)
