@@ -29,7 +29,7 @@ def keep_plan(key: bytes, prepare: Callable[..., Any], *arguments) -> None:
         if len(plans) >= MOST:
             plans.clear()
         plans[key] = None
-    elif plans[key] is None:
+    elif plans.get(key) is None:  # another thread may have cleared them
         plans[key] = prepare(*arguments) or False
 
 

@@ -57,7 +57,7 @@ class Sequences:
         none = np.zeros(batch, np.int64)
         table = np.zeros((batch, 0), np.int64)
         self.now = Snapshot(((),) * batch, table, pool.views, none, none, 0, False, _Epoch())
-        self._earlier: list[weakref.ref] = []  # epochs of which somebody may hold a snapshot
+        self._earlier: list[weakref.ref] = []  # epochs of which a reader may hold a snapshot
 
     def held(self, state: Snapshot, b: int) -> list[tuple[int, int]]:
         """The tokens of a sequence that some query from the last append on may see."""

@@ -86,6 +86,34 @@ def test_repeated_gradients_have_the_same_bits(target, dtype, shape, with_lse, c
             assert (x.dtype, x.strides) == (y.dtype, y.strides)
 
 
+# Options of several numbers, which are arrays to the kernels.
+NUMBERS = {
+    "scale": (0.1, 0.7, 0.2, 0.3),
+    "relative_bias": ((0.5, -1.0, 2.0),) * 2 + ((1.0, 0.0, -1.0),) * 2,
+    "alibi": (0.1, 0.2, 0.3, 0.4),
+    "sinks": (0.0, 1.0, 2.0, 3.0),
+    "bias": tuple(map(float, range(9))),
+    "mask": (True, False, True) * 3,
+    "spans": (1, 7),
+    "kv_lengths": (3, 8),
+    "dropout": (0.25, 7),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_options_of_several_numbers_are_kept(name):
+    q, k, v = arrays()
+    options = {name: NUMBERS[name]} | ({"q_offset": (1, 2)} if name == "kv_lengths" else {})
+    out, lse = fastattn.scaled_dot(q, k, v, return_lse=True, **options)
+    given = np.cos(out), q, k, v, out, lse
+    first = fastattn.scaled_dot_backward(*given, **options)
+    for _ in range(3):
+        again = fastattn.scaled_dot(q, k, v, return_lse=True, **options)
+        assert all(map(same_bits, again, (out, lse)))
+        assert all(map(same_bits, fastattn.scaled_dot_backward(*given, **options), first))
+    assert runs_plan()
+
+
 def arrays(dtype="float32", seed=0):
     return Shape(2, 4, 5, 9, 8, kv_heads=2).arrays(dtype, seed)
 

@@ -101,10 +101,15 @@ def prepare_backward(backward: Backward, arrays: tuple):
     *grads, rows = (x for x, *_ in outputs)
     if p.one_head:
         grads = [x[None] for x in grads]
-    key_heads = np.arange(math.prod(p.batch) * p.kv_heads)[:, None]
+    scale, scales = scale_args(p)
+    read = {
+        "key_heads": np.arange(math.prod(p.batch) * p.kv_heads)[:, None],
+        "scales": scales,
+        "relative_bias": relative_bias_rows(p),
+    }
     arguments = _arguments(b, rows, *grads)
-    plan = kernels.Plan(outputs, threads_pay(p), (arguments[_N_NEW:], key_heads))
-    kernels.differentiate(*arguments, scale=p.scale, key_heads=key_heads, plan=plan)
+    plan = kernels.Plan(outputs, threads_pay(p), (arguments[_N_NEW:], read))
+    kernels.differentiate(*arguments, scale=scale, plan=plan, **read)
     return plan
 
 
