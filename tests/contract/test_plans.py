@@ -223,6 +223,15 @@ def test_threads_may_run_one_plan_at_once():
     assert not any(wrong)
 
 
+def test_no_plan_is_made_where_results_are_large():
+    """To make it takes results like the call's."""
+    q = np.ones((4, 1100, 64), "f4")
+    for _ in range(2):
+        out, lse = fastattn.scaled_dot(q, q[:1], q[:1], return_lse=True)
+        fastattn.scaled_dot_backward(out, q, q[:1], q[:1], out, lse)
+    assert not runs_plan()
+
+
 def test_many_layouts_keep_few_plans():
     v = np.ones((plans.MOST + 40, 1, 4), "f4")
     for n in range(1, len(v)):

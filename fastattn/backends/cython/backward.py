@@ -87,7 +87,8 @@ def prepare_backward(backward: Backward, arrays: tuple):
     given = (b.grad_out, p.q, p.k, p.v, b.out, b.lse, b.grad_lse)
     copied = not all(map(np.may_share_memory, arrays, given))
     elsewhere = p.is_sparse or p.block_table is not None or len(p.gradients) > 3
-    if elsewhere or copied or p.dtype.itemsize == 2 or not can_prepare(p):
+    nbytes = sum(x.nbytes for x in arrays[1:4])
+    if elsewhere or copied or p.dtype.itemsize == 2 or not can_prepare(p, nbytes):
         return None
     outputs = []
     for i, heads in ((1, p.heads), (2, p.kv_heads), (3, p.kv_heads)):

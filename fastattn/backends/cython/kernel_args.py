@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ _PAD = 16  # MAX_LANES of csrc/tile_sizes.h
 
 # Below this many flops a second thread costs more than it brings: starting one takes some 5 us.
 ONE_THREAD_FLOPS = 2_000_000
+# Of the results of a call that is worth a plan, at most.
+PLAN_BYTES = 1 << 20
 # How many multiply-adds of a product take as long as one term of an additive score.
 ADDITIVE_FLOPS = 10
 
@@ -42,9 +45,11 @@ def prepare(p: Problem, of_cache: bool = False) -> Plan | None:
         return None
     shape = (*p.batch, p.heads, p.n_queries, p.value_dim)[p.one_head :]
     q = p.q[0] if p.one_head else p.q
-    if not can_prepare(p) or p.return_weights or (shape != q.shape and not q.flags.c_contiguous):
-        return None
     like_q = shape == q.shape
+    placed = like_q or q.flags.c_contiguous
+    nbytes = math.prod(shape) * p.dtype.itemsize
+    if not can_prepare(p, nbytes) or p.return_weights or not placed:
+        return None
     result = np.empty_like(q, p.dtype) if like_q else np.empty(shape, p.dtype)
     lse = np.empty(shape[:-1], p.accumulator) if p.return_lse else None
     row_max = np.empty(shape[:-1], p.accumulator) if p.return_max else None
@@ -57,10 +62,12 @@ def prepare(p: Problem, of_cache: bool = False) -> Plan | None:
     return plan
 
 
-def can_prepare(p: Problem) -> bool:
-    """Does a call like `p` read its arrays where they lie, and is there something to compute?"""
+def can_prepare(p: Problem, nbytes: int) -> bool:
+    """Does a call like `p`, with results of so many bytes, read its arrays where they lie, and is
+    there something to compute? A plan saves microseconds, and takes such results to be made.
+    """
     read_in_place = p.block_table is None or p.block_table.flags.c_contiguous
-    return read_in_place and not p.copied and flops(p) > 0
+    return read_in_place and not p.copied and nbytes <= PLAN_BYTES and flops(p) > 0
 
 
 _N_NEW = 6  # arguments of kernels.attend, from the first on, that each call has its own of
