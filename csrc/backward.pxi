@@ -361,8 +361,9 @@ def differentiate(
     broadcasts; without any, `grad_k` and `grad_v` may also be of half precision.
 
     `lse` and `grad_lse`, (batch, heads, queries), have the dtype of sums. An lse beyond `coarse`,
-    float64 (queries) or (1), is computed again by the kernels. `rows`, float64 (batch, heads, queries, 3) and contiguous, is
-    filled with the lse, the rest that its rounding lost, and the mean of the weights' gradients.
+    float64 (queries) or (1), is computed again by the kernels. `rows`, float64 (batch, heads,
+    queries, 3) and contiguous, is filled with the lse, the rest that its rounding lost, and the
+    mean of the weights' gradients.
     `grad_bias` and `row_sums` are added to unless None. `grad_bias` broadcasts to the scores; it
     has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
     `row_sums` is float64 (batch, heads, queries, 6) and contiguous: see `Tile.row_sums`, the last

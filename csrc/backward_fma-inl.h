@@ -159,7 +159,8 @@ static void pack_real_queries(const Tile *t, const BackwardScratch *g, int p) {
 /* grad_scores = V dO^T. */
 static void multiply_real_values(const Tile *t, const BackwardScratch *g, int p,
                                  const SubBlock *sub, View v) {
-    matmul(t->micropanel[p].vecs, sub->keys, v.data, v.row, v.dim, t->value_dim,
+    int vecs = t->micropanel[p].vecs;
+    matmul(vecs, sub->keys, v.data, v.row, v.dim, t->value_dim, block_d(vecs, t->value_dim),
            g->grad_out + p % REAL_MICROPANELS * MR * t->value_dim, g->grad_scores, false, NULL);
 }
 
@@ -168,8 +169,8 @@ static void multiply_real_values(const Tile *t, const BackwardScratch *g, int p,
 static void sum_queries(ptrdiff_t dims, int keys, int queries, const real *a, const real *rows,
                         real *c, bool accumulate) {
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
-        matmul((int)dim_vecs(dims), keys, a, MR, 1, queries, rows + m * REAL_MICROPANELS * MR * MR,
-               c + m * SUB_BLOCK_K * MR, accumulate, NULL);
+        matmul((int)dim_vecs(dims), keys, a, MR, 1, queries, queries,
+               rows + m * REAL_MICROPANELS * MR * MR, c + m * SUB_BLOCK_K * MR, accumulate, NULL);
 }
 
 /* The same, leaving out queries that a key is hidden from, which may be NaN or Inf. */
@@ -204,8 +205,8 @@ static void sum_real_sub_block(const Tile *t, const BackwardScratch *g, int p, c
         sum_queries_masked(t->head_dim, sub, queries, g->grad_scores, q_rows, g->sub_grad_k,
                            sums->keys);
     } else {
-        matmul(vecs, t->head_dim, k.data, k.dim, k.row, sub->keys, g->grad_scores, grad_q,
-               sums->q[p], NULL);
+        matmul(vecs, t->head_dim, k.data, k.dim, k.row, sub->keys, sub->keys, g->grad_scores,
+               grad_q, sums->q[p], NULL);
         sum_queries(t->value_dim, sub->keys, queries, sub->scores, grad_out_rows, g->sub_grad_v,
                     sums->keys);
         sum_queries(t->head_dim, sub->keys, queries, g->grad_scores, q_rows, g->sub_grad_k,

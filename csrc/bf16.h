@@ -37,8 +37,8 @@ INLINE void split_chunk(const vec x[CHUNK / LANES], bfloat *to, ptrdiff_t term);
 /* Store the terms of LANES bundles. */
 INLINE void split_bundles(const vec x[BUNDLE], bundle *to, ptrdiff_t term);
 
-/* Store the bundles of the dims [d, d + LANES) of BUNDLE rows of bfloat16. NaN and Inf become 0, and
- * their lanes are added to the `special` ones of their row. */
+/* Store the bundles of the dims [d, d + LANES) of BUNDLE rows of bfloat16. NaN and Inf become 0,
+ * and their lanes are added to the `special` ones of their row. */
 INLINE void bundle_bfloats(const char *const rows[BUNDLE], ptrdiff_t d, bundle *to,
                            flags special[BUNDLE]);
 

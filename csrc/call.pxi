@@ -55,7 +55,7 @@ cdef struct Sequence:
 
 cdef struct CallParams:
     # Everything that the tiles of one call share.
-    const TileKernels *kernels  # of a tile of all queries; those of a sequence sum in the same dtype
+    const TileKernels *kernels  # of all queries; those of a sequence sum in the same dtype
     Operand q, k, v, k_scales, v_scales, out, mask, bias, weights, lse, max_score
     KeyRange keys
     int lse_bytes  # of one number, also of max_score
@@ -66,7 +66,8 @@ cdef struct CallParams:
     Sequence whole  # the only sequence, unless there are `sequences`
     const Sequence *sequences
     Py_ssize_t n_sequences
-    Py_ssize_t items, blocks  # of all sequences: tiles times splits, and blocks of keys, of a key head
+    Py_ssize_t items  # of all sequences and a key head: tiles times splits
+    Py_ssize_t blocks  # of keys, likewise
     char *partial  # (batch, sequences, kv_heads, splits): the partial result of each
     Py_ssize_t partial_bytes  # of a batch entry
     NumberFormat out_format

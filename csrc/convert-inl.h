@@ -184,8 +184,8 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
     for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
 }
 
-/* Rows of numbers with any strides to contiguous rows of `real`, times the scales of each row, which
- * are `scales_row` floats apart, unless there are none. */
+/* Rows of numbers with any strides to contiguous rows of `real`, times the scales of each row,
+ * which are `scales_row` floats apart, unless there are none. */
 INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
                   const float *scales, ptrdiff_t scales_row, int rows, ptrdiff_t dims, real *to) {
     for (int j = 0; j < rows; j++, at += row, to += dims, scales += scales ? scales_row : 0) {

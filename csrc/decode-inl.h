@@ -119,7 +119,8 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
     for (int i = 0; i < queries; i++) {
         vec sums = sum_lanes(x[i]);
         bool scaled = scales && format.kind != '4';
-        for (int j = 0; j < keys; j++) scores[j * MR + i] = scaled ? sums[j] * scales[j * groups] : sums[j];
+        for (int j = 0; j < keys; j++)
+            scores[j * MR + i] = scaled ? sums[j] * scales[j * groups] : sums[j];
     }
 }
 

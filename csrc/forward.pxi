@@ -116,16 +116,16 @@ def attend(
     `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
     kernels sum in that. With `block_table`, contiguous int64 (batch, pages), `k` and `v` are
     pools, (n_pages, kv_heads, page, dim). They may also be float8_e4m3fn, or with `k_scales` and
-    `v_scales`, float32 (..., keys, groups) and contiguous, int8 or uint8, which is int4. `lse`, (batch, heads, queries), is float32 or
-    float64; `weights`, (batch, heads, queries, keys), must be zero before. `key_range` is a
-    `KeyRange`; `alibi` and `sinks` are contiguous float64; `softcap` is 0 for none. `order`, int64,
-    is the order in which the flattened batch entries are taken. `compute_dtype` is a NumPy
-    character: see `compute_dtype_of`. `score_function` is None for dot products, else a pair of its
-    name and its weights. `dropout` is None or a `Dropout`. `scales` are those of the heads,
-    contiguous float64, beside a `scale` of 1. `relative_bias` is (kv_heads, rows, group) as of
-    `Tile.relative_bias`. `max_score` is filled as `lse` is, unless None. `sequences` says where
-    those are that lie end to end, if any: see `cut_sequences`. All arguments must have been
-    validated: nothing is checked here.
+    `v_scales`, float32 (..., keys, groups) and contiguous, int8 or uint8, which is int4. `lse`,
+    (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys), must
+    be zero before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64;
+    `softcap` is 0 for none. `order`, int64, is the order in which the flattened batch entries
+    are taken. `compute_dtype` is a NumPy character: see `compute_dtype_of`. `score_function` is
+    None for dot products, else a pair of its name and its weights. `dropout` is None or a
+    `Dropout`. `scales` are those of the heads, contiguous float64, beside a `scale` of 1.
+    `relative_bias` is (kv_heads, rows, group) as of `Tile.relative_bias`. `max_score` is filled
+    as `lse` is, unless None. `sequences` says where those are that lie end to end, if any: see
+    `cut_sequences`. All arguments must have been validated: nothing is checked here.
 
     With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
     bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last

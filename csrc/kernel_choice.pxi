@@ -72,6 +72,7 @@ def tile_sizes():
         "MAX_BLOCK_Q": MAX_BLOCK_Q,
         "FMA_BLOCK_Q_BYTES": FMA_BLOCK_Q_BYTES,
         "BLOCK_D": BLOCK_D,
+        "BLOCK_D_ONE_VECTOR": BLOCK_D_ONE_VECTOR,
         "METRIC_BLOCK_D": METRIC_BLOCK_D,
         "MAX_FMA_ROWS": MAX_FMA_ROWS,
         "MIN_BF16X3_ROWS": MIN_BF16X3_ROWS,
@@ -128,8 +129,9 @@ cdef bint is_slow(const InstructionSet *isa) noexcept:
 
 
 def kernel_tables():
-    """Which kernels serve each compute dtype, by instruction set of this machine. Equal kernels give
-    equal results.
+    """Which kernels serve each compute dtype, by instruction set of this machine.
+
+    Equal kernels give equal results.
     """
     tables = {}
     for i in range(N_INSTRUCTION_SETS):

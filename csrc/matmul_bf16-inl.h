@@ -196,7 +196,8 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
         uint64_t lanes = special >> j & 1 ? ~(uint64_t)0 : t->micropanel[p].special;
         if (!lanes) continue;
         widen_keys(t, sub->key + j, sub->key + j + 1, s->keys);
-        matmul(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, s->q, row, false, NULL);
+        matmul(vecs, 1, s->keys, t->head_dim, 1, t->head_dim, block_d(vecs, t->head_dim),
+               s->q, row, false, NULL);
         for (int i = 0; i < vecs * LANES; i++)
             if (lanes >> i & 1) sub->scores[j * MR + i] = row[i];
     }
@@ -208,8 +209,8 @@ static void bf16_multiply_keys(const Tile *t, const Scratch *s, int p, const Sub
     Rows k = {s->key_terms + sub->key % BLOCK_K * CHUNK, s->key_rows * dims, s->key_rows * CHUNK};
     Lanes q = {s->q_terms + p * dims / BUNDLE * MR, t->micropanels * dims / BUNDLE * MR,
                BUNDLES * MR};
-    for (ptrdiff_t d = 0; d < dims; d += BLOCK_D) {
-        int chunks = fewer(dims - d, BLOCK_D) / CHUNK;
+    for (ptrdiff_t d = 0; d < dims; d += BF16_BLOCK_D) {
+        int chunks = fewer(dims - d, BF16_BLOCK_D) / CHUNK;
         real *to = d ? s->more : sub->scores;
         multiply(SCORE_ORDER, t->micropanel[p].vecs, sub->keys, k, q, chunks, to, false);
         if (d) add_to_scores(t->micropanel[p].vecs, sub, to);

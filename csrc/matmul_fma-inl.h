@@ -48,16 +48,8 @@ static void fma_multiply_keys(const Tile *t, const Scratch *s, int p, const SubB
     View k = keys_from(t, s, sub->key);
     const real *q = s->q + p * MR * t->head_dim;
     int vecs = t->micropanel[p].vecs;
-    bool all = t->head_dim <= BLOCK_D;
-    matmul(vecs, sub->keys, k.data, k.row, k.dim, all ? t->head_dim : BLOCK_D, q, sub->scores,
-           false, all ? top : NULL);
-    if (all) return;
-    for (ptrdiff_t d = BLOCK_D; d < t->head_dim; d += BLOCK_D) {
-        matmul(vecs, sub->keys, k.data + d * k.dim, k.row, k.dim, fewer(t->head_dim - d, BLOCK_D),
-               q + d * MR, s->more, false, NULL);
-        add_to_scores(vecs, sub, s->more);
-    }
-    take_max(vecs, sub, top);
+    matmul(vecs, sub->keys, k.data, k.row, k.dim, t->head_dim, block_d(vecs, t->head_dim), q,
+           sub->scores, false, top);
 }
 
 static void fma_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
@@ -79,8 +71,8 @@ static void fma_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b
             if (!accumulate) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
             masked_matmul(sub, vecs, v, t->value_dim, out);
         } else {
-            matmul(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->scores, out,
-                   accumulate, NULL);
+            matmul(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->keys, sub->scores,
+                   out, accumulate, NULL);
         }
         accumulate = true;
     }

@@ -36,8 +36,9 @@ cdef bint add_layout(Key *key, array) noexcept:
 
 
 cdef bint add_option(Key *key, option) noexcept:
-    """Add an option that is None, a flag, a number, a name, or a tuple of these, with its type. False if it
-    is anything else, whose contents may change.
+    """Add an option and its type: None, a flag, a number, a name, or a tuple of these.
+
+    False if it is anything else, whose contents may change.
     """
     cdef double real
     cdef long long number

@@ -1,4 +1,4 @@
-/* OpenMP, if the compiler has it, and what its runtimes leave to their callers; a clock; atomics. */
+/* OpenMP, if the compiler has it, and what its runtimes leave to their callers; clock; atomics. */
 #ifndef FASTATTN_PLATFORM_H
 #define FASTATTN_PLATFORM_H
 

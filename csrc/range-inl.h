@@ -43,7 +43,8 @@ static double exact_similarity(const Tile *t, ptrdiff_t i, ptrdiff_t key, int do
     *finite = true;
     for (ptrdiff_t d = 0; d < t->head_dim; d++) {
         double q = read_number(t->q[i] + d * t->q_dim, t->q_format);
-        double k = read_dim(row, t->k_dim, d, t->k_format) * (double)scale_of_dim(scales, t->k_format, d);
+        double k = read_dim(row, t->k_dim, d, t->k_format);
+        k *= (double)scale_of_dim(scales, t->k_format, d);
         *finite &= isfinite(q) && isfinite(k);
         if (t->score_function == ADDITIVE) {
             sum += t->dim_weights[d] * unit * tanh(q + k);

@@ -11,39 +11,59 @@
 #include "matmul.h"
 #include "simd-inl.h"
 
+/* Head dims of a sum that begins at zero: runs of sqrt(head_dim) have the least rounding error. */
+static ptrdiff_t block_d(int vecs, ptrdiff_t head_dim) {
+    ptrdiff_t block = vecs == 1 ? BLOCK_D_ONE_VECTOR : BLOCK_D;
+    while (block * block < head_dim) block *= 2;
+    return block;
+}
+
 /* c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r * a_row + t * a_step] *
- * b[t][lane]; unless it is NULL, top[lane] = max(top[lane], c[r][lane]). Constant `rows`, `vecs`
- * and one unit stride keep the accumulators in registers. Each step prefetches one line at `ahead`:
- * hardware prefetchers do not follow the narrow columns of V, nor keep up with K in the third-level
- * cache. */
+ * b[t][lane]; unless it is NULL, top[lane] = max(top[lane], c[r][lane]). Each `block` of steps is
+ * summed from zero, but for the first one if it accumulates. Constant `rows`, `vecs` and one unit
+ * stride keep the accumulators in registers. Each step prefetches one line at `ahead`: hardware
+ * prefetchers do not follow the narrow columns of V, nor keep up with K in the L3 cache. */
 INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff_t a_row,
-                          ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,
-                          bool accumulate, vec *top, const real *ahead, ptrdiff_t ahead_step) {
+                          ptrdiff_t a_step, ptrdiff_t steps, ptrdiff_t block, const real *b,
+                          real *c, bool accumulate, vec *top, const real *ahead,
+                          ptrdiff_t ahead_step) {
     vec sum[NR][MR_VECS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int n = 0; n < vecs; n++)
             sum[r][n] = accumulate ? load(c + r * MR + n * LANES) : splat(0);
-    for (ptrdiff_t t = 0; t < steps; t++) {
-        __builtin_prefetch(ahead, 0, 2);
-        vec operand[MR_VECS];
+    for (ptrdiff_t t = 0;;) {
+        for (ptrdiff_t end = fewer(steps, t + block); t < end; t++) {
+            __builtin_prefetch(ahead, 0, 2);
+            vec operand[MR_VECS];
 #pragma GCC unroll 4
-        for (int n = 0; n < vecs; n++) operand[n] = load(b + n * LANES);
+            for (int n = 0; n < vecs; n++) operand[n] = load(b + n * LANES);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            vec factor = splat(a[r * a_row]);
+            for (int r = 0; r < rows; r++) {
+                vec factor = splat(a[r * a_row]);
 #pragma GCC unroll 4
-            for (int n = 0; n < vecs; n++) sum[r][n] = factor * operand[n] + sum[r][n];
+                for (int n = 0; n < vecs; n++) sum[r][n] = factor * operand[n] + sum[r][n];
+            }
+            a += a_step;
+            b += MR;
+            ahead += ahead_step;
         }
-        a += a_step;
-        b += MR;
-        ahead += ahead_step;
-    }
+        if (t > block)
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+            for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int n = 0; n < vecs; n++) store(c + r * MR + n * LANES, sum[r][n]);
+                for (int n = 0; n < vecs; n++) sum[r][n] += load(c + r * MR + n * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < vecs; n++) store(c + r * MR + n * LANES, sum[r][n]);
+        if (t >= steps) break;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < vecs; n++) sum[r][n] = splat(0);
+    }
     if (top)
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
@@ -52,26 +72,28 @@ INLINE void register_tile(const int rows, const int vecs, const real *a, ptrdiff
 }
 
 #define MATMUL_ARGS                                                                                \
-    const real *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, const real *b, real *c,     \
-        bool accumulate, vec *top
+    const real *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, ptrdiff_t block,            \
+        const real *b, real *c, bool accumulate, vec *top
 
 INLINE void matmul_vecs(const int vecs, ptrdiff_t rows, MATMUL_ARGS) {
     for (; rows >= NR; rows -= NR) {
         if (a_step == 1) {
             /* Contiguous rows of K: prefetch those of the next sub-block. */
             bool packed = a_row == steps;
-            register_tile(NR, vecs, a, a_row, 1, steps, b, c, accumulate, top,
+            register_tile(NR, vecs, a, a_row, 1, steps, block, b, c, accumulate, top,
                           packed ? a + SUB_BLOCK_K * a_row : a, packed ? NR : 0);
         } else if (a_row == 1)
-            register_tile(NR, vecs, a, 1, a_step, steps, b, c, accumulate, top,
+            register_tile(NR, vecs, a, 1, a_step, steps, block, b, c, accumulate, top,
                           a + SUB_BLOCK_K * a_step, a_step);
-        else register_tile(NR, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0);
+        else register_tile(NR, vecs, a, a_row, a_step, steps, block, b, c, accumulate, top, a, 0);
         a += NR * a_row;
         c += NR * MR;
     }
     switch (rows) {
 #define ROWS(n)                                                                                    \
-    case n: register_tile(n, vecs, a, a_row, a_step, steps, b, c, accumulate, top, a, 0); break;
+    case n:                                                                                        \
+        register_tile(n, vecs, a, a_row, a_step, steps, block, b, c, accumulate, top, a, 0);       \
+        break;
         ROWS(1)
         ROWS(2)
         ROWS(3)
@@ -88,10 +110,10 @@ INLINE void matmul_vecs(const int vecs, ptrdiff_t rows, MATMUL_ARGS) {
 /* register_tile for any number of rows, and the first `vecs` vectors of a micropanel. */
 static void matmul(int vecs, ptrdiff_t rows, MATMUL_ARGS) {
     switch (vecs) {
-    case 1: matmul_vecs(1, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
-    case 2: matmul_vecs(2, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+    case 1: matmul_vecs(1, rows, a, a_row, a_step, steps, block, b, c, accumulate, top); break;
+    case 2: matmul_vecs(2, rows, a, a_row, a_step, steps, block, b, c, accumulate, top); break;
 #if MR_VECS == 3
-    case 3: matmul_vecs(3, rows, a, a_row, a_step, steps, b, c, accumulate, top); break;
+    case 3: matmul_vecs(3, rows, a, a_row, a_step, steps, block, b, c, accumulate, top); break;
 #endif
     }
 }

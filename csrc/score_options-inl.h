@@ -231,8 +231,8 @@ static bool multiply_by_scales(const Tile *t, int p, const SubBlock *sub, real *
     return !any_lane(not_finite != splat(0));
 }
 
-/* All steps after the product and its scale: softcap, bias, ALiBi, mask. `top` is the maximum of the
- * scores, before and after. */
+/* All steps after the product and its scale: softcap, bias, ALiBi, mask. `top` is the maximum of
+ * the scores, before and after. */
 static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
     if (t->softcap > 0) {

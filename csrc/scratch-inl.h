@@ -43,7 +43,7 @@ typedef struct Scratch {
     real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
     real *bias;              /* [SUB_BLOCK_K][MR] */
     lane_int *kept;          /* [SUB_BLOCK_K][MR]: has dropout kept the weight? -1 or 0 */
-    real *more;              /* [SUB_BLOCK_K][MR]: the scores of BLOCK_D head dims */
+    real *more;              /* [SUB_BLOCK_K][MR]: the scores of BF16_BLOCK_D head dims */
     real *q;                 /* [micropanel][head_dim][MR], times q_scale */
     real *keys, *values;     /* [key of the block][dim], widened */
 #ifdef BF16_TERMS
@@ -65,7 +65,7 @@ typedef struct Scratch {
     ptrdiff_t out_rows, key_rows; /* of a micropanel in `out`, of the keys in key_terms */
 } Scratch;
 
-/* Where the row of a key is, of rows from `at` on that are `row` bytes apart, pages `page` bytes. */
+/* Where the row of a key is: rows from `at` on are `row` bytes apart, and pages `page` bytes. */
 static const char *row_of_key(const Tile *t, const char *at, ptrdiff_t row, ptrdiff_t page,
                               ptrdiff_t key) {
     if (!t->pages) return at + key * row;
@@ -87,7 +87,9 @@ static const float *value_scales(const Tile *t, ptrdiff_t key) {
 }
 
 /* How many floats lie between the scales of a key and those of the next one in its page. */
-static ptrdiff_t key_scales_row(const Tile *t) { return t->k_scales_key / (ptrdiff_t)sizeof(float); }
+static ptrdiff_t key_scales_row(const Tile *t) {
+    return t->k_scales_key / (ptrdiff_t)sizeof(float);
+}
 static ptrdiff_t value_scales_row(const Tile *t) {
     return t->v_scales_key / (ptrdiff_t)sizeof(float);
 }
@@ -151,7 +153,7 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(out, row * s->out_rows)
     TAKE(block_out, MR * s->out_rows)
     TAKE(bias, t->has_bias ? SUB_BLOCK_K * MR : 0)
-    TAKE(more, t->head_dim > BLOCK_D ? SUB_BLOCK_K * MR : 0)
+    TAKE(more, t->head_dim > BF16_BLOCK_D ? SUB_BLOCK_K * MR : 0)
     /* Counters of dropout may begin before a sub-block and end behind it. */
     TAKE(kept, t->has_dropout ? (SUB_BLOCK_K + 2 * KEYS_PER_COUNTER) * MR : 0)
     s->kept += KEYS_PER_COUNTER * MR;

@@ -46,8 +46,8 @@ typedef struct {
     const float *k_scales, *v_scales;                      /* factors of each key; or NULL */
     NumberFormat q_format, k_format, v_format, out_format; /* out_format is also that of weights */
     ptrdiff_t q_dim, out_dim, k_key, k_dim, v_key, v_dim, k_scales_key, v_scales_key;
-    /* Key j is row j % page of page pages[j / page], these `k_page` bytes apart. NULL: keys and values
-     * are in one piece. */
+    /* Key j is row j % page of page pages[j / page], these `k_page` bytes apart. NULL: keys and
+     * values are in one piece. */
     const int64_t *pages;
     ptrdiff_t page, k_page, v_page, k_scales_page, v_scales_page;
     ptrdiff_t n_queries, head_dim, value_dim;

@@ -8,6 +8,7 @@ cdef extern from "tile_sizes.h" nogil:
         MAX_BLOCK_Q
         FMA_BLOCK_Q_BYTES
         BLOCK_D
+        BLOCK_D_ONE_VECTOR
         MAX_LANES
         METRIC_BLOCK_D
         MAX_FMA_ROWS

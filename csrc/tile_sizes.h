@@ -34,9 +34,12 @@
 #endif
 #define MAX_MICROPANELS 12 /* of a tile: 384 / 32 with AMX, 96 / 8 with SSE2 */
 
-/* Head dims whose products are summed from zero before they are added to the scores, for the same
- * reason as BLOCK_K. */
-#define BLOCK_D 256
+/* Head dims whose products are summed from zero before they are added to the score, at least: see
+ * block_d. NumPy gives few queries a matmul that keeps many partial sums, and one vector of queries
+ * has the time for as many. */
+#define BLOCK_D 32
+#define BLOCK_D_ONE_VECTOR 16
+#define BF16_BLOCK_D 256 /* each of whose sums the hardware splits again */
 
 /* Rows of scores and of sums are padded to a multiple of ROW_PAD: a register of AMX has 16 rows. */
 #define ROW_PAD 16

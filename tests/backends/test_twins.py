@@ -51,6 +51,8 @@ class TestNumba:
         from fastattn.backends.numba import score_functions, tile
 
         assert sizes["BLOCK_K"] == tile.BLOCK_KEYS
+        assert sizes["BLOCK_D"] == tile.BLOCK_D
+        assert sizes["BLOCK_D_ONE_VECTOR"] == tile.BLOCK_D_ONE_VECTOR
         assert sizes["SUB_BLOCK_K"] == tile.STRIP_KEYS
         assert sizes["FMA_BLOCK_Q_BYTES"] == tile.TILE_BYTES
         assert sizes["METRIC_BLOCK_D"] == score_functions.CHUNK_DIMS

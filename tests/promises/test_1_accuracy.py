@@ -98,6 +98,14 @@ def test_large_head_dim(target, head_dim, n_queries, dtype):
     check(target, q, k, v, scale=2 / head_dim**0.5)
 
 
+@pytest.mark.parametrize("n_queries, n_keys", [(9, 12), (16, 60), (32, 32)])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_small_matmuls_of_large_scores(target, n_queries, n_keys, head_dim):
+    """For which NumPy's matmul keeps many partial sums of each dot product."""
+    q, k, v = Shape(4, 4, n_queries, n_keys, head_dim).arrays("float32")
+    check(target, 15 * q, k, v)
+
+
 @pytest.mark.parametrize("dtype, n", [("float32", 2000), ("float64", 600)])
 def test_squares(target, dtype, n):
     check(target, *Shape(1, 2, n, n, 64).arrays(dtype), causal=True)

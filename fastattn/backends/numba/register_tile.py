@@ -18,13 +18,13 @@ def register_tile(vecs: int):
 
     ``c[r][lane] = (accumulate ? c[r][lane] : 0) + sum over t of a[r, t] * b[t][lane]``, where
     ``a[r, t]`` lies at ``a + r * a_row + t * a_step`` bytes, and rows of `b` and `c` are TILE_VECS
-    vectors apart. Both products of attention have this form. At most `run` steps are summed from
+    vectors apart. Both products of attention have this form. At most `block` steps are summed from
     0 before they join the sum of those before. Rows from `rows` on repeat the last one: the same
     code serves any number of them.
     """
 
     @intrinsic
-    def tile(typingctx, a, a_row, a_step, rows, steps, run, b, c, accumulate):
+    def tile(typingctx, a, a_row, a_step, rows, steps, block, b, c, accumulate):
         vector = vector_of(b.dtype)
 
         def emit(context, builder, sig, args):
@@ -39,7 +39,7 @@ def register_tile(vecs: int):
 
 
 def _emit_register_tile(
-    context, builder, vector, vecs, a, a_row, a_step, rows, steps, run, b, c, accumulate
+    context, builder, vector, vecs, a, a_row, a_step, rows, steps, block, b, c, accumulate
 ):
     whole = ir.IntType(64)
     kind = context.get_value_type(vector)
@@ -68,24 +68,24 @@ def _emit_register_tile(
     before = builder.block
     begin, body, first, later, after, end = (
         builder.append_basic_block(f"product.{part}")
-        for part in ("run", "step", "first", "later", "next", "end")
+        for part in ("block", "step", "first", "later", "next", "end")
     )
     builder.branch(begin)
 
     builder.position_at_end(begin)
-    run_step, run_offset, run_at = (builder.phi(whole) for _ in range(3))
-    for phi, value in ((run_step, whole(0)), (run_offset, whole(0)), (run_at, b_start)):
+    block_step, block_offset, block_at = (builder.phi(whole) for _ in range(3))
+    for phi, value in ((block_step, whole(0)), (block_offset, whole(0)), (block_at, b_start)):
         phi.add_incoming(value, before)
     sums_before = [[builder.phi(kind) for _ in row] for row in starts]
     for phi, start in _pairs(sums_before, starts):
         phi.add_incoming(start, before)
-    run_end = builder.add(run_step, run)
-    run_end = builder.select(builder.icmp_signed("<", run_end, steps), run_end, steps)
+    block_end = builder.add(block_step, block)
+    block_end = builder.select(builder.icmp_signed("<", block_end, steps), block_end, steps)
     builder.branch(body)
 
     builder.position_at_end(body)
     step, offset, operand_at = (builder.phi(whole) for _ in range(3))
-    for phi, value in ((step, run_step), (offset, run_offset), (operand_at, run_at)):
+    for phi, value in ((step, block_step), (offset, block_offset), (operand_at, block_at)):
         phi.add_incoming(value, begin)
     sums = [[builder.phi(kind) for _ in row] for row in starts]
     for phi, value in _pairs(sums, sums_before):
@@ -107,11 +107,11 @@ def _emit_register_tile(
     next_at = builder.add(operand_at, whole(pitch))
     for phi, value in ((step, next_step), (offset, next_offset), (operand_at, next_at)):
         phi.add_incoming(value, body)
-    run_done = builder.append_basic_block("product.joined")
-    builder.cbranch(builder.icmp_signed("<", next_step, run_end), body, run_done)
+    block_done = builder.append_basic_block("product.joined")
+    builder.cbranch(builder.icmp_signed("<", next_step, block_end), body, block_done)
 
-    builder.position_at_end(run_done)
-    builder.cbranch(builder.icmp_signed("==", run_step, whole(0)), first, later)
+    builder.position_at_end(block_done)
+    builder.cbranch(builder.icmp_signed("==", block_step, whole(0)), first, later)
     builder.position_at_end(first)
     for value, address in _pairs(nexts, targets):
         store(value, address)
@@ -124,7 +124,7 @@ def _emit_register_tile(
     builder.branch(after)
 
     builder.position_at_end(after)
-    for phi, value in ((run_step, next_step), (run_offset, next_offset), (run_at, next_at)):
+    for phi, value in ((block_step, next_step), (block_offset, next_offset), (block_at, next_at)):
         phi.add_incoming(value, after)
     for row in sums_before:
         for phi in row:

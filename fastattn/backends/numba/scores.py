@@ -25,8 +25,9 @@ from .memory import (
 from .numbers import REAL, bounded, is_finite, read, rounded
 from .score_functions import score_keys
 from .tile import (
+    BLOCK_D,
+    BLOCK_D_ONE_VECTOR,
     FAR_SCORES,
-    FEW_RUN_DIMS,
     FIRST,
     LAST,
     LIVE,
@@ -36,7 +37,6 @@ from .tile import (
     PIECE_LAST,
     PIECE_STATE,
     PIECE_VECS,
-    RUN_DIMS,
     SAW_SOME,
     SEE_ALL,
     SEE_SOME,
@@ -127,8 +127,8 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, score_function, bias, s
     if score_function is not None:
         score_keys(t, score_function, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
-        run = run_dims(vecs, t.head_dim)
-        product(vecs, k, k_row, k_dim, keys, t.head_dim, run, queries, scores, np.int64(0))
+        block = block_d(vecs, t.head_dim)
+        product(vecs, k, k_row, k_dim, keys, t.head_dim, block, queries, scores, np.int64(0))
         if t.again == FAR_SCORES:
             far_scores(t, row, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     if bias is not None:
@@ -162,12 +162,12 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, score_function, bias, s
 
 
 @compiled
-def run_dims(vecs, head_dim):
-    """How many dimensions are summed at once."""
-    run = FEW_RUN_DIMS if vecs == 1 else RUN_DIMS
-    while run * run < head_dim:
-        run *= 2
-    return run
+def block_d(vecs, head_dim):
+    """Head dims of a sum that begins at zero; runs of sqrt(head_dim) have the least error."""
+    block = BLOCK_D_ONE_VECTOR if vecs == 1 else BLOCK_D
+    while block * block < head_dim:
+        block *= 2
+    return block
 
 
 @compiled

@@ -52,9 +52,10 @@ BLOCK_KEYS = 512
 STRIP_KEYS = block_mask.BLOCK_KEYS
 STRIPS = BLOCK_KEYS // STRIP_KEYS
 
-# Dimensions whose products are summed from 0, at least: of few queries, whom NumPy's matmul gives
-# dot products with many partial sums, and of others. Runs of sqrt(head_dim) have the least error.
-FEW_RUN_DIMS, RUN_DIMS = 16, 64
+# Head dims whose products are summed from zero before they are added to the score, at least. NumPy
+# gives few queries a matmul that keeps many partial sums, and one vector of queries has the time
+# for as many.
+BLOCK_D_ONE_VECTOR, BLOCK_D = 16, 32
 
 # What a panel sees of a strip, and anybody of a block of a block mask, whose keys are a strip.
 SEE_NONE, SEE_SOME, SEE_ALL = block_mask.NONE, block_mask.SOME, block_mask.ALL
@@ -324,7 +325,7 @@ def seen_in_block(t, like, p, row):
 
 
 @compiled
-def product(vecs, a, a_row, a_step, rows, steps, run, b, c, accumulate):
+def product(vecs, a, a_row, a_step, rows, steps, block, b, c, accumulate):
     """The register tile over any number of rows."""
     size = TILE_VECS * lanes(c[0])
     accumulate = accumulate != 0
@@ -332,6 +333,6 @@ def product(vecs, a, a_row, a_step, rows, steps, run, b, c, accumulate):
         count, to = min(rows - row, TILE_ROWS), ahead(c, row * size)
         at = a + row * a_row
         if vecs == 1:
-            narrow_tile(at, a_row, a_step, count, steps, run, b, to, accumulate)
+            narrow_tile(at, a_row, a_step, count, steps, block, b, to, accumulate)
         else:
-            whole_tile(at, a_row, a_step, count, steps, run, b, to, accumulate)
+            whole_tile(at, a_row, a_step, count, steps, block, b, to, accumulate)
