@@ -26,21 +26,26 @@ static void begin_keys(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
     *g.forward.packed = (PackedSubBlocks){.end = end};
 }
 
-/* The mean of the gradients of the weights, grad_out . out, summed in the order of the products of
- * grad_out and v: if one key has all the weight of a row, out is its v, and the gradient of its
- * score is exactly 0. */
+/* The mean of the gradients of the weights, grad_out . out, summed in the order and the blocks of
+ * the products of grad_out and v: if one key has all the weight of a row, out is its v, and the
+ * gradient of its score is exactly 0. */
 static void prepare(Tile *t) {
     BackwardScratch g;
     lay_out_backward(t, &g);
     for (ptrdiff_t first = 0; first < t->n_queries; first += LANES) {
         real *grad_out = g.grad_out, *result = g.grad_v;
         vec sum = splat(0);
+        ptrdiff_t block = block_d(micropanel_vecs(t, first / MR), t->value_dim);
         load_columns(t->grad_out, t->grad_out_dim, t->grad_out_format, t->value_dim, t->n_queries,
                      1, first, grad_out);
         load_columns(t->result, t->result_dim, t->grad_out_format, t->value_dim, t->n_queries, 1,
                      first, result);
-        for (ptrdiff_t d = 0; d < t->value_dim; d++)
-            sum = load(result + d * MR) * load(grad_out + d * MR) + sum;
+        for (ptrdiff_t d = 0; d < t->value_dim;) {
+            vec block_sum = splat(0);
+            for (ptrdiff_t end = fewer(t->value_dim, d + block); d < end; d++)
+                block_sum = load(result + d * MR) * load(grad_out + d * MR) + block_sum;
+            sum += block_sum;
+        }
         for (int i = 0; i < LANES && first + i < t->n_queries; i++) t->mean[first + i] = sum[i];
     }
 }

@@ -11,6 +11,10 @@
 #include "matmul.h"
 #include "simd-inl.h"
 
+static int micropanel_vecs(const Tile *t, ptrdiff_t p) {
+    return fewer((t->n_queries - p * MR + LANES - 1) / LANES, MR_VECS);
+}
+
 /* Head dims of a sum that begins at zero: runs of sqrt(head_dim) have the least rounding error. */
 static ptrdiff_t block_d(int vecs, ptrdiff_t head_dim) {
     ptrdiff_t block = vecs == 1 ? BLOCK_D_ONE_VECTOR : BLOCK_D;

@@ -110,7 +110,7 @@ static void bound_micropanel(Tile *t, int p) {
     t->micropanel[p].last = last;
     t->micropanel[p].inner_first = inner_first;
     t->micropanel[p].inner_last = inner_last;
-    t->micropanel[p].vecs = fewer((t->n_queries - p * MR + LANES - 1) / LANES, MR_VECS);
+    t->micropanel[p].vecs = micropanel_vecs(t, p);
     t->micropanel[p].has_output = 0;
     if (first < t->first) t->first = first;
     if (last > t->last) t->last = last;

@@ -49,6 +49,6 @@ def block_mask(mask_mod, n_queries, n_keys, batch=1, heads=1) -> BlockMask:
             ("batch", batch), ("heads", heads), ("n_queries", n_queries), ("n_keys", n_keys)
         )
     ]  # fmt: skip
-    from .backends.numba.blocks import look
+    from .backends.numba.blocks import classify_blocks
 
-    return BlockMask(mask_mod, sizes[2], sizes[3], look(mask_mod, *sizes))
+    return BlockMask(mask_mod, sizes[2], sizes[3], classify_blocks(mask_mod, *sizes))

@@ -50,10 +50,10 @@ class TestNumba:
     def test_blocks(self, sizes):
         from fastattn.backends.numba import score_functions, tile
 
-        assert sizes["BLOCK_K"] == tile.BLOCK_KEYS
+        assert sizes["BLOCK_K"] == tile.BLOCK_K
         assert sizes["BLOCK_D"] == tile.BLOCK_D
         assert sizes["BLOCK_D_ONE_VECTOR"] == tile.BLOCK_D_ONE_VECTOR
-        assert sizes["SUB_BLOCK_K"] == tile.STRIP_KEYS
+        assert sizes["SUB_BLOCK_K"] == tile.SUB_BLOCK_K
         assert sizes["FMA_BLOCK_Q_BYTES"] == tile.TILE_BYTES
         assert sizes["METRIC_BLOCK_D"] == score_functions.CHUNK_DIMS
 

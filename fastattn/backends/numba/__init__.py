@@ -144,7 +144,7 @@ class _Call:
                 t[name] = start
         if p.score_function is not DOT:
             unit = power_below(p.score_function.weights)  # or their sums might overflow
-            t["measure_scale"] = np.float64(scale) * unit
+            t["function_scale"] = np.float64(scale) * unit
             t["additive_weights"] = self.address(
                 (p.score_function.weights / unit).astype(p.accumulator)
             )
@@ -155,7 +155,7 @@ class _Call:
                 numbers.REAL if x.dtype == p.accumulator else numbers.STORED[x.dtype.name]
             )
         self.items = tiles * int(np.prod(p.batch, dtype=np.int64)) * p.heads // fold
-        flops = 2 * rows * keys_seen(p) * (p.head_dim + p.value_dim)
+        flops = 2 * rows * visible_keys(p) * (p.head_dim + p.value_dim)
         most = self.items // (LAUNCHES * self.threads)
         self.step = max(1, min(LAUNCH_FLOPS // max(flops, 1), most))
         for operand in ("q", "k", "v"):
@@ -265,17 +265,17 @@ def power_below(weights: np.ndarray) -> float:
     return float(2.0 ** np.floor(np.log2(largest))) if 0 < largest < np.inf else 1.0
 
 
-def keys_seen(problem: Problem) -> int:
+def visible_keys(problem: Problem) -> int:
     """How many keys a query sees, about."""
     p = problem
     if p.block_mask is not None:
-        seen = p.n_keys * (p.block_mask.blocks != NONE)
+        visible = p.n_keys * (p.block_mask.blocks != NONE)
     elif (intervals := p.key_range.bounds()) is not None:
         start, stop = intervals
-        seen = np.maximum(stop - start, 0)
+        visible = np.maximum(stop - start, 0)
     else:
         return p.n_keys
-    return int(seen.mean()) if seen.size else 0
+    return int(visible.mean()) if visible.size else 0
 
 
 def threads(problem: Problem) -> int:
@@ -297,7 +297,7 @@ def describe(problem: Problem) -> dict[str, str]:
         "kernel": f"queries in lanes, {problem.accumulator}, compiled by Numba",
         "instruction set": f"{vectors.INSTRUCTION_SET}, vectors of {vectors.VECTOR_BYTES} bytes",
         "tile": f"{tile.TILE_BYTES // problem.accumulator.itemsize} queries, "
-        f"{tile.BLOCK_KEYS} keys a block",
+        f"{tile.BLOCK_K} keys a block",
         "threads": str(threads(problem)),
         **functions,
     }

@@ -1,4 +1,4 @@
-"""Which blocks a mask function leaves anything of."""
+"""The blocks that a mask function hides, shows in part, or shows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .hooks import mask_function
 LAUNCH_PAIRS = 10_000_000
 
 
-def look(mask_mod, batch: int, heads: int, n_queries: int, n_keys: int) -> np.ndarray:
-    """What is seen of every block, (batch, heads, blocks of queries, blocks of keys)."""
+def classify_blocks(mask_mod, batch: int, heads: int, n_queries: int, n_keys: int) -> np.ndarray:
+    """The visibility of every block, (batch, heads, blocks of queries, blocks of keys)."""
     mask_mod = mask_function(mask_mod)
     fill = _filler(mask_mod)
     per_head = -(-n_queries // BLOCK_QUERIES)
@@ -45,10 +45,10 @@ def _fill(begin, end, blocks, n_queries, n_keys, mask_mod):
         first, last = row * BLOCK_QUERIES, min((row + 1) * BLOCK_QUERIES, n_queries)
         for column in range(columns):
             key, stop = column * BLOCK_KEYS, min((column + 1) * BLOCK_KEYS, n_keys)
-            seen = 0
+            visible = 0
             for i in range(first, last):
                 for j in range(key, stop):
-                    seen += 1 if mask_mod(batch, head, i, j) else 0
+                    visible += 1 if mask_mod(batch, head, i, j) else 0
             every = (last - first) * (stop - key)
-            state = NONE if seen == 0 else ALL if seen == every else SOME
+            state = NONE if visible == 0 else ALL if visible == every else SOME
             blocks[batch, head, row, column] = state

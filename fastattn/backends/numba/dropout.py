@@ -28,7 +28,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 @compiled
 def draw_row_keys(t, scale):
     """drop_rows[4][row]: the words of the key of each row's head, and of its query."""
-    rows = t.panels * TILE_VECS * lanes(scale)
+    rows = t.micropanels * TILE_VECS * lanes(scale)
     to, seed = uint64s(t.drop_rows), np.uint64(t.drop_seed)
     entry = np.uint64(t.batch) + np.uint64(t.drop_entry)
     for i in range(rows):
@@ -45,7 +45,7 @@ def draw_row_keys(t, scale):
 def drop(t, row, vecs, keys, key, weights, scale):
     """Drop some of weights[key][lane], of so many keys from `key` on and the rows from `row` on."""
     size, width = TILE_VECS * lanes(scale), vecs * lanes(scale)
-    rows = t.panels * size
+    rows = t.micropanels * size
     own, words = ahead(uint64s(t.drop_rows), row), uint64s(t.drop_words)
     first, threshold = np.uint64(key) + np.uint64(t.drop_key), np.uint64(t.drop_threshold)
     before = np.int64(first % _KEYS)

@@ -12,11 +12,11 @@ from .memory import ahead, doubles, floats, ints, load, load_unaligned, own_vect
 from .numbers import REAL, finite_most, widen
 from .tile import (
     FAR_SCORES,
-    PANEL_FIELDS,
-    SAW_NAN,
+    HAS_OUTPUT,
+    MICROPANEL_FIELDS,
+    ROW_NAN,
     SMALL_WEIGHTS,
-    STARTED,
-    STRIP_KEYS,
+    SUB_BLOCK_K,
     VECS,
     row_of,
 )
@@ -34,25 +34,27 @@ from .vectors import (
     splat,
 )
 
-__all__ = ["far_scores", "find_nans", "solve_again"]
+__all__ = ["far_scores", "find_nans", "retry_for"]
 
 # What makes the products of doubles small enough to be summed: 2 to this power, on both sides.
 shrink_power = per_type(0.0, -520.0)
 
 
 @compiled
-def solve_again(t, scale):
-    """Is the tile to be solved another time, and how? What cannot have left the range of its type,
-    because no finite number is large enough, is as the formula says.
+def retry_for(t, scale):
+    """Why the tile must be solved a second time, or 0.
+
+    NaN and Inf stand as they are where the inputs explain them: no finite number of theirs is large
+    enough for a sum to have left the range of its type.
     """
-    wild, infinite = False, False
+    special, infinite = False, False
     for i in range(t.rows):
-        if reals(t.wild, scale)[i] != 0:
-            wild = True
+        if reals(t.special, scale)[i] != 0:
+            special = True
             infinite |= reals(t.row_max, scale)[i] == inf  # beside a NaN?
             total = reals(t.row_sum, scale)[i]
             infinite |= t.max_result != 0 and total != total  # because of a score, or a sink?
-    if wild and scores_may_overflow(t, scale):
+    if special and scores_may_overflow(t, scale):
         return FAR_SCORES
     if infinite or (overflowed(t, scale) and values_may_overflow(t, scale)):
         return SMALL_WEIGHTS
@@ -65,9 +67,9 @@ def overflowed(t, scale):
     size = TILE_VECS * lanes(scale)
     most, zero = splat(finite_most(scale)), splat(constant(0.0, scale))
     wrong = zero < zero
-    for p in range(t.panels):
-        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-        for n in range(panel[VECS] if panel[STARTED] else 0):
+    for p in range(t.micropanels):
+        micropanel = ints(t.micropanel + 8 * MICROPANEL_FIELDS * p)
+        for n in range(micropanel[VECS] if micropanel[HAS_OUTPUT] else 0):
             at = p * size + n * lanes(scale)
             column = ahead(reals(t.total, scale), p * size * t.value_dim + n * lanes(scale))
             some = zero  # x * 0 is a NaN where x is not finite, and so is every sum with it
@@ -84,8 +86,8 @@ def scores_may_overflow(t, scale):
     for i in range(t.rows):
         q = row_of(t, t.q, t.q_row, i)
         of_q = max(of_q, largest(t, q, 0, t.q_dim, 1, t.head_dim, t.q_format, 0, scale))
-    for key in range(t.first, t.last, STRIP_KEYS):
-        last = min(key + STRIP_KEYS, t.last)
+    for key in range(t.first, t.last, SUB_BLOCK_K):
+        last = min(key + SUB_BLOCK_K, t.last)
         at, row, dim = key_rows(t, key, last, scale)
         of_k = max(of_k, largest(t, at, row, dim, last - key, t.head_dim, REAL, 0, scale))
     return abs(t.scale) * of_q * max(1.0, of_k * t.head_dim) > 0.5 * finite_most(scale)
@@ -94,8 +96,8 @@ def scores_may_overflow(t, scale):
 @compiled
 def values_may_overflow(t, scale):
     of_v = 0.0
-    for key in range(t.first, t.last, STRIP_KEYS):
-        last = min(key + STRIP_KEYS, t.last)
+    for key in range(t.first, t.last, SUB_BLOCK_K):
+        last = min(key + SUB_BLOCK_K, t.last)
         at, row, dim = value_rows(t, key, last, scale)
         of_v = max(of_v, largest(t, at, row, dim, last - key, t.value_dim, REAL, 0, scale))
     return WEIGHT_UNIT * t.n_keys * of_v > 0.5 * finite_most(scale)
@@ -130,14 +132,15 @@ def largest(t, at, row, dim, rows, dims, format, scales, scale):
 
 @compiled
 def far_scores(t, row, vecs, k, k_row, k_dim, keys, queries, scores, scale):
-    """scores[key][lane] of rows that are wild, summed as doubles. Those of finite numbers are
-    within the range of scores.
+    """scores[key][lane] of special rows, summed in float64.
+
+    Those of finite numbers are clipped to the range of scores.
     """
     size, power = TILE_VECS * lanes(scale), np.int64(shrink_power(scale))
     small = ldexp(1.0, power)
     most = np.float64(finite_most(scale))
     for i in range(vecs * lanes(scale)):
-        if reals(t.wild, scale)[row + i] == 0:
+        if reals(t.special, scale)[row + i] == 0:
             continue
         own = t.scale
         if t.scales != 0:
@@ -156,10 +159,10 @@ def far_scores(t, row, vecs, k, k_row, k_dim, keys, queries, scores, scale):
 
 
 @compiled
-def find_nans(vecs, keys, scores, saw, scale):
-    """Which rows see a score that is a NaN? The maximum does not tell."""
+def find_nans(vecs, keys, scores, row_state, scale):
+    """Mark the rows that see a score of NaN, which a maximum ignores."""
     size = TILE_VECS * lanes(scale)
     for j in range(keys):
         for i in range(vecs * lanes(scale)):
             if scores[j * size + i] != scores[j * size + i]:
-                saw[i] |= SAW_NAN
+                row_state[i] |= ROW_NAN

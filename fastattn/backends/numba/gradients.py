@@ -64,15 +64,17 @@ class TileFunctions:
         begin, end = (first + left[[0, -1]] + [0, 1]) * BLOCK_KEYS
         return slice(max(int(begin), keys.start), min(int(end), keys.stop))
 
-    def modified(self, s, seen, queries: slice, keys: slice) -> tuple[np.ndarray, np.ndarray]:
-        """``(s, seen)`` of a tile, (kv_heads, group, queries, keys), after the functions."""
+    def modified(self, s, visible, queries: slice, keys: slice) -> tuple[np.ndarray, np.ndarray]:
+        """``(s, visible)`` of a tile, (kv_heads, group, queries, keys), after the functions."""
         flat = s.reshape(-1, *s.shape[2:]).copy()
-        visible = np.ones(s.shape, bool) if seen is None else np.broadcast_to(seen, s.shape).copy()
+        visible = (
+            np.ones(s.shape, bool) if visible is None else np.broadcast_to(visible, s.shape).copy()
+        )
         first = self.batch, self.head, queries.start, keys.start
         self.modify_all(flat, visible.reshape(flat.shape), *first)
         return flat.reshape(s.shape), visible
 
-    def before(self, grad, s, seen, queries: slice, keys: slice) -> np.ndarray:
+    def before(self, grad, s, visible, queries: slice, keys: slice) -> np.ndarray:
         """The gradient of the scores `s` of a tile, from that of what the functions made of
         them.
         """
@@ -80,8 +82,8 @@ class TileFunctions:
             return grad
         grad, s = (x.reshape(-1, *x.shape[2:]).copy() for x in (grad, s))
         first = self.batch, self.head, queries.start, keys.start
-        self.slopes_of(grad, s, seen.reshape(grad.shape), *first)
-        return grad.reshape(seen.shape)
+        self.slopes_of(grad, s, visible.reshape(grad.shape), *first)
+        return grad.reshape(visible.shape)
 
 
 @lru_cache(32)
@@ -91,28 +93,28 @@ def _kernels(score_mod, mask_mod, grad):
     return compiled(_modify), compiled(_multiply)
 
 
-def _modify(score_mod, mask_mod, s, seen, batch, head, query, key):
+def _modify(score_mod, mask_mod, s, visible, batch, head, query, key):
     heads, rows, columns = s.shape
     for h in range(heads):
         for i in range(rows):
             for j in range(columns):
-                if not seen[h, i, j]:
+                if not visible[h, i, j]:
                     continue
                 if mask_mod is not None:
-                    seen[h, i, j] = mask_mod(batch, head + h, query + i, key + j)
+                    visible[h, i, j] = mask_mod(batch, head + h, query + i, key + j)
                 if score_mod is not None:
                     x = score_mod(s[h, i, j], batch, head + h, query + i, key + j)
                     s[h, i, j] = as_score(x, s[h, i, j])
                     if s[h, i, j] == -math.inf:
-                        seen[h, i, j] = False
-                if not seen[h, i, j]:
+                        visible[h, i, j] = False
+                if not visible[h, i, j]:
                     s[h, i, j] = -math.inf
 
 
-def _multiply(score_grad, grad, s, seen, batch, head, query, key):
+def _multiply(score_grad, grad, s, visible, batch, head, query, key):
     heads, rows, columns = s.shape
     for h in range(heads):
         for i in range(rows):
             for j in range(columns):
-                if seen[h, i, j]:
+                if visible[h, i, j]:
                     grad[h, i, j] *= score_grad(s[h, i, j], batch, head + h, query + i, key + j)

@@ -1,4 +1,4 @@
-"""Keys and values of a strip as rows of numbers: where they lie, or widened in the scratch."""
+"""Keys and values of a sub-block as rows of numbers: in place, or widened in the scratch."""
 
 from __future__ import annotations
 

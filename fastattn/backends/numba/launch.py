@@ -14,7 +14,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from .disk import keep_on_disk
 from .dropout import draw_row_keys
 from .scores import score_block
-from .tile import ATTEND, BLOCK_KEYS, DONE, WEIGH, open_tile, start_rows, tile_at
+from .tile import ATTEND, BLOCK_K, DONE, WEIGH, begin_rows, begin_tile, tile_at
 from .values import attend_block, finish, store_weights
 
 __all__ = ["launcher"]
@@ -35,14 +35,14 @@ def _entry():
         digest  # noqa: B018  a closure's variables are part of the key of the disk cache
         t = tile_at(address)
         for item in range(begin, end):
-            open_tile(t, item, scale, mask_mod)
+            begin_tile(t, item, scale, mask_mod)
             if dropout is not None:
                 draw_row_keys(t, scale)
             step = np.int64(ATTEND)
             while step != DONE:
                 if step != WEIGH:
-                    start_rows(t, scale)
-                for block in range(t.first // BLOCK_KEYS * BLOCK_KEYS, t.last, BLOCK_KEYS):
+                    begin_rows(t, scale)
+                for block in range(t.first // BLOCK_K * BLOCK_K, t.last, BLOCK_K):
                     score_block(t, block, scale, score_function, bias, score_mod, mask_mod)
                     if step == WEIGH:
                         store_weights(t, block, scale)

@@ -67,7 +67,7 @@ def _emit_register_tile(
     b_start = builder.ptrtoint(b, whole)
     before = builder.block
     begin, body, first, later, after, end = (
-        builder.append_basic_block(f"product.{part}")
+        builder.append_basic_block(f"matmul.{part}")
         for part in ("block", "step", "first", "later", "next", "end")
     )
     builder.branch(begin)
@@ -107,7 +107,7 @@ def _emit_register_tile(
     next_at = builder.add(operand_at, whole(pitch))
     for phi, value in ((step, next_step), (offset, next_offset), (operand_at, next_at)):
         phi.add_incoming(value, body)
-    block_done = builder.append_basic_block("product.joined")
+    block_done = builder.append_basic_block("matmul.joined")
     builder.cbranch(builder.icmp_signed("<", next_step, block_end), body, block_done)
 
     builder.position_at_end(block_done)

@@ -89,7 +89,7 @@ def score_four_keys(t, score_function, k, k_row, k_dim, keys, column, scores, sc
         all_c = root(t, all_c, k + third * k_row, k_dim, column, scale)
         all_d = root(t, all_d, k + fourth * k_row, k_dim, column, scale)
     else:
-        factor = splat(constant(t.measure_scale, scale))
+        factor = splat(constant(t.function_scale, scale))
         all_a = bounded(all_a * factor, is_finite(all_a, scale), scale)
         all_b = bounded(all_b * factor, is_finite(all_b, scale), scale)
         all_c = bounded(all_c * factor, is_finite(all_c, scale), scale)
@@ -105,7 +105,7 @@ def root(t, square, k, k_dim, column, scale):
     """The scores of one key from squared distances, which are summed anew where they overflow or
     lose digits.
     """
-    factor = splat(constant(t.measure_scale, scale))
+    factor = splat(constant(t.function_scale, scale))
     score = bounded(square_root(square) * factor, is_finite(square, scale), scale)
     odd = (square == splat(constant(inf, scale))) | (square < splat(least_square(scale)))
     return root_anew(t, square, odd, score, k, k_dim, column, scale) if any_lane(odd) else score
@@ -113,7 +113,7 @@ def root(t, square, k, k_dim, column, scale):
 
 @compiled
 def root_anew(t, square, odd, score, k, k_dim, column, scale):
-    size, factor = TILE_VECS * lanes(scale), splat(constant(t.measure_scale, scale))
+    size, factor = TILE_VECS * lanes(scale), splat(constant(t.function_scale, scale))
     small, large = splat(shrink(scale)), splat(grow(scale))
     far, total = square > splat(least_square(scale)), splat(constant(0.0, scale))
     for dim in range(t.head_dim):
@@ -130,7 +130,7 @@ def negated_square(t, square, k, k_dim, column, scale):
     what the inputs make infinite.
     """
     infinite = splat(constant(inf, scale))
-    score = larger(splat(-finite_most(scale)), square * splat(constant(t.measure_scale, scale)))
+    score = larger(splat(-finite_most(scale)), square * splat(constant(t.function_scale, scale)))
     far = square == infinite
     if any_lane(far):
         far = shrunk(t, k, k_dim, column, scale) == infinite

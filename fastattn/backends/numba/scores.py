@@ -25,30 +25,30 @@ from .memory import (
 from .numbers import REAL, bounded, is_finite, read, rounded
 from .score_functions import score_keys
 from .tile import (
+    ANY_VISIBLE,
     BLOCK_D,
     BLOCK_D_ONE_VECTOR,
     FAR_SCORES,
     FIRST,
+    FULL,
     LAST,
-    LIVE,
-    PANEL_FIELDS,
-    PIECE_FIELDS,
-    PIECE_FIRST,
-    PIECE_LAST,
-    PIECE_STATE,
-    PIECE_VECS,
-    SAW_SOME,
-    SEE_ALL,
-    SEE_SOME,
-    STRIPS,
+    MICROPANEL_FIELDS,
+    PARTIAL,
+    ROW_VISIBLE,
+    SUB_BLOCKS,
+    SUB_FIELDS,
+    SUB_FIRST,
+    SUB_LAST,
+    SUB_VECS,
+    SUB_VISIBILITY,
     VECS,
     in_block,
     inlined,
-    pieces_of,
-    product,
+    matmul,
     row_of,
-    seen_in_block,
-    strip_of,
+    sub_block_of,
+    subs_of,
+    visible_in_block,
 )
 from .vectors import (
     TILE_VECS,
@@ -64,7 +64,7 @@ from .vectors import (
     per_type,
     splat,
 )
-from .visibility import cut
+from .visibility import split_by_visibility
 
 # Nothing less than this changes the largest numbers.
 far_enough = per_type(2.0**100, 2.0**960)
@@ -74,27 +74,27 @@ far_enough = per_type(2.0**100, 2.0**960)
 def score_block(t, begin, scale, score_function, bias, score_mod, mask_mod):
     """The scores of the block of keys that begins at `begin`, -inf where hidden."""
     size = TILE_VECS * lanes(scale)
-    for i in range(t.panels * size):
+    for i in range(t.micropanels * size):
         reals(t.top, scale)[i] = -inf
-    for p in range(t.panels):
-        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-        panel[LIVE] = 0
-    for strip in range(STRIPS):
-        first, last = strip_of(begin, strip, t.first, t.last)
+    for p in range(t.micropanels):
+        micropanel = ints(t.micropanel + 8 * MICROPANEL_FIELDS * p)
+        micropanel[ANY_VISIBLE] = 0
+    for sub_block in range(SUB_BLOCKS):
+        first, last = sub_block_of(begin, sub_block, t.first, t.last)
         k, k_row, k_dim = key_rows(t, first, last, scale)
-        for p in range(t.panels):
-            panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-            key, stop = strip_of(begin, strip, panel[FIRST], panel[LAST])
-            cut(t, p, strip, key, stop - key, begin, scale, mask_mod)
-            for n in range(panel[VECS]):
-                piece = ahead(pieces_of(t, p, strip), n * PIECE_FIELDS)
-                if piece[PIECE_VECS] > 0:
-                    at = k + (piece[PIECE_FIRST] - first) * k_row
+        for p in range(t.micropanels):
+            micropanel = ints(t.micropanel + 8 * MICROPANEL_FIELDS * p)
+            key, stop = sub_block_of(begin, sub_block, micropanel[FIRST], micropanel[LAST])
+            split_by_visibility(t, p, sub_block, key, stop - key, begin, scale, mask_mod)
+            for n in range(micropanel[VECS]):
+                sub = ahead(subs_of(t, p, sub_block), n * SUB_FIELDS)
+                if sub[SUB_VECS] > 0:
+                    at = k + (sub[SUB_FIRST] - first) * k_row
                     score(
                         t,
                         p,
                         n,
-                        piece,
+                        sub,
                         begin,
                         at,
                         k_row,
@@ -104,38 +104,39 @@ def score_block(t, begin, scale, score_function, bias, score_mod, mask_mod):
                         bias,
                         score_mod,
                     )
-                    panel[LIVE] |= piece[PIECE_VECS]
+                    micropanel[ANY_VISIBLE] |= sub[SUB_VECS]
 
 
 @compiled
-def score(t, p, n, piece, begin, k, k_row, k_dim, scale, score_function, bias, score_mod):
-    """The scores of the piece of panel `p` that begins at vector `n`. A bias or a function may hide
-    some of its keys, or all: then it has no vectors left.
+def score(t, p, n, sub, begin, k, k_row, k_dim, scale, score_function, bias, score_mod):
+    """The scores of the sub of micropanel `p` that begins at vector `n`.
+
+    A bias or a function may hide some of its keys, or all, which leaves it no vectors.
     """
     size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
-    vecs, state, row = piece[PIECE_VECS], piece[PIECE_STATE], p * size + lane
-    key, keys = piece[PIECE_FIRST], piece[PIECE_LAST] - piece[PIECE_FIRST]
+    vecs, visibility, row = sub[SUB_VECS], sub[SUB_VISIBILITY], p * size + lane
+    key, keys = sub[SUB_FIRST], sub[SUB_LAST] - sub[SUB_FIRST]
     scores = ahead(in_block(t.scores, scale, p, key - begin), lane)
-    seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
+    visible = ahead(visible_in_block(t, scale, p, key - begin), lane)
     biases = reals(t.bias_tile, scale)
     if bias is not None:
         load_bias(t, bias, row, key, vecs, keys, biases, scale)
         if hides_all(biases, vecs, keys, scale):
-            piece[PIECE_VECS] = 0
+            sub[SUB_VECS] = 0
             return
     queries = ahead(reals(t.queries, scale), p * size * t.head_dim + lane)
     if score_function is not None:
         score_keys(t, score_function, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     else:
         block = block_d(vecs, t.head_dim)
-        product(vecs, k, k_row, k_dim, keys, t.head_dim, block, queries, scores, np.int64(0))
-        if t.again == FAR_SCORES:
+        matmul(vecs, k, k_row, k_dim, keys, t.head_dim, block, queries, scores, np.int64(0))
+        if t.retry == FAR_SCORES:
             far_scores(t, row, vecs, k, k_row, k_dim, keys, queries, scores, scale)
     if bias is not None:
-        state = exclude(biases, vecs, keys, seen, state, scale)
-    wild = ahead(reals(t.wild, scale), row)
+        visibility = exclude(biases, vecs, keys, visible, visibility, scale)
+    special = ahead(reals(t.special, scale), row)
     if t.softcap > 0 or score_mod is not None:  # which may make a number of what is not finite
-        find_wild(vecs, keys, seen, state, scores, wild, scale)
+        find_special(vecs, keys, visible, visibility, scores, special, scale)
     if t.softcap > 0:
         cap(t.softcap, vecs, keys, scores, scale)
     if bias is not None:
@@ -144,21 +145,21 @@ def score(t, p, n, piece, begin, k, k_row, k_dim, scale, score_function, bias, s
         subtract_alibi(t, row, key, vecs, keys, scores, scale)
     if score_mod is not None:
         call_score_mod(t, row, key, vecs, keys, scores, scale, score_mod)
-        state = exclude(scores, vecs, keys, seen, state, scale)
-    saw, tops = ahead(flags(t.saw), row), ahead(reals(t.top, scale), row)
-    if state == SEE_SOME:
+        visibility = exclude(scores, vecs, keys, visible, visibility, scale)
+    row_state, tops = ahead(flags(t.row_state), row), ahead(reals(t.top, scale), row)
+    if visibility == PARTIAL:
         for j in range(keys):
             for i in range(vecs * lanes(scale)):
-                saw[i] |= seen[j * size + i]
-        hide(vecs, keys, seen, scores, wild, scale)
+                row_state[i] |= visible[j * size + i]
+        hide(vecs, keys, visible, scores, special, scale)
         take_max(vecs, keys, scores, tops, None, scale)
     else:
         for i in range(vecs * lanes(scale)):
-            saw[i] |= SAW_SOME
-        take_max(vecs, keys, scores, tops, wild, scale)
-    if t.again != 0:
-        find_nans(vecs, keys, scores, saw, scale)
-    piece[PIECE_STATE] = state
+            row_state[i] |= ROW_VISIBLE
+        take_max(vecs, keys, scores, tops, special, scale)
+    if t.retry != 0:
+        find_nans(vecs, keys, scores, row_state, scale)
+    sub[SUB_VISIBILITY] = visibility
 
 
 @compiled
@@ -204,8 +205,10 @@ def cap(softcap, vecs, keys, scores, scale):
 
 @compiled
 def bias_row(t, i):
-    """Where the biases of row `i` of the tile begin: of a relative bias by the place of the row on
-    the key axis, which beyond its reach from all keys makes no difference.
+    """The address of the biases of row `i` of the tile.
+
+    Those of a relative bias begin by the position of the row on the key axis, clipped to where it
+    is out of reach of all keys.
     """
     if t.reach < 0:
         return row_of(t, t.bias, t.bias_row, i)
@@ -238,8 +241,8 @@ def load_bias(t, format, row, key, vecs, keys, tile, scale):
 
 
 @compiled
-def exclude(values, vecs, keys, seen, state, scale):
-    """Take the keys whose value is -inf out of `seen`. Returns what the piece sees then."""
+def exclude(values, vecs, keys, visible, visibility, scale):
+    """Hide the keys whose value is -inf. Returns the visibility of the sub."""
     size = TILE_VECS * lanes(scale)
     lowest = splat(constant(-inf, scale))
     found = lowest < lowest
@@ -247,11 +250,11 @@ def exclude(values, vecs, keys, seen, state, scale):
         for n in range(vecs):
             found = found | (load(ahead(values, j * size + n * lanes(scale))) == lowest)
     if not any_lane(found):
-        return state
+        return visibility
     for j in range(keys):
         for x in range(j * size, j * size + vecs * lanes(scale)):
-            seen[x] = (state == SEE_ALL or seen[x] != 0) & (values[x] != -inf)
-    return SEE_SOME
+            visible[x] = (visibility == FULL or visible[x] != 0) & (values[x] != -inf)
+    return PARTIAL
 
 
 @compiled
@@ -312,38 +315,38 @@ def subtract_far(slope, distance, keys, scores, scale):
 
 
 @compiled
-def find_wild(vecs, keys, seen, state, scores, wild, scale):
-    """Make the rows that see a score that is not finite NaN in `wild`."""
+def find_special(vecs, keys, visible, visibility, scores, special, scale):
+    """Make `special` NaN where a row sees a score that is not finite."""
     size, zero = TILE_VECS * lanes(scale), splat(constant(0.0, scale))
     for n in range(0, vecs * lanes(scale), lanes(scale)):
-        some = load(ahead(wild, n))
+        some = load(ahead(special, n))
         for j in range(keys):
             s = load(ahead(scores, j * size + n))
-            if state == SEE_SOME:
-                s = choose(load_flags(ahead(seen, j * size + n), s), s, zero)
+            if visibility == PARTIAL:
+                s = choose(load_flags(ahead(visible, j * size + n), s), s, zero)
             some = multiply_add(s, zero, some)
-        store(ahead(wild, n), some)
+        store(ahead(special, n), some)
 
 
 @compiled
-def hide(vecs, keys, seen, scores, wild, scale):
-    """Make scores that are not seen -inf; NaN for rows that are wild."""
+def hide(vecs, keys, visible, scores, special, scale):
+    """Make hidden scores -inf, and `special` NaN where a row sees one that is not finite."""
     size, zero = TILE_VECS * lanes(scale), splat(constant(0.0, scale))
     nothing = splat(constant(-inf, scale))
     for n in range(0, vecs * lanes(scale), lanes(scale)):
-        some = load(ahead(wild, n))
+        some = load(ahead(special, n))
         for j in range(keys):
             at = ahead(scores, j * size + n)
             s = load(at)
-            shown = load_flags(ahead(seen, j * size + n), s)
+            shown = load_flags(ahead(visible, j * size + n), s)
             some = multiply_add(choose(shown, s, zero), zero, some)
             store(at, choose(shown, s, nothing))
-        store(ahead(wild, n), some)
+        store(ahead(special, n), some)
 
 
 @compiled
-def take_max(vecs, keys, scores, tops, wild, scale):
-    """The maximum, and, unless `wild` is None, NaN for rows that are."""
+def take_max(vecs, keys, scores, tops, special, scale):
+    """The maximum, and, unless `special` is None, NaN there where a score is not finite."""
     size, zero = TILE_VECS * lanes(scale), splat(constant(0.0, scale))
     for n in range(0, vecs * lanes(scale), lanes(scale)):
         top, some = load(ahead(tops, n)), zero
@@ -354,8 +357,8 @@ def take_max(vecs, keys, scores, tops, wild, scale):
             c = load(ahead(column, min(j + 2, keys - 1) * size))
             d = load(ahead(column, min(j + 3, keys - 1) * size))
             top = larger(larger(larger(a, b), larger(c, d)), top)
-            if wild is not None:
+            if special is not None:
                 some = some + ((a * zero + b * zero) + (c * zero + d * zero))
         store(ahead(tops, n), top)
-        if wild is not None:
-            store(ahead(wild, n), load(ahead(wild, n)) + some)
+        if special is not None:
+            store(ahead(special, n), load(ahead(special, n)) + some)

@@ -1,4 +1,4 @@
-"""The weighted sums of values: a block of keys, its joining to the rows, and their results."""
+"""The weighted sums of values: of a block of keys, of all blocks, and the results of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from .dropout import drop
 from .exponential import WEIGHT_UNIT, weight_of
-from .extremes import solve_again
+from .extremes import retry_for
 from .key_rows import value_rows
 from .memory import (
     ahead,
@@ -23,30 +23,30 @@ from .memory import (
 )
 from .numbers import REAL, finite_most, read, write
 from .tile import (
+    ANY_VISIBLE,
     ATTEND,
-    ATTEND_AGAIN,
     DONE,
-    LIVE,
-    PANEL_FIELDS,
-    PIECE_FIELDS,
-    PIECE_FIRST,
-    PIECE_LAST,
-    PIECE_STATE,
-    PIECE_VECS,
-    SAW_NAN,
-    SEE_ALL,
-    SEE_SOME,
-    STARTED,
-    STRIPS,
+    FULL,
+    HAS_OUTPUT,
+    MICROPANEL_FIELDS,
+    PARTIAL,
+    RETRY,
+    ROW_NAN,
+    SUB_BLOCKS,
+    SUB_FIELDS,
+    SUB_FIRST,
+    SUB_LAST,
+    SUB_VECS,
+    SUB_VISIBILITY,
     VECS,
     WEIGH,
     in_block,
     inlined,
-    pieces_of,
-    product,
+    matmul,
     row_of,
-    seen_in_block,
-    strip_of,
+    sub_block_of,
+    subs_of,
+    visible_in_block,
 )
 from .vectors import (
     TILE_VECS,
@@ -67,53 +67,53 @@ from .vectors import (
 @inlined
 def attend_block(t, begin, scale, dropout):
     """Weigh the scores of the block and add its values to the rows' totals."""
-    for p in range(t.panels):
-        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-        if panel[LIVE]:
-            raise_max(t, p, scale)
-            clear(t, p, t.block_total if panel[STARTED] else t.total, scale)
-    for strip in range(STRIPS):
-        first, last = strip_of(begin, strip, t.first, t.last)
+    for p in range(t.micropanels):
+        micropanel = ints(t.micropanel + 8 * MICROPANEL_FIELDS * p)
+        if micropanel[ANY_VISIBLE]:
+            update_row_max(t, p, scale)
+            clear(t, p, t.block_total if micropanel[HAS_OUTPUT] else t.total, scale)
+    for sub_block in range(SUB_BLOCKS):
+        first, last = sub_block_of(begin, sub_block, t.first, t.last)
         v, v_row, v_dim = value_rows(t, first, last, scale)
-        for p in range(t.panels):
-            panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-            total = t.block_total if panel[STARTED] else t.total
-            for n in range(panel[VECS]):
-                piece = ahead(pieces_of(t, p, strip), n * PIECE_FIELDS)
-                if piece[PIECE_VECS] > 0:
-                    at = v + (piece[PIECE_FIRST] - first) * v_row
-                    attend(t, p, n, piece, begin, at, v_row, v_dim, reals(total, scale), scale,
+        for p in range(t.micropanels):
+            micropanel = ints(t.micropanel + 8 * MICROPANEL_FIELDS * p)
+            total = t.block_total if micropanel[HAS_OUTPUT] else t.total
+            for n in range(micropanel[VECS]):
+                sub = ahead(subs_of(t, p, sub_block), n * SUB_FIELDS)
+                if sub[SUB_VECS] > 0:
+                    at = v + (sub[SUB_FIRST] - first) * v_row
+                    attend(t, p, n, sub, begin, at, v_row, v_dim, reals(total, scale), scale,
                            dropout)  # fmt: skip
-    for p in range(t.panels):
-        panel = ints(t.panel + 8 * PANEL_FIELDS * p)
-        if panel[LIVE]:
-            join_block(t, p, panel[VECS], panel[STARTED], scale)
-            panel[STARTED] = 1
+    for p in range(t.micropanels):
+        micropanel = ints(t.micropanel + 8 * MICROPANEL_FIELDS * p)
+        if micropanel[ANY_VISIBLE]:
+            add_block(t, p, micropanel[VECS], micropanel[HAS_OUTPUT], scale)
+            micropanel[HAS_OUTPUT] = 1
 
 
 @compiled
-def attend(t, p, n, piece, begin, v, v_row, v_dim, total, scale, dropout):
-    """Weigh the scores of a piece and add its values to the total."""
+def attend(t, p, n, sub, begin, v, v_row, v_dim, total, scale, dropout):
+    """Weigh the scores of a sub and add its values to the total."""
     size, lane = TILE_VECS * lanes(scale), n * lanes(scale)
-    vecs, key = piece[PIECE_VECS], piece[PIECE_FIRST]
-    keys = piece[PIECE_LAST] - key
+    vecs, key = sub[SUB_VECS], sub[SUB_FIRST]
+    keys = sub[SUB_LAST] - key
     weights = ahead(in_block(t.scores, scale, p, key - begin), lane)
-    seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
+    visible = ahead(visible_in_block(t, scale, p, key - begin), lane)
     total = ahead(total, p * size * t.value_dim + lane)
     weigh(t, p * size + lane, vecs, keys, weights, scale)
     if dropout is not None:
         drop(t, p * size + lane, vecs, keys, key, weights, scale)
     if t.unit != 1:
         shrink(vecs, keys, weights, constant(t.unit, scale))
-    if piece[PIECE_STATE] == SEE_SOME and not all_finite(t, v, v_row, v_dim, keys, scale):
-        add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale)
+    if sub[SUB_VISIBILITY] == PARTIAL and not all_finite(t, v, v_row, v_dim, keys, scale):
+        masked_matmul(t, vecs, v, v_row, v_dim, keys, visible, weights, total, scale)
     else:
-        product(vecs, v, v_dim, v_row, t.value_dim, keys, keys, weights, total, np.int64(1))
+        matmul(vecs, v, v_dim, v_row, t.value_dim, keys, keys, weights, total, np.int64(1))
 
 
 @compiled
 def clear(t, p, total, scale):
-    """Let the panel's sums of values begin at 0: not every vector of it need see a key."""
+    """Zero the micropanel's sums of values: some of its vectors may see no key."""
     size = TILE_VECS * lanes(scale)
     column = ahead(reals(total, scale), p * size * t.value_dim)
     for x in range(size * t.value_dim):
@@ -121,8 +121,8 @@ def clear(t, p, total, scale):
 
 
 @compiled
-def raise_max(t, p, scale):
-    """Take the block's maximum into that of the rows; how much smaller old weights become."""
+def update_row_max(t, p, scale):
+    """Update the maximum of the rows, and find the factor that rescales older weights."""
     size = TILE_VECS * lanes(scale)
     one, zero = splat(constant(1.0, scale)), splat(constant(0.0, scale))
     nothing = splat(constant(-inf, scale))
@@ -135,7 +135,7 @@ def raise_max(t, p, scale):
         before = load(row_max)
         now = larger(before, load(top))
         store(row_max, now)
-        # While a row has seen nothing its maximum is -inf; any finite one will do.
+        # A row that has seen no key has a maximum of -inf; any finite one will do.
         shift = choose(now == nothing, zero, now)
         store(top, shift)
         # An unchanged maximum may be an infinite sink.
@@ -177,24 +177,24 @@ def shrink(vecs, keys, weights, unit):
 def all_finite(t, v, v_row, v_dim, keys, scale):
     """Is each value of these keys finite? x - x is a NaN where x is not."""
     zero, done, rest = splat(constant(0.0, scale)), 0, False
-    wild = zero < zero
+    special = zero < zero
     if v_dim * lanes(scale) == VECTOR_BYTES:
         done = t.value_dim // lanes(scale) * lanes(scale)
     for j in range(keys):
         row = v + j * v_row
         for d in range(0, done, lanes(scale)):
             x = load_unaligned(reals(row + d * v_dim, scale))
-            wild = wild | (x - x != zero)
+            special = special | (x - x != zero)
         for d in range(done, t.value_dim):
             x = reals(row + d * v_dim, scale)[0]
             rest |= x - x != 0
-    return not (rest or any_lane(wild))
+    return not (rest or any_lane(special))
 
 
 @compiled
-def add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale):
-    """The second product where some row must not meet a NaN or an Inf in some v that it does not
-    see: 0 * NaN is a NaN, so hidden keys are left out lane by lane.
+def masked_matmul(t, vecs, v, v_row, v_dim, keys, visible, weights, total, scale):
+    """The second matmul if a hidden value is NaN or Inf: 0 * NaN is NaN, so hidden keys are left
+    out of each lane.
     """
     size = TILE_VECS * lanes(scale)
     for d in range(t.value_dim):
@@ -202,14 +202,14 @@ def add_seen(t, vecs, v, v_row, v_dim, keys, seen, weights, total, scale):
         for i in range(vecs * lanes(scale)):
             value = out[i]
             for j in range(keys):
-                if seen[j * size + i]:
+                if visible[j * size + i]:
                     x = reals(v + j * v_row + d * v_dim, scale)[0]
                     value = multiply_add(x, weights[j * size + i], value)
             out[i] = value
 
 
 @compiled
-def join_block(t, p, vecs, started, scale):
+def add_block(t, p, vecs, has_output, scale):
     """Add the block's sums to the rows'."""
     size = TILE_VECS * lanes(scale)
     for n in range(vecs):
@@ -217,7 +217,7 @@ def join_block(t, p, vecs, started, scale):
         rescale = load(ahead(reals(t.rescale, scale), at))
         row_sum = ahead(reals(t.row_sum, scale), at)
         store(row_sum, load(row_sum) * rescale + load(ahead(reals(t.block_sum, scale), at)))
-        if started:  # or the block's total is the total already
+        if has_output:  # or the block's total is the total already
             at = p * size * t.value_dim + n * lanes(scale)
             total, block = reals(t.total, scale), reals(t.block_total, scale)
             for d in range(at, at + t.value_dim * size, size):
@@ -227,17 +227,17 @@ def join_block(t, p, vecs, started, scale):
 
 @compiled
 def finish(t, step, scale):
-    """Deliver the rows' results. Returns the step to take next."""
+    """Store the rows' results. Returns the next step."""
     if step == WEIGH:
         return DONE
     if step == ATTEND:
-        t.again = solve_again(t, scale)
+        t.retry = retry_for(t, scale)
     store_rows(t, step, scale)
-    if step == ATTEND and t.again != 0:
+    if step == ATTEND and t.retry != 0:
         t.unit = 0.5 / WEIGHT_UNIT
         for bit in range(64):
             t.unit *= 0.5 if t.n_keys >> bit else 1.0
-        return ATTEND_AGAIN
+        return RETRY
     return WEIGH if t.weights != 0 else DONE
 
 
@@ -246,49 +246,49 @@ def store_rows(t, step, scale):
     """Write the rows' results."""
     size, width = TILE_VECS * lanes(scale), lanes(scale)
     tops, sums = reals(t.row_max, scale), reals(t.row_sum, scale)
-    for p in range(t.panels):
+    for p in range(t.micropanels):
         for n in range(0, size, width):
             divide(t, p, n, scale)
         columns = ahead(reals(t.total, scale), p * size * t.value_dim)
         if step == ATTEND:
-            store_panel(t, p, columns, scale)
+            store_micropanel(t, p, columns, scale)
         else:
-            mend_panel(t, p, columns, scale)
+            overwrite_special_rows(t, p, columns, scale)
     for i in range(t.rows if t.lse != 0 else 0):
         # log(NaN) where the top is Inf: Inf - Inf was weighed
         top = np.float64(tops[i])
         lse = top if top == inf else top + log(np.float64(sums[i]) / WEIGHT_UNIT)
-        if flags(t.saw)[i] & SAW_NAN:
+        if flags(t.row_state)[i] & ROW_NAN:
             lse = nan
         reals(row_of(t, t.lse, t.lse_row, i), scale)[0] = lse
     for i in range(t.rows if t.max_result != 0 else 0):
         most = reals(t.max_score, scale)[i]
-        most = constant(nan, scale) if flags(t.saw)[i] & SAW_NAN else most
+        most = constant(nan, scale) if flags(t.row_state)[i] & ROW_NAN else most
         reals(row_of(t, t.max_result, t.max_result_row, i), scale)[0] = most
 
 
 @compiled
 def divide(t, p, n, scale):
-    """Weighted sums to means; 0 where a row saw nothing, whatever is in its column."""
+    """Weighted sums to means; 0 where a row sees no key, whatever is in its column."""
     size, most = TILE_VECS * lanes(scale), splat(finite_most(scale))
     zero, keep = splat(constant(0.0, scale)), splat(constant(t.keep_factor, scale))
     sums = load(ahead(reals(t.row_sum, scale), p * size + n)) * splat(constant(t.unit, scale))
-    # A sum of 0 with a key in sight: all scores are -inf, 0 / 0 as the formula says.
+    # A sum of 0 with a visible key: all scores are -inf, 0 / 0 as the formula says.
     share = choose(sums == zero, splat(constant(nan, scale)), keep / sums)
-    saw = load_flags(ahead(flags(t.saw), p * size + n), sums)
+    row_state = load_flags(ahead(flags(t.row_state), p * size + n), sums)
     column = ahead(reals(t.total, scale), p * size * t.value_dim + n)
     for d in range(t.value_dim):
         at = ahead(column, d * size)
         total = load(at)
         mean = total * share
-        if t.again != 0:  # a mean of the largest numbers may be rounded up
+        if t.retry != 0:  # a mean of the largest numbers may be rounded up
             over = (magnitude(total) <= most) & (magnitude(mean) > most)
             mean = choose(over, with_sign_of(most, mean), mean)
-        store(at, choose(saw, mean, zero))
+        store(at, choose(row_state, mean, zero))
 
 
 @compiled
-def store_panel(t, p, columns, scale):
+def store_micropanel(t, p, columns, scale):
     """out = columns[d][lane]."""
     size, width = TILE_VECS * lanes(scale), lanes(scale)
     rows, done = ints(t.words), 0
@@ -305,19 +305,19 @@ def store_panel(t, p, columns, scale):
 
 
 @compiled
-def mend_panel(t, p, columns, scale):
-    """The same of rows that are wild, and of results that are not finite."""
+def overwrite_special_rows(t, p, columns, scale):
+    """Store special rows again, and results that are not finite."""
     size = TILE_VECS * lanes(scale)
     for i in range(min(size, t.rows - p * size)):
         row = row_of(t, t.out, t.out_row, p * size + i)
-        wild = reals(t.wild, scale)[p * size + i] != 0
+        special = reals(t.special, scale)[p * size + i] != 0
         for d in range(t.value_dim):
             at = row + d * t.out_dim
             if t.out_format == REAL:
                 out = np.float64(reals(at, scale)[0])
             else:
                 out = read(at, t.out_format, False)
-            if wild or out - out != 0:
+            if special or out - out != 0:
                 write(at, t.out_format, columns[d * size + i])
 
 
@@ -331,18 +331,18 @@ def store_weights(t, begin, scale):
         top = constant(0.0, scale) if tops[i] == -inf else tops[i]
         # Beside an infinite score others weigh 0, though the sum is not a number.
         total = constant(1.0, scale) if tops[i] == inf else sums[i]
-        total = constant(nan, scale) if flags(t.saw)[i] & SAW_NAN else total
+        total = constant(nan, scale) if flags(t.row_state)[i] & ROW_NAN else total
         target = row_of(t, t.weights, t.weights_row, i)
-        for strip in range(STRIPS):
-            piece = pieces_of(t, p, strip)
-            if piece[PIECE_VECS] <= 1:
-                piece = ahead(piece, lane // lanes(scale) * PIECE_FIELDS)
-            if piece[PIECE_VECS] == 0:
+        for sub_block in range(SUB_BLOCKS):
+            sub = subs_of(t, p, sub_block)
+            if sub[SUB_VECS] <= 1:
+                sub = ahead(sub, lane // lanes(scale) * SUB_FIELDS)
+            if sub[SUB_VECS] == 0:
                 continue
-            key = piece[PIECE_FIRST]
+            key = sub[SUB_FIRST]
             scores = ahead(in_block(t.scores, scale, p, key - begin), lane)
-            seen = ahead(seen_in_block(t, scale, p, key - begin), lane)
-            for j in range(piece[PIECE_LAST] - key):
-                if piece[PIECE_STATE] == SEE_ALL or seen[j * size]:
+            visible = ahead(visible_in_block(t, scale, p, key - begin), lane)
+            for j in range(sub[SUB_LAST] - key):
+                if sub[SUB_VISIBILITY] == FULL or visible[j * size]:
                     weight = weight_of(scores[j * size] - top) / total
                     write(target + (key + j) * t.weights_dim, t.out_format, weight)
