@@ -1,12 +1,13 @@
-"""The instructions of `ptx`, for Numba's simulator: what a warp does at once, its 32 threads do by
-the maps of `fragments`, each with what all have brought.
+"""The instructions of `ptx`, for Numba's simulator.
+
+What a warp does at once is computed once, by the maps of `fragments`, when all of its 32 threads
+have brought their registers.
 """
 
 from __future__ import annotations
 
 import threading
 from functools import cache
-from itertools import product
 
 import numpy as np
 
@@ -22,25 +23,30 @@ PATIENCE = 60  # seconds, after which a warp that is not complete is an error
 
 _making = threading.Lock()
 
+# For the maps: the lanes of a warp, the registers of a fragment and the halves of a register.
+_LANE, _HALF = np.arange(LANES)[:, None, None], np.arange(2)
+_REGISTER = np.arange(4)[:, None]
+
 
 class _Warp:
     def __init__(self):
         self.brought = [None] * LANES
-        self.barrier = threading.Barrier(LANES, timeout=PATIENCE)
+        self.barrier = threading.Barrier(LANES, self.work, PATIENCE)
+
+    def work(self):
+        self.result = self.combine(self.brought)
 
 
-def _gather(x):
-    """``(lane, [what each lane brings])``."""
+def _together(x, combine):
+    """``(lane, combine([what each lane brings]))``."""
     thread = threading.current_thread()
     lane, number = thread.thread_id % LANES, thread.thread_id // LANES
     with _making:
         warps = thread._manager.__dict__.setdefault("warps", {})
         warp = warps.setdefault(number, _Warp())
-    warp.brought[lane] = x
+    warp.brought[lane], warp.combine = x, combine
     warp.barrier.wait()
-    everyone = list(warp.brought)
-    warp.barrier.wait()
-    return lane, everyone
+    return lane, warp.result
 
 
 def commit():
@@ -61,17 +67,21 @@ def copy16(shared, to, x, at, count):
         shared[to : to + count] = x[at : at + count]
 
 
-def _halves(register, dtype):
-    """The two numbers in a register."""
-    bits = np.array([register & 0xFFFF, register >> 16], np.uint16)
+def _numbers(bits, dtype):
+    """The numbers of 16 bits each, as float32."""
     if dtype == "float16":
-        return bits.view(np.float16).astype(np.float32)
+        return bits.astype(np.uint16).view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _halves(registers, dtype):
+    """The two numbers in each register, along a last axis."""
+    return _numbers(np.stack([registers & 0xFFFF, registers >> 16], axis=-1), dtype)
 
 
 def load_matrices(transposed):
     def load(fragment, shared, at):
-        lane, rows = _gather(at)
+        lane, rows = _together(at, list)
         for matrix in range(4):
             bits = 0
             for half in range(2):
@@ -84,22 +94,18 @@ def load_matrices(transposed):
 
 @cache
 def mma_maker(dtype):
+    def product(everyone):
+        numbers = _halves(np.array(everyone, np.uint32), dtype)
+        left, right = np.empty((16, 16), np.float32), np.empty((16, 8), np.float32)
+        left[a_element(_LANE, _REGISTER, _HALF)] = numbers[:, :4]
+        right[b_element(_LANE, _REGISTER[:2], _HALF)] = numbers[:, 4:]
+        return left @ right
+
     def mma(sums, n, a, a_at, b, b_at):
         own = [int(x) for x in (*a[a_at : a_at + 4], *b[b_at : b_at + 2])]
-        lane, everyone = _gather(own)
-        left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+        lane, total = _together(own, product)
         row, column = c_element(lane, 0)
-        # Only what this lane's sums are made of: two rows and two columns.
-        for other, register in product(range(LANES), range(4)):
-            if a_element(other, register, 0)[0] in (row, row + 8):
-                for half, x in enumerate(_halves(everyone[other][register], dtype)):
-                    left[a_element(other, register, half)] = x
-        for other, register in product(range(LANES), range(2)):
-            if b_element(other, register, 0)[1] in (column, column + 1):
-                for half, x in enumerate(_halves(everyone[other][4 + register], dtype)):
-                    right[b_element(other, register, half)] = x
-        for r, c in product(range(2), range(2)):
-            sums[r, n + c] += np.dot(left[row + 8 * r], right[:, column + c])
+        sums[:, n : n + 2] += total[row : row + 9 : 8, column : column + 2]
 
     return mma
 
@@ -119,26 +125,24 @@ def _by_descriptor(start, described, k, n, transposed):
 @cache
 def wgmma_maker(dtype, columns, steps, rows, transposed):
     described = descriptor(rows, transposed)
+    k, n = np.arange(16)[:, None], np.arange(columns)
 
     def multiply(sums, a, shared, at):
-        lane, everyone = _gather([int(x) for x in a])
+        def product(everyone):
+            numbers = _halves(np.array(everyone, np.uint32), dtype)
+            total = np.zeros((16, columns), np.float32)
+            for step in range(steps):
+                left = np.empty((16, 16), np.float32)
+                left[a_element(_LANE, _REGISTER, _HALF)] = numbers[:, 4 * step : 4 * step + 4]
+                start = 2 * at + 16 * step_offset(step, rows, transposed)
+                places = _by_descriptor(start, described, k, n, transposed) // 2
+                total += left @ _numbers(shared[places], dtype)
+            return total
+
+        lane, total = _together([int(x) for x in a], product)
         row, column = c_element(lane, 0)
-        wanted = [8 * tile + column + c for tile in range(columns // 8) for c in range(2)]
-        total = np.zeros((2, len(wanted)), np.float32)
-        for step in range(steps):
-            start = 2 * at + 16 * step_offset(step, rows, transposed)
-            left = np.zeros((2, 16), np.float32)
-            for other, register in product(range(LANES), range(4)):
-                its_row = a_element(other, register, 0)[0]
-                if its_row % 8 == row:
-                    numbers = _halves(everyone[other][4 * step + register], dtype)
-                    for half, x in enumerate(numbers):
-                        left[its_row // 8, a_element(other, register, half)[1]] = x
-            places = [[_by_descriptor(start, described, k, n, transposed) // 2 for n in wanted]
-                      for k in range(16)]  # fmt: skip
-            right = [[_halves(int(shared[place]), dtype)[0] for place in line] for line in places]
-            total += left @ np.array(right, np.float32)
-        sums[...] = sums + total if transposed else total
+        own = total[row : row + 9 : 8].reshape(2, -1, 8)[:, :, column : column + 2].reshape(2, -1)
+        sums[...] = sums + own if transposed else own
 
     return multiply
 
@@ -162,5 +166,5 @@ def exp2(x):
 
 
 def shuffle_xor(x, mask):
-    lane, everyone = _gather(x)
+    lane, everyone = _together(x, list)
     return everyone[lane ^ mask]
