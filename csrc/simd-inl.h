@@ -165,8 +165,9 @@ INLINE vec load_nibbles(const char *p) {
     __m128i x = _mm_loadl_epi64((const __m128i *)p);
     __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(x, x));
     __m512i low = _mm512_srlv_epi32(twice, _mm512_set1_epi64((long long)4 << 32));
-    low = _mm512_and_epi32(low, _mm512_set1_epi32(15));
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(low, _mm512_set1_epi32(8)));
+    /* An index is the lowest four bits. */
+    const __m512 table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    return _mm512_permutexvar_ps(low, table);
 #elif defined(__AVX2__)
     __m128i x = _mm_cvtsi32_si128(as_int(p));
     __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(x, x));
@@ -203,18 +204,22 @@ INLINE vec load_halves(const char *p) {
 /* LANES float8_e4m3fn: the bits of halves that are 2**-8 times as large, all but NaN. */
 #define HAS_FLOAT8
 INLINE vec load_float8(const char *p) {
-    half_lanes halves;
 #if defined(__AVX512F__)
-    halves = (half_lanes)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+    __m128i x = _mm_loadu_si128((const __m128i *)p);
+    __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7); /* two sign bits */
+    __m512 numbers = _mm512_cvtph_ps(_mm256_and_si256(bits, _mm256_set1_epi16((short)0xbf80)));
+    __m128i without_sign = _mm_or_si128(x, _mm_set1_epi8((char)0x80));
+    __mmask16 finite = _mm_cmpneq_epi8_mask(without_sign, _mm_set1_epi8(-1));
+    return _mm512_mask_mul_ps(splat(NAN), finite, numbers, splat(256));
 #else
     ubyte_lanes bytes;
     __builtin_memcpy(&bytes, p, sizeof bytes);
-    halves = __builtin_convertvector(bytes, half_lanes);
-#endif
+    half_lanes halves = __builtin_convertvector(bytes, half_lanes);
     half_lanes bits = (halves & 0x7f) << 7 | (halves & 0x80) << 8;
     vec x = load_halves((const char *)&bits) * 256;
     ivec nan = x * x > splat(448 * 448);
     return (vec)((ivec)x | nan);
+#endif
 }
 INLINE void store_halves(char *p, vec x) {
 #if defined(__AVX512F__)

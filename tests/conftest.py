@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a worker for each core: threads that wait without sleeping take it from the others.
+    # Before the libraries that read these are loaded.
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
+
+# ruff: noqa: E402
 import subprocess
 import sys
 from collections.abc import Iterator
