@@ -9,7 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before the libraries that read these are loaded.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
 
-# ruff: noqa: E402
 import subprocess
 import sys
 from collections.abc import Iterator
