@@ -68,6 +68,32 @@ static void decode_pack_nothing(const Tile *t, const Scratch *s, ptrdiff_t begin
     (void)t, (void)s, (void)begin, (void)end;
 }
 
+/* Prefetch a row once a line: its numbers at these bytes are LANES of up to 64 bytes. */
+INLINE void decode_prefetch(const char *row, ptrdiff_t bytes, ptrdiff_t ahead) {
+    if (bytes % 64 == 0) __builtin_prefetch(row + bytes + ahead, 0, 3);
+}
+
+/* sum[query][key] += the products of LANES dims from `d` on, of which `dims` are there. */
+INLINE void decode_multiply_dims(const int queries, const real *q, ptrdiff_t padded,
+                                 const char *const rows[DECODE_KEYS], ptrdiff_t d, ptrdiff_t dims,
+                                 ptrdiff_t ahead, const float *const scales[DECODE_KEYS],
+                                 NumberFormat format, vec sum[DECODE_QUERIES][DECODE_KEYS]) {
+    vec key[DECODE_KEYS];
+    ptrdiff_t bytes = dim_offset(format, d);
+#pragma GCC unroll 4
+    for (int n = 0; n < DECODE_KEYS; n++) {
+        decode_prefetch(rows[n], bytes, ahead);
+        key[n] = load_some(rows[n] + bytes, dims, format);
+        if (format.kind == '4') key[n] *= scales[n][d / INT4_GROUP];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < queries; i++) {
+        vec query = load(q + i * padded + d);
+#pragma GCC unroll 4
+        for (int n = 0; n < DECODE_KEYS; n++) sum[i][n] += query * key[n];
+    }
+}
+
 /* scores[key][query] of LANES keys, whose scales are `groups` floats apart. */
 INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, int keys,
                                ptrdiff_t dims, const float *scales, ptrdiff_t groups, real *scores,
@@ -76,38 +102,27 @@ INLINE void decode_score_group(const int queries, const real *q, DecodeRows k, i
     vec x[DECODE_QUERIES][LANES];
     for (int j = 0; j < LANES; j += DECODE_KEYS) {
         const char *rows[DECODE_KEYS];
+        const float *own_scales[DECODE_KEYS] = {NULL};
         vec sum[DECODE_QUERIES][DECODE_KEYS];
 #pragma GCC unroll 4
-        for (int n = 0; n < DECODE_KEYS; n++)
-            rows[n] = k.data + (j + n < keys ? j + n : keys - 1) * k.row;
-        const float *own_scales[DECODE_KEYS];
-        if (format.kind == '4')
-#pragma GCC unroll 4
-            for (int n = 0; n < DECODE_KEYS; n++)
-                own_scales[n] = scales + (j + n < keys ? j + n : keys - 1) * groups;
+        for (int n = 0; n < DECODE_KEYS; n++) {
+            int key = j + n < keys ? j + n : keys - 1;
+            rows[n] = k.data + key * k.row;
+            if (format.kind == '4') own_scales[n] = scales + key * groups;
+        }
         ptrdiff_t begin = 0;
         do { /* there is a dim */
-            ptrdiff_t end = begin + fewer(dims - begin, DECODE_BLOCK_D);
+            ptrdiff_t end = begin + fewer(dims - begin, DECODE_BLOCK_D), d = begin;
 #pragma GCC unroll 4
             for (int i = 0; i < queries; i++)
 #pragma GCC unroll 4
                 for (int n = 0; n < DECODE_KEYS; n++) sum[i][n] = splat(0);
-            for (ptrdiff_t d = begin; d < end; d += LANES) {
-                vec key[DECODE_KEYS];
-#pragma GCC unroll 4
-                for (int n = 0; n < DECODE_KEYS; n++) {
-                    const char *at = rows[n] + dim_offset(format, d);
-                    __builtin_prefetch(at + k.ahead, 0, 3);
-                    key[n] = load_some(at, dims - d, format);
-                    if (format.kind == '4') key[n] *= own_scales[n][d / INT4_GROUP];
-                }
-#pragma GCC unroll 4
-                for (int i = 0; i < queries; i++) {
-                    vec query = load(q + i * padded + d);
-#pragma GCC unroll 4
-                    for (int n = 0; n < DECODE_KEYS; n++) sum[i][n] += query * key[n];
-                }
-            }
+            for (; d + LANES <= end; d += LANES)
+                decode_multiply_dims(queries, q, padded, rows, d, LANES, k.ahead, own_scales,
+                                     format, sum);
+            if (d < end)
+                decode_multiply_dims(queries, q, padded, rows, d, end - d, k.ahead, own_scales,
+                                     format, sum);
 #pragma GCC unroll 4
             for (int i = 0; i < queries; i++)
 #pragma GCC unroll 4
@@ -147,12 +162,11 @@ INLINE void decode_scores(const Tile *t, const Scratch *s, const SubBlock *sub,
 }
 
 /* sums[query][dims] += the weighted sum of some rows, of `dims` of `vecs` vectors from dim `first`
- * on. The scales of rows are `groups` floats apart. */
+ * on. The scales of int4 rows are `groups` floats apart. */
 INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int rows,
                             const real *weights, const float *scales, ptrdiff_t groups,
                             ptrdiff_t first, ptrdiff_t dims, ptrdiff_t padded, real *sums,
                             NumberFormat format) {
-    bool scaled = scales && format.kind != '4';
     v.data += dim_offset(format, first);
     sums += first;
     vec sum[DECODE_QUERIES][8];
@@ -162,18 +176,17 @@ INLINE void decode_add_rows(const int queries, const int vecs, DecodeRows v, int
         for (int n = 0; n < vecs; n++) sum[i][n] = load(sums + i * padded + n * LANES);
     for (int j = 0; j < rows; j++, v.data += v.row, weights += MR) {
         vec value[8];
-        real scale = scaled ? (real)scales[j * groups] : 1;
 #pragma GCC unroll 8
         for (int n = 0; n < vecs; n++) {
-            const char *at = v.data + dim_offset(format, n * LANES);
-            __builtin_prefetch(at + v.ahead, 0, 3);
-            value[n] = load_some(at, dims - n * LANES, format);
+            ptrdiff_t bytes = dim_offset(format, n * LANES);
+            decode_prefetch(v.data, bytes, v.ahead);
+            value[n] = load_some(v.data + bytes, dims - n * LANES, format);
             if (format.kind == '4')
                 value[n] *= scales[j * groups + (first + n * LANES) / INT4_GROUP];
         }
 #pragma GCC unroll 4
         for (int i = 0; i < queries; i++) {
-            vec weight = splat(scaled ? weights[i] * scale : weights[i]);
+            vec weight = splat(weights[i]);
 #pragma GCC unroll 8
             for (int n = 0; n < vecs; n++) sum[i][n] += weight * value[n];
         }
@@ -215,6 +228,12 @@ INLINE void decode_add_values(const Tile *t, const Scratch *s, const SubBlock *s
         const float *scales = value_scales(t, key + first);
         ptrdiff_t groups = value_scales_row(t);
         const real *weights = sub->scores + first * MR;
+        real scaled[LANES * MR] __attribute__((aligned(64)));
+        if (scales && format.kind != '4') { /* a scale for each row */
+            for (int j = 0; j < keys; j++)
+                store(scaled + j * MR, load(weights + j * MR) * (real)scales[j * groups]);
+            weights = scaled;
+        }
         DecodeRows v = decode_values(t, s, key + first, keys);
         for (; i < t->n_queries && sub->visibility == PARTIAL; i++)
             for (int j = 0; j < keys; j++)
