@@ -68,13 +68,13 @@ static int begin_block(const Tile *t, const Scratch *s, int p, ptrdiff_t begin, 
     return (int)((end - begin + SUB_BLOCK_K - 1) / SUB_BLOCK_K);
 }
 
-static void combine_block(const BlockState *b, int vecs, ptrdiff_t value_dim, real *row_sum,
+static void combine_block(const BlockState *b, int vecs, ptrdiff_t sums, real *row_sum,
                           const real *block_out, real *out) {
     for (int n = 0; n < vecs; n++) {
         real *sum = row_sum + n * LANES;
         store(sum, load(sum) * b->rescale[n] + b->sum[n]);
         if (block_out == out) continue; /* the first block */
-        for (ptrdiff_t d = 0; d < value_dim; d++) {
+        for (ptrdiff_t d = 0; d < sums; d++) {
             real *total = out + d * MR + n * LANES;
             store(total, load(total) * b->rescale[n] + load(block_out + d * MR + n * LANES));
         }

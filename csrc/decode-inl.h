@@ -13,6 +13,7 @@
 #include "matmul.h"
 #include "matmul_fma-inl.h"
 #include "online_softmax_fma-inl.h"
+#include "tangents-inl.h"
 
 /* Rows of contiguous numbers: in place, or widened. */
 typedef struct {
@@ -336,6 +337,7 @@ static const MatmulEngine DECODE_SCORES_ENGINE = {
 };
 
 static const MatmulEngine *choose_engine(const Tile *t) {
+    if (t->pushing) return &TANGENTS_ENGINE;
     if (t->n_queries > MAX_DECODE_ROWS) return &FMA_ENGINE;
     return t->differentiating ? &DECODE_SCORES_ENGINE : &DECODE_ENGINE;
 }

@@ -38,23 +38,41 @@ static void fma_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrd
     if (t->score_function == ADDITIVE) pack_additive_keys(t, s, begin % BLOCK_K, end - begin);
 }
 
+/* The products of keys and a micropanel of packed queries. */
+static void multiply_dims(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
+                          const real *q, bool accumulate, vec *top) {
+    int vecs = t->micropanel[p].vecs;
+    matmul(vecs, sub->keys, k.data, k.row, k.dim, t->head_dim, block_d(vecs, t->head_dim),
+           q + p * MR * t->head_dim, sub->scores, accumulate, top);
+}
+
 static void fma_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
                               vec *top) {
-    if (t->score_function != DOT) {
-        metric_scores(t, s, p, sub, keys_from(t, s, sub->key), metric_sub_block);
-        take_max(t->micropanel[p].vecs, sub, top);
+    View k = keys_from(t, s, sub->key);
+    if (t->score_function == DOT) {
+        multiply_dims(t, s, p, sub, k, s->q, false, top);
         return;
     }
-    View k = keys_from(t, s, sub->key);
-    const real *q = s->q + p * MR * t->head_dim;
-    int vecs = t->micropanel[p].vecs;
-    matmul(vecs, sub->keys, k.data, k.row, k.dim, t->head_dim, block_d(vecs, t->head_dim), q,
-           sub->scores, false, top);
+    metric_scores(t, s, p, sub, k, metric_sub_block);
+    take_max(t->micropanel[p].vecs, sub, top);
 }
 
 static void fma_pack_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     if (!direct_values(t))
         widen_values(t, begin, end, s->values + begin % BLOCK_K * t->value_dim);
+}
+
+/* out (+)= the values of a sub-block, weighted. */
+static void sum_weighted(const Tile *t, int p, const SubBlock *sub, View v, real *out,
+                         bool accumulate) {
+    int vecs = t->micropanel[p].vecs;
+    if (sub->visibility == PARTIAL && !all_finite(v, sub->keys, t->value_dim)) {
+        if (!accumulate) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
+        masked_matmul(sub, vecs, v, t->value_dim, out);
+    } else {
+        matmul(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->keys, sub->scores, out,
+               accumulate, NULL);
+    }
 }
 
 static void fma_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b, int sub_blocks,
@@ -64,16 +82,9 @@ static void fma_sum_values(const Tile *t, const Scratch *s, int p, BlockState *b
     for (int i = 0; i < sub_blocks; i++) {
         const SubBlock *sub = &b->sub_blocks[i];
         if (sub->visibility == EMPTY) continue;
-        View v = values_from(t, s, sub->key);
         weigh(vecs, t->exponent, sub, b->top, b->sum);
         if (t->has_dropout) drop_weights(t, s, p, sub);
-        if (sub->visibility == PARTIAL && !all_finite(v, sub->keys, t->value_dim)) {
-            if (!accumulate) memset(out, 0, sizeof(real) * MR * (size_t)t->value_dim);
-            masked_matmul(sub, vecs, v, t->value_dim, out);
-        } else {
-            matmul(vecs, t->value_dim, v.data, v.dim, v.row, sub->keys, sub->keys, sub->scores,
-                   out, accumulate, NULL);
-        }
+        sum_weighted(t, p, sub, values_from(t, s, sub->key), out, accumulate);
         accumulate = true;
     }
 }

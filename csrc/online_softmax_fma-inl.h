@@ -79,12 +79,12 @@ static void attend_whole_block(Tile *t, const Scratch *s, int p, ptrdiff_t begin
     for (int i = 0; i < sub_blocks; i++) {
         if (b.sub_blocks[i].visibility == EMPTY) continue;
         if (t->top_k > 0) collect_sub_block_max(t, p, &b.sub_blocks[i]);
-        if (t->value_dim > 0)
+        if (s->sums > 0)
             ensure_packed(t, s, b.sub_blocks[i].key, &s->packed->values, s->engine->pack_values);
         else sum_weights(t, p, &b, &b.sub_blocks[i]);
     }
-    if (t->value_dim > 0) sum_values(t, s, p, &b, sub_blocks, block_out);
-    combine_block(&b, t->micropanel[p].vecs, t->value_dim, s->row_sum + p * MR, block_out, out);
+    if (s->sums > 0) sum_values(t, s, p, &b, sub_blocks, block_out);
+    combine_block(&b, t->micropanel[p].vecs, s->sums, s->row_sum + p * MR, block_out, out);
     t->micropanel[p].has_output = 1;
 }
 #endif

@@ -210,14 +210,14 @@ INLINE void discount_nonfinite_values(const Tile *t, const Scratch *s, int p, ui
 }
 
 /* Are all sums of a vector of queries finite? */
-static bool all_sums_finite(const Tile *t, const real *out) {
+static bool all_sums_finite(ptrdiff_t sums, const real *out) {
     /* x * 0 is NaN unless x is finite. Four sums, to hide latency. */
     vec zero_or_nan[4] = {{0}};
     ptrdiff_t d = 0;
-    for (; d + 4 <= t->value_dim; d += 4)
+    for (; d + 4 <= sums; d += 4)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) zero_or_nan[i] += load(out + (d + i) * MR) * 0;
-    for (; d < t->value_dim; d++) zero_or_nan[0] += load(out + d * MR) * 0;
+    for (; d < sums; d++) zero_or_nan[0] += load(out + d * MR) * 0;
     vec any = (zero_or_nan[0] + zero_or_nan[1]) + (zero_or_nan[2] + zero_or_nan[3]);
     return !any_lane(any != splat(0));
 }
@@ -231,7 +231,7 @@ static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
         ptrdiff_t at = p * MR + n * LANES;
         vec zero_or_nan = load(s->row_sum + at) * 0 + choose(*(const ivec *)(s->any_visible + at),
                                                              load(s->row_max + at) * 0, splat(0));
-        fine &= !any_lane(zero_or_nan != splat(0)) && all_sums_finite(t, out + n * LANES);
+        fine &= !any_lane(zero_or_nan != splat(0)) && all_sums_finite(s->sums, out + n * LANES);
     }
     if (fine) return false;
     t->micropanel[p].rerun = t->micropanel[p].rerun_scores = queries_to_rerun(t, s, p);
@@ -248,6 +248,9 @@ static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
     if (any) WITH_STORED_FORMAT(t->v_format, discount_nonfinite_values, t, s, p, overflowed);
     for (ptrdiff_t d = 0; d < t->value_dim; d++)
         t->micropanel[p].rerun |= overflowed[d] |= t->micropanel[p].rerun_scores;
+    for (ptrdiff_t d = t->value_dim; d < s->sums; d++) /* of tangents: see store_tangents */
+        for (int l = 0; l < MR; l++)
+            t->micropanel[p].rerun |= good & (uint64_t)!isfinite(out[d * MR + l]) << l;
     return t->micropanel[p].rerun != 0;
 }
 

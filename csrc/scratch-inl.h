@@ -38,8 +38,8 @@ typedef struct Scratch {
     real *nan_beside_inf;    /* [micropanel][MR]: NaN if there was one beside Inf, else 0 */
     uint64_t *overflowed;    /* [micropanel][value_dim]: bits of the queries whose sum overflowed */
     lane_int *visible;       /* [sub-block][MASK_WORDS][MR]: see Visibility */
-    real *out;               /* [micropanel][value_dim][MR], the running sum */
-    real *block_out;         /* [value_dim][MR], the sum of one block */
+    real *out;               /* [micropanel][sums][MR], the running sums */
+    real *block_out;         /* [sums][MR], those of one block */
     real *scores;            /* [SCORE_KEYS of the block][MR], then the weights */
     real *bias;              /* [SUB_BLOCK_K][MR] */
     lane_int *kept;          /* [SUB_BLOCK_K][MR]: has dropout kept the weight? -1 or 0 */
@@ -56,12 +56,14 @@ typedef struct Scratch {
         *special_values; /* [sub-block]: bits of the keys that terms cannot represent */
 #else
     real *decode_rows, *decode_sums; /* see decode-inl.h */
+    real *d_q, *d_keys, *d_values, *d_scores, *cap_slope; /* tangents-inl.h */
     real *weights, *key_columns, *q_high, *q_low, *key_high, *key_low,
         *metrics; /* distances-inl.h */
     lane_int *special_queries, *special_keys;
 #endif
     PackedSubBlocks *packed;
     const MatmulEngine *engine;
+    ptrdiff_t sums; /* of a query: of its values; in forward mode then those of tangents-inl.h */
     ptrdiff_t out_rows, key_rows; /* of a micropanel in `out`, of the keys in key_terms */
 } Scratch;
 
@@ -137,7 +139,8 @@ typedef struct {
 static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch *s) {
     size_t bytes = 0;
     ptrdiff_t row = micropanels * MR, block_k = round_up(t->block_k, 2 * ROW_PAD);
-    s->out_rows = round_up(t->value_dim, ROW_PAD);
+    s->sums = t->pushing ? 2 * t->value_dim + 1 : t->value_dim;
+    s->out_rows = round_up(s->sums, ROW_PAD);
     s->key_rows = block_k;
 #define TAKE(field, count)                                                                         \
     s->field = (void *)((uintptr_t)base + bytes);                                                  \
@@ -176,6 +179,13 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(decode_rows,
          LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
     TAKE(decode_sums, MAX_DECODE_ROWS * round_up(t->value_dim, LANES))
+    if (t->pushing) {
+        TAKE(d_q, t->moves_q ? row * t->head_dim : 0)
+        TAKE(d_keys, t->moves_k && !is_real(t->d_k_format) ? block_k * t->head_dim : 0)
+        TAKE(d_values, t->moves_v && !is_real(t->d_v_format) ? block_k * t->value_dim : 0)
+        TAKE(d_scores, SUB_BLOCK_K * MR)
+        TAKE(cap_slope, t->softcap > 0 ? SUB_BLOCK_K * MR : 0)
+    }
     if (t->score_function != DOT) {
         TAKE(key_columns, MR * t->head_dim)
         TAKE(metrics, SUB_BLOCK_K * MR)

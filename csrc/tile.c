@@ -118,8 +118,8 @@ static void bound_micropanel(Tile *t, int p) {
 
 /* Store LANES rows of results: (row first + lane)[d] = columns[d][lane] * inv_sum[lane], but 0
  * where no key is visible, whatever the column holds. */
-static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec inv_sum,
-                       ivec any_visible) {
+static void store_rows(const Tile *t, char *const *out, ptrdiff_t first, const real *columns,
+                       vec inv_sum, ivec any_visible) {
     int rows = fewer(t->n_queries - first, LANES);
     ptrdiff_t d = 0;
     if (t->out_dim == t->out_format.bytes)
@@ -130,12 +130,12 @@ static void store_rows(const Tile *t, ptrdiff_t first, const real *columns, vec 
                 x[i] = choose(any_visible, load(columns + (d + i) * MR) * inv_sum, splat(0));
             transpose(x);
             for (int i = 0; i < rows; i++)
-                store_numbers(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
+                store_numbers(out[first + i] + d * t->out_dim, t->out_format, x[i]);
         }
     for (; d < t->value_dim; d++) {
         vec x = choose(any_visible, load(columns + d * MR) * inv_sum, splat(0));
         for (int i = 0; i < rows; i++)
-            write_number(t->out[first + i] + d * t->out_dim, t->out_format, x[i]);
+            write_number(out[first + i] + d * t->out_dim, t->out_format, x[i]);
     }
 }
 
@@ -201,7 +201,38 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
         /* A sum of 0 with a visible key: all scores are -inf, and the formula gives 0 / 0. */
         vec sum = load(s->row_sum + at);
         vec inv_sum = choose(sum == splat(0), splat(NAN), splat((real)t->keep_factor) / sum);
-        store_rows(t, at, s->out + p * MR * s->out_rows + n * LANES, inv_sum, any_visible);
+        store_rows(t, t->out, at, s->out + p * MR * s->out_rows + n * LANES, inv_sum, any_visible);
+    }
+}
+
+/* The tangents of a micropanel's results, of its sums S of values, T of tangents and the last one,
+ * of score tangents: that of the lse is the last one / row_sum, that of out = S / row_sum is
+ * (T - d_lse * S) / row_sum. A rerun stores what was neither NaN nor Inf for want of range. */
+static void store_tangents(const Tile *t, const Scratch *s, int p) {
+    for (int n = 0; n < t->micropanel[p].vecs; n++) {
+        ptrdiff_t at = p * MR + n * LANES, dims = t->value_dim;
+        const real *out = s->out + p * MR * s->out_rows + n * LANES;
+        real *d_out = s->out + (p * s->out_rows + dims) * MR + n * LANES;
+        ivec any_visible = *(const ivec *)(s->any_visible + at);
+        vec sum = load(s->row_sum + at);
+        vec inv_sum = choose(sum == splat(0), splat(NAN), splat(1) / sum);
+        vec d_lse = choose(any_visible, load(d_out + dims * MR) * inv_sum, splat(0));
+        inv_sum *= (real)t->keep_factor;
+        for (ptrdiff_t d = 0; d < dims; d++)
+            store(d_out + d * MR, load(d_out + d * MR) - d_lse * load(out + d * MR));
+        if (t->margin == 0) store_rows(t, t->d_out, at, d_out, inv_sum, any_visible);
+        for (int i = 0; i < LANES && at + i < t->n_queries; i++) {
+            bool again = t->micropanel[p].rerun >> (n * LANES + i) & 1;
+            if (t->margin == 0) t->d_lse[at + i] = d_lse[i];
+            if (t->margin == 0 || !again) continue;
+            bool all = delivers(t, at + i);
+            if (all || !isfinite(t->d_lse[at + i])) t->d_lse[at + i] = d_lse[i];
+            for (ptrdiff_t d = 0; d < dims; d++) {
+                char *to = t->d_out[at + i] + d * t->out_dim;
+                if (all || !isfinite(read_number(to, t->out_format)))
+                    write_number(to, t->out_format, d_out[d * MR + i] * inv_sum[i]);
+            }
+        }
     }
 }
 
@@ -224,9 +255,12 @@ static int finish(Tile *t) {
     Scratch s = scratch_of(t);
     bool rerun = t->margin == 0 && find_overflow(t, &s);
     set_top_k_thresholds(t);
-    for (int p = 0; p < t->micropanels; p++)
+    for (int p = 0; p < t->micropanels; p++) {
+        if (t->pushing) store_tangents(t, &s, p);
+        if (t->tangents_alone) continue;
         if (t->margin > 0) store_rerun(t, &s, p);
         else store_micropanel(t, &s, p);
+    }
     double unit = t->exponent == LOG2_E ? 1 : t->exponent * LN2;
     for (ptrdiff_t i = 0; i < t->n_queries; i++) {
         s.row_max[i] += s.nan_beside_inf[i];

@@ -94,6 +94,16 @@ typedef struct {
     double *lse; /* filled by finish if want_lse */
     int want_max;
     double *max_score; /* filled by finish if want_max: without the sink */
+
+    /* Forward mode, of multiply-adds and dot products: the tangents of queries, keys and values
+     * that move, of type `real`, narrower floats or halves. Then finish also fills those of the
+     * results; `out` alone, with dims as far apart, is left out of `tangents_alone`. */
+    int pushing, moves_q, moves_k, moves_v, tangents_alone;
+    const char **d_q, *d_k, *d_v;
+    NumberFormat d_q_format, d_k_format, d_v_format;
+    ptrdiff_t d_q_dim, d_k_key, d_k_dim, d_v_key, d_v_dim;
+    char **d_out;
+    double *d_lse;
     double *lse_rest;  /* for gradients: what the rounding of lse lost */
     void *scratch;     /* of scratch_bytes, 64-byte aligned */
 
@@ -189,6 +199,9 @@ static inline size_t lay_out_rows(Tile *t, ptrdiff_t rows, char *base) {
     TAKE(weights)
     TAKE(lse)
     TAKE(max_score)
+    TAKE(d_q)
+    TAKE(d_out)
+    TAKE(d_lse)
     TAKE(lse_rest)
     TAKE(grad_out)
     TAKE(result)

@@ -80,6 +80,14 @@ cdef extern from "tile.h" nogil:
         bint want_lse, want_max
         double *lse
         double *max_score
+        bint pushing, moves_q, moves_k, moves_v, tangents_alone
+        const char **d_q
+        const char *d_k
+        const char *d_v
+        NumberFormat d_q_format, d_k_format, d_v_format
+        Py_ssize_t d_q_dim, d_k_key, d_k_dim, d_v_key, d_v_dim
+        char **d_out
+        double *d_lse
         double *lse_rest
         void *scratch
         bint differentiating

@@ -34,6 +34,7 @@ class Plan:
     def run(self, arrays: tuple[np.ndarray, ...], threads: int) -> Any: ...
 
 def attend(*arguments: Any, **options: Any) -> None: ...  # as csrc lists them
+def push_forward(*arguments: Any) -> None: ...  # likewise
 def attend_sparse(
     q: np.ndarray,
     k: np.ndarray,

@@ -34,8 +34,10 @@ __all__ = [
 # -> a plan, of which `run(arrays, threads)` is the call on other arrays of that layout, or None.
 # One that pushes tangents forward has `unsupported_forward_mode(problem)` and
 # `run_forward_mode(problem, tangents)`, these by the names of their operands -> (tangent of out,
-# tangent of lse). One that makes maps of the weights has `run_map(problem, rows, columns)` -> their
-# sums over cells, and `run_top(problem, n)` -> (indices, weights) of each query's strongest keys.
+# tangent of lse); if one pass gives results and tangents, `run_dual(problem, tangents, result)`,
+# which fills `result` -> (lse, tangent of out, tangent of lse). One that makes maps of the weights
+# has `run_map(problem, rows, columns)` -> their sums over cells, and `run_top(problem, n)` ->
+# (indices, weights) of each query's strongest keys.
 # One that may be there without working has `broken()`, which says why, or None.
 BACKENDS = (cython, cuda, numba, numpy)
 

@@ -14,7 +14,7 @@ from .core.arguments import flag, plain
 from .core.dtypes import float_dtype
 from .core.options import bias_array, per_head, relative_bias_array
 from .core.problem import Problem, make_problem
-from .dispatch import select, unsupported_forward_mode
+from .dispatch import named, select, unsupported_forward_mode
 from .vjp import rule_of, without_out
 
 __all__ = [
@@ -90,8 +90,10 @@ def jvp(function, arrays, tangents, **options) -> tuple[Any, Any]:
     Notes
     -----
     With weights ``w`` and ``ds`` the tangent of the scores, ``dlse = sum(w * ds)`` and
-    ``dout = (w * ds) @ v + w @ dv - dlse * out``: one pass over tiles in O(S) memory. `out` is
-    computed by the backend that the call alone would use, the tangent by NumPy and its BLAS.
+    ``dout = (w * ds) @ v + w @ dv - dlse * out``: one pass over tiles in O(S) memory. The compiled
+    kernels compute `out` and its tangent together, by multiply-adds, where an ordinary call may use
+    bfloat16 hardware. NumPy and its BLAS compute the tangents of other scores than dot products,
+    and under a sparse mask.
 
     Examples
     --------
@@ -161,15 +163,31 @@ def pushed_forward(
     `run` and `run_forward_mode` take the place of the backends', where these are not given the
     problem as it is.
     """
+    along = dict(zip("qkv", tangents, strict=True))
+    if run is run_forward_mode is None:
+        chosen = select(p, backend)
+        if hasattr(chosen, "run_dual") and unsupported_forward_mode(chosen, p) is None:
+            return _dual(p, along, chosen.run_dual, return_lse)
     # What is wrong with the tangents is an error now, not after the forward pass.
-    push = run_forward_mode or _pushes(p)
+    push = run_forward_mode or _pushes(p, backend)
     out, lse = solve(p, backend, None, run)
-    d_out, d_lse = solve_forward_mode(p, dict(zip("qkv", tangents, strict=True)), push)
+    d_out, d_lse = solve_forward_mode(p, along, push)
     return ((out, lse), (d_out, d_lse)) if return_lse else (out, d_out)
 
 
-def _pushes(p: Problem) -> Callable:
-    """Who computes tangents of `p`: few backends can, so whichever was named for the result."""
+def _dual(p: Problem, tangents, run_dual, return_lse: bool):
+    """The same in one pass."""
+    out = p.new_result()
+    lse, d_out, d_lse = run_dual(p, _operands(p, tangents), out)
+    if p.one_head:
+        out, lse, d_out, d_lse = out[0], lse[0], d_out[0], d_lse[0]
+    return ((out, lse), (d_out, d_lse)) if return_lse else (out, d_out)
+
+
+def _pushes(p: Problem, backend: str | None = None) -> Callable:
+    """What computes the tangents of `p`: the backend that was named for the result if it can."""
+    if backend is not None and unsupported_forward_mode(named(backend), p) is None:
+        return named(backend).run_forward_mode
     return select(p, None, unsupported_forward_mode, any_one=True).run_forward_mode
 
 
@@ -178,8 +196,7 @@ def solve_forward_mode(p: Problem, tangents: dict[str, Any], run_forward_mode=No
     bias, relative_bias, alibi and sinks, each of its argument's shape.
     """
     push = run_forward_mode or _pushes(p)
-    moving = {name: _operand(p, name, t) for name, t in tangents.items() if t is not None}
-    d_out, d_lse = push(p, moving)
+    d_out, d_lse = push(p, _operands(p, tangents))
     return (d_out[0], d_lse[0]) if p.one_head else (d_out, d_lse)
 
 
@@ -187,18 +204,21 @@ def solve_second_order(p: Problem, tangents: dict[str, Any], grad_out, grad_lse=
     """The tangents, along those of the arguments as in `solve_forward_mode`, of the gradients that
     `p` asks for; `grad_out` and `grad_lse`, of which either may be None for zeros, stay.
     """
-    moving = {name: _operand(p, name, t) for name, t in tangents.items() if t is not None}
     shapes = p.rows(p.value_dim), p.rows()
     grads = [
         np.zeros(shape, p.accumulator) if x is None else x.reshape(shape)
         for x, shape in zip((grad_out, grad_lse), shapes, strict=True)
     ]
-    found = run_second_order(p, moving, *grads)
+    found = run_second_order(p, _operands(p, tangents), *grads)
     return tuple(of_its_array(found[gradient.name], gradient) for gradient in p.gradients)
 
 
+def _operands(p: Problem, tangents: dict[str, Any]) -> dict[str, Any]:
+    """The tangents that are not zero, as the problem holds their operands."""
+    return {name: _operand(p, name, t) for name, t in tangents.items() if t is not None}
+
+
 def _operand(p: Problem, name: str, tangent):
-    """A tangent as the problem has what it is one of."""
     if name == "bias":
         return bias_array(tangent, p.rows(p.n_keys), p.q)
     if name == "relative_bias":

@@ -13,10 +13,12 @@ from . import kernel_args, sparse
 from .backward import prepare_backward, run_backward
 from .kernel_args import attend, compute_dtype, kernels, threads
 from .sparse import left_to_numpy
+from .tangents import no_kernel_for_tangents, run_dual, run_forward_mode
 
 __all__ = [
     "broken", "describe", "left_to_numpy", "name", "prepare", "prepare_backward", "run",
-    "run_backward", "run_map", "run_top", "unsupported", "unsupported_backward",
+    "run_backward", "run_dual", "run_forward_mode", "run_map", "run_top", "unsupported",
+    "unsupported_backward", "unsupported_forward_mode",
 ]  # fmt: skip
 
 name = "cython"
@@ -88,6 +90,11 @@ def run_top(problem: Problem, n: int) -> tuple[np.ndarray, np.ndarray]:
 def unsupported_backward(problem: Problem) -> str | None:
     """Why this backend cannot compute the gradients of `problem`, or None."""
     return unsupported(problem)
+
+
+def unsupported_forward_mode(problem: Problem) -> str | None:
+    """Why this backend cannot push tangents through `problem`, or None."""
+    return unsupported(problem) or no_kernel_for_tangents(problem)
 
 
 def describe(problem: Problem) -> dict[str, str]:

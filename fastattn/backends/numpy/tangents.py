@@ -78,7 +78,7 @@ def run_forward_mode(
         for (heads, queries), (of_tangents, _) in blocks:
             block = push_block_forward(p, heads, of_tangents, moving, queries, vectors)
             for target, x in ((out, block.d_out), (lse, block.d_lse)):
-                target[heads.where][:, queries] = x.reshape(-1, *x.shape[2:])
+                target[heads.where][:, queries] = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     return out, lse
 
 
