@@ -95,8 +95,10 @@ def explain(q, k, v, *, backend=None, **options) -> Explanation:
             else:
                 unasked = "comes later" if place > order.index(chosen) else "another was named"
             passed_over[other.name] = unsupported(other, problem) or unasked
-    plan, top = chosen.describe(problem), _left_to_numpy(chosen, problem, "top_keys")
-    plan |= {"top_keys": top} if top else {}
+    plan = chosen.describe(problem)
+    for what in ("top_keys", "tangents"):
+        left = _left_to_numpy(chosen, problem, what)
+        plan |= {what: left} if left else {}
     gradients = _gradients(problem, backend)
     return Explanation(chosen.name, plan, problem.copied, passed_over, gradients)
 

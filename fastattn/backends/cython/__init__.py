@@ -12,7 +12,6 @@ from ..numpy import weight_maps
 from . import kernel_args, sparse
 from .backward import prepare_backward, run_backward
 from .kernel_args import attend, compute_dtype, kernels, threads
-from .sparse import left_to_numpy
 from .tangents import no_kernel_for_tangents, run_dual, run_forward_mode
 
 __all__ = [
@@ -95,6 +94,12 @@ def unsupported_backward(problem: Problem) -> str | None:
 def unsupported_forward_mode(problem: Problem) -> str | None:
     """Why this backend cannot push tangents through `problem`, or None."""
     return unsupported(problem) or no_kernel_for_tangents(problem)
+
+
+def left_to_numpy(problem: Problem) -> dict[str, str]:
+    """What NumPy computes of `problem` inside of this backend or after it, and why."""
+    no_kernel = no_kernel_for_tangents(problem)
+    return sparse.left_to_numpy(problem) | ({"tangents": no_kernel} if no_kernel else {})
 
 
 def describe(problem: Problem) -> dict[str, str]:
