@@ -69,6 +69,15 @@ def test_scales_where_heads_broadcast(target):
     check_gradients(target, q[:1, :1], k, v, scale=[0.2, 0.5])
 
 
+@pytest.mark.parametrize("name", ["scale", "alibi", "sinks", "relative_bias"])
+def test_sums_over_a_large_batch(target, name):
+    """They are kept in float64, or each entry of the batch would add its rounding."""
+    shape = Shape(3000, 2, 1, 12, 8)
+    for seed in range(3):
+        opts = options([name, "causal"], shape, seed)
+        check_gradients(target, *shape.arrays(seed=seed), with_lse=False, wrt=(name,), **opts)
+
+
 def test_needs_a_scale(target):
     with pytest.raises(ValueError, match=r"^wrt: expected .* without scale="):
         fastattn.vjp(fastattn.scaled_dot, *SHAPE.arrays(), wrt=("scale",), backend=target.backend)

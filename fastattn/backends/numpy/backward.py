@@ -77,7 +77,9 @@ def new_gradients(p: Problem) -> dict[str, np.ndarray]:
             shape = p.with_axes(shape)
         elif gradient.name == "scale":
             shape = (p.heads,)
-        found[gradient.name] = np.zeros(shape, p.accumulator)
+        # A parameter's few numbers are sums over the whole batch, tile after tile.
+        real = p.accumulator if gradient.name == "bias" else np.float64
+        found[gradient.name] = np.zeros(shape, real)
     return found
 
 
