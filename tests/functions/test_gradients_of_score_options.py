@@ -69,13 +69,19 @@ def test_scales_where_heads_broadcast(target):
     check_gradients(target, q[:1, :1], k, v, scale=[0.2, 0.5])
 
 
-@pytest.mark.parametrize("name", ["scale", "alibi", "sinks", "relative_bias"])
+@pytest.mark.parametrize("name", ["scale", "sinks"])
 def test_sums_over_a_large_batch(target, name):
-    """They are kept in float64, or each entry of the batch would add its rounding."""
-    shape = Shape(3000, 2, 1, 12, 8)
-    for seed in range(3):
-        opts = options([name, "causal"], shape, seed)
-        check_gradients(target, *shape.arrays(seed=seed), with_lse=False, wrt=(name,), **opts)
+    """Summed in float32, thousands of terms of one sign would lose a digit."""
+    shape = Shape(4000, 1, 1, 12, 8)
+    q, k, _ = shape.arrays()
+    given = options([name], shape)
+
+    def gradient(dtype):
+        arrays = (x.astype(dtype) for x in (q, k, k))  # so that all entries pull the same way
+        _, pullback = target.vjp(*arrays, wrt=(name,), **given)
+        return pullback(q.astype(dtype))[3]
+
+    np.testing.assert_allclose(gradient("float32"), gradient("float64"), rtol=4 * 2.0**-24)
 
 
 def test_needs_a_scale(target):

@@ -77,7 +77,7 @@ def new_gradients(p: Problem) -> dict[str, np.ndarray]:
             shape = p.with_axes(shape)
         elif gradient.name == "scale":
             shape = (p.heads,)
-        # A parameter's few numbers are sums over the whole batch, tile after tile.
+        # A parameter's few numbers are sums over the whole batch, to be rounded once, at the end.
         real = p.accumulator if gradient.name == "bias" else np.float64
         found[gradient.name] = np.zeros(shape, real)
     return found
@@ -199,7 +199,7 @@ def add_along_diagonals(found, h: Heads, queries: slice, keys: slice, grad_s) ->
 
 def _unscaled(p: Problem, h: Heads, queries: slice, k) -> np.ndarray:
     """What the scale of a tile's scores multiplies."""
-    q = h.q[:, :, queries].astype(k.dtype)
+    q, k = h.q[:, :, queries].astype(np.float64), k.astype(np.float64)
     return (
         q @ k.swapaxes(-1, -2)
         if p.score_function is DOT
@@ -209,10 +209,10 @@ def _unscaled(p: Problem, h: Heads, queries: slice, k) -> np.ndarray:
 
 def _row_sums(weights, grad_s, apart) -> np.ndarray:
     """The fields of RowSums for one tile. Distances are counted from the least of each row, so that
-    they are small, and the rest of them is added in float64.
+    they are small, and the rest of them is added; products and sums are in float64.
     """
     least = apart.min(axis=-1, keepdims=True)
-    near = (apart - least).astype(weights.dtype)
+    near = np.subtract(apart, least, dtype=np.float64)
     terms = weights, grad_s, weights * near, grad_s * near
     mass, grads, distance, slope = (x.sum(axis=-1, dtype=np.float64) for x in terms)
     far = least[..., 0]
