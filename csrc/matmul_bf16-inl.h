@@ -203,6 +203,14 @@ static void recompute_special_scores(const Tile *t, const Scratch *s, int p, con
     }
 }
 
+static void add_to_scores(int vecs, const SubBlock *sub, const real *more) {
+    for (int j = 0; j < sub->keys; j++)
+        for (int n = 0; n < vecs; n++) {
+            real *s = sub->scores + j * MR + n * LANES;
+            store(s, load(s) + load(more + j * MR + n * LANES));
+        }
+}
+
 static void bf16_multiply_keys(const Tile *t, const Scratch *s, int p, const SubBlock *sub,
                                vec *top) {
     ptrdiff_t dims = round_up(t->head_dim, CHUNK);

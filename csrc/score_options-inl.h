@@ -133,14 +133,6 @@ static Visibility add_any_relative_bias(const Tile *t, int p, const SubBlock *su
     return any_lane(any_hidden) ? PARTIAL : sub->visibility;
 }
 
-static void add_to_scores(int vecs, const SubBlock *sub, const real *more) {
-    for (int j = 0; j < sub->keys; j++)
-        for (int n = 0; n < vecs; n++) {
-            real *s = sub->scores + j * MR + n * LANES;
-            store(s, load(s) + load(more + j * MR + n * LANES));
-        }
-}
-
 static void multiply_scores(real factor, int vecs, const SubBlock *sub) {
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
