@@ -208,13 +208,15 @@ def _unscaled(p: Problem, h: Heads, queries: slice, k) -> np.ndarray:
 
 
 def _row_sums(weights, grad_s, apart) -> np.ndarray:
-    """The fields of RowSums for one tile. Distances are counted from the least of each row, so that
-    they are small, and the rest of them is added; products and sums are in float64.
+    """The fields of RowSums for one tile, of float64 products. Distances are counted from the least
+    of each row, so that they are small, and the rest of them is added.
     """
     least = apart.min(axis=-1, keepdims=True)
-    near = np.subtract(apart, least, dtype=np.float64)
-    terms = weights, grad_s, weights * near, grad_s * near
-    mass, grads, distance, slope = (x.sum(axis=-1, dtype=np.float64) for x in terms)
+    near = apart - least
+    mass, grads = (x.sum(axis=-1, dtype=np.float64) for x in (weights, grad_s))
+    distance, slope = (  # one array of products at a time
+        np.multiply(x, near, dtype=np.float64).sum(axis=-1) for x in (weights, grad_s)
+    )
     far = least[..., 0]
     return np.stack([mass, grads, distance + far * mass, slope + far * grads])
 
