@@ -563,7 +563,7 @@ cdef int init_tile(
         tile.hiding_relative_bias = bool(np.isneginf(relative_bias).any())
     tile.weights_key = tile.top_k = 0
     tile.want_lse = tile.want_max = tile.differentiating = False
-    tile.pushing = tile.tangents_alone = False
+    tile.forward_mode = tile.tangents_alone = False
     tile.wants_relative_bias = tile.wants_scale = tile.wants_dim_weights = False
     tile.margin = 0
     tile.has_dropout = params.dropout.given

@@ -69,7 +69,7 @@ static void decode_pack_nothing(const Tile *t, const Scratch *s, ptrdiff_t begin
     (void)t, (void)s, (void)begin, (void)end;
 }
 
-/* Prefetch a row once a line: its numbers at these bytes are LANES of up to 64 bytes. */
+/* One prefetch for each line of a row, whose next LANES numbers begin at these bytes. */
 INLINE void decode_prefetch(const char *row, ptrdiff_t bytes, ptrdiff_t ahead) {
     if (bytes % 64 == 0) __builtin_prefetch(row + bytes + ahead, 0, 3);
 }
@@ -337,7 +337,7 @@ static const MatmulEngine DECODE_SCORES_ENGINE = {
 };
 
 static const MatmulEngine *choose_engine(const Tile *t) {
-    if (t->pushing) return &TANGENTS_ENGINE;
+    if (t->forward_mode) return &TANGENTS_ENGINE;
     if (t->n_queries > MAX_DECODE_ROWS) return &FMA_ENGINE;
     return t->differentiating ? &DECODE_SCORES_ENGINE : &DECODE_ENGINE;
 }

@@ -139,7 +139,7 @@ typedef struct {
 static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch *s) {
     size_t bytes = 0;
     ptrdiff_t row = micropanels * MR, block_k = round_up(t->block_k, 2 * ROW_PAD);
-    s->sums = t->pushing ? 2 * t->value_dim + 1 : t->value_dim;
+    s->sums = t->forward_mode ? 2 * t->value_dim + 1 : t->value_dim;
     s->out_rows = round_up(s->sums, ROW_PAD);
     s->key_rows = block_k;
 #define TAKE(field, count)                                                                         \
@@ -179,10 +179,10 @@ static size_t lay_out(const Tile *t, ptrdiff_t micropanels, char *base, Scratch 
     TAKE(decode_rows,
          LANES * round_up(t->head_dim > t->value_dim ? t->head_dim : t->value_dim, LANES))
     TAKE(decode_sums, MAX_DECODE_ROWS * round_up(t->value_dim, LANES))
-    if (t->pushing) {
-        TAKE(d_q, t->moves_q ? row * t->head_dim : 0)
-        TAKE(d_keys, t->moves_k && !is_real(t->d_k_format) ? block_k * t->head_dim : 0)
-        TAKE(d_values, t->moves_v && !is_real(t->d_v_format) ? block_k * t->value_dim : 0)
+    if (t->forward_mode) {
+        TAKE(d_q, t->has_d_q ? row * t->head_dim : 0)
+        TAKE(d_keys, t->has_d_k && !is_real(t->d_k_format) ? block_k * t->head_dim : 0)
+        TAKE(d_values, t->has_d_v && !is_real(t->d_v_format) ? block_k * t->value_dim : 0)
         TAKE(d_scores, SUB_BLOCK_K * MR)
         TAKE(cap_slope, t->softcap > 0 ? SUB_BLOCK_K * MR : 0)
     }

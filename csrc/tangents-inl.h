@@ -10,7 +10,7 @@
 
 static void push_queries(Tile *t, const Scratch *s, int p) {
     fma_pack_queries(t, s, p);
-    for (int n = 0; n < t->micropanel[p].vecs && t->moves_q; n++)
+    for (int n = 0; n < t->micropanel[p].vecs && t->has_d_q; n++)
         load_columns(t->d_q, t->d_q_dim, t->d_q_format, t->head_dim, t->n_queries, t->q_scale,
                      p * MR + n * LANES, s->d_q + p * MR * t->head_dim + n * LANES);
 }
@@ -24,13 +24,13 @@ static void widen_tangents(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberF
 }
 static void push_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     fma_pack_keys(t, s, begin, end);
-    if (t->moves_k)
+    if (t->has_d_k)
         widen_tangents(t->d_k, t->d_k_key, t->d_k_dim, t->d_k_format, begin, end, t->head_dim,
                        s->d_keys);
 }
 static void push_values(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrdiff_t end) {
     fma_pack_values(t, s, begin, end);
-    if (t->moves_v)
+    if (t->has_d_v)
         widen_tangents(t->d_v, t->d_v_key, t->d_v_dim, t->d_v_format, begin, end, t->value_dim,
                        s->d_values);
 }
@@ -84,26 +84,26 @@ static void push_sub_block(const Tile *t, const Scratch *s, int p, BlockState *b
     View v = values_from(t, s, sub->key);
     real *d_out = out + t->value_dim * MR, *sums = d_out + t->value_dim * MR;
     moved.scores = s->d_scores;
-    if (t->moves_q)
+    if (t->has_d_q)
         multiply_dims(t, s, p, &moved, keys_from(t, s, sub->key), s->d_q, false, NULL);
-    if (t->moves_k)
+    if (t->has_d_k)
         multiply_dims(t, s, p, &moved,
                       tangents_from(t->d_k, t->d_k_key, t->d_k_dim, t->d_k_format, sub->key,
                                     t->head_dim, s->d_keys),
-                      s->q, t->moves_q, NULL);
+                      s->q, t->has_d_q, NULL);
     if (t->softcap > 0) find_cap_slope(t, s, p, sub);
     weigh(t->micropanel[p].vecs, t->exponent, sub, b->top, b->sum);
-    if (t->moves_q || t->moves_k)
+    if (t->has_d_q || t->has_d_k)
         weigh_tangents(t, s, p, sub, moved.scores, sums, accumulate);
     else if (!accumulate) memset(d_out, 0, sizeof(real) * MR * (size_t)(t->value_dim + 1));
     if (t->has_dropout) drop_weights(t, s, p, sub);
     sum_weighted(t, p, sub, v, out, accumulate);
-    if (t->moves_q || t->moves_k) {
+    if (t->has_d_q || t->has_d_k) {
         if (t->has_dropout) drop(t, s, p, sub, moved.scores);
         sum_weighted(t, p, &moved, v, d_out, accumulate);
         accumulate = true;
     }
-    if (t->moves_v)
+    if (t->has_d_v)
         sum_weighted(t, p, sub,
                      tangents_from(t->d_v, t->d_v_key, t->d_v_dim, t->d_v_format, sub->key,
                                    t->value_dim, s->d_values),

@@ -25,12 +25,12 @@ cdef bint push_tile(
     set_tile(params, tile, work)
     for i in range(tile.n_queries):
         head, query = head_of(params, work, i), query_of(params, work, i)
-        if tile.moves_q:
+        if tile.has_d_q:
             tile.d_q[i] = row_ptr(&forward.d_q, d_q, head, query)
         tile.d_out[i] = row_ptr(&forward.d_out, d_out, head, query)
-    if tile.moves_k:
+    if tile.has_d_k:
         tile.d_k = key_ptr(params, &forward.d_k, work)
-    if tile.moves_v:
+    if tile.has_d_v:
         tile.d_v = key_ptr(params, &forward.d_v, work)
     tile.margin = 0
     while True:
@@ -99,8 +99,8 @@ def push_forward(
         return
     forward.threads = available_threads(min(threads, forward.items))
     init_tile(params, tile, q, k, v, d_out, scale, softcap, bias, relative_bias)
-    tile.want_lse, tile.pushing, tile.tangents_alone = lse is not None, True, out is None
-    tile.moves_q, tile.moves_k, tile.moves_v = d_q is not None, d_k is not None, d_v is not None
+    tile.want_lse, tile.forward_mode, tile.tangents_alone = lse is not None, True, out is None
+    tile.has_d_q, tile.has_d_k, tile.has_d_v = d_q is not None, d_k is not None, d_v is not None
     if d_q is not None:
         tile.d_q_format, tile.d_q_dim = number_format(d_q), forward.d_q.dim
     if d_k is not None:

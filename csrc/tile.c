@@ -205,9 +205,9 @@ static void store_micropanel(const Tile *t, const Scratch *s, int p) {
     }
 }
 
-/* The tangents of a micropanel's results, of its sums S of values, T of tangents and the last one,
- * of score tangents: that of the lse is the last one / row_sum, that of out = S / row_sum is
- * (T - d_lse * S) / row_sum. A rerun stores what was neither NaN nor Inf for want of range. */
+/* Store the tangents of a micropanel's results. With the sums of tangents-inl.h, of values S, of
+ * their tangents T and of score tangents, out = S / row_sum, d_lse = the last / row_sum and
+ * d_out = (T - d_lse * S) / row_sum. A rerun replaces only what overflowed. */
 static void store_tangents(const Tile *t, const Scratch *s, int p) {
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES, dims = t->value_dim;
@@ -256,7 +256,7 @@ static int finish(Tile *t) {
     bool rerun = t->margin == 0 && find_overflow(t, &s);
     set_top_k_thresholds(t);
     for (int p = 0; p < t->micropanels; p++) {
-        if (t->pushing) store_tangents(t, &s, p);
+        if (t->forward_mode) store_tangents(t, &s, p);
         if (t->tangents_alone) continue;
         if (t->margin > 0) store_rerun(t, &s, p);
         else store_micropanel(t, &s, p);

@@ -95,10 +95,10 @@ typedef struct {
     int want_max;
     double *max_score; /* filled by finish if want_max: without the sink */
 
-    /* Forward mode, of multiply-adds and dot products: the tangents of queries, keys and values
-     * that move, of type `real`, narrower floats or halves. Then finish also fills those of the
-     * results; `out` alone, with dims as far apart, is left out of `tangents_alone`. */
-    int pushing, moves_q, moves_k, moves_v, tangents_alone;
+    /* Forward mode, by multiply-adds and for dot products: the tangents of queries, keys and values
+     * that have some, of type `real`, narrower floats or halves. finish also fills d_out, with dims
+     * as far apart as those of `out`, and d_lse; with `tangents_alone` it does not fill `out`. */
+    int forward_mode, has_d_q, has_d_k, has_d_v, tangents_alone;
     const char **d_q, *d_k, *d_v;
     NumberFormat d_q_format, d_k_format, d_v_format;
     ptrdiff_t d_q_dim, d_k_key, d_k_dim, d_v_key, d_v_dim;

@@ -80,7 +80,7 @@ cdef extern from "tile.h" nogil:
         bint want_lse, want_max
         double *lse
         double *max_score
-        bint pushing, moves_q, moves_k, moves_v, tangents_alone
+        bint forward_mode, has_d_q, has_d_k, has_d_v, tangents_alone
         const char **d_q
         const char *d_k
         const char *d_v
