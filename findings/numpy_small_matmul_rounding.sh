@@ -2,13 +2,12 @@
 # q @ k.T is one operation, so one expects the rounding error of its elements to depend on the numbers
 # and on head_dim, not on how many queries and keys there are. NumPy 2.4.6's wheel (OpenBLAS 0.3.31)
 # on x86-64 with AVX-512: 16 queries on 60 keys have a third of the error of 100 queries on 300, per
-# element, at head_dim 256, where rms errors are 12 and 39 units of float32 eps for normal numbers.
-# OpenBLAS has kernels for small matrices on these processors (interface/gemm.c, SMALL_MATRIX_OPT;
-# kernel/x86_64/sgemm_small_kernel_*_skylakex.c) that sum dims in the lanes of a vector, so in 16
-# partial sums, where the ordinary kernel has one sum after another. It matters to whoever holds
-# attention to "as exact as plain NumPy": small problems have a stricter rival than large ones, and
-# with large scores, whose errors softmax multiplies, a kernel with one running sum over head_dim
-# fails there and nowhere else.
+# element, at head_dim 256, where rms errors are 12 and 39 eps of float32 for normal numbers.
+# OpenBLAS has kernels for small matrices on these processors (its pull request 3335; of this form up
+# to 1200 results and from 32 dims on) that sum dims in the lanes of a vector, so in 16 partial sums,
+# where the ordinary kernel has one. It matters to whoever holds attention to "as exact as plain
+# NumPy": small problems have a stricter rival than large ones, and with large scores, whose errors
+# softmax multiplies, a kernel with one running sum over head_dim fails there and nowhere else.
 set -euo pipefail
 
 work=$(mktemp -d)
