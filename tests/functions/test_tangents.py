@@ -18,7 +18,7 @@ from fastattn import reference
 from fastattn.dispatch import named, unsupported_forward_mode
 from fastattn.jvp import solve_forward_mode
 
-# Ragged panels, tiles, blocks of keys and dims.
+# Ragged micropanels, tiles, blocks of keys and of dims.
 SHAPES = {
     "tiles": Shape(2, 4, 70, 530, 72, kv_heads=2, value_dim=40),
     "one query": Shape(3, 4, 1, 600, 16, kv_heads=2),
