@@ -9,6 +9,7 @@ typedef struct {
     const int64_t *starts;
     const char *items;
     int item_bytes;
+    int64_t count; /* of all items */
 } SparseLists;
 
 /* What a query's weights are made of, and what it got: a row of doubles for each query. */

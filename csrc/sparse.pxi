@@ -231,6 +231,7 @@ cdef SparseLists sparse_lists(cnp.ndarray starts, cnp.ndarray items):
     lists.starts = <const int64_t *>cnp.PyArray_DATA(starts)
     lists.items = <const char *>cnp.PyArray_DATA(items)
     lists.item_bytes = items.descr.itemsize
+    lists.count = len(items)
     return lists
 
 

@@ -36,6 +36,7 @@ static real delta_of(const SparseHead *h, ptrdiff_t i) {
  * gradients of results that own_v is multiplied with. */
 NOINLINE void differentiate_pairs(Tile *t, const SparseHead *h, const SparseScratch *s,
                                   const Pairs *x, const Gather *v, int n) {
+    prefetch_listed(v, s, n);
     score_pairs(t, h, s, x, n);
     compare(DOT, s, s->own_v, v, n, s->grads);
     if (t->has_dropout) {
@@ -89,6 +90,7 @@ static Term term_of(const Tile *t) {
 static void add_terms(const Tile *t, const SparseHead *h, const SparseScratch *s, const Pairs *x,
                       int n) {
     differentiate_scores(t, h, s, n);
+    prefetch_next(&x->rows, x);
     weighted_sum(term_of(t), s, s->own, &x->rows, n, s->grads, s->sum);
     add_sum(t->head_dim, 1, s->sum, s->total);
 }
@@ -132,6 +134,15 @@ static void differentiate_queries(Tile *t, const SparseHead *h, const SparseList
     lay_out_sparse(t, t->scratch, &s);
     load_dim_weights(t, &s);
     for (ptrdiff_t i = begin; i < end; i++) {
+        char *grad_q = h->out + i * h->out_row;
+        if (i + PREFETCHED_ROWS < end) {
+            prefetch_number_row(&q, i + PREFETCHED_ROWS);
+            prefetch_number_row(&grad_outs, i + PREFETCHED_ROWS);
+            prefetch_row(h->result + (i + PREFETCHED_ROWS) * h->result_row,
+                         t->value_dim * t->result_dim, false);
+            prefetch_row(grad_q + PREFETCHED_ROWS * h->out_row,
+                         t->head_dim * (ptrdiff_t)sizeof(real), true);
+        }
         load_row(&q, i, s.own);
         load_row(&grad_outs, i, s.own_v);
         h->rows[i] = prepare_row(t, h, &s, keys, i);
@@ -142,7 +153,7 @@ static void differentiate_queries(Tile *t, const SparseHead *h, const SparseList
             add_to_options(t, h, &s, i, n);
             add_terms(t, h, &s, &pairs, n);
         }
-        store_gradient(t, &s, h->out + i * h->out_row, as_real_numbers);
+        store_gradient(t, &s, grad_q, as_real_numbers);
     }
 }
 
@@ -168,14 +179,23 @@ static void differentiate_keys(Tile *t, const SparseHead *heads, ptrdiff_t group
     lay_out_sparse(t, t->scratch, &s);
     load_dim_weights(t, &s);
     for (ptrdiff_t key = begin; key < end; key++) {
+        char *grad_k = heads->grad_k + key * t->grad_k_key;
+        char *grad_v = heads->grad_v + key * t->grad_v_key;
+        if (key + PREFETCHED_ROWS < end) {
+            prefetch_number_row(&keys, key + PREFETCHED_ROWS);
+            prefetch_number_row(&values, key + PREFETCHED_ROWS);
+            prefetch_row(grad_k + PREFETCHED_ROWS * t->grad_k_key,
+                         t->head_dim * t->grad_k_format.bytes, true);
+            prefetch_row(grad_v + PREFETCHED_ROWS * t->grad_v_key,
+                         t->value_dim * t->grad_v_format.bytes, true);
+        }
         load_row(&keys, key, s.own);
         load_row(&values, key, s.own_v);
         memset(s.total, 0, sizeof(real) * (size_t)round_up(t->head_dim, LANES));
         memset(s.total_v, 0, sizeof(real) * (size_t)round_up(t->value_dim, LANES));
         for (const SparseHead *h = heads; h < heads + group; h++) add_head(t, h, &s, queries, key);
-        store_gradient(t, &s, heads->grad_k + key * t->grad_k_key, t->grad_k_format);
-        store_row(s.total_v, unit, t->value_dim, heads->grad_v + key * t->grad_v_key,
-                  t->grad_v_format.bytes, t->grad_v_format);
+        store_gradient(t, &s, grad_k, t->grad_k_format);
+        store_row(s.total_v, unit, t->value_dim, grad_v, t->grad_v_format.bytes, t->grad_v_format);
     }
 }
 #endif

@@ -61,7 +61,7 @@ NOINLINE RowSoftmax attend_row(Tile *t, const SparseHead *h, const SparseScratch
     memset(s->total_v, 0, sizeof(real) * (size_t)round_up(value_dim, LANES));
     for (int n; (n = next_pairs(t, h, s, &pairs)) > 0;) {
         real before = row.top;
-        prefetch_rows(&v, s->index, n);
+        prefetch_listed(&v, s, n);
         score_pairs(t, h, s, &pairs, n);
         raise_top(s, n, &row);
         real factor = before == row.top ? 1 : before == -INFINITY ? 0 : (real)exp(before - row.top);
@@ -71,6 +71,7 @@ NOINLINE RowSoftmax attend_row(Tile *t, const SparseHead *h, const SparseScratch
             draw_pairs(t, h, s, &pairs, n);
             drop_pairs(s, n, s->weights);
         }
+        prefetch_next(&pairs.rows, &pairs);
         weighted_sum(NUMBERS, s, NULL, &v, n, s->weights, s->sum_v);
         add_sum(value_dim, factor, s->sum_v, s->total_v);
     }
@@ -147,6 +148,10 @@ static void sparse_attend(Tile *t, const SparseHead *h, const SparseLists *keys,
     Gather q = queries_of(t, h);
     for (ptrdiff_t i = begin; i < end; i++) {
         char *out = h->out + i * h->out_row;
+        if (i + PREFETCHED_ROWS < end) {
+            prefetch_number_row(&q, i + PREFETCHED_ROWS);
+            prefetch_row(out + PREFETCHED_ROWS * h->out_row, t->value_dim * t->out_dim, true);
+        }
         load_row(&q, i, s.own);
         RowSoftmax row = attend_row(t, h, &s, keys, i, t->value_dim);
         real share = row.any ? (real)t->keep_factor / row.sum : 0;

@@ -138,11 +138,14 @@ static void point_to_rows(const Gather *x, const ptrdiff_t *index, int n, real *
         for (int j = 0; j < n; j++) load_row(x, index[j], gathered + j * round_up(x->dims, LANES));
 }
 
-static void prefetch_rows(const Gather *x, const ptrdiff_t *index, int n) {
-    if (!in_place(x)) return;
-    for (int j = 0; j < n; j++)
-        for (ptrdiff_t d = 0; d < x->dims * x->dim; d += 64)
-            __builtin_prefetch(row_at(x, index[j]) + d, 0, 2);
+/* Fetch a row of contiguous numbers into the cache, to be read or to be written. */
+INLINE void prefetch_row(const char *row, ptrdiff_t bytes, const bool write) {
+    for (ptrdiff_t at = 0; at < bytes; at += 64)
+        if (write) __builtin_prefetch(row + at, 1, 2);
+        else __builtin_prefetch(row + at, 0, 2);
+}
+INLINE void prefetch_number_row(const Gather *x, ptrdiff_t row) {
+    if (x->dim == x->format.bytes) prefetch_row(row_at(x, row), x->dims * x->dim, false);
 }
 
 /* ---- Comparing ---- */

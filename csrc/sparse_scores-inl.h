@@ -47,6 +47,8 @@ static ptrdiff_t end_of_keys(const SparseHead *h, ptrdiff_t i) {
 /* The first place of [begin, end) in the lists whose item is `least` or more. */
 static ptrdiff_t lower_bound(const SparseLists *lists, ptrdiff_t begin, ptrdiff_t end,
                              ptrdiff_t least) {
+    if (begin == end || item_of(lists, begin) >= least) return begin;
+    if (item_of(lists, end - 1) < least) return end;
     while (begin < end) {
         ptrdiff_t middle = begin + (end - begin) / 2;
         if (item_of(lists, middle) < least) begin = middle + 1;
@@ -95,6 +97,12 @@ INLINE bool read_relative_bias(const Tile *t, const SparseHead *h, const SparseS
 /* The next pairs that are seen, at most LIST of them. */
 NOINLINE int next_pairs(const Tile *t, const SparseHead *h, const SparseScratch *s, Pairs *x) {
     int n = 0;
+    if (!x->by_key && !t->has_bias && !h->relative_bias && !t->has_alibi) { /* all are */
+        n = fewer(x->end - x->at, LIST);
+        for (int j = 0; j < n; j++) s->index[j] = item_of(x->lists, x->at + j);
+        x->at += n;
+        return n;
+    }
     for (; x->at < x->end && n < LIST; ++x->at) {
         ptrdiff_t item = item_of(x->lists, x->at), i = query_of(x, item), j = key_of(x, item);
         if (x->by_key && (j < first_key(h, i) || j >= end_of_keys(h, i))) continue;
@@ -104,6 +112,18 @@ NOINLINE int next_pairs(const Tile *t, const SparseHead *h, const SparseScratch 
         s->index[n++] = item;
     }
     return n;
+}
+
+/* Fetch the rows of `x` that n pairs need. */
+static void prefetch_listed(const Gather *x, const SparseScratch *s, int n) {
+    for (int j = 0; j < n; j++) prefetch_number_row(x, s->index[j]);
+}
+/* Fetch the rows of `x` that are listed next: lists follow one another. */
+static void prefetch_next(const Gather *x, const Pairs *pairs) {
+    int64_t end = pairs->at + PREFETCHED_PAIRS;
+    if (end > pairs->lists->count) end = pairs->lists->count;
+    for (ptrdiff_t at = pairs->at; at < end; at++)
+        prefetch_number_row(x, item_of(pairs->lists, at));
 }
 
 /* ---- Scores ---- */

@@ -154,6 +154,7 @@ cdef extern from "sparse.h" nogil:
         const int64_t *starts
         const char *items
         int item_bytes
+        int64_t count
 
     ctypedef struct SparseRow:
         pass

@@ -107,6 +107,13 @@
 /* Dims whose products are summed from zero, 64 steps of each lane. */
 #define DECODE_BLOCK_D (64 * LANES)
 
+/* ---- Sparse masks ---- */
+
+/* Listed rows are anywhere in memory: as many of those that are listed next are fetched while sums
+ * are made, and the rows of queries and results as many ahead. */
+#define PREFETCHED_PAIRS 16
+#define PREFETCHED_ROWS 2
+
 /* ---- Metrics and additive scores ---- */
 
 /* Dims whose terms are summed from zero; one sum over all has several times NumPy's rounding error.
