@@ -293,9 +293,9 @@ static int differentiate(Tile *t, ptrdiff_t begin, ptrdiff_t end) {
         int keys = fewer(end - key, SUB_BLOCK_K);
         sums.keys = false;
         for (int p = 0; p < t->micropanels; p++) {
-            SubBlock sub = {key, keys, g.forward.scores, g.forward.visible, EMPTY};
+            SubBlock sub = {key, keys, g.forward.scores, g.forward.visible, EMPTY, true};
             if (key >= t->micropanel[p].last || key + keys <= t->micropanel[p].first) continue;
-            sub.visibility = classify(t, p, &sub);
+            sub.visibility = classify(t, &g.forward, p, &sub);
             if (sub.visibility == EMPTY) continue;
             ensure_packed(t, &g.forward, key, &g.forward.packed->keys, g.forward.engine->pack_keys);
             ensure_packed(t, &g.forward, key, &g.forward.packed->values, pack_for_gradients);

@@ -20,7 +20,7 @@ static void ensure_packed(const Tile *t, const Scratch *s, ptrdiff_t key, uint64
  * any key is visible. */
 static bool score(const Tile *t, const Scratch *s, int p, SubBlock *sub, vec *top) {
     int vecs = t->micropanel[p].vecs;
-    sub->visibility = sub->keys > 0 ? classify(t, p, sub) : EMPTY;
+    sub->visibility = sub->keys > 0 ? classify(t, s, p, sub) : EMPTY;
     if (sub->visibility == EMPTY) return false;
 
     vec sub_top[MR_VECS];

@@ -122,7 +122,7 @@ INLINE bool is_real(NumberFormat format) {
     return format.kind == 'f' && format.bytes == sizeof(real) && !format.swapped;
 }
 
-/* LANES contiguous numbers. */
+/* LANES contiguous numbers, of which halves and doubles are in this machine's byte order. */
 INLINE vec load_numbers(const char *at, NumberFormat format) {
     if (is_real(format)) return load_unaligned((const real *)at);
     if (format.kind == 'b') return load_bfloats(at);
@@ -138,9 +138,10 @@ INLINE vec load_numbers(const char *at, NumberFormat format) {
 #endif
 #ifndef REAL_IS_DOUBLE
     if (format.kind == '4') return load_nibbles(at);
+    if (format.kind == 'f' && format.bytes == 8) return load_doubles(at);
 #endif
     vec x = {0};
-    for (int i = 0; i < LANES; i++) x[i] = (real)read_dim(at, format.bytes, i, format);
+    for (int i = 0; i < LANES; i++) x[i] = as_real(read_dim(at, format.bytes, i, format));
     return x;
 }
 

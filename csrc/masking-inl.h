@@ -2,12 +2,7 @@
 #ifndef FASTATTN_MASKING_INL_H
 #define FASTATTN_MASKING_INL_H
 
-#include "convert-inl.h"
-#include "scratch-inl.h"
-
-static uint64_t first_bits(ptrdiff_t n) {
-    return n <= 0 ? 0 : n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1;
-}
+#include "bias-inl.h"
 
 static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
     if (stride == 0) return mask[0] ? ~(uint64_t)0 : 0;
@@ -15,31 +10,6 @@ static uint64_t mask_bits(const char *mask, ptrdiff_t stride, int keys) {
     uint64_t bits = 0;
     for (int j = 0; j < keys; j++) bits |= (uint64_t)(mask[j * stride] != 0) << j;
     return bits;
-}
-
-static void set_mask_words(lane_int *mask_words, int i, uint64_t bits) {
-    for (int w = 0; w < MASK_WORDS; w++)
-        mask_words[w * MR + i] = (lane_int)(bits >> (w * LANE_BITS % 64));
-}
-
-static const char *bias_row(const Tile *t, int p, int i, ptrdiff_t key) {
-    ptrdiff_t row = p * MR + i < t->n_queries ? p * MR + i : t->n_queries - 1;
-    return t->bias[row] + key * t->bias_key;
-}
-
-/* Is every bias of the micropanel and sub-block -inf? */
-static bool hidden_by_bias(const Tile *t, int p, const SubBlock *sub) {
-    bool plain = is_real(t->bias_format) && t->bias_key == sizeof(real);
-    for (int i = 0; i < MR && p * MR + i < t->n_queries; i++) {
-        const char *row = bias_row(t, p, i, sub->key);
-        int j = 0;
-        for (; plain && j + LANES <= sub->keys; j += LANES) {
-            if (any_lane(load_unaligned((const real *)row + j) != splat(-INFINITY))) return false;
-        }
-        for (; j < sub->keys; j++)
-            if (read_number(row + j * t->bias_key, t->bias_format) != -INFINITY) return false;
-    }
-    return true;
 }
 
 /* Where the relative bias of query i and a key is; those of the next queries follow. */
@@ -60,14 +30,11 @@ static bool hidden_by_relative_bias(const Tile *t, int p, const SubBlock *sub) {
     return true;
 }
 
-/* The visibility of a sub-block. Biases of -inf count only if all are; add_any_bias and
- * add_any_relative_bias mask the others. */
-static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
+/* Which keys of a sub-block the key ranges and the mask show. */
+static Visibility masked_visibility(const Tile *t, int p, const SubBlock *sub) {
     ptrdiff_t first = p * MR, key = sub->key;
     bool inner =
         t->micropanel[p].inner_first <= key && key + sub->keys <= t->micropanel[p].inner_last;
-    if (t->has_bias && hidden_by_bias(t, p, sub)) return EMPTY;
-    if (t->hiding_relative_bias && hidden_by_relative_bias(t, p, sub)) return EMPTY;
     if (inner && !t->has_mask) return FULL;
     uint64_t every = first_bits(sub->keys), any = 0, all = every, bits = 0, masked = every;
     for (int i = 0; i < MR; i++) {
@@ -86,6 +53,15 @@ static Visibility classify(const Tile *t, int p, const SubBlock *sub) {
         set_mask_words(sub->mask_words, i, bits);
     }
     return any == 0 ? EMPTY : all == every ? FULL : PARTIAL;
+}
+
+/* The visibility of a sub-block, whose biases are loaded. Relative biases of -inf count only if all
+ * are; add_any_relative_bias masks the others. */
+static Visibility classify(const Tile *t, const Scratch *s, int p, SubBlock *sub) {
+    Visibility visibility = masked_visibility(t, p, sub);
+    if (visibility == EMPTY) return EMPTY;
+    if (t->hiding_relative_bias && hidden_by_relative_bias(t, p, sub)) return EMPTY;
+    return t->has_bias ? hide_by_bias(t, s, p, sub, visibility) : visibility;
 }
 
 /* Is key j visible to each query of vector n? In the sign bits, for `choose`. */

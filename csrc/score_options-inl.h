@@ -16,52 +16,6 @@
 #define EPSILON_ROOT 0x1p-13f
 #endif
 
-/* Are all biases of a micropanel and sub-block of type `real`, contiguous and far from overflow? */
-static bool plain_bias(const Tile *t, int p, const SubBlock *sub) {
-    if (!is_real(t->bias_format) || t->bias_key != sizeof(real)) return false;
-    vec most = splat(0);
-    for (int i = 0; i < t->micropanel[p].vecs * LANES; i++) {
-        const real *row = (const real *)bias_row(t, p, i, sub->key);
-        int j = 0;
-        for (int ahead = 0; ahead <= SUB_BLOCK_K; ahead += 64 / sizeof(real))
-            __builtin_prefetch(row + SUB_BLOCK_K + ahead, 0, 2);
-        for (; j + LANES <= sub->keys; j += LANES)
-            most = larger(magnitude(load_unaligned(row + j)), most);
-        for (; j < sub->keys; j++) most = larger(magnitude(splat(row[j])), most);
-    }
-    return !any_lane(~(most <= splat(REAL_MAX / 4)));
-}
-
-/* Add the biases of a sub-block, and take the maximum. */
-static void add_plain_bias(const Tile *t, int p, const SubBlock *sub, vec *top) {
-    for (int n = 0; n < t->micropanel[p].vecs; n++) {
-        const real *rows[LANES];
-        vec most = splat(-INFINITY);
-        int j = 0;
-        for (int i = 0; i < LANES; i++)
-            rows[i] = (const real *)bias_row(t, p, n * LANES + i, sub->key);
-        for (; j + LANES <= sub->keys; j += LANES) {
-            vec x[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) x[i] = load_unaligned(rows[i] + j);
-            transpose(x);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                real *s = sub->scores + (j + i) * MR + n * LANES;
-                vec sum = load(s) + x[i];
-                store(s, sum);
-                most = larger(sum, most);
-            }
-        }
-        for (; j < sub->keys; j++) {
-            real *s = sub->scores + j * MR + n * LANES;
-            for (int i = 0; i < LANES; i++) s[i] += rows[i][j];
-            most = larger(load(s), most);
-        }
-        top[n] = most;
-    }
-}
-
 /* A sum of finite numbers that overflows becomes the largest number. */
 INLINE vec add_in_range(vec score, vec bias) {
     const vec most = splat(REAL_MAX);
@@ -71,31 +25,24 @@ INLINE vec add_in_range(vec score, vec bias) {
     return choose(finite, bound, sum);
 }
 
-/* Add biases of any format. A bias of -inf masks its key; a sum of finite numbers that overflows
- * becomes the largest number. Returns the new visibility. */
-static Visibility add_any_bias(const Tile *t, int p, const SubBlock *sub, real *bias) {
-    int vecs = t->micropanel[p].vecs;
-    Visibility visibility = sub->visibility;
-    bool excluding = false;
-    for (int i = 0; i < vecs * LANES; i++) {
-        const char *row = bias_row(t, p, i, sub->key);
-        if (visibility == FULL) set_mask_words(sub->mask_words, i, first_bits(sub->keys));
+/* Add the biases of a sub-block, and take the maximum. */
+INLINE void add_bias_as(const bool in_range, int vecs, const SubBlock *sub, const real *bias,
+                        vec *top) {
+    for (int n = 0; n < vecs; n++) {
+        vec most = splat(-INFINITY);
         for (int j = 0; j < sub->keys; j++) {
-            real b = as_real(read_number(row + j * t->bias_key, t->bias_format));
-            bias[j * MR + i] = b;
-            if (b == -INFINITY) {
-                excluding = true;
-                sub->mask_words[j / LANE_BITS * MR + i] &=
-                    ~(lane_int)((lane_uint)1 << j % LANE_BITS);
-            }
-        }
-    }
-    for (int j = 0; j < sub->keys; j++)
-        for (int n = 0; n < vecs; n++) {
             real *s = sub->scores + j * MR + n * LANES;
-            store(s, add_in_range(load(s), load(bias + j * MR + n * LANES)));
+            vec b = load(bias + j * MR + n * LANES);
+            vec sum = in_range ? load(s) + b : add_in_range(load(s), b);
+            store(s, sum);
+            most = larger(sum, most);
         }
-    return excluding ? PARTIAL : visibility;
+        top[n] = most;
+    }
+}
+static void add_bias(int vecs, const SubBlock *sub, const real *bias, vec *top) {
+    if (sub->bias_in_range) add_bias_as(true, vecs, sub, bias, top);
+    else add_bias_as(false, vecs, sub, bias, top);
 }
 
 /* Add the relative biases of a sub-block, and take the maximum. */
@@ -238,14 +185,7 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub,
         multiply_scores((real)t->score_scale, vecs, sub);
         take_max(vecs, sub, top);
     }
-    if (t->has_bias) {
-        if (plain_bias(t, p, sub)) {
-            add_plain_bias(t, p, sub, top);
-        } else {
-            sub->visibility = add_any_bias(t, p, sub, s->bias);
-            take_max(vecs, sub, top);
-        }
-    }
+    if (t->has_bias) add_bias(vecs, sub, s->bias, top);
     if (t->relative_bias) {
         if (t->plain_relative_bias) {
             add_plain_relative_bias(t, p, sub, top);

@@ -216,6 +216,7 @@ typedef struct {
     real *scores;
     lane_int *mask_words;
     Visibility visibility;
+    bool bias_in_range; /* are all biases far from overflow? */
 } SubBlock;
 
 /* The current block of a micropanel. */

@@ -132,6 +132,9 @@ INLINE vec load_halves(const char *p) {
 }
 #endif
 #else
+typedef double double_lanes __attribute__((vector_size(VEC_BYTES)));
+typedef int64_t double_bits __attribute__((vector_size(VEC_BYTES)));
+typedef float half_vec __attribute__((vector_size(VEC_BYTES / 2)));
 INLINE int as_int(const char *p) {
     int x;
     __builtin_memcpy(&x, p, sizeof x);
@@ -179,6 +182,22 @@ INLINE vec load_nibbles(const char *p) {
     for (int i = 0; i < LANES; i++) x[i] = ((uint8_t)p[i / 2] >> i % 2 * 4 & 15) - 8;
     return __builtin_convertvector(x, vec);
 #endif
+}
+/* A finite number stays finite, however large. */
+INLINE vec load_doubles(const char *p) {
+    const double_lanes none = {0}, most = none + FLT_MAX, infinity = none + INFINITY;
+    double_lanes x;
+    half_vec converted[2]; /* of half a vector each: compilers take wider ones apart */
+    for (int half = 0; half < 2; half++) {
+        __builtin_memcpy(&x, p + half * (int)sizeof x, sizeof x);
+        double_bits high = (x > most) & (x < infinity), low = (x < -most) & (x > -infinity);
+        double_bits bound = (high & (double_bits)most) | (low & (double_bits)-most);
+        x = (double_lanes)(((double_bits)x & ~(high | low)) | bound);
+        converted[half] = __builtin_convertvector(x, half_vec);
+    }
+    vec all;
+    __builtin_memcpy(&all, converted, sizeof all);
+    return all;
 }
 INLINE vec load_bytes(const char *p) {
 #if defined(__AVX512F__)
