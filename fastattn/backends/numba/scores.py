@@ -22,7 +22,7 @@ from .memory import (
     rows_to_columns,
     store,
 )
-from .numbers import REAL, bounded, is_finite, read, rounded
+from .numbers import FLOAT64, REAL, bounded, is_finite, read, rounded
 from .score_functions import score_keys
 from .tile import (
     ANY_VISIBLE,
@@ -231,10 +231,15 @@ def load_bias(t, format, row, key, vecs, keys, tile, scale):
             for j in range(0, done, lanes(scale)):
                 rows_to_columns(ahead(rows, n), j * t.bias_dim, ahead(tile, j * size + n))
     for i in range(count):
+        shared = i > 0 and rows[i] == rows[i - 1]
         for j in range(done, keys):
             at = rows[i] + j * t.bias_dim
-            if format == REAL:
+            if shared:
+                tile[j * size + i] = tile[j * size + i - 1]
+            elif format == REAL:
                 tile[j * size + i] = reals(at, scale)[0]
+            elif format == FLOAT64 and not t.bias_swapped:
+                tile[j * size + i] = rounded(doubles(at)[0], scale)
             else:
                 bias = read(at, format, t.bias_swapped)
                 tile[j * size + i] = rounded(bias, scale)
