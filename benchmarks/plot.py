@@ -2,7 +2,8 @@
 
 The file is what ``python -m fastattn bench --case '*' --json FILE`` writes; the pictures go beside
 it: NAME-time.png, NAME-memory.png, and of the cases that were measured NAME-ranking.png,
-NAME-half.png, NAME-decode.png, NAME-backward.png, NAME-integrations.png and NAME-models.png.
+NAME-half.png, NAME-decode.png, NAME-backward.png, NAME-options.png, NAME-options-backward.png,
+NAME-graph.png, NAME-integrations.png and NAME-models.png.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ STYLES = {
     "openvino": ("#56B4E9", "P"),
     "jax": ("#999999", "X"),
     "numpy-formula": ("#000000", "*"),
+    "numpy-gather": ("#000000", "*"),
+    "torch-sparse": ("#0072B2", "^"),
+    "torch-packed": ("#0072B2", "^"),
 }
 LENGTHS = [2**power for power in range(7, 15)]
 BARS = {
@@ -38,6 +42,9 @@ BARS = {
     "half": ("bfloat16", "bfloat16-d128", "float16"),
     "decode": ("decode", "decode-grouped", "decode-bfloat16"),
     "backward": ("backward", "backward-d128", "backward-bfloat16"),
+    "options": ("dropout", "relative-bias", "return-max"),
+    "options-backward": ("dropout-backward", "relative-bias-backward", "jvp"),
+    "graph": ("graph", "graph-backward", "packed"),
     "integrations": ("integrations-jax", "integrations-jax-training"),
 }
 
@@ -201,6 +208,7 @@ def in_words(ranking: dict[str, Any]) -> str:
         "causal" if ranking["causal"] else "",
         ranking["work"].removeprefix("forward"),
         f"inside {called(ranking['inside'])}" if ranking["inside"] else "",
+        ranking.get("option", "").replace("_", " "),
     ]
     named = ", ".join(filter(None, options))
     return f"{length}\n{heads} heads of {ranking['head_dim']}{shared}\n{named}"

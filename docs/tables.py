@@ -16,11 +16,11 @@ OURS = "fastattn-cython"
 CASES = {"float32": "4096", "float64": "float64", "float16": "float16", "bfloat16": "bfloat16"}
 LENGTHS = ("128", "256", "512", "1024", "2048", "8192", "16384")  # their picture is enough
 PEERS = {
-    "torch": ("torch",),
+    "torch": ("torch", "torch-sparse", "torch-packed"),
     "onnxruntime": ("onnxruntime", "onnxruntime-attention", "onnxruntime-gqa"),
     "openvino": ("openvino",),
     "jax": ("jax",),
-    "plain NumPy": ("numpy-formula",),
+    "plain NumPy": ("numpy-formula", "numpy-gather"),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ import fastattn
 from ..backends import cuda
 from ..core.problem import make_problem
 from ..dispatch import BACKENDS, unsupported_backward
-from .base import Candidate, Prepared
+from .base import Candidate, Prepared, missing_package
 from .cases import Case
-from .machine import default_threads, threadpoolctl
+from .machine import cannot_limit_blas, limit_blas
+from .option_peers import OPTION_PEERS
+from .options import OPTIONS, RATE, on_grid, relative_biases
 from .peers import PEERS, Jax, TorchCuda
 
 __all__ = ["CANDIDATES", "named"]
@@ -30,6 +33,7 @@ class Fastattn(Candidate):
     """`fastattn.scaled_dot` on one backend."""
 
     ours = functions = True
+    options = tuple(OPTIONS)
 
     def __init__(self, backend):
         self.backend = backend
@@ -41,12 +45,16 @@ class Fastattn(Candidate):
     def unavailable(self, case: Case, threads: int) -> str | None:
         if case.inside:
             return f"is not called inside {case.inside}"
+        missing = self.missing()
+        if missing or (case.option == "graph" and (missing := missing_package("scipy"))):
+            return missing
         tiny = case._replace(batch=1, n_queries=1, n_keys=1)
+        options: dict[str, Any] = {**case.functions(np.asarray), **tiny.options()}
         problem = make_problem(*tiny.arrays(), causal=case.causal, window=case.window,
-                               gradients=True,
-                       **case.functions(np.asarray))  # fmt: skip
+                               gradients=case.work != "forward", **options)  # fmt: skip
         reason = self.backend.unsupported(problem)
-        if reason is None and case.work != "forward":
+        # Of `jvp` it computes the result; who computes the tangent is not chosen.
+        if reason is None and case.work in ("backward", "training step"):
             reason = unsupported_backward(self.backend, problem)
         return reason or (cannot_limit_blas(threads) if self.backend.name == "numpy" else None)
 
@@ -54,32 +62,59 @@ class Fastattn(Candidate):
         if self.backend.name == "numpy":
             limit_blas(threads)
 
-        options = {"causal": case.causal, "window": case.window,
-                   "backend": self.backend.name, "threads": threads}  # fmt: skip
-        if case.function:
-            functions: dict[str, Any] = dict(case.functions(np.asarray))
-            if "mask_mod" in functions:
-                functions["block_mask"] = fastattn.block_mask(
-                    functions["mask_mod"], case.n_queries, case.n_keys
-                )
-            return Prepared(lambda: fastattn.flex(q, k, v, **functions, **options), np.asarray)
+        options: dict[str, Any] = {
+            "causal": case.causal, "window": case.window, "backend": self.backend.name,
+            "threads": threads, **case.functions(np.asarray), **case.options(),
+        }  # fmt: skip
+        function: Callable = fastattn.flex if case.function else fastattn.scaled_dot
+        arrays: tuple[np.ndarray, ...] = q, k, v
+        by_head: Callable[[Any], np.ndarray] = np.asarray
+        if "mask_mod" in options:
+            options["block_mask"] = fastattn.block_mask(
+                options["mask_mod"], case.n_queries, case.n_keys
+            )
+        if case.option == "packed":
+            function, arrays = fastattn.varlen, tuple(tokens_first(x) for x in arrays)
+            options["cu_seqlens_q"] = case.document_bounds()
+            by_head = heads_first
+        call: Callable[[], Any]
         if case.work == "forward":
-            return Prepared(lambda: fastattn.scaled_dot(q, k, v, **options), np.asarray)
+            call = partial(function, *arrays, **options)
+            first = case.option == "return_max"
+            return Prepared(call, lambda found: by_head(found[0] if first else found))
+        if case.work == "forward mode":
+            call = partial(fastattn.jvp, function, arrays, case.tangents(), **options)
+            return Prepared(call, lambda found: by_head(found[1]))
         grad_out = case.grad_out()
+        if case.option == "packed":
+            grad_out = tokens_first(grad_out)
+        if case.option == "relative_bias":
+            options["wrt"] = ("relative_bias",)
 
         def train():
-            _, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, **options)
+            _, pullback = fastattn.vjp(function, *arrays, **options)
             return pullback(grad_out)
 
-        _, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, **options)
-        call = train if case.work == "training step" else lambda: pullback(grad_out)
-        return Prepared(call, lambda gradients: gradients[0])
+        _, pullback = fastattn.vjp(function, *arrays, **options)
+        call = train if case.work == "training step" else partial(pullback, grad_out)
+        return Prepared(call, lambda gradients: by_head(gradients[0]))
+
+
+def tokens_first(x: np.ndarray) -> np.ndarray:
+    """Of a batch of one, as `fastattn.varlen` takes it: (length, heads, dim)."""
+    return np.ascontiguousarray(x[0].swapaxes(0, 1))
+
+
+def heads_first(x: np.ndarray) -> np.ndarray:
+    """As it was before `tokens_first`."""
+    return x.swapaxes(0, 1)[None]
 
 
 class FastattnCuda(Fastattn):
     """The same on torch's tensors on a GPU, beside `TorchCuda`."""
 
     only_named = True
+    options = ()
 
     def unavailable(self, case: Case, threads: int) -> str | None:
         return super().unavailable(case, threads) or TorchCuda().missing()
@@ -120,12 +155,13 @@ class PlainNumpy(Candidate):
 
     name = "numpy-formula"
     packages = ("numpy",)
+    options = ("dropout", "relative_bias", "return_max")
 
     def unavailable(self, case: Case, threads: int) -> str | None:
         return super().unavailable(case, threads) or cannot_limit_blas(threads)
 
     def grids(self, case: Case) -> int:
-        return 1
+        return {"dropout": 2, "relative_bias": 2}.get(case.option, 1)
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         limit_blas(threads)
@@ -133,37 +169,33 @@ class PlainNumpy(Candidate):
         mask = case.mask()
         hidden = None if mask is None else ~mask
         scale = q.dtype.type(1 / math.sqrt(case.head_dim))
+        bias = None
+        if case.option == "relative_bias":
+            bias = relative_biases(case)[:, on_grid(case)].reshape(-1, group, *case.grid)
+        rng = np.random.default_rng()
 
         def call():
             # Grouped heads broadcast: (batch, kv_heads, group, length, dim).
             grouped = q.reshape(q.shape[0], -1, group, *q.shape[2:])
             s = (grouped * scale) @ k[:, :, None].swapaxes(-1, -2)
+            if bias is not None:
+                s += bias
             if hidden is not None:
                 np.copyto(s, -np.inf, where=hidden)
-            s -= s.max(axis=-1, keepdims=True)
+            row_max = s.max(axis=-1, keepdims=True)
+            s -= row_max
             np.exp(s, out=s)
             s /= s.sum(axis=-1, keepdims=True)
-            return s @ v[:, :, None]
+            if case.option == "dropout":
+                s *= rng.random(s.shape, np.float32) >= RATE
+                s /= 1 - RATE
+            return s @ v[:, :, None], row_max
 
-        return Prepared(call, lambda out: out.reshape(q.shape))
-
-
-def limit_blas(threads: int) -> None:
-    """Let NumPy's BLAS use that many threads from now on."""
-    control = threadpoolctl()
-    if control is not None:
-        control.threadpool_limits(threads, user_api="blas")
-
-
-def cannot_limit_blas(threads: int) -> str | None:
-    """Why NumPy cannot be given that many threads, or None."""
-    if threads == default_threads() or threadpoolctl() is not None:
-        return None
-    return "the threads of NumPy's BLAS cannot be set without threadpoolctl"
+        return Prepared(call, lambda found: found[0].reshape(q.shape))
 
 
 OURS = (FastattnCuda(b) if b is cuda else Fastattn(b) for b in BACKENDS)
-CANDIDATES: tuple[Candidate, ...] = (*OURS, FastattnJax(), PlainNumpy(), *PEERS)
+CANDIDATES: tuple[Candidate, ...] = (*OURS, FastattnJax(), PlainNumpy(), *PEERS, *OPTION_PEERS)
 
 
 def named(name: str) -> Candidate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ..core.backward import Backward
 from ..core.dtypes import float_type
 from ..core.problem import make_problem
 from .functions import FUNCTIONS, document_starts
+from .options import NEIGHBOURS, OPTIONS
 
 __all__ = ["CASES", "Case", "parse_shape"]
 
@@ -23,8 +24,8 @@ EXACT_ROWS = {"float64": 16}
 EXACT_ROWS_DEFAULT = 64
 
 # Matrix products of queries x keys: the backward pass makes the scores again, and then the
-# gradients of the weights, q, k and v.
-PRODUCTS = {"forward": 2, "backward": 5, "training step": 7}
+# gradients of the weights, q, k and v; forward mode adds those of each array's tangent.
+PRODUCTS = {"forward": 2, "backward": 5, "training step": 7, "forward mode": 6}
 
 SHAPE = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(\d+)(?:x(\d+))?,(\d+)")
 
@@ -32,7 +33,8 @@ SHAPE = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(\d+)(?:x(\d+))?,(\d+)")
 class Case(NamedTuple):
     """One attention call: q (batch, heads, n_queries, head_dim), k and v with kv_heads, n_keys.
 
-    Its `work` is the result, or the gradients of q, k and v from it, or both, as in training.
+    Its `work` is the result, or the gradients of q, k and v from it, or both, as in training, or
+    the result with its derivative along tangents of q, k and v.
     """
 
     batch: int
@@ -47,6 +49,7 @@ class Case(NamedTuple):
     work: str = "forward"  # a key of PRODUCTS
     inside: str = ""  # the library in whose program the call is, compiled if it compiles
     function: str = ""  # a key of FUNCTIONS: scores or a mask by a function of the user's
+    option: str = ""  # a key of OPTIONS
 
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.kv_heads}" if self.grouped else f"{self.heads}"
@@ -64,6 +67,8 @@ class Case(NamedTuple):
             words.append(f"inside {self.inside}")
         if self.function:
             words.append(f"function {self.function}")
+        if self.option:
+            words.append(self.option)
         return " ".join(words)
 
     @property
@@ -73,8 +78,11 @@ class Case(NamedTuple):
     @property
     def flops(self) -> int:
         """Multiplications and additions of the products, for the keys that are seen."""
-        start, stop = self.intervals()
-        pairs = int(np.maximum(stop - start, 0).sum())
+        if self.option == "graph":
+            pairs = self.n_queries * min(NEIGHBOURS, self.n_keys)
+        else:
+            start, stop = self.intervals()
+            pairs = int(np.maximum(stop - start, 0).sum())
         return 2 * PRODUCTS[self.work] * self.head_dim * pairs * self.batch * self.heads
 
     @property
@@ -87,6 +95,10 @@ class Case(NamedTuple):
     def decodes(self) -> bool:
         """Is there one query, so that memory sets the pace?"""
         return self.n_queries == 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.n_queries, self.n_keys
 
     @property
     def grid_bytes(self) -> int:
@@ -102,11 +114,21 @@ class Case(NamedTuple):
             right = 0
         start = np.clip(position - left, 0, self.n_keys)
         stop = np.clip(position + right + 1, 0, self.n_keys)
-        if self.function == "documents":
-            bounds = np.append(document_starts(self.n_keys), self.n_keys)
+        if self.function == "documents" or self.option == "packed":
+            bounds = self.document_bounds()
             own = np.searchsorted(bounds, np.arange(self.n_queries), side="right")
             start, stop = np.maximum(start, bounds[own - 1]), np.minimum(stop, bounds[own])
         return start, stop
+
+    def document_bounds(self) -> np.ndarray:
+        """Where the documents begin, and the last one ends."""
+        return np.append(document_starts(self.n_keys), self.n_keys)
+
+    def options(self, rows: slice | None = None) -> dict[str, Any]:
+        """What `fastattn.scaled_dot` is given for these queries, by default for all."""
+        if not self.option:
+            return {}
+        return OPTIONS[self.option](self, rows or slice(0, self.n_queries))
 
     def functions(self, array: Callable) -> dict[str, Callable]:
         """What `fastattn.flex` is given; `array` makes NumPy's arrays a library's own."""
@@ -136,25 +158,50 @@ class Case(NamedTuple):
         """The standard normal gradient of the result."""
         return self.arrays(seed=1)[0]
 
+    def tangents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Standard normal tangents of ``(q, k, v)``."""
+        return self.arrays(seed=1)
+
     def exact(self, q, k, v) -> tuple[np.ndarray, np.ndarray]:
-        """``(rows, exact)``: the exact results of some queries, spread over the whole length; where
-        gradients are the work, those of these queries.
+        """``(rows, exact)``: the exact results of some queries, spread over the whole length, or
+        the gradients or tangents of these where they are the work. With an option, which may count
+        the queries, they follow each other.
         """
         n = min(self.n_queries, EXACT_ROWS.get(self.dtype, EXACT_ROWS_DEFAULT))
         rows = np.unique(np.linspace(0, self.n_queries - 1, n).astype(int))
+        if self.option:
+            rows = np.arange(n) + (self.n_queries - n) // 2
         start, stop = self.intervals()
         spans = start[rows], stop[rows]
         score_mod, bias = self.functions(np.asarray).get("score_mod"), None
         if score_mod is not None:  # these add
             head = np.arange(self.heads)[:, None, None]
             bias = score_mod(0.0, 0, head, rows[:, None], np.arange(self.n_keys))
-        problem = make_problem(q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True)
+        options = self.options(slice(rows[0], rows[-1] + 1))
+        problem = make_problem(
+            q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True, **options
+        )
         real = np.longdouble if self.dtype == "float64" else np.float64
-        out, lse, _ = reference.attend(problem, real)
+        out, lse, weights = reference.attend(problem, real)
         if self.work == "forward":
             return rows, out
+        if self.work == "forward mode":
+            dq, dk, dv = self.tangents()
+            arrays = [x.astype(real) for x in (q[..., rows, :], k, v)]
+            tangents = [x.astype(real) for x in (dq[..., rows, :], dk, dv)]
+            return rows, tangent(arrays, tangents, weights, out)
         backward = Backward(problem, out, lse, self.grad_out()[..., rows, :], None)
         return rows, reference.gradients(backward, real)["q"]
+
+
+def tangent(arrays, tangents, weights, out) -> np.ndarray:
+    """The derivative of `out` along tangents of q, k and v, with the default scale."""
+    (q, k, v), (dq, dk, dv) = arrays, tangents
+    group = q.shape[1] // k.shape[1]
+    k, v, dk, dv = (np.repeat(x, group, axis=1) for x in (k, v, dk, dv))
+    ds = (dq @ k.swapaxes(-1, -2) + q @ dk.swapaxes(-1, -2)) / np.sqrt(out.dtype.type(q.shape[-1]))
+    moved = weights * ds
+    return weights @ dv + moved @ v - moved.sum(axis=-1, keepdims=True) * out
 
 
 def parse_shape(text: str, **options) -> Case:
@@ -218,6 +265,16 @@ CASES: dict[str, Case] = {
     "backward-bfloat16": Case(1, 8, 2048, 2048, 64, dtype="bfloat16", work="backward"),
     "training": Case(1, 8, 2048, 2048, 64, causal=True, work="training step"),
     **{f"flex-{name}": Case(1, 8, 4096, 4096, 64, function=name) for name in FUNCTIONS},
+    "dropout": Case(1, 8, 2048, 2048, 64, option="dropout"),
+    "dropout-backward": Case(1, 8, 2048, 2048, 64, work="backward", option="dropout"),
+    "relative-bias": Case(1, 8, 2048, 2048, 64, option="relative_bias"),
+    "relative-bias-backward": Case(1, 8, 2048, 2048, 64, work="backward", option="relative_bias"),
+    "return-max": Case(1, 8, 2048, 2048, 64, option="return_max"),
+    "packed": Case(1, 8, 4096, 4096, 64, option="packed"),
+    "packed-causal": Case(1, 8, 4096, 4096, 64, causal=True, option="packed"),
+    "graph": Case(1, 8, 100_000, 100_000, 64, option="graph"),
+    "graph-backward": Case(1, 8, 20_000, 20_000, 64, work="backward", option="graph"),
+    "jvp": Case(1, 8, 2048, 2048, 64, work="forward mode"),
     "integrations-jax": Case(1, 8, 4096, 4096, 64, inside="jax"),
     "integrations-jax-training": Case(1, 8, 4096, 4096, 64, work="training step", inside="jax"),
     "integrations-jax-tiny": Case(1, 4, 16, 16, 64, inside="jax"),

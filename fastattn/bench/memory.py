@@ -31,7 +31,7 @@ def extra_memory(candidate: str, case: Case, threads: int, timeout: float = 600)
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", __name__, candidate, json.dumps(case), str(threads)],
+        [sys.executable, "-m", __name__, candidate, json.dumps(case._asdict()), str(threads)],
         env={**os.environ, "PYTHONPATH": path},
         timeout=timeout,
         check=False,
@@ -76,7 +76,6 @@ def _status(field: str) -> int:
 
 if __name__ == "__main__":
     name, case, threads = sys.argv[1:]
-    batch = json.loads(case)
-    if batch[7] is not None:  # the window, which JSON made a list
-        batch[7] = tuple(batch[7])
-    print(measure(name, Case(*batch), int(threads)))
+    fields = json.loads(case)
+    window = fields.pop("window")  # JSON made a list of it
+    print(measure(name, Case(**fields, window=window and tuple(window)), int(threads)))

@@ -5,10 +5,12 @@ A package is imported in the one `prepare` that needs it.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ import numpy as np
 from .base import Candidate, Prepared
 from .cases import Case
 from .onnxruntime_peers import ONNXRUNTIME
+from .options import RATE, on_grid, relative_biases
 
-__all__ = ["PEERS", "Jax", "TorchCuda"]
+__all__ = ["PEERS", "Jax", "Torch", "TorchCuda"]
 
 
 class Torch(Candidate):
@@ -26,40 +29,77 @@ class Torch(Candidate):
     name = "torch"
     packages = ("torch",)
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
+    options: tuple[str, ...] = ("dropout", "relative_bias", "return_max")
     device = "cpu"
-    gradients = True
+    gradients = forward_mode = True
+
+    def grids(self, case: Case) -> int:
+        # Its kernel without an array of scores has no dropout, no rule for tangents, no maxima.
+        alone = not case.option and case.work != "forward mode"
+        return 0 if alone else 2 if case.work == "forward" else 6
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         import torch
-        from torch.nn.functional import scaled_dot_product_attention
 
         torch.set_num_threads(threads)
-        query, key, value = (self.tensor(x) for x in (q, k, v))
-        # `is_causal` is its fast way, but starts at the first key; a mask says all else.
-        is_causal = case.causal and case.window is None and case.n_queries == case.n_keys
-        seen = None if is_causal else case.mask()
-        mask = None if seen is None else self.tensor(seen)
+        sources = [self.tensor(x) for x in (q, k, v)]
+        attend = self.attention(case)
 
-        def attend():
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=case.grouped
-            )
+        def read(found):
+            return self.read(found[0] if isinstance(found, tuple) else found)
 
         if case.work == "forward":
-            return Prepared(torch.inference_mode()(attend), self.read)
-        sources = [x.requires_grad_() for x in (query, key, value)]
+            return Prepared(partial(torch.inference_mode()(attend), *sources), read)
+        if case.work == "forward mode":
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            tangents = tuple(self.tensor(x) for x in case.tangents())
+
+            def push():
+                with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # the kernel that has a rule
+                    return torch.func.jvp(attend, tuple(sources), tangents)
+
+            return Prepared(push, lambda found: self.read(found[1]))
+        if case.option == "relative_bias":
+            sources.append(self.tensor(relative_biases(case)))
+        for x in sources:
+            x.requires_grad_()
         grad_out = self.tensor(case.grad_out())
 
         def train():
-            return torch.autograd.grad(attend(), sources, grad_out)
+            return torch.autograd.grad(attend(*sources), sources, grad_out)
 
-        out = attend()
+        out = attend(*sources)
 
         def differentiate():
             return torch.autograd.grad(out, sources, grad_out, retain_graph=True)
 
-        call = train if case.work == "training step" else differentiate
-        return Prepared(call, lambda gradients: self.read(gradients[0]))
+        return Prepared(train if case.work == "training step" else differentiate, read)
+
+    def attention(self, case: Case) -> Callable:
+        """A function of query, key, value and, where it is learned, the relative bias."""
+        from torch.nn.functional import scaled_dot_product_attention
+
+        # `is_causal` is its fast way, but starts at the first key; a mask says all else.
+        is_causal = case.causal and case.window is None and case.n_queries == case.n_keys
+        seen = None if is_causal else case.mask()
+        mask = None if seen is None else self.tensor(seen)
+        options: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": case.grouped}
+        if case.option == "dropout":
+            options["dropout_p"] = RATE
+        if case.option == "relative_bias":
+            where = self.tensor(on_grid(case))
+            if case.work == "forward":
+                mask = self.tensor(relative_biases(case))[None, :, where]
+
+        def attend(query, key, value, *learned):
+            bias = learned[0][None, :, where] if learned else mask
+            out = scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+            if case.option != "return_max":
+                return out
+            return out, (query @ key.mT).amax(dim=-1) / math.sqrt(case.head_dim)
+
+        return attend
 
     def tensor(self, x):
         """`x` as a tensor where this one computes."""
@@ -82,6 +122,7 @@ class TorchFlex(Torch):
     name = "torch-flex"
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     functions = True
+    options: tuple[str, ...] = ()
     gradients = windows = False
 
     def belongs(self, case: Case) -> bool:
@@ -123,6 +164,8 @@ class TorchCuda(Torch):
 
     name = "torch-cuda"
     only_named = True
+    options: tuple[str, ...] = ()
+    forward_mode = False
     device = "cuda"
 
     def missing(self) -> str | None:
@@ -156,7 +199,7 @@ class Jax(Candidate):
     packages = ("jax", "jaxlib")
     dtypes: tuple[str, ...] = ("float32",)  # its softmax is float32 whatever comes in
     inside: tuple[str, ...] = ("", "jax")
-    gradients = True
+    gradients = forward_mode = True
     causal_at_the_end = False
 
     def unavailable(self, case: Case, threads: int) -> str | None:
@@ -186,10 +229,15 @@ class Jax(Candidate):
         def differentiate(pullback, grad_out):
             return pullback(grad_out)
 
+        def push(*arrays):
+            return jax.jvp(attend, arrays[:3], arrays[3:])
+
         arrays = [array(x) for x in (q, k, v)]
         function: Callable = attend
         arguments: list = arrays
-        if case.work != "forward":
+        if case.work == "forward mode":
+            function, arguments = push, [*arrays, *(array(x) for x in case.tangents())]
+        elif case.work != "forward":
             function, arguments = train, [*arrays, array(case.grad_out())]
         if case.work == "backward":
             pullback = jax.jit(lambda *x: jax.vjp(attend, *x)[1])(*arrays)
@@ -198,7 +246,8 @@ class Jax(Candidate):
         jax.block_until_ready(compiled(*arguments))
 
         def read(found):
-            found = found if case.work == "forward" else found[0]
+            if case.work != "forward":
+                found = found[1] if case.work == "forward mode" else found[0]
             return np.asarray(found).swapaxes(1, 2)
 
         return Prepared(lambda: jax.block_until_ready(compiled(*arguments)), read)

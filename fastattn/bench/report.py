@@ -193,7 +193,7 @@ def print_ranking(ranking: dict[str, Any], repeat: int) -> None:
             f"{entry[f'{work} per second'] / scale:.1f}",
             _maybe(entry["share of peak"], "{:.0%}".format),
             _maybe(entry["memory"], size),
-            f"{entry['error']:.1e}",
+            _maybe(entry["error"], "{:.1e}".format),
             _maybe(entry["ratio"], "{:.2f}x".format),
         )
         for entry in entries

@@ -1,9 +1,13 @@
-"""What the ranking runs of onnxruntime is attention, and what it leaves out it says why."""
+"""What the ranking runs is attention, and what a candidate leaves out it says why."""
 
 import pytest
 
+from fastattn.bench.candidates import CANDIDATES
+from fastattn.bench.cases import CASES as NAMED
 from fastattn.bench.cases import Case
+from fastattn.bench.memory import extra_memory
 from fastattn.bench.onnxruntime_peers import ONNXRUNTIME
+from fastattn.bench.options import OPTIONS
 from fastattn.bench.ranking import prepare
 
 CASES = (
@@ -28,3 +32,37 @@ def test_onnxruntime(candidate):
     for n in set(range(len(CASES))).difference(left_out):
         _, errors = prepare(CASES[n], [candidate], 1)
         assert errors[candidate.name] < 1e-6  # a few roundings of float32 results of about 1
+
+
+def small(case):
+    return case._replace(n_queries=min(case.n_queries, 300), n_keys=min(case.n_keys, 300))
+
+
+OF_OPTIONS = {
+    name: small(case) for name, case in NAMED.items() if case.option or case.work == "forward mode"
+}
+
+
+def test_every_option_has_a_case():
+    assert {case.option for case in OF_OPTIONS.values()} == {*OPTIONS, ""}
+
+
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.parametrize("case", OF_OPTIONS.values(), ids=OF_OPTIONS)
+def test_options(case):
+    """Every candidate of a case computes what the reference does, or draws other weights."""
+    pytest.importorskip("scipy", reason="it has the sparse masks")
+    present = [c for c in CANDIDATES if c.belongs(case) and c.unavailable(case, 1) is None]
+    _, errors = prepare(case, present, 1)
+    assert any(c.ours for c in present)
+    for candidate in present:
+        if candidate.draws_its_own(case):
+            assert errors[candidate.name] is None
+        else:  # some roundings of float32 numbers of about 1
+            assert errors[candidate.name] < 2e-6, candidate.name
+
+
+def test_memory_of_an_option():
+    """The case goes to another process and back by the names of its fields."""
+    case = Case(1, 1, 300, 300, 8, causal=True, window=(7, 7), option="dropout")
+    assert extra_memory("fastattn-numpy", case, 1) is not None
