@@ -178,6 +178,11 @@ class Case(NamedTuple):
             head = np.arange(self.heads)[:, None, None]
             bias = score_mod(0.0, 0, head, rows[:, None], np.arange(self.n_keys))
         options = self.options(slice(rows[0], rows[-1] + 1))
+        if self.option == "graph":  # the keys that none of the queries sees take no part
+            seen, places = np.unique(options["mask"].indices, return_inverse=True)
+            k, v = k[..., seen, :], v[..., seen, :]
+            mask = options["mask"]
+            options["mask"] = type(mask)((mask.data, places, mask.indptr), (n, len(seen)))
         problem = make_problem(
             q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True, **options
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -75,7 +76,8 @@ class TorchSparse(Torch):
         near = torch.from_numpy(neighbours(case)).long()
         starts = torch.arange(len(near) + 1) * near.shape[1]
         zeros = torch.zeros(near.numel(), dtype=getattr(torch, case.dtype))
-        pattern = torch.sparse_csr_tensor(starts, near.flatten(), zeros, case.grid)
+        with warnings.catch_warnings(action="ignore"):  # its sparse tensors are a beta
+            pattern = torch.sparse_csr_tensor(starts, near.flatten(), zeros, case.grid)
         scale = 1 / math.sqrt(case.head_dim)
 
         def attend(query, key, value):
