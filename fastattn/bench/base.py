@@ -94,9 +94,9 @@ class Candidate:
             return f"has no option {case.option}"
         if self.only_options and not case.option:
             return f"is for {' and '.join(self.options)} alone"
-        if case.work == "forward mode" and not self.forward_mode:
+        if case.forward_mode and not self.forward_mode:
             return "pushes no tangents forward"
-        if case.work in ("backward", "training step") and not self.gradients:
+        if case.backward and not self.gradients:
             return "computes no gradients"
         if case.grouped and not self.grouped:
             return "has no grouped heads"

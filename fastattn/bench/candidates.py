@@ -18,13 +18,13 @@ import fastattn
 
 from ..backends import cuda
 from ..core.problem import make_problem
-from ..dispatch import BACKENDS, unsupported_backward
+from ..dispatch import BACKENDS, unsupported_backward, unsupported_forward_mode
 from .base import Candidate, Prepared, missing_package
 from .cases import Case
 from .machine import cannot_limit_blas, limit_blas
-from .option_peers import OPTION_PEERS
-from .options import OPTIONS, RATE, on_grid, relative_biases
-from .peers import PEERS, Jax, TorchCuda
+from .options import OPTIONS, RATE, biases
+from .peers import PEERS, Jax
+from .torch_peers import TorchCuda
 
 __all__ = ["CANDIDATES", "named"]
 
@@ -53,9 +53,10 @@ class Fastattn(Candidate):
         problem = make_problem(*tiny.arrays(), causal=case.causal, window=case.window,
                                gradients=case.work != "forward", **options)  # fmt: skip
         reason = self.backend.unsupported(problem)
-        # Of `jvp` it computes the result; who computes the tangent is not chosen.
-        if reason is None and case.work in ("backward", "training step"):
+        if reason is None and case.backward:
             reason = unsupported_backward(self.backend, problem)
+        if reason is None and case.forward_mode:
+            reason = unsupported_forward_mode(self.backend, problem)
         return reason or (cannot_limit_blas(threads) if self.backend.name == "numpy" else None)
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
@@ -67,24 +68,28 @@ class Fastattn(Candidate):
             "threads": threads, **case.functions(np.asarray), **case.options(),
         }  # fmt: skip
         function: Callable = fastattn.flex if case.function else fastattn.scaled_dot
-        arrays: tuple[np.ndarray, ...] = q, k, v
-        by_head: Callable[[Any], np.ndarray] = np.asarray
+        arrays = [q, k, v]
         if "mask_mod" in options:
             options["block_mask"] = fastattn.block_mask(
                 options["mask_mod"], case.n_queries, case.n_keys
             )
-        if case.option == "packed":
-            function, arrays = fastattn.varlen, tuple(tokens_first(x) for x in arrays)
-            options["cu_seqlens_q"] = case.document_bounds()
-            by_head = heads_first
-        call: Callable[[], Any]
+        if case.option != "packed":
+            return self.work(function, arrays, case, options)
+        options["cu_seqlens_q"] = case.document_bounds()
+        arrays = [tokens_first(x) for x in arrays]
+        call, read = self.work(fastattn.varlen, arrays, case, options)
+        return Prepared(call, lambda found: read(found).swapaxes(0, 1)[None])
+
+    @staticmethod
+    def work(function: Callable, arrays: list, case: Case, options: dict[str, Any]) -> Prepared:
+        """The call of `function` that does the work of `case`."""
         if case.work == "forward":
             call = partial(function, *arrays, **options)
-            first = case.option == "return_max"
-            return Prepared(call, lambda found: by_head(found[0] if first else found))
-        if case.work == "forward mode":
-            call = partial(fastattn.jvp, function, arrays, case.tangents(), **options)
-            return Prepared(call, lambda found: by_head(found[1]))
+            return Prepared(call, with_maxima if case.option == "return_max" else np.asarray)
+        if case.forward_mode:
+            tangents = [*case.tangents(), None, None][:3]
+            call = partial(fastattn.jvp, function, arrays, tangents, **options)
+            return Prepared(call, lambda found: found[1])
         grad_out = case.grad_out()
         if case.option == "packed":
             grad_out = tokens_first(grad_out)
@@ -97,7 +102,7 @@ class Fastattn(Candidate):
 
         _, pullback = fastattn.vjp(function, *arrays, **options)
         call = train if case.work == "training step" else partial(pullback, grad_out)
-        return Prepared(call, lambda gradients: by_head(gradients[0]))
+        return Prepared(call, lambda gradients: gradients[0])
 
 
 def tokens_first(x: np.ndarray) -> np.ndarray:
@@ -105,9 +110,10 @@ def tokens_first(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x[0].swapaxes(0, 1))
 
 
-def heads_first(x: np.ndarray) -> np.ndarray:
-    """As it was before `tokens_first`."""
-    return x.swapaxes(0, 1)[None]
+def with_maxima(found) -> np.ndarray:
+    """A result and the largest score of each query as one array."""
+    out, row_max = found
+    return np.concatenate([out, row_max[..., None]], axis=-1)
 
 
 class FastattnCuda(Fastattn):
@@ -171,7 +177,7 @@ class PlainNumpy(Candidate):
         scale = q.dtype.type(1 / math.sqrt(case.head_dim))
         bias = None
         if case.option == "relative_bias":
-            bias = relative_biases(case)[:, on_grid(case)].reshape(-1, group, *case.grid)
+            bias = biases(case).reshape(-1, group, *case.grid)
         rng = np.random.default_rng()
 
         def call():
@@ -185,17 +191,22 @@ class PlainNumpy(Candidate):
             row_max = s.max(axis=-1, keepdims=True)
             s -= row_max
             np.exp(s, out=s)
-            s /= s.sum(axis=-1, keepdims=True)
-            if case.option == "dropout":
-                s *= rng.random(s.shape, np.float32) >= RATE
-                s /= 1 - RATE
+            total = s.sum(axis=-1, keepdims=True)
+            if case.option == "dropout":  # 16 random bits are the fastest
+                s *= rng.integers(1 << 16, size=s.shape, dtype=np.uint16) >= RATE * (1 << 16)
+                total *= 1 - RATE
+            s /= total
             return s @ v[:, :, None], row_max
 
-        return Prepared(call, lambda found: found[0].reshape(q.shape))
+        def read(found):
+            out, row_max = (x.reshape(*q.shape[:3], -1) for x in found)
+            return with_maxima((out, row_max[..., 0])) if case.option == "return_max" else out
+
+        return Prepared(call, read)
 
 
 OURS = (FastattnCuda(b) if b is cuda else Fastattn(b) for b in BACKENDS)
-CANDIDATES: tuple[Candidate, ...] = (*OURS, FastattnJax(), PlainNumpy(), *PEERS, *OPTION_PEERS)
+CANDIDATES: tuple[Candidate, ...] = (*OURS, FastattnJax(), PlainNumpy(), *PEERS)
 
 
 def named(name: str) -> Candidate:

@@ -1,4 +1,4 @@
-"""What is ranked: problems by name, their inputs, and the exact results of some of their rows."""
+"""What is ranked: problems by name, and their inputs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import reference
-from ..core.backward import Backward
 from ..core.dtypes import float_type
-from ..core.problem import make_problem
 from .functions import FUNCTIONS, document_starts
-from .options import NEIGHBOURS, OPTIONS
+from .options import NEIGHBOURS, OPTIONS, sequence_bounds
 
 __all__ = ["CASES", "Case", "parse_shape"]
 
-# The error is measured on this many queries of every head: the exact result of all of them would
-# take longer than the ranking. Float64 is judged in long double, which no BLAS speeds up.
-EXACT_ROWS = {"float64": 16}
-EXACT_ROWS_DEFAULT = 64
-
 # Matrix products of queries x keys: the backward pass makes the scores again, and then the
-# gradients of the weights, q, k and v; forward mode adds those of each array's tangent.
-PRODUCTS = {"forward": 2, "backward": 5, "training step": 7, "forward mode": 6}
+# gradients of the weights, q, k and v; forward mode adds two for the tangents of each array.
+PRODUCTS = {
+    "forward": 2,
+    "backward": 5,
+    "training step": 7,
+    "forward mode of q": 4,
+    "forward mode": 6,
+}
 
 SHAPE = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(\d+)(?:x(\d+))?,(\d+)")
 
@@ -34,7 +32,7 @@ class Case(NamedTuple):
     """One attention call: q (batch, heads, n_queries, head_dim), k and v with kv_heads, n_keys.
 
     Its `work` is the result, or the gradients of q, k and v from it, or both, as in training, or
-    the result with its derivative along tangents of q, k and v.
+    the result with its derivative along tangents of q, or of q, k and v.
     """
 
     batch: int
@@ -76,14 +74,45 @@ class Case(NamedTuple):
         return self.kv_heads not in (None, self.heads)
 
     @property
+    def forward_mode(self) -> bool:
+        return self.work.startswith("forward mode")
+
+    @property
+    def backward(self) -> bool:
+        """Are there gradients in its work?"""
+        return self.work in ("backward", "training step")
+
+    @property
+    def documents(self) -> bool:
+        """Are there several end to end, each of which sees itself?"""
+        return self.function == "documents" or self.option == "packed"
+
+    @property
+    def plain(self) -> Case | None:
+        """The call without the function, the option or the tangents, which tells what these cost;
+        None if there are none, or if they leave keys out.
+        """
+        work = "forward" if self.forward_mode else self.work
+        plain = self._replace(function="", option="", work=work)
+        return None if plain == self or plain.pairs != self.pairs else plain
+
+    @property
+    def extra(self) -> str:
+        """What a `plain` call does without, in words."""
+        return (self.function + self.option).replace("_", " ") or "tangents"
+
+    @property
+    def pairs(self) -> int:
+        """How many keys the queries of one head see, in all."""
+        if self.option == "graph":
+            return self.n_queries * min(NEIGHBOURS, self.n_keys)
+        start, stop = self.intervals()
+        return int(np.maximum(stop - start, 0).sum())
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of the products, for the keys that are seen."""
-        if self.option == "graph":
-            pairs = self.n_queries * min(NEIGHBOURS, self.n_keys)
-        else:
-            start, stop = self.intervals()
-            pairs = int(np.maximum(stop - start, 0).sum())
-        return 2 * PRODUCTS[self.work] * self.head_dim * pairs * self.batch * self.heads
+        return 2 * PRODUCTS[self.work] * self.head_dim * self.pairs * self.batch * self.heads
 
     @property
     def bytes(self) -> int:
@@ -114,7 +143,7 @@ class Case(NamedTuple):
             right = 0
         start = np.clip(position - left, 0, self.n_keys)
         stop = np.clip(position + right + 1, 0, self.n_keys)
-        if self.function == "documents" or self.option == "packed":
+        if self.documents:
             bounds = self.document_bounds()
             own = np.searchsorted(bounds, np.arange(self.n_queries), side="right")
             start, stop = np.maximum(start, bounds[own - 1]), np.minimum(stop, bounds[own])
@@ -122,6 +151,8 @@ class Case(NamedTuple):
 
     def document_bounds(self) -> np.ndarray:
         """Where the documents begin, and the last one ends."""
+        if self.option == "packed":
+            return sequence_bounds(self.n_keys)
         return np.append(document_starts(self.n_keys), self.n_keys)
 
     def options(self, rows: slice | None = None) -> dict[str, Any]:
@@ -158,55 +189,10 @@ class Case(NamedTuple):
         """The standard normal gradient of the result."""
         return self.arrays(seed=1)[0]
 
-    def tangents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Standard normal tangents of ``(q, k, v)``."""
-        return self.arrays(seed=1)
-
-    def exact(self, q, k, v) -> tuple[np.ndarray, np.ndarray]:
-        """``(rows, exact)``: the exact results of some queries, spread over the whole length, or
-        the gradients or tangents of these where they are the work. With an option, which may count
-        the queries, they follow each other.
-        """
-        n = min(self.n_queries, EXACT_ROWS.get(self.dtype, EXACT_ROWS_DEFAULT))
-        rows = np.unique(np.linspace(0, self.n_queries - 1, n).astype(int))
-        if self.option:
-            rows = np.arange(n) + (self.n_queries - n) // 2
-        start, stop = self.intervals()
-        spans = start[rows], stop[rows]
-        score_mod, bias = self.functions(np.asarray).get("score_mod"), None
-        if score_mod is not None:  # these add
-            head = np.arange(self.heads)[:, None, None]
-            bias = score_mod(0.0, 0, head, rows[:, None], np.arange(self.n_keys))
-        options = self.options(slice(rows[0], rows[-1] + 1))
-        if self.option == "graph":  # the keys that none of the queries sees take no part
-            seen, places = np.unique(options["mask"].indices, return_inverse=True)
-            k, v = k[..., seen, :], v[..., seen, :]
-            mask = options["mask"]
-            options["mask"] = type(mask)((mask.data, places, mask.indptr), (n, len(seen)))
-        problem = make_problem(
-            q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True, **options
-        )
-        real = np.longdouble if self.dtype == "float64" else np.float64
-        out, lse, weights = reference.attend(problem, real)
-        if self.work == "forward":
-            return rows, out
-        if self.work == "forward mode":
-            dq, dk, dv = self.tangents()
-            arrays = [x.astype(real) for x in (q[..., rows, :], k, v)]
-            tangents = [x.astype(real) for x in (dq[..., rows, :], dk, dv)]
-            return rows, tangent(arrays, tangents, weights, out)
-        backward = Backward(problem, out, lse, self.grad_out()[..., rows, :], None)
-        return rows, reference.gradients(backward, real)["q"]
-
-
-def tangent(arrays, tangents, weights, out) -> np.ndarray:
-    """The derivative of `out` along tangents of q, k and v, with the default scale."""
-    (q, k, v), (dq, dk, dv) = arrays, tangents
-    group = q.shape[1] // k.shape[1]
-    k, v, dk, dv = (np.repeat(x, group, axis=1) for x in (k, v, dk, dv))
-    ds = (dq @ k.swapaxes(-1, -2) + q @ dk.swapaxes(-1, -2)) / np.sqrt(out.dtype.type(q.shape[-1]))
-    moved = weights * ds
-    return weights @ dv + moved @ v - moved.sum(axis=-1, keepdims=True) * out
+    def tangents(self) -> tuple[np.ndarray, ...]:
+        """Standard normal tangents of ``(q, k, v)``, or of ``(q,)``, where these are its work."""
+        given = {"forward mode": 3, "forward mode of q": 1}.get(self.work, 0)
+        return self.arrays(seed=1)[:given]
 
 
 def parse_shape(text: str, **options) -> Case:
@@ -270,16 +256,19 @@ CASES: dict[str, Case] = {
     "backward-bfloat16": Case(1, 8, 2048, 2048, 64, dtype="bfloat16", work="backward"),
     "training": Case(1, 8, 2048, 2048, 64, causal=True, work="training step"),
     **{f"flex-{name}": Case(1, 8, 4096, 4096, 64, function=name) for name in FUNCTIONS},
+    "flex-documents-backward": Case(1, 8, 4096, 4096, 64, work="backward", function="documents"),
     "dropout": Case(1, 8, 2048, 2048, 64, option="dropout"),
     "dropout-backward": Case(1, 8, 2048, 2048, 64, work="backward", option="dropout"),
     "relative-bias": Case(1, 8, 2048, 2048, 64, option="relative_bias"),
     "relative-bias-backward": Case(1, 8, 2048, 2048, 64, work="backward", option="relative_bias"),
     "return-max": Case(1, 8, 2048, 2048, 64, option="return_max"),
-    "packed": Case(1, 8, 4096, 4096, 64, option="packed"),
-    "packed-causal": Case(1, 8, 4096, 4096, 64, causal=True, option="packed"),
+    # 64 sequences
+    "packed": Case(1, 8, 17210, 17210, 64, option="packed"),
+    "packed-causal": Case(1, 8, 17210, 17210, 64, causal=True, option="packed"),
     "graph": Case(1, 8, 100_000, 100_000, 64, option="graph"),
     "graph-backward": Case(1, 8, 20_000, 20_000, 64, work="backward", option="graph"),
     "jvp": Case(1, 8, 2048, 2048, 64, work="forward mode"),
+    "jvp-of-q": Case(1, 8, 2048, 2048, 64, work="forward mode of q"),
     "integrations-jax": Case(1, 8, 4096, 4096, 64, inside="jax"),
     "integrations-jax-training": Case(1, 8, 4096, 4096, 64, work="training step", inside="jax"),
     "integrations-jax-tiny": Case(1, 4, 16, 16, 64, inside="jax"),

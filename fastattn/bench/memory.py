@@ -52,11 +52,13 @@ def measure(candidate: str, case: Case, threads: int) -> int:
     call()
     call()
     q, k, v = case.arrays()
-    call, read = peer.prepare(q, k, v, case, threads)
+    call, _ = peer.prepare(q, k, v, case, threads)
     _reset_peak()
     before = _status("VmRSS")
-    result = read(call())
-    return max(0, _status("VmHWM") - before - result.nbytes)
+    result = call()
+    peak = _status("VmHWM")
+    del result
+    return max(0, peak - before - q.nbytes)
 
 
 def _reset_peak() -> None:

@@ -9,11 +9,22 @@ import numpy as np
 if TYPE_CHECKING:
     from .cases import Case
 
-__all__ = ["NEIGHBOURS", "OPTIONS", "RATE", "neighbours", "on_grid", "relative_biases"]
+__all__ = [
+    "NEIGHBOURS",
+    "OPTIONS",
+    "RATE",
+    "REACH",
+    "biases",
+    "neighbours",
+    "on_grid",
+    "relative_biases",
+    "sequence_bounds",
+]
 
 RATE = 0.1  # of the weights that dropout drops
 REACH = 128  # farther keys have the bias of this distance
 NEIGHBOURS = 16  # of each node of a graph
+SHORTEST, LONGEST = 16, 512  # tokens of a sequence of those that are packed
 
 
 def dropout(case: Case, rows: slice) -> dict[str, Any]:
@@ -43,7 +54,7 @@ def graph(case: Case, rows: slice) -> dict[str, Any]:
 
 
 def packed(case: Case, rows: slice) -> dict[str, Any]:
-    """Documents end to end, which `fastattn.varlen` is given by their lengths."""
+    """Sequences end to end, which `fastattn.varlen` is given by where they begin."""
     return {}
 
 
@@ -58,6 +69,11 @@ def on_grid(case: Case) -> np.ndarray:
     return np.clip(np.arange(case.n_keys) - i, -REACH, REACH) + REACH
 
 
+def biases(case: Case) -> np.ndarray:
+    """The same for each query and key, ``(heads, n_queries, n_keys)``."""
+    return np.ascontiguousarray(relative_biases(case)[:, on_grid(case)])
+
+
 def neighbours(case: Case) -> np.ndarray:
     """The keys of each query, ``(n_queries, NEIGHBOURS)``, ascending and far apart: one of each
     stretch of the keys, so that none is listed twice.
@@ -66,6 +82,13 @@ def neighbours(case: Case) -> np.ndarray:
     bounds = np.linspace(0, case.n_keys, n + 1).astype(np.int32)
     rng = np.random.default_rng(0)
     return rng.integers(bounds[:-1], bounds[1:], (case.n_queries, n), np.int32)
+
+
+def sequence_bounds(n: int) -> np.ndarray:
+    """Where sequences begin, and the last one ends, of `n` tokens in all."""
+    lengths = np.random.default_rng(0).integers(SHORTEST, LONGEST + 1, n // SHORTEST + 1)
+    bounds = np.cumsum(lengths)
+    return np.concatenate([[0], bounds[bounds < n], [n]])
 
 
 # ``OPTIONS[name](case, rows)``: the options of a call on these queries of `case` alone.
