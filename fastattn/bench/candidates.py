@@ -83,6 +83,7 @@ class Fastattn(Candidate):
     @staticmethod
     def work(function: Callable, arrays: list, case: Case, options: dict[str, Any]) -> Prepared:
         """The call of `function` that does the work of `case`."""
+        call: Callable[[], Any]
         if case.work == "forward":
             call = partial(function, *arrays, **options)
             return Prepared(call, with_maxima if case.option == "return_max" else np.asarray)

@@ -92,9 +92,11 @@ class Case(NamedTuple):
         """The call without the function, the option or the tangents, which tells what these cost;
         None if there are none, or if they leave keys out.
         """
+        if self.documents or self.option == "graph":
+            return None
         work = "forward" if self.forward_mode else self.work
         plain = self._replace(function="", option="", work=work)
-        return None if plain == self or plain.pairs != self.pairs else plain
+        return None if plain == self else plain
 
     @property
     def extra(self) -> str:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from fastattn.bench.candidates import CANDIDATES
+from fastattn.bench import ranking, report
+from fastattn.bench.candidates import CANDIDATES, named
 from fastattn.bench.cases import CASES as NAMED
 from fastattn.bench.cases import Case
 from fastattn.bench.memory import extra_memory
 from fastattn.bench.onnxruntime_peers import ONNXRUNTIME
 from fastattn.bench.options import OPTIONS
-from fastattn.bench.ranking import prepare
 
 CASES = (
     Case(2, 4, 20, 20, 16),
@@ -30,7 +30,7 @@ def test_onnxruntime(candidate):
     left_out = [n for n, case in enumerate(CASES) if candidate.unavailable(case, 1)]
     assert tuple(left_out) == LEFT_OUT[candidate.name]
     for n in set(range(len(CASES))).difference(left_out):
-        _, errors = prepare(CASES[n], [candidate], 1)
+        _, errors = ranking.prepare(CASES[n], [candidate], 1)
         assert errors[candidate.name] < 1e-6  # a few roundings of float32 results of about 1
 
 
@@ -39,7 +39,9 @@ def small(case):
 
 
 OF_OPTIONS = {
-    name: small(case) for name, case in NAMED.items() if case.option or case.work == "forward mode"
+    name: small(case)
+    for name, case in NAMED.items()
+    if case.option or case.forward_mode or (case.function and case.backward)
 }
 
 
@@ -53,13 +55,26 @@ def test_options(case):
     """Every candidate of a case computes what the reference does, or draws other weights."""
     pytest.importorskip("scipy", reason="it has the sparse masks")
     present = [c for c in CANDIDATES if c.belongs(case) and c.unavailable(case, 1) is None]
-    _, errors = prepare(case, present, 1)
+    _, errors = ranking.prepare(case, present, 1)
     assert any(c.ours for c in present)
     for candidate in present:
         if candidate.draws_its_own(case):
             assert errors[candidate.name] is None
         else:  # some roundings of float32 numbers of about 1
             assert errors[candidate.name] < 2e-6, candidate.name
+
+
+def test_the_call_without_an_option_is_timed_too(capsys):
+    found = ranking.rank("", small(NAMED["return-max"]), [named("fastattn-numpy")], 1, 2, False)
+    assert len(found["plain"]["samples"]) == 2
+    report.print_ranking(found, 2)
+    assert "fastattn-numpy without return max: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["4096", "packed", "graph", "flex-documents", "decode"])
+def test_no_call_without(name):
+    """There is no option, or without it there would be more work."""
+    assert NAMED[name].plain is None
 
 
 def test_memory_of_an_option():
