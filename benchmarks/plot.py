@@ -166,7 +166,9 @@ def bars(shown: list[dict[str, Any]]):
         drawn = axes.barh(
             [called(name) for name in names], rates, color=[color(name) for name in names]
         )
-        label_bars(axes, drawn, [f"{value:.{value < 10:d}f}" for value in rates])
+        label_bars(
+            axes, drawn, [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in rates]
+        )
         for label, name in zip(axes.get_yticklabels(), names, strict=True):
             label.set_fontweight("bold" if ours(name) else "normal")
         axes.set_title(in_words(ranking), loc="left", fontsize=9)
@@ -209,12 +211,13 @@ def in_words(ranking: dict[str, Any]) -> str:
     heads, kv_heads = ranking["heads"], ranking["kv_heads"]
     queries, keys = ranking["n_queries"], ranking["n_keys"]
     many = "queries" if queries > 1 else "query"
-    length = f"{keys} tokens" if queries == keys else f"{queries} {many}, {keys} keys"
+    what = "nodes" if ranking.get("option") == "graph" else "tokens"
+    length = f"{keys} {what}" if queries == keys else f"{queries} {many}, {keys} keys"
     shared = f", {kv_heads} of keys" if kv_heads not in (None, heads) else ""
     options = [
         ranking["dtype"],
         "causal" if ranking["causal"] else "",
-        ranking["work"].removeprefix("forward"),
+        "" if ranking["work"] == "forward" else ranking["work"],
         f"inside {called(ranking['inside'])}" if ranking["inside"] else "",
         ranking.get("function", ""),
         ranking.get("option", "").replace("_", " "),
