@@ -11,7 +11,6 @@ import numpy as np
 
 from .base import Candidate, Prepared
 from .cases import Case
-from .machine import limit_blas
 from .options import RATE, neighbours
 from .torch_peers import Torch
 
@@ -22,7 +21,8 @@ CHUNK = 250  # queries whose keys are gathered at once: a few MiB, which the cac
 
 class NumpyGather(Candidate):
     """The keys and values of each query's neighbours gathered and multiplied, a chunk of queries at
-    a time, one head on each thread. All have as many neighbours, so that these are products.
+    a time, one head on each thread: the products are too small for those of BLAS. All queries have
+    as many neighbours, so that they are products.
     """
 
     name = "numpy-gather"
@@ -32,7 +32,6 @@ class NumpyGather(Candidate):
     grouped = False
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
-        limit_blas(1)  # its products are too small for more
         near = neighbours(case).astype(np.intp)  # what `take` would convert them to
         scale = q.dtype.type(1 / math.sqrt(case.head_dim))
 
