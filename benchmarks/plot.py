@@ -1,8 +1,9 @@
 """Pictures of a ranking: ``python benchmarks/plot.py benchmarks/results/NAME.json``.
 
 The file is what ``python -m fastattn bench --case '*' --json FILE`` writes; the pictures go beside
-it: NAME-time.png, NAME-memory.png, and of the cases that were measured NAME-ranking.png,
-NAME-half.png, NAME-decode.png, NAME-backward.png, NAME-integrations.png and NAME-models.png.
+it, of the cases that were measured: NAME-time.png, NAME-memory.png, NAME-ranking.png,
+NAME-half.png, NAME-decode.png, NAME-backward.png, NAME-options.png, NAME-options-backward.png,
+NAME-documents.png, NAME-graph.png, NAME-tangents.png, NAME-integrations.png and NAME-models.png.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ STYLES = {
     "openvino": ("#56B4E9", "P"),
     "jax": ("#999999", "X"),
     "numpy-formula": ("#000000", "*"),
+    "numpy-gather": ("#000000", "*"),
+    "torch-formula": ("#0072B2", "^"),
+    "torch-sparse": ("#0072B2", "^"),
+    "torch-packed": ("#0072B2", "^"),
 }
 LENGTHS = [2**power for power in range(7, 15)]
 BARS = {
@@ -38,6 +43,11 @@ BARS = {
     "half": ("bfloat16", "bfloat16-d128", "float16"),
     "decode": ("decode", "decode-grouped", "decode-bfloat16"),
     "backward": ("backward", "backward-d128", "backward-bfloat16"),
+    "options": ("dropout", "relative-bias", "return-max"),
+    "options-backward": ("dropout-backward", "relative-bias-backward", "flex-documents-backward"),
+    "documents": ("packed", "packed-causal", "flex-documents"),
+    "graph": ("graph", "graph-backward"),
+    "tangents": ("jvp-of-q", "jvp"),
     "integrations": ("integrations-jax", "integrations-jax-training"),
 }
 
@@ -48,6 +58,8 @@ RATE, MEMORY = "GFLOP/s, more is better", "MiB beyond inputs and result, at the 
 
 # Whose peak is that of multiply-adds; that of tiles of half precision is ten times as far.
 FMA_TYPES = ("float32", "float64")
+
+FAR = 4  # a peak of so many times the highest rate would leave no room for the bars
 
 LETTERS_PER_INCH = 17  # of a caption
 
@@ -61,7 +73,9 @@ def main(path: Path) -> None:
     models = {r["name"]: r for r in data["rankings"] if "tokens" in r}
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     by_length = {name: r for name, r in rankings.items() if name.partition("-")[0].isdigit()}
-    pictures = {"time": (times(by_length), by_length), "memory": (memory(by_length), by_length)}
+    pictures = {}
+    if by_length:
+        pictures = {"time": (times(by_length), by_length), "memory": (memory(by_length), by_length)}
     for name, cases in BARS.items():
         if shown := {case: rankings[case] for case in cases if case in rankings}:
             pictures[name] = bars(list(shown.values())), shown
@@ -142,6 +156,7 @@ def bars(shown: list[dict[str, Any]]):
         rates = [entry[rate] / 1e9 for entry in entries]
         peak = ranking["peak"] / 1e9
         limited = ranking["decodes"] or ranking["dtype"] in FMA_TYPES
+        limited = limited and peak < FAR * max(rates)
         end = 1.25 * max(peak, *rates) if limited else 1.25 * max(rates)
         axes.set_xlim(0, end)
         axes.set_xlabel(f"{unit}\n(dashed: {limit}, {peak:.0f})" if limited else unit)
@@ -151,7 +166,9 @@ def bars(shown: list[dict[str, Any]]):
         drawn = axes.barh(
             [called(name) for name in names], rates, color=[color(name) for name in names]
         )
-        label_bars(axes, drawn, [f"{value:.0f}" for value in rates])
+        label_bars(
+            axes, drawn, [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in rates]
+        )
         for label, name in zip(axes.get_yticklabels(), names, strict=True):
             label.set_fontweight("bold" if ours(name) else "normal")
         axes.set_title(in_words(ranking), loc="left", fontsize=9)
@@ -190,20 +207,28 @@ def label_bars(axes, drawn, labels: list[str]) -> None:
 
 
 def in_words(ranking: dict[str, Any]) -> str:
-    """A case, for a title of three lines."""
+    """A case, for a title of three lines, and what an option costs in a fourth."""
     heads, kv_heads = ranking["heads"], ranking["kv_heads"]
     queries, keys = ranking["n_queries"], ranking["n_keys"]
     many = "queries" if queries > 1 else "query"
-    length = f"{keys} tokens" if queries == keys else f"{queries} {many}, {keys} keys"
+    what = "nodes" if ranking.get("option") == "graph" else "tokens"
+    length = f"{keys} {what}" if queries == keys else f"{queries} {many}, {keys} keys"
     shared = f", {kv_heads} of keys" if kv_heads not in (None, heads) else ""
     options = [
         ranking["dtype"],
         "causal" if ranking["causal"] else "",
-        ranking["work"].removeprefix("forward"),
+        "" if ranking["work"] == "forward" else ranking["work"],
         f"inside {called(ranking['inside'])}" if ranking["inside"] else "",
+        ranking.get("function", ""),
+        ranking.get("option", "").replace("_", " "),
     ]
     named = ", ".join(filter(None, options))
-    return f"{length}\n{heads} heads of {ranking['head_dim']}{shared}\n{named}"
+    lines = [length, f"{heads} heads of {ranking['head_dim']}{shared}", named]
+    plain = ranking.get("plain")
+    if plain:
+        taken = next(e["median"] for e in ranking["entries"] if e["name"] == plain["name"])
+        lines.append(f"{taken / plain['median']:.2f}x the call without")
+    return "\n".join(lines)
 
 
 def candidates(rankings: Rankings) -> list[str]:

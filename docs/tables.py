@@ -11,16 +11,17 @@ from fastattn.bench.report import duration
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 RANKING = RESULTS / "xeon-amx-2-threads.json"
+OPTIONS = RESULTS / "xeon-avx512-bf16.json"
 ACCURACY = RESULTS / "xeon-avx512-bf16-accuracy.json"
 OURS = "fastattn-cython"
 CASES = {"float32": "4096", "float64": "float64", "float16": "float16", "bfloat16": "bfloat16"}
 LENGTHS = ("128", "256", "512", "1024", "2048", "8192", "16384")  # their picture is enough
 PEERS = {
-    "torch": ("torch",),
+    "torch": ("torch", "torch-flex", "torch-formula", "torch-sparse", "torch-packed"),
     "onnxruntime": ("onnxruntime", "onnxruntime-attention", "onnxruntime-gqa"),
     "openvino": ("openvino",),
     "jax": ("jax",),
-    "plain NumPy": ("numpy-formula",),
+    "plain NumPy": ("numpy-formula", "numpy-gather"),
 }
 
 
@@ -33,6 +34,8 @@ def write(folder: Path) -> None:
         "accuracy": accuracy(rankings, json.loads(ACCURACY.read_text())["errors"]),
         "speed": speed(rankings),
     }
+    if OPTIONS.exists():
+        tables["options"] = options(json.loads(OPTIONS.read_text())["rankings"])
     for name, rows in tables.items():
         with open(folder / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows(rows)
@@ -68,13 +71,33 @@ def speed(rankings: dict[str, Any]) -> list[list[str]]:
         ours = entry(ranking, OURS)
         if ours is None or "tokens" in ranking or ranking["name"].partition("-")[0] in LENGTHS:
             continue
-        others = [entry(ranking, *names) for names in PEERS.values()]
-        if any(others):
-            ratios = [
-                f"{other['median'] / ours['median']:.2f}x" if other else "" for other in others
-            ]
+        ratios = beside(ranking, ours)
+        if any(ratios):
             rows.append([ranking["case"], duration(ours["median"]), *ratios])
     return rows
+
+
+def options(rankings: list[dict[str, Any]]) -> list[list[str]]:
+    """The same of the cases with an option, whose cost is the time over that of the call without;
+    of the backend that took part in that, or of the fastest.
+    """
+    rows = [["case", "fastattn", "beside the call without", *PEERS]]
+    for ranking in rankings:
+        if not any(ranking.get(name) for name in ("option", "function", "plain")):
+            continue
+        plain = ranking["plain"]
+        ours = next(e for e in ranking["entries"] if e["ours"])
+        if plain:
+            ours = entry(ranking, plain["name"]) or ours
+        cost = f"{ours['median'] / plain['median']:.2f}x" if plain else ""
+        rows.append([ranking["case"], duration(ours["median"]), cost, *beside(ranking, ours)])
+    return rows
+
+
+def beside(ranking: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """How many times as long as `ours` the best of each peer takes."""
+    others = [entry(ranking, *names) for names in PEERS.values()]
+    return [f"{other['median'] / ours['median']:.2f}x" if other else "" for other in others]
 
 
 def entry(ranking: dict[str, Any], *names: str) -> dict[str, Any] | None:

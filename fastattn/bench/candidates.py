@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ import fastattn
 
 from ..backends import cuda
 from ..core.problem import make_problem
-from ..dispatch import BACKENDS, unsupported_backward
-from .base import Candidate, Prepared
+from ..dispatch import BACKENDS, unsupported_backward, unsupported_forward_mode
+from .base import Candidate, Prepared, missing_package
 from .cases import Case
-from .machine import default_threads, threadpoolctl
-from .peers import PEERS, Jax, TorchCuda
+from .machine import cannot_limit_blas, limit_blas
+from .options import OPTIONS, RATE, biases
+from .peers import PEERS, Jax
+from .torch_peers import TorchCuda
 
 __all__ = ["CANDIDATES", "named"]
 
@@ -30,6 +33,7 @@ class Fastattn(Candidate):
     """`fastattn.scaled_dot` on one backend."""
 
     ours = functions = True
+    options = tuple(OPTIONS)
 
     def __init__(self, backend):
         self.backend = backend
@@ -41,45 +45,83 @@ class Fastattn(Candidate):
     def unavailable(self, case: Case, threads: int) -> str | None:
         if case.inside:
             return f"is not called inside {case.inside}"
+        missing = self.missing()
+        if missing or (case.option == "graph" and (missing := missing_package("scipy"))):
+            return missing
         tiny = case._replace(batch=1, n_queries=1, n_keys=1)
+        options: dict[str, Any] = {**case.functions(np.asarray), **tiny.options()}
         problem = make_problem(*tiny.arrays(), causal=case.causal, window=case.window,
-                               gradients=True,
-                       **case.functions(np.asarray))  # fmt: skip
+                               gradients=case.work != "forward", **options)  # fmt: skip
         reason = self.backend.unsupported(problem)
-        if reason is None and case.work != "forward":
+        if reason is None and case.backward:
             reason = unsupported_backward(self.backend, problem)
+        if reason is None and case.forward_mode:
+            reason = unsupported_forward_mode(self.backend, problem)
         return reason or (cannot_limit_blas(threads) if self.backend.name == "numpy" else None)
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         if self.backend.name == "numpy":
             limit_blas(threads)
 
-        options = {"causal": case.causal, "window": case.window,
-                   "backend": self.backend.name, "threads": threads}  # fmt: skip
-        if case.function:
-            functions: dict[str, Any] = dict(case.functions(np.asarray))
-            if "mask_mod" in functions:
-                functions["block_mask"] = fastattn.block_mask(
-                    functions["mask_mod"], case.n_queries, case.n_keys
-                )
-            return Prepared(lambda: fastattn.flex(q, k, v, **functions, **options), np.asarray)
+        options: dict[str, Any] = {
+            "causal": case.causal, "window": case.window, "backend": self.backend.name,
+            "threads": threads, **case.functions(np.asarray), **case.options(),
+        }  # fmt: skip
+        function: Callable = fastattn.flex if case.function else fastattn.scaled_dot
+        arrays = [q, k, v]
+        if "mask_mod" in options:
+            options["block_mask"] = fastattn.block_mask(
+                options["mask_mod"], case.n_queries, case.n_keys
+            )
+        if case.option != "packed":
+            return self.work(function, arrays, case, options)
+        options["cu_seqlens_q"] = case.document_bounds()
+        arrays = [tokens_first(x) for x in arrays]
+        call, read = self.work(fastattn.varlen, arrays, case, options)
+        return Prepared(call, lambda found: read(found).swapaxes(0, 1)[None])
+
+    @staticmethod
+    def work(function: Callable, arrays: list, case: Case, options: dict[str, Any]) -> Prepared:
+        """The call of `function` that does the work of `case`."""
+        call: Callable[[], Any]
         if case.work == "forward":
-            return Prepared(lambda: fastattn.scaled_dot(q, k, v, **options), np.asarray)
+            call = partial(function, *arrays, **options)
+            return Prepared(call, with_maxima if case.option == "return_max" else np.asarray)
+        if case.forward_mode:
+            tangents = [*case.tangents(), None, None][:3]
+            call = partial(fastattn.jvp, function, arrays, tangents, **options)
+            return Prepared(call, lambda found: found[1])
         grad_out = case.grad_out()
+        if case.option == "packed":
+            grad_out = tokens_first(grad_out)
+        if case.option == "relative_bias":
+            options["wrt"] = ("relative_bias",)
 
         def train():
-            _, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, **options)
+            _, pullback = fastattn.vjp(function, *arrays, **options)
             return pullback(grad_out)
 
-        _, pullback = fastattn.vjp(fastattn.scaled_dot, q, k, v, **options)
-        call = train if case.work == "training step" else lambda: pullback(grad_out)
+        _, pullback = fastattn.vjp(function, *arrays, **options)
+        call = train if case.work == "training step" else partial(pullback, grad_out)
         return Prepared(call, lambda gradients: gradients[0])
+
+
+def tokens_first(x: np.ndarray) -> np.ndarray:
+    """Of a batch of one, as `fastattn.varlen` takes it: (length, heads, dim)."""
+    return np.ascontiguousarray(x[0].swapaxes(0, 1))
+
+
+def with_maxima(found) -> np.ndarray:
+    """A result and the largest score of each query as one array."""
+    out, row_max = found
+    return np.concatenate([out, row_max[..., None]], axis=-1)
 
 
 class FastattnCuda(Fastattn):
     """The same on torch's tensors on a GPU, beside `TorchCuda`."""
 
     only_named = True
+    options = ()
 
     def unavailable(self, case: Case, threads: int) -> str | None:
         return super().unavailable(case, threads) or TorchCuda().missing()
@@ -120,12 +162,13 @@ class PlainNumpy(Candidate):
 
     name = "numpy-formula"
     packages = ("numpy",)
+    options = ("dropout", "relative_bias", "return_max")
 
     def unavailable(self, case: Case, threads: int) -> str | None:
         return super().unavailable(case, threads) or cannot_limit_blas(threads)
 
     def grids(self, case: Case) -> int:
-        return 1
+        return {"dropout": 2, "relative_bias": 2}.get(case.option, 1)
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         limit_blas(threads)
@@ -133,33 +176,34 @@ class PlainNumpy(Candidate):
         mask = case.mask()
         hidden = None if mask is None else ~mask
         scale = q.dtype.type(1 / math.sqrt(case.head_dim))
+        bias = None
+        if case.option == "relative_bias":
+            bias = biases(case).reshape(-1, group, *case.grid)
+        rng = np.random.default_rng()
 
         def call():
             # Grouped heads broadcast: (batch, kv_heads, group, length, dim).
             grouped = q.reshape(q.shape[0], -1, group, *q.shape[2:])
             s = (grouped * scale) @ k[:, :, None].swapaxes(-1, -2)
+            if bias is not None:
+                s += bias
             if hidden is not None:
                 np.copyto(s, -np.inf, where=hidden)
-            s -= s.max(axis=-1, keepdims=True)
+            row_max = s.max(axis=-1, keepdims=True)
+            s -= row_max
             np.exp(s, out=s)
-            s /= s.sum(axis=-1, keepdims=True)
-            return s @ v[:, :, None]
+            total = s.sum(axis=-1, keepdims=True)
+            if case.option == "dropout":  # 16 random bits are the fastest
+                s *= rng.integers(1 << 16, size=s.shape, dtype=np.uint16) >= RATE * (1 << 16)
+                total *= 1 - RATE
+            s /= total
+            return s @ v[:, :, None], row_max
 
-        return Prepared(call, lambda out: out.reshape(q.shape))
+        def read(found):
+            out, row_max = (x.reshape(*q.shape[:3], -1) for x in found)
+            return with_maxima((out, row_max[..., 0])) if case.option == "return_max" else out
 
-
-def limit_blas(threads: int) -> None:
-    """Let NumPy's BLAS use that many threads from now on."""
-    control = threadpoolctl()
-    if control is not None:
-        control.threadpool_limits(threads, user_api="blas")
-
-
-def cannot_limit_blas(threads: int) -> str | None:
-    """Why NumPy cannot be given that many threads, or None."""
-    if threads == default_threads() or threadpoolctl() is not None:
-        return None
-    return "the threads of NumPy's BLAS cannot be set without threadpoolctl"
+        return Prepared(call, read)
 
 
 OURS = (FastattnCuda(b) if b is cuda else Fastattn(b) for b in BACKENDS)

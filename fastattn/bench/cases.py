@@ -1,30 +1,29 @@
-"""What is ranked: problems by name, their inputs, and the exact results of some of their rows."""
+"""What is ranked: problems by name, and their inputs."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import reference
-from ..core.backward import Backward
 from ..core.dtypes import float_type
-from ..core.problem import make_problem
 from .functions import FUNCTIONS, document_starts
+from .options import NEIGHBOURS, OPTIONS, sequence_bounds
 
 __all__ = ["CASES", "Case", "parse_shape"]
 
-# The error is measured on this many queries of every head: the exact result of all of them would
-# take longer than the ranking. Float64 is judged in long double, which no BLAS speeds up.
-EXACT_ROWS = {"float64": 16}
-EXACT_ROWS_DEFAULT = 64
-
 # Matrix products of queries x keys: the backward pass makes the scores again, and then the
-# gradients of the weights, q, k and v.
-PRODUCTS = {"forward": 2, "backward": 5, "training step": 7}
+# gradients of the weights, q, k and v; forward mode adds two for the tangents of each array.
+PRODUCTS = {
+    "forward": 2,
+    "backward": 5,
+    "training step": 7,
+    "forward mode of q": 4,
+    "forward mode": 6,
+}
 
 SHAPE = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(\d+)(?:x(\d+))?,(\d+)")
 
@@ -32,7 +31,8 @@ SHAPE = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(\d+)(?:x(\d+))?,(\d+)")
 class Case(NamedTuple):
     """One attention call: q (batch, heads, n_queries, head_dim), k and v with kv_heads, n_keys.
 
-    Its `work` is the result, or the gradients of q, k and v from it, or both, as in training.
+    Its `work` is the result, or the gradients of q, k and v from it, or both, as in training, or
+    the result with its derivative along tangents of q, or of q, k and v.
     """
 
     batch: int
@@ -47,6 +47,7 @@ class Case(NamedTuple):
     work: str = "forward"  # a key of PRODUCTS
     inside: str = ""  # the library in whose program the call is, compiled if it compiles
     function: str = ""  # a key of FUNCTIONS: scores or a mask by a function of the user's
+    option: str = ""  # a key of OPTIONS
 
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.kv_heads}" if self.grouped else f"{self.heads}"
@@ -64,6 +65,8 @@ class Case(NamedTuple):
             words.append(f"inside {self.inside}")
         if self.function:
             words.append(f"function {self.function}")
+        if self.option:
+            words.append(self.option)
         return " ".join(words)
 
     @property
@@ -71,11 +74,47 @@ class Case(NamedTuple):
         return self.kv_heads not in (None, self.heads)
 
     @property
+    def forward_mode(self) -> bool:
+        return self.work.startswith("forward mode")
+
+    @property
+    def backward(self) -> bool:
+        """Are there gradients in its work?"""
+        return self.work in ("backward", "training step")
+
+    @property
+    def documents(self) -> bool:
+        """Are there several end to end, each of which sees itself?"""
+        return self.function == "documents" or self.option == "packed"
+
+    @property
+    def plain(self) -> Case | None:
+        """The call without the function, the option or the tangents, which tells what these cost;
+        None if there are none, or if they leave keys out.
+        """
+        if self.documents or self.option == "graph":
+            return None
+        work = "forward" if self.forward_mode else self.work
+        plain = self._replace(function="", option="", work=work)
+        return None if plain == self else plain
+
+    @property
+    def extra(self) -> str:
+        """What a `plain` call does without, in words."""
+        return (self.function + self.option).replace("_", " ") or "tangents"
+
+    @property
+    def pairs(self) -> int:
+        """How many keys the queries of one head see, in all."""
+        if self.option == "graph":
+            return self.n_queries * min(NEIGHBOURS, self.n_keys)
+        start, stop = self.intervals()
+        return int(np.maximum(stop - start, 0).sum())
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of the products, for the keys that are seen."""
-        start, stop = self.intervals()
-        pairs = int(np.maximum(stop - start, 0).sum())
-        return 2 * PRODUCTS[self.work] * self.head_dim * pairs * self.batch * self.heads
+        return 2 * PRODUCTS[self.work] * self.head_dim * self.pairs * self.batch * self.heads
 
     @property
     def bytes(self) -> int:
@@ -87,6 +126,10 @@ class Case(NamedTuple):
     def decodes(self) -> bool:
         """Is there one query, so that memory sets the pace?"""
         return self.n_queries == 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.n_queries, self.n_keys
 
     @property
     def grid_bytes(self) -> int:
@@ -102,11 +145,23 @@ class Case(NamedTuple):
             right = 0
         start = np.clip(position - left, 0, self.n_keys)
         stop = np.clip(position + right + 1, 0, self.n_keys)
-        if self.function == "documents":
-            bounds = np.append(document_starts(self.n_keys), self.n_keys)
+        if self.documents:
+            bounds = self.document_bounds()
             own = np.searchsorted(bounds, np.arange(self.n_queries), side="right")
             start, stop = np.maximum(start, bounds[own - 1]), np.minimum(stop, bounds[own])
         return start, stop
+
+    def document_bounds(self) -> np.ndarray:
+        """Where the documents begin, and the last one ends."""
+        if self.option == "packed":
+            return sequence_bounds(self.n_keys)
+        return np.append(document_starts(self.n_keys), self.n_keys)
+
+    def options(self, rows: slice | None = None) -> dict[str, Any]:
+        """What `fastattn.scaled_dot` is given for these queries, by default for all."""
+        if not self.option:
+            return {}
+        return OPTIONS[self.option](self, rows or slice(0, self.n_queries))
 
     def functions(self, array: Callable) -> dict[str, Callable]:
         """What `fastattn.flex` is given; `array` makes NumPy's arrays a library's own."""
@@ -136,25 +191,10 @@ class Case(NamedTuple):
         """The standard normal gradient of the result."""
         return self.arrays(seed=1)[0]
 
-    def exact(self, q, k, v) -> tuple[np.ndarray, np.ndarray]:
-        """``(rows, exact)``: the exact results of some queries, spread over the whole length; where
-        gradients are the work, those of these queries.
-        """
-        n = min(self.n_queries, EXACT_ROWS.get(self.dtype, EXACT_ROWS_DEFAULT))
-        rows = np.unique(np.linspace(0, self.n_queries - 1, n).astype(int))
-        start, stop = self.intervals()
-        spans = start[rows], stop[rows]
-        score_mod, bias = self.functions(np.asarray).get("score_mod"), None
-        if score_mod is not None:  # these add
-            head = np.arange(self.heads)[:, None, None]
-            bias = score_mod(0.0, 0, head, rows[:, None], np.arange(self.n_keys))
-        problem = make_problem(q[..., rows, :], k, v, spans=spans, bias=bias, gradients=True)
-        real = np.longdouble if self.dtype == "float64" else np.float64
-        out, lse, _ = reference.attend(problem, real)
-        if self.work == "forward":
-            return rows, out
-        backward = Backward(problem, out, lse, self.grad_out()[..., rows, :], None)
-        return rows, reference.gradients(backward, real)["q"]
+    def tangents(self) -> tuple[np.ndarray, ...]:
+        """Standard normal tangents of ``(q, k, v)``, or of ``(q,)``, where these are its work."""
+        given = {"forward mode": 3, "forward mode of q": 1}.get(self.work, 0)
+        return self.arrays(seed=1)[:given]
 
 
 def parse_shape(text: str, **options) -> Case:
@@ -218,6 +258,19 @@ CASES: dict[str, Case] = {
     "backward-bfloat16": Case(1, 8, 2048, 2048, 64, dtype="bfloat16", work="backward"),
     "training": Case(1, 8, 2048, 2048, 64, causal=True, work="training step"),
     **{f"flex-{name}": Case(1, 8, 4096, 4096, 64, function=name) for name in FUNCTIONS},
+    "flex-documents-backward": Case(1, 8, 4096, 4096, 64, work="backward", function="documents"),
+    "dropout": Case(1, 8, 2048, 2048, 64, option="dropout"),
+    "dropout-backward": Case(1, 8, 2048, 2048, 64, work="backward", option="dropout"),
+    "relative-bias": Case(1, 8, 2048, 2048, 64, option="relative_bias"),
+    "relative-bias-backward": Case(1, 8, 2048, 2048, 64, work="backward", option="relative_bias"),
+    "return-max": Case(1, 8, 2048, 2048, 64, option="return_max"),
+    # 64 sequences
+    "packed": Case(1, 8, 17210, 17210, 64, option="packed"),
+    "packed-causal": Case(1, 8, 17210, 17210, 64, causal=True, option="packed"),
+    "graph": Case(1, 8, 100_000, 100_000, 64, option="graph"),
+    "graph-backward": Case(1, 8, 20_000, 20_000, 64, work="backward", option="graph"),
+    "jvp": Case(1, 8, 2048, 2048, 64, work="forward mode"),
+    "jvp-of-q": Case(1, 8, 2048, 2048, 64, work="forward mode of q"),
     "integrations-jax": Case(1, 8, 4096, 4096, 64, inside="jax"),
     "integrations-jax-training": Case(1, 8, 4096, 4096, 64, work="training step", inside="jax"),
     "integrations-jax-tiny": Case(1, 4, 16, 16, 64, inside="jax"),

@@ -45,6 +45,20 @@ def threadpoolctl() -> ModuleType | None:
     return import_module("threadpoolctl") if find_spec("threadpoolctl") else None
 
 
+def limit_blas(threads: int) -> None:
+    """Let NumPy's BLAS use that many threads from now on."""
+    control = threadpoolctl()
+    if control is not None:
+        control.threadpool_limits(threads, user_api="blas")
+
+
+def cannot_limit_blas(threads: int) -> str | None:
+    """Why NumPy cannot be given that many threads, or None."""
+    if threads == default_threads() or threadpoolctl() is not None:
+        return None
+    return "the threads of NumPy's BLAS cannot be set without threadpoolctl"
+
+
 def default_threads() -> int:
     """How many threads a call uses unless told."""
     compiled = kernels()

@@ -31,7 +31,7 @@ def extra_memory(candidate: str, case: Case, threads: int, timeout: float = 600)
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", __name__, candidate, json.dumps(case), str(threads)],
+        [sys.executable, "-m", __name__, candidate, json.dumps(case._asdict()), str(threads)],
         env={**os.environ, "PYTHONPATH": path},
         timeout=timeout,
         check=False,
@@ -52,11 +52,13 @@ def measure(candidate: str, case: Case, threads: int) -> int:
     call()
     call()
     q, k, v = case.arrays()
-    call, read = peer.prepare(q, k, v, case, threads)
+    call, _ = peer.prepare(q, k, v, case, threads)
     _reset_peak()
     before = _status("VmRSS")
-    result = read(call())
-    return max(0, _status("VmHWM") - before - result.nbytes)
+    result = call()
+    peak = _status("VmHWM")
+    del result
+    return max(0, peak - before - q.nbytes)
 
 
 def _reset_peak() -> None:
@@ -76,7 +78,6 @@ def _status(field: str) -> int:
 
 if __name__ == "__main__":
     name, case, threads = sys.argv[1:]
-    batch = json.loads(case)
-    if batch[7] is not None:  # the window, which JSON made a list
-        batch[7] = tuple(batch[7])
-    print(measure(name, Case(*batch), int(threads)))
+    fields = json.loads(case)
+    window = fields.pop("window")  # JSON made a list of it
+    print(measure(name, Case(**fields, window=window and tuple(window)), int(threads)))

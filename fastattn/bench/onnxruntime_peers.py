@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .base import Candidate, Prepared
 from .cases import Case
+from .options import biases
 
 __all__ = ["ONNXRUNTIME"]
 
@@ -19,16 +20,22 @@ class OnnxRuntime(Candidate):
     name = "onnxruntime"
     packages = ("onnxruntime", "onnx")
     dtypes = ("float32",)
+    options = ("relative_bias",)
     grouped = windows = causal_at_the_end = False
 
     def grids(self, case: Case) -> int:
-        return int(case.causal)  # its flash kernel has no causal mask
+        # Its flash kernel has no causal mask, and no biases.
+        return 2 if case.option == "relative_bias" else int(case.causal)
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         feed = {name: _packed(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+        operands = [*feed]
+        if case.option == "relative_bias":
+            feed["bias"] = biases(case)[None]
+            operands += ["", "", "bias"]
         session = _session(
             "MultiHeadAttention", feed, {"out": feed["q"]}, threads, domain="com.microsoft",
-            num_heads=case.heads, unidirectional=int(case.causal),
+            operands=operands, num_heads=case.heads, unidirectional=int(case.causal),
         )  # fmt: skip
         return Prepared(lambda: session.run(None, feed)[0], lambda out: _by_head(out, q.shape))
 
@@ -39,13 +46,16 @@ class OnnxRuntimeAttention(Candidate):
     name = "onnxruntime-attention"
     packages = ("onnxruntime", "onnx")
     dtypes = ("float32",)
+    options = ("relative_bias",)
     windows = causal_at_the_end = False
 
     def grids(self, case: Case) -> int:
-        return 1
+        return 1 + (case.option == "relative_bias")
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         feed = {"q": q, "k": k, "v": v}
+        if case.option == "relative_bias":
+            feed["mask"] = biases(case)[None]
         session = _session("Attention", feed, {"out": q}, threads, is_causal=int(case.causal))
         return Prepared(lambda: session.run(None, feed)[0], np.asarray)
 
@@ -110,9 +120,11 @@ def _by_head(x: np.ndarray, shape) -> np.ndarray:
 
 def _session(
     operator: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], threads: int,
-    domain: str = "", **attributes: Any,
+    domain: str = "", operands: Sequence[str] = (), **attributes: Any,
 ):  # fmt: skip
-    """A session with a graph of one node, whose operands are like the arrays given."""
+    """A session with a graph of one node, whose operands are like the arrays given; `operands` are
+    their names, where one that it does without, "", comes before another.
+    """
     import onnxruntime
     from onnx import helper
 
@@ -122,7 +134,9 @@ def _session(
             for name, x in arrays.items()
         ]
 
-    node = helper.make_node(operator, [*inputs], [*outputs], domain=domain, **attributes)
+    node = helper.make_node(
+        operator, operands or [*inputs], [*outputs], domain=domain, **attributes
+    )
     graph = helper.make_graph([node], "attention", described(inputs), described(outputs))
     opsets = [
         helper.make_opsetid("", 17 if domain else 23),

@@ -6,147 +6,19 @@ A package is imported in the one `prepare` that needs it.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from .base import Candidate, Prepared
 from .cases import Case
 from .onnxruntime_peers import ONNXRUNTIME
+from .option_peers import OPTION_PEERS
+from .options import biases, on_grid, relative_biases
+from .torch_peers import Torch, TorchCuda, TorchFlex
 
-__all__ = ["PEERS", "Jax", "TorchCuda"]
-
-
-class Torch(Candidate):
-    """``torch.nn.functional.scaled_dot_product_attention``, which takes its flash kernel."""
-
-    name = "torch"
-    packages = ("torch",)
-    dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
-    device = "cpu"
-    gradients = True
-
-    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
-        import torch
-        from torch.nn.functional import scaled_dot_product_attention
-
-        torch.set_num_threads(threads)
-        query, key, value = (self.tensor(x) for x in (q, k, v))
-        # `is_causal` is its fast way, but starts at the first key; a mask says all else.
-        is_causal = case.causal and case.window is None and case.n_queries == case.n_keys
-        seen = None if is_causal else case.mask()
-        mask = None if seen is None else self.tensor(seen)
-
-        def attend():
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=case.grouped
-            )
-
-        if case.work == "forward":
-            return Prepared(torch.inference_mode()(attend), self.read)
-        sources = [x.requires_grad_() for x in (query, key, value)]
-        grad_out = self.tensor(case.grad_out())
-
-        def train():
-            return torch.autograd.grad(attend(), sources, grad_out)
-
-        out = attend()
-
-        def differentiate():
-            return torch.autograd.grad(out, sources, grad_out, retain_graph=True)
-
-        call = train if case.work == "training step" else differentiate
-        return Prepared(call, lambda gradients: self.read(gradients[0]))
-
-    def tensor(self, x):
-        """`x` as a tensor where this one computes."""
-        import torch
-
-        if x.dtype.name == "bfloat16":  # torch reads NumPy's own dtypes only
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self.device)
-        return torch.from_numpy(x).to(self.device)
-
-    def read(self, out) -> np.ndarray:
-        import torch
-
-        # Nor does NumPy know bfloat16.
-        return out.to(torch.promote_types(out.dtype, torch.float32)).cpu().numpy()
-
-
-class TorchFlex(Torch):
-    """``torch.nn.attention.flex_attention``, compiled, with its own block mask."""
-
-    name = "torch-flex"
-    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
-    functions = True
-    gradients = windows = False
-
-    def belongs(self, case: Case) -> bool:
-        return bool(case.function) and super().belongs(case)
-
-    def unavailable(self, case: Case, threads: int) -> str | None:
-        if not case.function or case.causal:
-            return "is called for functions of the user's alone"
-        return super().unavailable(case, threads)
-
-    def missing(self) -> str | None:
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
-            return "torch.compile finds no C++ compiler"
-        return super().missing()
-
-    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
-        import torch
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        torch.set_num_threads(threads)
-        functions: dict[str, Any] = dict(case.functions(torch.from_numpy))
-        if "mask_mod" in functions:
-            functions["block_mask"] = create_block_mask(
-                functions.pop("mask_mod"), None, None, case.n_queries, case.n_keys, device="cpu"
-            )
-        arrays = [self.tensor(x) for x in (q, k, v)]
-        attend = torch.compile(flex_attention, dynamic=False)
-
-        def call():
-            with torch.inference_mode():
-                return attend(*arrays, enable_gqa=case.grouped, **functions)
-
-        call()  # compiles
-        return Prepared(call, self.read)
-
-
-class TorchCuda(Torch):
-    """The same on a GPU, where it takes whichever of its kernels it thinks the best."""
-
-    name = "torch-cuda"
-    only_named = True
-    device = "cuda"
-
-    def missing(self) -> str | None:
-        absent = super().missing()
-        if absent is None:
-            import torch
-
-            absent = None if torch.cuda.is_available() else "torch finds no CUDA device"
-        return absent
-
-    def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
-        return self.finished(super().prepare(q, k, v, case, threads))
-
-    @staticmethod
-    def finished(prepared: Prepared) -> Prepared:
-        """The same, whose call waits until the result is there."""
-        import torch
-
-        def call():
-            out = prepared.call()
-            torch.cuda.synchronize()
-            return out
-
-        return Prepared(call, prepared.read)
+__all__ = ["PEERS", "Jax"]
 
 
 class Jax(Candidate):
@@ -156,7 +28,8 @@ class Jax(Candidate):
     packages = ("jax", "jaxlib")
     dtypes: tuple[str, ...] = ("float32",)  # its softmax is float32 whatever comes in
     inside: tuple[str, ...] = ("", "jax")
-    gradients = True
+    options: tuple[str, ...] = ("relative_bias",)
+    gradients = forward_mode = True
     causal_at_the_end = False
 
     def unavailable(self, case: Case, threads: int) -> str | None:
@@ -165,7 +38,8 @@ class Jax(Candidate):
         return super().unavailable(case, threads)
 
     def grids(self, case: Case) -> int:
-        return 2 if case.work == "forward" else 4
+        own = case.option == "relative_bias"
+        return (2 if case.work == "forward" else 4) + own
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         os.environ["NPROC"] = str(threads)  # how XLA is told, before it starts
@@ -174,34 +48,57 @@ class Jax(Candidate):
         jax.config.update("jax_platforms", "cpu")
         attention = self.attention()
 
-        def attend(q, k, v):
-            return attention(q, k, v, is_causal=case.causal, local_window_size=case.window)
+        where = on_grid(case) if case.option == "relative_bias" else None
+
+        def attend(q, k, v, *biased):
+            options = {"is_causal": case.causal, "local_window_size": case.window}
+            if biased:  # in a forward pass for each query and key, else learned
+                learned = case.work != "forward"
+                options["bias"] = biased[0][None, :, where] if learned else biased[0]
+            return attention(q, k, v, **options)
 
         def array(x):
             return jax.numpy.asarray(np.ascontiguousarray(x.swapaxes(1, 2)))
 
-        def train(q, k, v, grad_out):
-            return jax.vjp(attend, q, k, v)[1](grad_out)
-
-        def differentiate(pullback, grad_out):
-            return pullback(grad_out)
-
         arrays = [array(x) for x in (q, k, v)]
-        function: Callable = attend
-        arguments: list = arrays
-        if case.work != "forward":
-            function, arguments = train, [*arrays, array(case.grad_out())]
-        if case.work == "backward":
-            pullback = jax.jit(lambda *x: jax.vjp(attend, *x)[1])(*arrays)
-            function, arguments = differentiate, [pullback, arguments[3]]
+        if case.option == "relative_bias":
+            made = biases(case)[None] if case.work == "forward" else relative_biases(case)
+            arrays.append(jax.numpy.asarray(made))
+        more = [array(x) for x in case.tangents() or [case.grad_out()]]
+        function, arguments = self.program(attend, arrays, more, case)
         compiled = jax.jit(function)
         jax.block_until_ready(compiled(*arguments))
 
         def read(found):
-            found = found if case.work == "forward" else found[0]
+            if case.work != "forward":
+                found = found[1] if case.forward_mode else found[0]
             return np.asarray(found).swapaxes(1, 2)
 
         return Prepared(lambda: jax.block_until_ready(compiled(*arguments)), read)
+
+    @staticmethod
+    def program(attend: Callable, arrays: list, more: list, case: Case) -> tuple[Callable, list]:
+        """The work of `case` as a function, and its arguments; `more` are tangents or gradients."""
+        import jax
+
+        def push(arrays, tangents):
+            n = len(tangents)
+            return jax.jvp(lambda *first: attend(*first, *arrays[n:]), arrays[:n], tangents)
+
+        def train(arrays, grad_out):
+            return jax.vjp(attend, *arrays)[1](grad_out)
+
+        def differentiate(pullback, grad_out):
+            return pullback(grad_out)
+
+        if case.work == "forward":
+            return attend, arrays
+        if case.forward_mode:
+            return push, [arrays, more]
+        if case.work == "training step":
+            return train, [arrays, *more]
+        pullback = jax.jit(lambda *x: jax.vjp(attend, *x)[1])(*arrays)
+        return differentiate, [pullback, *more]
 
     def attention(self) -> Callable:
         import jax
@@ -215,7 +112,11 @@ class OpenVino(Candidate):
     name = "openvino"
     packages = ("openvino",)
     dtypes = ("float32",)
+    options = ("relative_bias",)
     grouped = windows = causal_at_the_end = False
+
+    def grids(self, case: Case) -> int:
+        return int(case.option == "relative_bias")
 
     def prepare(self, q, k, v, case: Case, threads: int) -> Prepared:
         # Otherwise importing it forks a process that reports to its makers, unasked.
@@ -223,7 +124,10 @@ class OpenVino(Candidate):
         import openvino  # type: ignore
         from openvino import opset13
 
-        inputs = [opset13.parameter(x.shape, np.float32) for x in (q, k, v)]
+        arrays = [q, k, v]
+        if case.option == "relative_bias":
+            arrays.append(biases(case)[None])
+        inputs = [opset13.parameter(x.shape, np.float32) for x in arrays]
         node = opset13.scaled_dot_product_attention(*inputs, causal=case.causal)
         compiled = openvino.Core().compile_model(
             openvino.Model([node], inputs, "attention"),
@@ -235,7 +139,7 @@ class OpenVino(Candidate):
             },
         )
         request = compiled.create_infer_request()
-        for index, x in enumerate((q, k, v)):
+        for index, x in enumerate(arrays):
             request.set_input_tensor(index, openvino.Tensor(x, shared_memory=True))
 
         def call():
@@ -252,4 +156,5 @@ PEERS: tuple[Candidate, ...] = (
     *ONNXRUNTIME,
     Jax(),
     OpenVino(),
+    *OPTION_PEERS,
 )

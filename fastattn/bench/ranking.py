@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..core.dtypes import float_type
 from . import machine, memory, timing
 from .candidates import Candidate
 from .cases import Case
+from .exact import exact_rows
 
 __all__ = ["add_ratios", "conditions", "rank", "steps"]
 
@@ -53,9 +55,18 @@ def rank(
         else:
             absent[candidate.name] = reason
     calls, errors = prepare(case, present, threads, tick)
+    plain, without = _plain(case, present, threads, tick)
     peaks: list[float] = []
-    times = timing.interleave(calls, repeat, tick, lambda: peaks.extend(_peak(case, threads)))
+
+    def after_first():
+        peaks.extend(_peak(case, threads))
+        if plain is not None:
+            plain["samples"] += timing.interleave({"": without}, 1)[""].samples
+
+    times = timing.interleave(calls, repeat, tick, after_first)
     peak = _highest(peaks, case, times)
+    if plain is not None:
+        plain["median"] = median(plain["samples"])
     entries = []
     for candidate in present:
         extra = None
@@ -75,6 +86,7 @@ def rank(
         "bytes": case.bytes,
         "decodes": case.decodes,
         "peak": peak,
+        "plain": plain,
         "entries": entries,
         "absent": absent,
     }
@@ -82,7 +94,7 @@ def rank(
 
 def steps(candidates: int, repeat: int, with_memory: bool) -> int:
     """How many ticks one `rank` makes at most, for a progress bar."""
-    return 1 + candidates * (1 + repeat + with_memory)
+    return 2 + candidates * (1 + repeat + with_memory)
 
 
 def prepare(
@@ -92,17 +104,35 @@ def prepare(
     tick: Callable[[str], Any] = lambda name: None,
 ):
     """``(calls, errors)`` by name; each call has run once, and its result been compared."""
+    candidates = list(candidates)
+    if not candidates:
+        return {}, {}
     tick("preparing the exact result")
     q, k, v = case.arrays()
-    rows, exact = case.exact(q, k, v)
+    rows, exact = exact_rows(case, q, k, v)
     calls: dict[str, Callable[[], Any]] = {}
     errors = {}
     for candidate in candidates:
         tick(f"preparing {candidate.name}")
         call, read = candidate.prepare(q, k, v, case, threads)
-        errors[candidate.name] = rms_error(read(call()), rows, exact)
+        found = read(call())
+        by_chance = candidate.draws_its_own(case)
+        errors[candidate.name] = None if by_chance else rms_error(found, rows, exact)
         calls[candidate.name] = call
     return calls, errors
+
+
+def _plain(case: Case, present: list[Candidate], threads: int, tick):
+    """What is known before it is timed of the call without the option, by the first of ours, and
+    this call; ``(None, None)`` where there is none.
+    """
+    candidate = next((c for c in present if c.ours), None)
+    if candidate is None or case.plain is None:
+        return None, None
+    tick(f"preparing {candidate.name} without {case.extra}")
+    call, _ = candidate.prepare(*case.plain.arrays(), case.plain, threads)
+    call()
+    return {"name": candidate.name, "without": case.extra, "samples": []}, call
 
 
 def rms_error(out: np.ndarray, rows: np.ndarray, exact: np.ndarray) -> float:

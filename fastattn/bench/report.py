@@ -193,7 +193,7 @@ def print_ranking(ranking: dict[str, Any], repeat: int) -> None:
             f"{entry[f'{work} per second'] / scale:.1f}",
             _maybe(entry["share of peak"], "{:.0%}".format),
             _maybe(entry["memory"], size),
-            f"{entry['error']:.1e}",
+            _maybe(entry["error"], "{:.1e}".format),
             _maybe(entry["ratio"], "{:.2f}x".format),
         )
         for entry in entries
@@ -201,11 +201,21 @@ def print_ranking(ranking: dict[str, Any], repeat: int) -> None:
     ours = [index for index, entry in enumerate(entries) if entry["ours"]]
     print()
     table(SEPARATOR.join(title), headers, rows, bold=ours[:1])
+    if ranking.get("plain"):
+        print(*folded(_cost(ranking), indent="  "), sep="\n")
     absent: dict[str, list[str]] = {}
     for name, reason in ranking["absent"].items():
         absent.setdefault(reason, []).append(name)
     for reason, names in absent.items():
         print(*folded(f"absent: {', '.join(names)}: {reason}", indent="  "), sep="\n")
+
+
+def _cost(ranking: dict[str, Any]) -> str:
+    plain = ranking["plain"]
+    name = plain["name"]
+    taken = next(e["median"] for e in ranking["entries"] if e["name"] == name)
+    without = duration(plain["median"])
+    return f"{name} without {plain['without']}: {without}, with: {taken / plain['median']:.2f}x"
 
 
 def print_absent_peers(rankings: Sequence[dict[str, Any]]) -> None:
