@@ -343,34 +343,28 @@ cdef int run_backward(void *ready) except -1:
 
 
 def differentiate(
-    cnp.ndarray grad_out not None, cnp.ndarray q not None, cnp.ndarray k not None,
-    cnp.ndarray v not None, cnp.ndarray out not None, cnp.ndarray lse not None,
-    cnp.ndarray grad_lse, cnp.ndarray rows not None,
-    cnp.ndarray grad_q not None, cnp.ndarray grad_k, cnp.ndarray grad_v,
-    cnp.ndarray coarse not None, tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    str compute_dtype, int threads, dropout, double scale, cnp.ndarray key_heads not None,
-    cnp.ndarray grad_bias=None, cnp.ndarray row_sums=None, cnp.ndarray scales=None,
-    cnp.ndarray relative_bias=None, bint wants_scale=False, cnp.ndarray grad_relative_bias=None,
-    cnp.ndarray sequences=None, score_function=None, cnp.ndarray grad_dim_weights=None,
-    cnp.ndarray block_table=None, Plan plan=None,
+    b, str compute_dtype, int threads, cnp.ndarray rows not None, cnp.ndarray grad_q not None,
+    cnp.ndarray grad_k, cnp.ndarray grad_v, cnp.ndarray key_heads not None,
+    cnp.ndarray grad_bias=None, cnp.ndarray row_sums=None, cnp.ndarray relative_bias=None,
+    cnp.ndarray grad_relative_bias=None, cnp.ndarray grad_dim_weights=None, Plan plan=None,
 ):
-    """Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
+    """Run the backward pass of `b`, a `fastattn.core.backward.Backward`.
+
+    Add to `grad_q`, (batch, heads, queries, head_dim), which must be zero before, and fill
     `grad_k` and `grad_v`, (batch, kv_heads, keys, dim). Their dtype is the one that the kernels sum
     in, and their dims are contiguous. They are summed along axes of length 1 that the call
-    broadcasts; without any, `grad_k` and `grad_v` may also be of half precision.
+    broadcasts; without any, `grad_k` and `grad_v` may also be of half precision. Of keys in pages
+    both are None.
 
-    `lse` and `grad_lse`, (batch, heads, queries), have the dtype of sums. An lse beyond `coarse`,
-    float64 (queries) or (1), is computed again by the kernels. `rows`, float64 (batch, heads,
+    An lse beyond `b.coarse()` is computed again by the kernels. `rows`, float64 (batch, heads,
     queries, 3) and contiguous, is filled with the lse, the rest that its rounding lost, and the
     mean of the weights' gradients.
     `grad_bias` and `row_sums` are added to unless None. `grad_bias` broadcasts to the scores; it
     has the dtype of sums, or float64 if it broadcasts along the queries, and contiguous keys.
     `row_sums` is float64 (batch, heads, queries, 6) and contiguous: see `Tile.row_sums`, the last
-    two of which `wants_scale` asks for, beside `scales`. `grad_relative_bias`, float64 and
-    contiguous, is added to unless None, and has the shape of `relative_bias`; so is
-    `grad_dim_weights`, float64 (head_dim,) and contiguous, of an additive score. With a
-    `block_table` `grad_k` and `grad_v` are None.
+    two of which are summed where the gradient of the scale is wanted. `grad_relative_bias`, float64
+    and contiguous, is added to unless None, and has the shape of `relative_bias`; so is
+    `grad_dim_weights`, float64 (head_dim,) and contiguous, of an additive score.
     `key_heads`, int64 (items, sharers), holds all flattened key heads; those of a row share one
     `grad_bias`. The rest is as for `attend`.
     """
@@ -380,16 +374,19 @@ def differentiate(
         call = <BackwardCall *>plan.begin(sizeof(BackwardCall), run_backward)
     cdef BackwardParams *backward = &call.backward
     cdef Tile *tile = &call.workspace.prototype
-    cdef Py_ssize_t counts, most_threads
+    cdef Py_ssize_t counts, most_threads, value_dim
     cdef CallParams *params = &backward.call
-    bind_params(
-        params, q, k, v, grad_q, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
-        dropout, scales, relative_bias,
-    )
-    bind_operand(params, &backward.grad_out, grad_out, 3)
-    bind_operand(params, &backward.result, out, 3)
-    bind_operand(params, &backward.lse, lse, 2)
-    bind_operand(params, &backward.grad_lse, grad_lse, 2)
+    p = b.problem
+    cdef bint wants_scale = b.wants("scale")
+    cdef cnp.ndarray v = p.v, scales = scales_of(p, wants_scale)
+    cdef cnp.ndarray coarse = np.atleast_1d(b.coarse())
+    value_dim = v.shape[v.ndim - 1]
+    bind_problem(params, p, grad_q, scales, relative_bias)
+    cdef bint dot = params.score_function == DOT
+    bind_operand(params, &backward.grad_out, b.grad_out, 3)
+    bind_operand(params, &backward.result, b.out, 3)
+    bind_operand(params, &backward.lse, b.lse, 2)
+    bind_operand(params, &backward.grad_lse, b.grad_lse, 2)
     bind_operand(params, &backward.rows, rows, 3)
     bind_operand(params, &backward.grad_bias, grad_bias, 3)
     bind_operand(params, &backward.row_sums, row_sums, 3)
@@ -399,29 +396,24 @@ def differentiate(
     bind_operand(params, &backward.grad_k, grad_k, 3)
     bind_operand(params, &backward.grad_v, grad_v, 3)
     params.kernels = backward_kernels_for(
-        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
-        score_function is None,
+        compute_dtype, params.group * params.n_queries, params.head_dim, value_dim, dot
     )
-    kept = cut_sequences(
-        params, sequences, compute_dtype, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
-        score_function is None, True, False,
-    )
-    if params.key_heads * params.blocks == 0 and block_table is None:
+    sequences = cut_sequences(params, p.packing, compute_dtype, value_dim, dot, True, False)
+    if params.key_heads * params.blocks == 0 and grad_k is not None:
         grad_k.fill(0)
         grad_v.fill(0)
     if params.key_heads == 0:
         return
     most_threads = max(1, key_heads.shape[0] * params.blocks)
     call.threads = available_threads(min(threads, most_threads))
-    init_tile(params, tile, q, k, v, grad_q, scale, softcap, bias, relative_bias)
-    set_score_function(tile, score_function)
-    tile.differentiating = True
-    tile.grad_out_format = number_format(grad_out)
+    init_tile(params, tile, relative_bias)
+    tile.value_dim, tile.differentiating = value_dim, True
+    tile.grad_out_format = backward.grad_out.format
     tile.grad_out_dim, tile.result_dim = backward.grad_out.dim, backward.result.dim
-    if block_table is not None:
-        bind_stored_keys(params, tile, k, v, None, None, block_table)
-    else:
-        tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
+    block_table = bind_stored_keys(params, tile, p)
+    if block_table is None:
+        tile.grad_k_format = backward.grad_k.format
+        tile.grad_v_format = backward.grad_v.format
         tile.grad_k_key, tile.grad_v_key = backward.grad_k.row, backward.grad_v.row
     tile.wants_bias, tile.wants_sums = grad_bias is not None, row_sums is not None
     tile.wants_scale, tile.wants_relative_bias = wants_scale, grad_relative_bias is not None
@@ -441,7 +433,7 @@ def differentiate(
     if plan is None:
         run_backward(call)
         return
-    plan.kept = plan.kept, kept
+    plan.kept = read_by_plans(p), scales, relative_bias, coarse, key_heads, sequences
     plan.take_threads(&call.threads, most_threads)
     plan.take_input(&backward.grad_out)
     plan.take_input(&params.q)
@@ -449,7 +441,7 @@ def differentiate(
     plan.take_input(&params.v)
     plan.take_input(&backward.result)
     plan.take_input(&backward.lse)
-    if grad_lse is not None:
+    if backward.grad_lse.data is not NULL:
         plan.take_input(&backward.grad_lse)
     plan.take_output(0, &params.out)
     plan.take_output(1, &backward.grad_k)

@@ -3,6 +3,7 @@
 cdef struct Operand:
     # An array of (batch, heads, rows, dims): base pointer and byte strides. NULL if not given.
     char *data
+    NumberFormat format
     Py_ssize_t head, row, dim
     Py_ssize_t batch[64]  # one stride per batch axis, 0 where it broadcasts
 
@@ -61,7 +62,7 @@ cdef struct CallParams:
     int lse_bytes  # of one number, also of max_score
     int n_batch
     Py_ssize_t shape[64]  # of the batch
-    Py_ssize_t kv_heads, group, n_queries, n_keys
+    Py_ssize_t kv_heads, group, n_queries, n_keys, head_dim
     Py_ssize_t key_heads  # of all batch entries
     Sequence whole  # the only sequence, unless there are `sequences`
     const Sequence *sequences
@@ -70,14 +71,16 @@ cdef struct CallParams:
     Py_ssize_t blocks  # of keys, likewise
     char *partial  # (batch, sequences, kv_heads, splits): the partial result of each
     Py_ssize_t partial_bytes  # of a batch entry
-    NumberFormat out_format
     const int64_t *order  # of the batch entries; NULL: as stored
     Operand pages  # (batch, pages); NULL: keys and values are no pool of these
     const double *alibi  # per head; NULL if not given
     const double *sinks
     const double *scales
+    double scale, softcap  # a scale of 1 beside `scales`; 0: no softcap
     char *relative_bias  # (kv_heads, rows, group), as Tile.relative_bias
     Py_ssize_t relative_bias_bytes  # of one key head
+    ScoreFunction score_function
+    const double *dim_weights  # of an additive score
     WeightReduction reduction
     Dropout dropout
 
@@ -92,6 +95,7 @@ cdef int bind_operand(CallParams *params, Operand *operand, cnp.ndarray array, i
         operand.data = NULL
         return 0
     operand.data = <char *>cnp.PyArray_DATA(array)
+    operand.format = number_format(array)
     lead = array.ndim - rank
     missing = params.n_batch - lead
     for axis in range(params.n_batch):
@@ -159,13 +163,13 @@ cdef int cut_sequence(
 
 
 cdef object cut_sequences(
-    CallParams *params, cnp.ndarray table, str compute_dtype, Py_ssize_t head_dim,
-    Py_ssize_t value_dim, bint dot, bint backward, bint splits,
+    CallParams *params, packing, str compute_dtype, Py_ssize_t value_dim, bint dot, bint backward,
+    bint splits,
 ):
-    """Cut all that are in `table`, int64 (sequences, 4) and contiguous: the first query, the
-    number of queries, the first key and the number of keys of each. If that is None, cut the whole
-    call. Returns what must be kept until the call has ended.
+    """Cut all sequences of a `fastattn.core.packing.Packing`, the longest first; if that is None,
+    the whole call. Returns what must be kept until the call has ended.
     """
+    cdef cnp.ndarray table = None if packing is None else packing.longest_first()
     cdef Py_ssize_t n
     cdef const int64_t *row
     cdef Sequence *sequences = &params.whole
@@ -188,11 +192,11 @@ cdef object cut_sequences(
         sequences[n].first_key, sequences[n].n_keys = row[2], row[3]
         if backward:
             sequences[n].kernels = backward_kernels_for(
-                compute_dtype, params.group * row[1], head_dim, value_dim, dot
+                compute_dtype, params.group * row[1], params.head_dim, value_dim, dot
             )
         else:
             sequences[n].kernels = kernels_for(
-                compute_dtype, params.group * row[1], head_dim, value_dim, dot
+                compute_dtype, params.group * row[1], params.head_dim, value_dim, dot
             )
         cut_sequence(params, &sequences[n], value_dim, splits)
     return memory
@@ -310,7 +314,7 @@ cdef void set_tile(const CallParams *params, Tile *tile, WorkItem work) noexcept
     )
     tile.k, tile.v = key_ptr(params, &params.k, work), key_ptr(params, &params.v, work)
     tile.drop_first_key = params.dropout.offset[3] + origin
-    tile.out_format, tile.out_dim = params.out_format, params.out.dim
+    tile.out_format, tile.out_dim = params.out.format, params.out.dim
     if params.pages.data is not NULL:
         tile.pages = <int64_t *>batch_ptr(params, &params.pages, work.batch)
     if params.k_scales.data is not NULL:
@@ -430,7 +434,7 @@ cdef void combine_splits(const CallParams *params, Py_ssize_t value_dim) noexcep
                 partial_ptr(params, work, 0), work.sequence.num_splits,
                 work.sequence.partial_bytes, rows, i, value_dim,
                 row_ptr(&params.out, out, head_of(params, work, i), query_of(params, work, i)),
-                dim, params.out_format,
+                dim, params.out.format,
             ))
 
 
@@ -453,7 +457,7 @@ cdef const double *doubles(cnp.ndarray array):
 
 cdef int bind_key_range(CallParams *params, key_range) except -1:
     cdef KeyRange *keys = &params.keys
-    # Which it is a subclass of.
+    # A tuple, which it is a subclass of, is read faster than attributes.
     _, params.n_keys, offset, left, right, lengths, spans = <tuple>key_range
     keys.offset, keys.offsets.data, keys.start.data, keys.stop.data = 0, NULL, NULL, NULL
     keys.left = UNBOUNDED if left is None else left
@@ -482,34 +486,65 @@ cdef int bind_dropout(CallParams *params, dropout) except -1:
     return 0
 
 
-cdef int bind_params(
-    CallParams *params, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, tuple batch,
-    Py_ssize_t heads, Py_ssize_t kv_heads, cnp.ndarray alibi, cnp.ndarray sinks,
-    key_range, cnp.ndarray mask, cnp.ndarray bias, dropout, cnp.ndarray scales,
-    cnp.ndarray relative_bias,
+cdef cnp.ndarray scales_of(p, bint per_head):
+    """The scales of the heads of a `Problem`, or None where `p.scale` is that of all of them; if
+    `per_head`, never None.
+    """
+    scale = p.scale
+    if isinstance(scale, cnp.ndarray):
+        return scale
+    return np.full(p.heads, scale) if per_head else None
+
+
+cdef int bind_score_function(CallParams *params, score_function) except -1:
+    """From a pair of its name and the weights of the dims."""
+    name, weights = <tuple>score_function
+    params.score_function, params.dim_weights = DOT, NULL
+    if name != "dot":
+        params.score_function = {
+            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
+        }[name]
+        params.dim_weights = doubles(weights)
+    return 0
+
+
+cdef int bind_problem(
+    CallParams *params, p, cnp.ndarray out, cnp.ndarray scales, cnp.ndarray relative_bias
 ) except -1:
-    """The parameters of either direction, with one tile and one split per key head."""
+    """The parameters of a `fastattn.core.problem.Problem` in either direction. `scales` and
+    `relative_bias` are of `scales_of` and of `kernel_args.relative_bias_rows`.
+    """
+    cdef tuple batch = p.batch
+    cdef cnp.ndarray q = p.q
+    cdef Py_ssize_t heads = p.heads
     cdef int i
     params.n_batch = len(batch)
-    params.key_heads = params.kv_heads = kv_heads
+    params.key_heads = params.kv_heads = p.kv_heads
     for i in range(params.n_batch):
         params.shape[i] = batch[i]
         params.key_heads *= params.shape[i]
+    params.group = heads // params.kv_heads if params.kv_heads else 1
+    params.n_queries, params.head_dim = q.shape[q.ndim - 2], q.shape[q.ndim - 1]
     bind_operand(params, &params.q, q, 3)
-    bind_operand(params, &params.k, k, 3)
-    bind_operand(params, &params.v, v, 3)
+    bind_operand(params, &params.k, p.k, 3)
+    bind_operand(params, &params.v, p.v, 3)
     bind_operand(params, &params.out, out, 3)
-    bind_key_range(params, key_range)
-    bind_dropout(params, dropout)
-    bind_operand(params, &params.mask, mask, 3)
-    bind_operand(params, &params.bias, bias, 3)
+    bind_key_range(params, p.key_range)
+    bind_dropout(params, p.dropout)
+    mask = p.mask
+    bind_operand(params, &params.mask, mask if type(mask) is cnp.ndarray else None, 3)
+    bind_operand(params, &params.bias, p.bias, 3)
     bind_operand(params, &params.weights, None, 3)
     bind_operand(params, &params.k_scales, None, 3)
     bind_operand(params, &params.v_scales, None, 3)
     bind_operand(params, &params.pages, None, 1)
-    params.alibi = doubles(alibi)
-    params.sinks = doubles(sinks)
+    params.alibi = doubles(p.alibi)
+    params.sinks = doubles(p.sinks)
     params.scales = doubles(scales)
+    params.scale = 1 if scales is not None else p.scale
+    softcap = p.softcap
+    params.softcap = 0 if softcap is None else softcap
+    bind_score_function(params, p.score_function)
     params.relative_bias, params.relative_bias_bytes = NULL, 0
     if relative_bias is not None:
         params.relative_bias = <char *>cnp.PyArray_DATA(relative_bias)
@@ -517,41 +552,38 @@ cdef int bind_params(
             relative_bias.shape[1] * relative_bias.shape[2] * relative_bias.itemsize
         )
     params.max_score.data = NULL
-    params.group = heads // kv_heads if kv_heads else 1
-    params.n_queries = q.shape[q.ndim - 2]
-    params.out_format = number_format(out)
     params.order = NULL
     params.reduction.sums, params.reduction.top_k = NULL, 0
     return 0
 
 
-cdef int init_tile(
-    const CallParams *params, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v,
-    cnp.ndarray out, double scale, double softcap, cnp.ndarray bias, cnp.ndarray relative_bias,
-) except -1:
-    """What all tiles of a call have in common, but for what a reduction needs."""
+cdef tuple read_by_plans(p):
+    """The arrays of a `Problem` that all runs of a plan read where they lie."""
+    return p.bias, p.mask, p.alibi, p.sinks, p.key_range, p.score_function
+
+
+cdef int init_tile(const CallParams *params, Tile *tile, cnp.ndarray relative_bias) except -1:
+    """What all tiles of a call have in common, but for the dim of values, and what a reduction or
+    another direction needs.
+    """
     tile.k_scales, tile.v_scales, tile.pages = NULL, NULL, NULL
-    tile.q_format = number_format(q)
-    tile.k_format, tile.v_format = number_format(k), number_format(v)
-    tile.out_format = params.out_format
+    tile.q_format, tile.k_format = params.q.format, params.k.format
+    tile.v_format, tile.out_format = params.v.format, params.out.format
     tile.q_dim, tile.out_dim = params.q.dim, params.out.dim
     tile.k_dim, tile.k_key = params.k.dim, params.k.row
     tile.v_dim, tile.v_key = params.v.dim, params.v.row
-    tile.head_dim = q.shape[q.ndim - 1]
-    tile.value_dim = v.shape[v.ndim - 1]
+    tile.head_dim = params.head_dim
     tile.block_k = min(params.kernels.block_k, params.n_keys)
-    tile.scale = scale
-    tile.softcap = softcap
-    tile.score_function = DOT
-    tile.dim_weights = NULL
+    tile.scale, tile.softcap = params.scale, params.softcap
+    tile.score_function, tile.dim_weights = params.score_function, params.dim_weights
     tile.has_mask = params.mask.data is not NULL
     tile.has_bias = params.bias.data is not NULL
     tile.has_alibi = params.alibi is not NULL
     tile.has_sinks = params.sinks is not NULL
     tile.mask_key = params.mask.dim
     tile.bias_key = params.bias.dim
-    if bias is not None:
-        tile.bias_format = number_format(bias)
+    if tile.has_bias:
+        tile.bias_format = params.bias.format
     tile.has_scales = params.scales is not NULL
     tile.relative_bias, tile.group = NULL, params.group
     tile.plain_relative_bias = tile.hiding_relative_bias = False
@@ -573,35 +605,28 @@ cdef int init_tile(
     return 0
 
 
-cdef int set_score_function(Tile *tile, score_function) except -1:
-    """From None for dot products, or a pair of a name and the weights of the dims."""
-    if score_function is not None:
-        tile.score_function = {
-            "distance": DISTANCE, "additive": ADDITIVE, "squared distance": SQUARED_DISTANCE,
-        }[score_function[0]]
-        tile.dim_weights = doubles(score_function[1])
-    return 0
-
-
-cdef int bind_stored_keys(
-    CallParams *params, Tile *tile, cnp.ndarray k, cnp.ndarray v, cnp.ndarray k_scales,
-    cnp.ndarray v_scales, cnp.ndarray block_table,
-) except -1:
-    """Keys and values that a cache stores: with scales, two in a byte, in pages."""
+cdef cnp.ndarray bind_stored_keys(CallParams *params, Tile *tile, p):
+    """Keys and values in pages, and those that a cache stores: with scales, two in a byte. Returns
+    the block table that is read, or None.
+    """
+    cdef cnp.ndarray k = p.k, v = p.v, k_scales = p.k_scales, v_scales = p.v_scales
+    cdef cnp.ndarray block_table = p.block_table
     bind_operand(params, &params.k_scales, k_scales, 3)
     bind_operand(params, &params.v_scales, v_scales, 3)
     tile.k_scales_key, tile.v_scales_key = params.k_scales.row, params.v_scales.row
     if k.descr.kind == ord("u"):
         tile.k_format.kind = tile.v_format.kind = ord("4")
         tile.k_dim = tile.v_dim = 1
-    if block_table is not None:
-        bind_operand(params, &params.pages, block_table, 1)
-        tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
-        tile.k_page = bind_pages(params, &params.k, k)
-        tile.v_page = bind_pages(params, &params.v, v)
-        tile.k_scales_page = bind_pages(params, &params.k_scales, k_scales)
-        tile.v_scales_page = bind_pages(params, &params.v_scales, v_scales)
-    return 0
+    if block_table is None:
+        return None
+    block_table = np.ascontiguousarray(block_table)
+    bind_operand(params, &params.pages, block_table, 1)
+    tile.pages, tile.page = <const int64_t *>params.pages.data, k.shape[2]
+    tile.k_page = bind_pages(params, &params.k, k)
+    tile.v_page = bind_pages(params, &params.v, v)
+    tile.k_scales_page = bind_pages(params, &params.k_scales, k_scales)
+    tile.v_scales_page = bind_pages(params, &params.v_scales, v_scales)
+    return block_table
 
 
 cdef Py_ssize_t tile_rows(const CallParams *params) noexcept nogil:
