@@ -101,6 +101,28 @@ cdef int run_forward(void *forward) except -1:
     return 0
 
 
+cdef int take_forward_operands(Plan plan, CallParams *params) except -1:
+    """The inputs and outputs of a plan, in the order of its arrays."""
+    cdef int n = 1
+    plan.take_input(&params.q)
+    plan.take_input(&params.k)
+    plan.take_input(&params.v)
+    if params.pages.data is not NULL:
+        plan.take_input(&params.pages)
+        plan.take_input(&params.keys.lengths)
+        plan.take_input(&params.keys.offsets)
+    if params.k_scales.data is not NULL:
+        plan.take_input(&params.k_scales)
+        plan.take_input(&params.v_scales)
+    plan.take_output(0, &params.out)
+    if params.lse.data is not NULL:
+        plan.take_output(n, &params.lse)
+        n += 1
+    if params.max_score.data is not NULL:
+        plan.take_output(n, &params.max_score)
+    return 0
+
+
 def attend(
     p, str compute_dtype, int threads, cnp.ndarray out not None, cnp.ndarray lse=None,
     cnp.ndarray max_score=None, cnp.ndarray weights=None, cnp.ndarray sums=None,
@@ -174,18 +196,4 @@ def attend(
         return
     plan.kept = read_by_plans(p), scales, relative_bias, order, sequences
     plan.take_threads(&call.threads, call.items)
-    plan.take_input(&params.q)
-    plan.take_input(&params.k)
-    plan.take_input(&params.v)
-    if block_table is not None:
-        plan.take_input(&params.pages)
-        plan.take_input(&params.keys.lengths)
-        plan.take_input(&params.keys.offsets)
-    if params.k_scales.data is not NULL:
-        plan.take_input(&params.k_scales)
-        plan.take_input(&params.v_scales)
-    plan.take_output(0, &params.out)
-    if lse is not None:
-        plan.take_output(1, &params.lse)
-    if max_score is not None:
-        plan.take_output(1 + (lse is not None), &params.max_score)
+    take_forward_operands(plan, params)
