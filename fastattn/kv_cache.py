@@ -53,7 +53,7 @@ class KVCache:
         What the queries of the last `append` need is kept until the next; other pages are given
         back, so the cache does not grow with the sequence. Positions stay those of the sequence.
     keep_first : int, default 0
-        With a `window`, the first tokens of a sequence that all its queries see besides, under a
+        With a `window`, all queries of a sequence also see its first `keep_first` tokens, under a
         causal mask those before them: attention sinks (Xiao et al. 2024, "Efficient Streaming
         Language Models with Attention Sinks").
 
@@ -199,9 +199,8 @@ class KVCache:
         ------
         TypeError, ValueError
             If a shape or dtype is wrong, a count is not in ``0..n``, a sequence would have more
-            than `max_tokens`, or int8 or int4 is to hold a NaN, an Inf or more than
-            float32 can. Nothing
-            has been stored then.
+            than `max_tokens`, or int8 or int4 is to hold a NaN, an Inf or more than float32 can.
+            Nothing has been stored then.
         MemoryError
             If there is no room for more. Nothing has been stored then.
 
@@ -245,8 +244,8 @@ class KVCache:
             Hide from each query what follows it.
         backend, out, **options
             As of `fastattn.scaled_dot`, but for `q_offset`, `kv_lengths` and `block_table`, which
-            are the cache's own. For arrays of queries by keys there are ``lengths.max()`` keys. A
-            window of the cache holds besides.
+            are the cache's own. Arrays of queries by keys have ``lengths.max()`` keys. The cache's
+            own window applies too.
 
         Returns
         -------
