@@ -101,31 +101,40 @@ cdef int run_forward(void *forward) except -1:
     return 0
 
 
-def attend(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray out not None, cnp.ndarray lse, cnp.ndarray max_score,
-    cnp.ndarray k_scales, cnp.ndarray v_scales, tuple batch,
-    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, double softcap,
-    cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range, cnp.ndarray mask,
-    cnp.ndarray weights, cnp.ndarray order, str compute_dtype, int threads,
-    score_function, cnp.ndarray sums, cnp.ndarray indices, cnp.ndarray block_table, dropout,
-    cnp.ndarray scales, cnp.ndarray relative_bias, cnp.ndarray sequences, Plan plan=None,
-):
-    """Fill `out`, (batch, heads, queries, value_dim), and each of `lse` and `weights` unless None.
+cdef int take_forward_operands(Plan plan, CallParams *params) except -1:
+    """The inputs and outputs of a plan, in the order of its arrays."""
+    cdef int n = 1
+    plan.take_input(&params.q)
+    plan.take_input(&params.k)
+    plan.take_input(&params.v)
+    if params.pages.data is not NULL:
+        plan.take_input(&params.pages)
+        plan.take_input(&params.keys.lengths)
+        plan.take_input(&params.keys.offsets)
+    if params.k_scales.data is not NULL:
+        plan.take_input(&params.k_scales)
+        plan.take_input(&params.v_scales)
+    plan.take_output(0, &params.out)
+    if params.lse.data is not NULL:
+        plan.take_output(n, &params.lse)
+        n += 1
+    if params.max_score.data is not NULL:
+        plan.take_output(n, &params.max_score)
+    return 0
 
-    `q`, `k` and `v` each have a dtype of their own: float16, bfloat16, float32, or float64 if the
-    kernels sum in that. With `block_table`, contiguous int64 (batch, pages), `k` and `v` are
-    pools, (n_pages, kv_heads, page, dim). They may also be float8_e4m3fn, or with `k_scales` and
-    `v_scales`, float32 (..., keys, groups) and contiguous, int8 or uint8, which is int4. `lse`,
-    (batch, heads, queries), is float32 or float64; `weights`, (batch, heads, queries, keys), must
-    be zero before. `key_range` is a `KeyRange`; `alibi` and `sinks` are contiguous float64;
-    `softcap` is 0 for none. `order`, int64, is the order in which the flattened batch entries
-    are taken. `compute_dtype` is a NumPy character: see `compute_dtype_of`. `score_function` is
-    None for dot products, else a pair of its name and its weights. `dropout` is None or a
-    `Dropout`. `scales` are those of the heads, contiguous float64, beside a `scale` of 1.
-    `relative_bias` is (kv_heads, rows, group) as of `Tile.relative_bias`. `max_score` is filled
-    as `lse` is, unless None. `sequences` says where those are that lie end to end, if any: see
-    `cut_sequences`. All arguments must have been validated: nothing is checked here.
+
+def attend(
+    p, str compute_dtype, int threads, cnp.ndarray out not None, cnp.ndarray lse=None,
+    cnp.ndarray max_score=None, cnp.ndarray weights=None, cnp.ndarray sums=None,
+    cnp.ndarray indices=None, cnp.ndarray relative_bias=None, Plan plan=None,
+):
+    """Run the forward pass of `p`, a `fastattn.core.problem.Problem`, which nothing is checked of.
+
+    Fill `out`, (batch, heads, queries, value_dim), and unless None `lse`, `max_score` and
+    `weights`. `lse` and `max_score`, (batch, heads, queries), are float32 or float64; `weights`,
+    (batch, heads, queries, keys), must be zero before. `compute_dtype` is a NumPy character: see
+    `compute_dtype_of`. `relative_bias` is that of `p` as (kv_heads, rows, group): see
+    `Tile.relative_bias`.
 
     With `sums`, contiguous float64 (batch, heads, rows, columns), the weights are added to it, in
     bins of queries x keys. With `indices`, int64 (batch, heads, queries, n) with a contiguous last
@@ -141,11 +150,11 @@ def attend(
         call = <ForwardCall *>plan.begin(sizeof(ForwardCall), run_forward)
     cdef CallParams *params = &call.params
     cdef Tile *tile = &call.workspace.prototype
+    cdef Py_ssize_t value_dim = out.shape[out.ndim - 1]
+    cdef cnp.ndarray v = p.v, scales = scales_of(p, False)
+    cdef cnp.ndarray order = p.key_range.longest_first(p.batch)
     call.shared_bytes = 0
-    bind_params(
-        params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, mask, bias,
-        dropout, scales, relative_bias,
-    )
+    bind_problem(params, p, out, scales, relative_bias)
     bind_operand(params, &params.weights, weights, 3)
     bind_operand(params, &params.lse, lse, 2)
     bind_operand(params, &params.max_score, max_score, 2)
@@ -155,26 +164,25 @@ def attend(
             params.lse_bytes = array.itemsize
     if order is not None:
         params.order = <const int64_t *>cnp.PyArray_DATA(order)
+    cdef bint dot = params.score_function == DOT
     params.kernels = kernels_for(
-        compute_dtype, params.group * params.n_queries, q.shape[q.ndim - 1], v.shape[v.ndim - 1],
-        score_function is None,
+        compute_dtype, params.group * params.n_queries, params.head_dim, v.shape[v.ndim - 1],
+        dot,
     )
     bind_reduction(params, sums, indices)
-    kept = cut_sequences(
-        params, sequences, compute_dtype, q.shape[q.ndim - 1], out.shape[out.ndim - 1],
-        score_function is None, False, weights is None and sums is None,
+    sequences = cut_sequences(
+        params, p.packing, compute_dtype, value_dim, dot, False, weights is None and sums is None
     )
     call.items = params.key_heads * params.items
     if call.items == 0 and plan is None:
         return
     call.threads = available_threads(min(threads, call.items))
 
-    init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
-    tile.value_dim = out.shape[out.ndim - 1]
-    bind_stored_keys(params, tile, k, v, k_scales, v_scales, block_table)
+    init_tile(params, tile, relative_bias)
+    tile.value_dim = value_dim
+    block_table = bind_stored_keys(params, tile, p)
     init_tile_reduction(params, tile)
     tile.weights_key = params.weights.dim
-    set_score_function(tile, score_function)
     tile.want_lse, tile.want_max = lse is not None, max_score is not None
     if params.partial_bytes > 0:
         tile.want_lse = True
@@ -186,20 +194,6 @@ def attend(
     if plan is None:
         run_forward(call)
         return
-    plan.kept = plan.kept, kept
+    plan.kept = read_by_plans(p), scales, relative_bias, order, sequences
     plan.take_threads(&call.threads, call.items)
-    plan.take_input(&params.q)
-    plan.take_input(&params.k)
-    plan.take_input(&params.v)
-    if block_table is not None:
-        plan.take_input(&params.pages)
-        plan.take_input(&params.keys.lengths)
-        plan.take_input(&params.keys.offsets)
-    if k_scales is not None:
-        plan.take_input(&params.k_scales)
-        plan.take_input(&params.v_scales)
-    plan.take_output(0, &params.out)
-    if lse is not None:
-        plan.take_output(1, &params.lse)
-    if max_score is not None:
-        plan.take_output(1 + (lse is not None), &params.max_score)
+    take_forward_operands(plan, params)

@@ -122,7 +122,7 @@ cdef class Plan:
     `attend` and `differentiate` prepare the plan that they are given. It runs on one thread unless
     it `uses_threads`. `outputs` are such arrays as they fill, in the order of their arguments, each
     with the index of the input that it is like (-1: none, it is in C's order), and two flags: is it
-    zeroed before, and is it returned? `kept` is what the call reads besides.
+    zeroed before, and is it returned? `kept` are the arrays that every run reads.
     """
     cdef void *call
     cdef size_t call_bytes
@@ -136,9 +136,9 @@ cdef class Plan:
     cdef Py_ssize_t threads, most_threads  # where in the call their number belongs; the most
     cdef int64_t running  # on a thread, in `call`; others work in copies of it
 
-    def __init__(self, outputs not None, bint uses_threads, kept):
+    def __init__(self, outputs not None, bint uses_threads):
         cdef Output *output
-        self.dtypes, self.uses_threads, self.kept = [], uses_threads, kept
+        self.dtypes, self.uses_threads = [], uses_threads
         for array, like, zeroed, returned in outputs:
             output = &self.outputs[self.n_outputs]
             output.like, output.zeroed, output.returned = like, zeroed, returned

@@ -16,7 +16,7 @@ cdef struct SparseParams:
     SparseLists keys, queries  # of each pattern, one after another: of queries, of keys
     Py_ssize_t patterns  # 1, or one for each entry of the last axis of the batch
     Operand grad_out, result, grad_lse, rows, grad_k, grad_v, grad_bias, row_sums
-    double scale, coarse
+    double coarse
     Py_ssize_t item_rows  # queries of a work item
     double *grad_relative_bias  # (kv_heads, rows, group) as Tile.relative_bias, or NULL
     int64_t *ticket  # of the item that is next to add to it
@@ -50,7 +50,7 @@ cdef void set_head(
     h.start = sparse_rows(params, &keys.start, batch, head)
     h.stop = sparse_rows(params, &keys.stop, batch, head)
     h.start_row, h.stop_row = keys.start.row, keys.stop.row
-    h.scale = sparse.scale if params.scales is NULL else params.scales[head]
+    h.scale = params.scale if params.scales is NULL else params.scales[head]
     h.slope = 0 if params.alibi is NULL else params.alibi[head]
     h.sink = 0 if params.sinks is NULL else params.sinks[head]
     if params.dropout.given:

@@ -1,27 +1,24 @@
 # Part of kernels.pyx: attention under a sparse mask, and its gradients.
 
 cdef int bind_sparse(
-    SparseParams *sparse, Tile *tile, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out,
-    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, cnp.ndarray scales,
-    double softcap, cnp.ndarray bias, cnp.ndarray relative_bias, cnp.ndarray alibi,
-    cnp.ndarray sinks, key_range, cnp.ndarray starts, cnp.ndarray keys, dropout, cnp.ndarray lse,
-    score_function, bint double_sums,
+    SparseParams *sparse, Tile *tile, p, cnp.ndarray out, cnp.ndarray lse, cnp.ndarray scales,
+    cnp.ndarray relative_bias, bint double_sums,
 ) except -1:
     """What both directions have in common."""
     cdef CallParams *params = &sparse.call
     cdef const InstructionSet *isa = chosen()
     memset(sparse, 0, sizeof(SparseParams))
-    bind_params(params, q, k, v, out, batch, heads, kv_heads, alibi, sinks, key_range, None, bias,
-                dropout, scales, relative_bias)
+    cdef cnp.ndarray v = p.v, starts = p.mask.starts
+    bind_problem(params, p, out, scales, relative_bias)
     bind_operand(params, &params.lse, lse, 2)
     sparse.kernels = isa.sparse_float64 if double_sums else isa.sparse_float32
     params.kernels = isa.float64 if double_sums else isa.fma
-    sparse.keys = sparse_lists(starts, keys)
+    sparse.keys = sparse_lists(starts, p.mask.keys)
     sparse.patterns = starts.shape[0]
-    sparse.scale, sparse.item_rows = scale, SPARSE_ROWS
-    init_tile(params, tile, q, k, v, out, scale, softcap, bias, relative_bias)
+    sparse.item_rows = SPARSE_ROWS
+    init_tile(params, tile, relative_bias)
+    tile.value_dim = v.shape[v.ndim - 1]
     tile.has_scales = False  # each head has its scale
-    set_score_function(tile, score_function)
     return 0
 
 
@@ -57,31 +54,21 @@ cdef int run_sparse(
 
 
 def attend_sparse(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray k_scales, cnp.ndarray v_scales, cnp.ndarray out not None, tuple batch,
-    Py_ssize_t heads, Py_ssize_t kv_heads, double scale, cnp.ndarray scales, double softcap,
-    cnp.ndarray bias, cnp.ndarray relative_bias, cnp.ndarray alibi, cnp.ndarray sinks, key_range,
-    cnp.ndarray starts not None, cnp.ndarray keys not None, cnp.ndarray block_table, dropout,
-    cnp.ndarray lse, cnp.ndarray max_score, cnp.ndarray weights, cnp.ndarray sums, score_function,
-    int threads,
+    p, int threads, cnp.ndarray out not None, cnp.ndarray lse=None, cnp.ndarray max_score=None,
+    cnp.ndarray weights=None, cnp.ndarray sums=None, cnp.ndarray relative_bias=None,
 ):
-    """As `attend`, under the sparse mask of `starts`, int64 (patterns, queries + 1), and `keys`,
-    int32 or int64: see `fastattn.core.sparse_mask.SparseMask`. `lse` and `max_score` have the dtype
-    of sums.
+    """As `attend`, where the mask of `p` is a `fastattn.core.sparse_mask.SparseMask`. `lse` and
+    `max_score` have the dtype of sums.
     """
     cdef SparseParams sparse
     cdef CallParams *params = &sparse.call
-    cdef bint double_sums = out.descr.itemsize == 8
     cdef Workspace workspace
     cdef Tile *tile = &workspace.prototype
-    bind_sparse(
-        &sparse, tile, q, k, v, out, batch, heads, kv_heads, scale, scales, softcap, bias,
-        relative_bias, alibi, sinks, key_range, starts, keys, dropout, lse, score_function,
-        double_sums,
-    )
+    cdef cnp.ndarray scales = scales_of(p, False)
+    bind_sparse(&sparse, tile, p, out, lse, scales, relative_bias, out.descr.itemsize == 8)
     bind_operand(params, &params.max_score, max_score, 2)
     bind_operand(params, &params.weights, weights, 3)
-    bind_stored_keys(params, tile, k, v, k_scales, v_scales, block_table)
+    block_table = bind_stored_keys(params, tile, p)
     tile.value_dim = out.shape[out.ndim - 1]
     tile.weights_key = params.weights.dim
     bind_reduction(params, sums, None)
@@ -91,35 +78,28 @@ def attend_sparse(
 
 
 def differentiate_sparse(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray out not None, cnp.ndarray lse not None, cnp.ndarray grad_out not None,
-    cnp.ndarray grad_lse, cnp.ndarray rows not None, double coarse,
-    cnp.ndarray grad_q not None, cnp.ndarray grad_k not None, cnp.ndarray grad_v not None,
-    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, cnp.ndarray scales,
-    double softcap, cnp.ndarray bias, cnp.ndarray relative_bias, cnp.ndarray alibi,
-    cnp.ndarray sinks, key_range, cnp.ndarray starts not None, cnp.ndarray keys not None, dropout,
-    score_function, int threads, cnp.ndarray grad_bias, cnp.ndarray grad_relative_bias,
-    cnp.ndarray row_sums, bint wants_scale,
+    b, int threads, cnp.ndarray rows not None, cnp.ndarray grad_q not None,
+    cnp.ndarray grad_k not None, cnp.ndarray grad_v not None, cnp.ndarray grad_bias=None,
+    cnp.ndarray row_sums=None, cnp.ndarray relative_bias=None,
+    cnp.ndarray grad_relative_bias=None,
 ):
-    """As `differentiate`, under the sparse mask of `attend_sparse`. No gradient may broadcast along
-    the batch, the heads or the rows, but that of the relative bias: each row of one is written by
-    one thread. `grad_q` and `grad_bias` have the dtype of sums.
+    """As `differentiate`, under a sparse mask. No gradient may broadcast along the batch, the heads
+    or the rows, but that of the relative bias: each row of one is written by one thread. `grad_q`
+    and `grad_bias` have the dtype of sums.
     """
     cdef SparseParams sparse
-    cdef bint double_sums = grad_q.descr.itemsize == 8
     cdef Workspace workspace
     cdef Tile *tile = &workspace.prototype
     cdef Py_ssize_t blocks
-    bind_sparse(
-        &sparse, tile, q, k, v, grad_q, batch, heads, kv_heads, scale, scales, softcap, bias,
-        relative_bias, alibi, sinks, key_range, starts, keys, dropout, lse, score_function,
-        double_sums,
-    )
-    key_starts, queries = transposed(starts, keys, k.shape[k.ndim - 2])
+    p = b.problem
+    cdef bint wants_scale = b.wants("scale")
+    cdef cnp.ndarray scales = scales_of(p, wants_scale)
+    bind_sparse(&sparse, tile, p, grad_q, b.lse, scales, relative_bias, grad_q.descr.itemsize == 8)
+    key_starts, queries = transposed(p.mask.starts, p.mask.keys, p.n_keys)
     sparse.queries = sparse_lists(key_starts, queries)
-    bind_operand(&sparse.call, &sparse.grad_out, grad_out, 3)
-    bind_operand(&sparse.call, &sparse.result, out, 3)
-    bind_operand(&sparse.call, &sparse.grad_lse, grad_lse, 2)
+    bind_operand(&sparse.call, &sparse.grad_out, b.grad_out, 3)
+    bind_operand(&sparse.call, &sparse.result, b.out, 3)
+    bind_operand(&sparse.call, &sparse.grad_lse, b.grad_lse, 2)
     bind_operand(&sparse.call, &sparse.rows, rows, 3)
     bind_operand(&sparse.call, &sparse.grad_k, grad_k, 3)
     bind_operand(&sparse.call, &sparse.grad_v, grad_v, 3)
@@ -127,11 +107,11 @@ def differentiate_sparse(
     bind_operand(&sparse.call, &sparse.row_sums, row_sums, 3)
     if grad_relative_bias is not None:
         sparse.grad_relative_bias = <double *>cnp.PyArray_DATA(grad_relative_bias)
-    sparse.coarse = coarse
+    sparse.coarse = b.coarse()
     tile.differentiating, tile.wants_scale = True, wants_scale
-    tile.grad_out_format = number_format(grad_out)
+    tile.grad_out_format = sparse.grad_out.format
     tile.grad_out_dim, tile.result_dim = sparse.grad_out.dim, sparse.result.dim
-    tile.grad_k_format, tile.grad_v_format = number_format(grad_k), number_format(grad_v)
+    tile.grad_k_format, tile.grad_v_format = sparse.grad_k.format, sparse.grad_v.format
     tile.grad_k_key, tile.grad_v_key = sparse.grad_k.row, sparse.grad_v.row
     blocks = sparse.call.key_heads * ceil_div(sparse.call.n_keys, SPARSE_ROWS)
     run_sparse(&sparse, &workspace, blocks, threads)

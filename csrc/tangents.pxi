@@ -58,16 +58,13 @@ cdef int run_push(ForwardModeCall *call) except -1:
 
 
 def push_forward(
-    cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-    cnp.ndarray d_q, cnp.ndarray d_k, cnp.ndarray d_v,
+    p, str compute_dtype, int threads, cnp.ndarray d_q, cnp.ndarray d_k, cnp.ndarray d_v,
     cnp.ndarray out, cnp.ndarray lse, cnp.ndarray d_out not None, cnp.ndarray d_lse not None,
-    tuple batch, Py_ssize_t heads, Py_ssize_t kv_heads, double scale, cnp.ndarray scales,
-    double softcap, cnp.ndarray bias, cnp.ndarray alibi, cnp.ndarray sinks,
-    cnp.ndarray relative_bias, key_range, cnp.ndarray mask, str compute_dtype, int threads,
-    dropout, cnp.ndarray sequences,
+    cnp.ndarray relative_bias,
 ):
-    """Fill `d_out` and `d_lse` with the tangents of `out` and `lse` along those of `q`, `k` and
-    `v`, None for zeros; and unless they are None `out`, of the strides of `d_out`, and `lse`.
+    """Fill `d_out` and `d_lse` with the tangents of the results of `p`, a
+    `fastattn.core.problem.Problem`, along those of its q, k and v, None for zeros; and unless they
+    are None `out`, of the strides of `d_out`, and `lse`.
 
     `d_q`, `d_k` and `d_v` have the shapes of their arrays, and dtypes that the kernels sum in, or
     narrower floats. The rest is as for `attend`.
@@ -75,12 +72,10 @@ def push_forward(
     cdef ForwardModeCall forward
     cdef CallParams *params = &forward.params
     cdef Tile *tile = &forward.workspace.prototype
-    cdef Py_ssize_t head_dim = q.shape[q.ndim - 1], value_dim = v.shape[v.ndim - 1]
+    cdef cnp.ndarray v = p.v, scales = scales_of(p, False)
+    cdef Py_ssize_t value_dim = v.shape[v.ndim - 1]
     cdef bint dot = False  # of the kernels for dot products, multiply-adds alone have tangents
-    bind_params(
-        params, q, k, v, d_out if out is None else out, batch, heads, kv_heads, alibi, sinks,
-        key_range, mask, bias, dropout, scales, relative_bias,
-    )
+    bind_problem(params, p, d_out if out is None else out, scales, relative_bias)
     bind_operand(params, &params.lse, lse, 2)
     params.lse_bytes = d_lse.itemsize
     bind_operand(params, &forward.d_q, d_q, 3)
@@ -89,25 +84,24 @@ def push_forward(
     bind_operand(params, &forward.d_out, d_out, 3)
     bind_operand(params, &forward.d_lse, d_lse, 2)
     params.kernels = kernels_for(
-        compute_dtype, params.group * params.n_queries, head_dim, value_dim, dot
+        compute_dtype, params.group * params.n_queries, params.head_dim, value_dim, dot
     )
-    kept = cut_sequences(
-        params, sequences, compute_dtype, head_dim, value_dim, dot, False, False
-    )
+    sequences = cut_sequences(params, p.packing, compute_dtype, value_dim, dot, False, False)
     forward.items = params.key_heads * params.items
     if forward.items == 0:
         return
     forward.threads = available_threads(min(threads, forward.items))
-    init_tile(params, tile, q, k, v, d_out, scale, softcap, bias, relative_bias)
+    init_tile(params, tile, relative_bias)
+    tile.value_dim = value_dim
     tile.want_lse, tile.forward_mode, tile.tangents_alone = lse is not None, True, out is None
     tile.has_d_q, tile.has_d_k, tile.has_d_v = d_q is not None, d_k is not None, d_v is not None
     if d_q is not None:
-        tile.d_q_format, tile.d_q_dim = number_format(d_q), forward.d_q.dim
+        tile.d_q_format, tile.d_q_dim = forward.d_q.format, forward.d_q.dim
     if d_k is not None:
-        tile.d_k_format = number_format(d_k)
+        tile.d_k_format = forward.d_k.format
         tile.d_k_key, tile.d_k_dim = forward.d_k.row, forward.d_k.dim
     if d_v is not None:
-        tile.d_v_format = number_format(d_v)
+        tile.d_v_format = forward.d_v.format
         tile.d_v_key, tile.d_v_dim = forward.d_v.row, forward.d_v.dim
     forward.workspace.rows = tile_rows(params)
     forward.scratch_bytes = scratch_of(params, tile)

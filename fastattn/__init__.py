@@ -14,8 +14,9 @@ from .jvp import jvp
 from .kv_cache import KVCache
 from .merge import merge
 from .multihead import MultiHeadAttention
+from .pooling import pool
 from .relative_bias import t5_relative_bias
-from .similarity import cosine, dot, pool
+from .similarity import cosine, dot
 from .varlen import varlen
 from .vjp import vjp
 from .weight_maps import attention_map, key_importance, top_keys

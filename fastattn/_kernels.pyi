@@ -3,8 +3,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .core.dropout import Dropout
-from .core.visibility import KeyRange
+from .core.backward import Backward
+from .core.problem import Problem
 
 FEATURES: tuple[str, ...]
 
@@ -29,76 +29,74 @@ def plan_key(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> bytes | None:
 class Plan:
     uses_threads: bool
     def __init__(
-        self, outputs: list[tuple[np.ndarray, int, bool, bool]], uses_threads: bool, kept: Any
+        self, outputs: list[tuple[np.ndarray, int, bool, bool]], uses_threads: bool
     ) -> None: ...
     def run(self, arrays: tuple[np.ndarray, ...], threads: int) -> Any: ...
 
-def attend(*arguments: Any, **options: Any) -> None: ...  # as csrc lists them
-def push_forward(*arguments: Any) -> None: ...  # likewise
-def attend_sparse(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    k_scales: np.ndarray | None,
-    v_scales: np.ndarray | None,
-    out: np.ndarray,
-    batch: tuple[int, ...],
-    heads: int,
-    kv_heads: int,
-    scale: Any,
-    scales: np.ndarray | None,
-    softcap: float,
-    bias: np.ndarray | None,
-    relative_bias: np.ndarray | None,
-    alibi: np.ndarray | None,
-    sinks: np.ndarray | None,
-    key_range: KeyRange,
-    starts: np.ndarray,
-    keys: np.ndarray,
-    block_table: np.ndarray | None,
-    dropout: Dropout | None,
-    lse: np.ndarray | None,
-    max_score: np.ndarray | None,
-    weights: np.ndarray | None,
-    sums: np.ndarray | None,
-    score_function: tuple[str, np.ndarray | None] | None,
+def attend(
+    p: Problem,
+    compute_dtype: str,
     threads: int,
+    out: np.ndarray,
+    lse: np.ndarray | None = ...,
+    max_score: np.ndarray | None = ...,
+    weights: np.ndarray | None = ...,
+    sums: np.ndarray | None = ...,
+    indices: np.ndarray | None = ...,
+    relative_bias: np.ndarray | None = ...,
+    plan: Plan | None = ...,
+) -> None: ...
+def differentiate(
+    b: Backward,
+    compute_dtype: str,
+    threads: int,
+    rows: np.ndarray,
+    grad_q: np.ndarray,
+    grad_k: np.ndarray | None,
+    grad_v: np.ndarray | None,
+    key_heads: np.ndarray,
+    grad_bias: np.ndarray | None = ...,
+    row_sums: np.ndarray | None = ...,
+    relative_bias: np.ndarray | None = ...,
+    grad_relative_bias: np.ndarray | None = ...,
+    grad_dim_weights: np.ndarray | None = ...,
+    plan: Plan | None = ...,
+) -> None: ...
+def push_forward(
+    p: Problem,
+    compute_dtype: str,
+    threads: int,
+    d_q: np.ndarray | None,
+    d_k: np.ndarray | None,
+    d_v: np.ndarray | None,
+    out: np.ndarray | None,
+    lse: np.ndarray | None,
+    d_out: np.ndarray,
+    d_lse: np.ndarray,
+    relative_bias: np.ndarray | None,
+) -> None: ...
+def attend_sparse(
+    p: Problem,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray | None = ...,
+    max_score: np.ndarray | None = ...,
+    weights: np.ndarray | None = ...,
+    sums: np.ndarray | None = ...,
+    relative_bias: np.ndarray | None = ...,
 ) -> None: ...
 def differentiate_sparse(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    out: np.ndarray,
-    lse: np.ndarray,
-    grad_out: np.ndarray,
-    grad_lse: np.ndarray | None,
+    b: Backward,
+    threads: int,
     rows: np.ndarray,
-    coarse: float,
     grad_q: np.ndarray,
     grad_k: np.ndarray,
     grad_v: np.ndarray,
-    batch: tuple[int, ...],
-    heads: int,
-    kv_heads: int,
-    scale: Any,
-    scales: np.ndarray | None,
-    softcap: float,
-    bias: np.ndarray | None,
-    relative_bias: np.ndarray | None,
-    alibi: np.ndarray | None,
-    sinks: np.ndarray | None,
-    key_range: KeyRange,
-    starts: np.ndarray,
-    keys: np.ndarray,
-    dropout: Dropout | None,
-    score_function: tuple[str, np.ndarray | None] | None,
-    threads: int,
-    grad_bias: np.ndarray | None,
-    grad_relative_bias: np.ndarray | None,
-    row_sums: np.ndarray | None,
-    wants_scale: bool,
+    grad_bias: np.ndarray | None = ...,
+    row_sums: np.ndarray | None = ...,
+    relative_bias: np.ndarray | None = ...,
+    grad_relative_bias: np.ndarray | None = ...,
 ) -> None: ...
 def transposed(
     starts: np.ndarray, keys: np.ndarray, n_keys: int
 ) -> tuple[np.ndarray, np.ndarray]: ...
-def differentiate(*arguments: Any, **options: Any) -> None: ...  # as csrc lists them

@@ -9,11 +9,11 @@ from .backward import of_its_array
 from .core.arguments import flag, plain, vector
 from .core.dtypes import float_dtype, widest
 from .core.linear import project, rows
+from .core.option_table import differentiable, refuse
 from .core.options import check_wrt
 from .core.problem import Problem, ScoreFunction, gradient_of, make_problem
 from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, without_weights
-from .similarity import differentiable, refuse
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["additive"]

@@ -38,7 +38,7 @@ def scaled_dot_backward(
     grad_lse : array_like, (..., Hq, Sq), optional
         Gradient with respect to `lse`; 0 by default.
     wrt : tuple of {"scale", "bias", "relative_bias", "alibi", "sinks"}, default ()
-        The options whose gradients are wanted besides. That of a bias of queries x keys is such an
+        The options whose gradients are wanted too. That of a bias of queries x keys is such an
         array itself; one that broadcasts stays as small as it is.
     scale, softcap, bias, relative_bias, alibi, sinks : optional
         As they were given to `scaled_dot`.
@@ -64,9 +64,9 @@ def scaled_dot_backward(
 
     Notes
     -----
-    The weights are made again as ``w = exp(score - lse)``, so they are as exact as `lse` is; where
-    that is so large that its rounding shows, and no more than this call finds itself, its row is
-    normalised anew, at the price of another product of queries and keys. With
+    The weights are recomputed as ``w = exp(score - lse)``, so they are as exact as `lse` is. Where
+    that is so large that its rounding shows, and agrees with the one of this call's own keys, its
+    row is normalised again, which takes another product of queries and keys. With
     ``delta = (grad_out * out).sum(-1) - grad_lse`` the gradient of the scores is
     ``ds = w * (grad_out @ v.T - delta)``; then ``dv = w.T @ grad_out``, ``dbias = ds``,
     ``dalibi = -sum(ds * abs(i + q_offset - j))``, ``dsinks = -sum(exp(sinks - lse) * delta)``,

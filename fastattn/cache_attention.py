@@ -15,7 +15,7 @@ from .core.page_pool import PAGE
 from .core.pages import Held
 from .core.problem import Problem, make_problem
 from .core.sequences import Sequences, Snapshot
-from .core.storage import Storage
+from .core.token_layout import TokenLayout
 from .core.visibility import key_range
 from .merge import merge
 from .plans import keep_plan, plan_key, plans, run_plan
@@ -27,13 +27,11 @@ _BY_KEYS = {"bias", "mask", "return_weights"}
 
 
 def attend(
-    sequences: Sequences, state: Snapshot, storage: Storage, dims: tuple[int, int], q, counts,
-    causal, backend, out, options: dict,
+    sequences: Sequences, state: Snapshot, layout: TokenLayout, q, counts, causal, backend, out,
+    options: dict,
 ):  # fmt: skip
     """The results of the queries `q` at the end of each sequence; `counts` of them, if given."""
-    n = q.shape[2]
-    if counts is not None and (counts == n).all():
-        counts = None
+    n, storage = q.shape[2], layout.storage
     own = float_dtype("q", q)
     wide = widest({own, storage.dtype}) if storage.widens else own
     narrows = wide is not own
@@ -54,7 +52,7 @@ def attend(
     if state.ragged:
         options["kv_lengths"] = state.lengths
         options.setdefault("q_offset", state.lengths - n)
-    held = Held(state.table, n_keys, *dims, tuple(scales), storage.widens)
+    held = Held(state.table, n_keys, *layout.dims, tuple(scales), storage.widens)
     p = make_problem(
         q.astype(wide) if narrows else q, k, v, causal=causal, held=held,
         out=None if narrows else out, **options,

@@ -1,4 +1,4 @@
-"""Who sees whom in a batch of documents laid end to end."""
+"""Spans of visible keys for documents laid end to end in one sequence."""
 
 from __future__ import annotations
 

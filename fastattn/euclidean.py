@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .attention import solve
+from .core.arguments import positive
 from .core.option_table import check
 from .core.problem import DISTANCE, Problem, make_problem
 from .core.signatures import attention
 from .jvp import has_tangents, pushed_forward, tangents_of
-from .similarity import positive
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["euclidean"]

@@ -19,7 +19,7 @@ from .dispatch import (
 __all__ = ["Explanation", "available_backends", "explain", "show_config"]
 
 
-# What a call may have besides the options of `scaled_dot`: those of `flex`, and of `vjp`.
+# Options beyond those of `scaled_dot`: of `flex`, and of `vjp`.
 _BESIDES = {"score_mod", "mask_mod", "block_mask", "score_grad", "wrt"}
 
 

@@ -18,7 +18,7 @@ def flex(
     q, k, v, score_mod=None, mask_mod=None, *,
     block_mask=None, score_grad=None, backend=None, **options,
 ):  # fmt: skip
-    """Exact softmax attention whose scores and mask are functions of the user's.
+    """Exact softmax attention with user functions for the scores and the mask.
 
     Parameters
     ----------

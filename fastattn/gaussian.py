@@ -11,8 +11,9 @@ import numpy as np
 
 from .attention import solve
 from .chunks import Chunk, Gradients, blocks, entries, fill, runs, singles
-from .core.arguments import flag, plain
+from .core.arguments import flag, plain, positive
 from .core.backward import Backward
+from .core.option_table import refuse
 from .core.problem import Problem, make_problem
 from .core.signatures import attention
 from .core.visible_keys import keys_visible_to_any
@@ -28,7 +29,6 @@ from .gaussian_methods import (
     run_forward_mode,
 )
 from .jvp import has_tangents, pushed_forward, without_weights
-from .similarity import positive, refuse
 from .vjp import differentiated, differentiates, without_out
 
 __all__ = ["gaussian"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from .cache_attention import attend
-from .core.arguments import FAR, count, flag, integer, integers, plain
-from .core.dtypes import FLOATS, as_real, is_float
+from .core import cache_arguments
+from .core.arguments import count, plain
 from .core.option_table import check
-from .core.page_pool import PAGE, PagePool
+from .core.page_pool import PAGE
 from .core.sequences import Sequences
 from .core.signatures import attention
-from .core.storage import storage
+from .core.token_layout import token_layout
 
 __all__ = ["KVCache"]
 
@@ -53,7 +53,7 @@ class KVCache:
         What the queries of the last `append` need is kept until the next; other pages are given
         back, so the cache does not grow with the sequence. Positions stay those of the sequence.
     keep_first : int, default 0
-        With a `window`, the first tokens of a sequence that all its queries see besides, under a
+        With a `window`, all queries of a sequence also see its first `keep_first` tokens, under a
         causal mask those before them: attention sinks (Xiao et al. 2024, "Efficient Streaming
         Language Models with Attention Sinks").
 
@@ -113,33 +113,11 @@ class KVCache:
         max_tokens=None, dtype="float32", window=None, keep_first=0,
     ) -> None:  # fmt: skip
         batch, self._kv_heads = count("batch", batch), count("kv_heads", kv_heads)
-        head_dim = count("head_dim", head_dim)
-        self._dims = head_dim, head_dim if value_dim is None else count("value_dim", value_dim)
-        self._values_in_keys = flag("values_in_keys", values_in_keys)
-        if self._values_in_keys and self._dims[1] > head_dim:
-            raise ValueError(
-                f"value_dim: expected at most head_dim {head_dim} with values_in_keys, "
-                f"got {self._dims[1]}"
-            )
-        capacity = count("capacity", capacity)
-        self._max_tokens = None if max_tokens is None else count("max_tokens", max_tokens)
-        if self._max_tokens is not None and capacity > self._max_tokens:
-            most = self._max_tokens
-            raise ValueError(f"capacity: expected at most max_tokens {most}, got {capacity}")
-        self._storage = storage(dtype)
-        window = None if window is None else count("window", window)
-        keep_first = integer("keep_first", keep_first)
-        if keep_first < 0 or (keep_first and window is None):
-            least = "0 without a window" if window is None else "at least 0"
-            raise ValueError(f"keep_first: expected {least}, got {keep_first}")
-        pool = self._new_pool(batch * -(-capacity // PAGE))
+        self._layout = token_layout(head_dim, value_dim, values_in_keys, dtype)
+        capacity, self._max_tokens = cache_arguments.most_tokens(capacity, max_tokens)
+        window, keep_first = cache_arguments.kept_window(window, keep_first)
+        pool = self._layout.new_pool(self._kv_heads, batch * -(-capacity // PAGE))
         self._sequences = Sequences(pool, batch, window, keep_first)
-
-    def _new_pool(self, pages: int) -> PagePool:
-        stored = [self._storage.fields(dim) for dim in self._dims]
-        pool = PagePool(self._kv_heads, _by_field(stored[:1] if self._values_in_keys else stored))
-        pool.grow(pages)
-        return pool
 
     @property
     def lengths(self) -> np.ndarray:
@@ -154,7 +132,7 @@ class KVCache:
     @property
     def dtype(self) -> np.dtype:
         """Of what is stored."""
-        return self._storage.dtype
+        return self._layout.storage.dtype
 
     @property
     def nbytes(self) -> int:
@@ -167,15 +145,15 @@ class KVCache:
         return self._sequences.pool.pages - self._sequences.pool.free
 
     def __repr__(self) -> str:
-        (head_dim, value_dim), state = self._dims, self._sequences.now
+        layout, state = self._layout, self._sequences.now
+        (head_dim, value_dim), lengths = layout.dims, state.lengths
         pool, window = self._sequences.pool, self._sequences.window
-        lengths = state.lengths
         tokens = f"{lengths.min()}..{lengths.max()}" if state.ragged else f"{lengths[0]}"
         return (
-            f"KVCache({self._storage.name}, batch {len(lengths)}, kv_heads {self._kv_heads}, "
+            f"KVCache({layout.storage.name}, batch {len(lengths)}, kv_heads {self._kv_heads}, "
             f"head_dim {head_dim}, "
             + f"value_dim {value_dim}, " * (value_dim != head_dim)
-            + "values_in_keys, " * self._values_in_keys
+            + "values_in_keys, " * layout.values_in_keys
             + f"lengths {tokens}, "
             + f"max_tokens {self._max_tokens}, " * (self._max_tokens is not None)
             + f"window {window}, " * (window is not None)
@@ -191,7 +169,9 @@ class KVCache:
     def __setstate__(self, state: dict) -> None:
         packed = state.pop("sequences")
         self.__dict__.update(state)
-        self._sequences = Sequences.unpacked(self._new_pool, packed)
+        self._sequences = Sequences.unpacked(
+            lambda pages: self._layout.new_pool(self._kv_heads, pages), packed
+        )
 
     def __copy__(self) -> KVCache:
         """A cache of its own, which shares no memory with this one."""
@@ -219,9 +199,8 @@ class KVCache:
         ------
         TypeError, ValueError
             If a shape or dtype is wrong, a count is not in ``0..n``, a sequence would have more
-            than `max_tokens`, or int8 or int4 is to hold a NaN, an Inf or more than
-            float32 can. Nothing
-            has been stored then.
+            than `max_tokens`, or int8 or int4 is to hold a NaN, an Inf or more than float32 can.
+            Nothing has been stored then.
         MemoryError
             If there is no room for more. Nothing has been stored then.
 
@@ -234,27 +213,15 @@ class KVCache:
         >>> cache.lengths
         array([3, 1])
         """
-        operands = [("k", self._operand("k", k, 0))]
-        n = operands[0][1].shape[2]
-        if not self._values_in_keys:
-            operands.append(("v", self._operand("v", v, 1)))
-            if operands[1][1].shape[2] != n:
-                raise ValueError(f"v: expected {n} tokens as in k, got {operands[1][1].shape[2]}")
-        elif v is not None:
-            raise TypeError(f"v: expected None with values_in_keys, got {type(v).__name__}")
         state = self._sequences.now
+        batch = len(state.lengths)
+        tokens = cache_arguments.token_arrays(k, v, batch, self._kv_heads, self._layout)
+        n = tokens[0].shape[2]
         if counts is not None:
-            counts = self._counts(counts, n)
-            if (counts == n).all():
-                counts = None
-        longest = state.longest + n if counts is None else int((state.lengths + counts).max())
-        if self._max_tokens is not None and longest > self._max_tokens:
-            raise ValueError(
-                f"k: expected at most max_tokens {self._max_tokens} in a sequence, got {n} for one "
-                f"that would have {longest}"
-            )
-        seen = None if counts is None else np.arange(n) < counts[:, None, None]
-        fields = _by_field([self._storage.rounded(name, x, seen) for name, x in operands])
+            counts = cache_arguments.token_counts(counts, batch, n)
+        if self._max_tokens is not None:
+            cache_arguments.check_room(state, n, counts, self._max_tokens)
+        fields = self._layout.rounded(tokens, counts)
         with np.errstate(over="ignore", invalid="ignore"):
             self._sequences.append(fields, n if counts is None else counts, self._max_tokens)
 
@@ -277,8 +244,8 @@ class KVCache:
             Hide from each query what follows it.
         backend, out, **options
             As of `fastattn.scaled_dot`, but for `q_offset`, `kv_lengths` and `block_table`, which
-            are the cache's own. For arrays of queries by keys there are ``lengths.max()`` keys. A
-            window of the cache holds besides.
+            are the cache's own. Arrays of queries by keys have ``lengths.max()`` keys. The cache's
+            own window applies too.
 
         Returns
         -------
@@ -307,13 +274,12 @@ class KVCache:
         if q.ndim != 4 or q.shape[0] != batch:
             raise ValueError(f"q: expected shape ({batch}, heads, n, head_dim), got {q.shape}")
         if counts is not None:
-            counts = self._counts(counts, q.shape[2], state.lengths)
-        if self._values_in_keys:
-            state = state._replace(views=self._views(state))
+            counts = cache_arguments.query_counts(counts, q.shape[2], state.lengths)
+        if self._layout.values_in_keys:
+            state = state._replace(views=self._layout.operands(state.views))
         return attend(
-            self._sequences, state, self._storage, self._dims, q, counts, causal, backend, out,
-            options,
-        )  # fmt: skip
+            self._sequences, state, self._layout, q, counts, causal, backend, out, options
+        )
 
     def keys(self, b) -> np.ndarray:
         """The keys that are held of a sequence, oldest first.
@@ -367,25 +333,11 @@ class KVCache:
         return self._held(b, 1)
 
     def _held(self, b, kind: int) -> np.ndarray:
-        state = self._sequences.now
-        b = self._slot(b)
-        fields = [self._sequences.rows(state, b, view) for view in self._views(state)[kind::2]]
-        real = np.float64 if self.dtype == np.float64 else np.float32
-        return as_real(fields[0], fields[1] if fields[1:] else None, real, self._dims[kind])
-
-    def _views(self, state) -> tuple:
-        """The pools of keys and of values, then those of their scales."""
-        if not self._values_in_keys:
-            return state.views
-        of_values = self._storage.fields(self._dims[1])
-        values = [k[..., : shape[0]] for k, (shape, _) in zip(state.views, of_values, strict=True)]
-        return tuple(_by_field([state.views, values]))
-
-    def _slot(self, b) -> int:
-        b, batch = integer("b", b), len(self._sequences.now.lengths)
-        if not 0 <= b < batch:
-            raise ValueError(f"b: expected 0..{batch - 1}, got {b}")
-        return b
+        layout, state = self._layout, self._sequences.now
+        b = cache_arguments.slot(b, len(state.lengths))
+        views = layout.operands(state.views)[kind::2]
+        rows = [self._sequences.rows(state, b, view) for view in views]
+        return layout.widened(rows, layout.dims[kind])
 
     def truncate(self, n) -> None:
         """Keep the first tokens of each sequence, at most.
@@ -411,21 +363,8 @@ class KVCache:
         >>> cache.lengths
         array([2, 0])
         """
-        lengths, last = self._sequences.now[3:5]
-        if type(n) is not int:
-            n = integers("n", n)
-            if n.shape not in ((), lengths.shape):
-                raise ValueError(f"n: expected shape () or {lengths.shape}, got {n.shape}")
-        least = n if type(n) is int else n.min()
-        if least < 0:
-            raise ValueError(f"n: expected at least 0, got {least}")
-        if self._sequences.window is not None:
-            for b in np.flatnonzero(lengths - np.minimum(lengths, n) > last):
-                raise ValueError(
-                    f"n: expected at least {lengths[b] - last[b]} of sequence {b}, as a window "
-                    f"keeps what its last append needs, got {np.broadcast_to(n, lengths.shape)[b]}"
-                )
-        self._sequences.truncate(min(n, FAR) if type(n) is int else n)
+        state, window = self._sequences.now, self._sequences.window
+        self._sequences.truncate(cache_arguments.kept_lengths(n, state, window))
 
     def reorder(self, indices) -> None:
         """Let each sequence be a copy of one that is there: beams that go on from the best.
@@ -450,12 +389,7 @@ class KVCache:
         >>> cache.lengths
         array([1, 1, 3])
         """
-        indices, batch = integers("indices", indices), len(self._sequences.now.lengths)
-        if indices.ndim != 1 or indices.size < 1:
-            raise ValueError(f"indices: expected shape (n,) with n >= 1, got {indices.shape}")
-        for b in indices[(indices < 0) | (indices >= batch)]:
-            raise ValueError(f"indices: expected 0..{batch - 1}, got {b}")
-        self._sequences.reorder(indices)
+        self._sequences.reorder(cache_arguments.slots(indices, len(self._sequences.now.lengths)))
 
     def free(self, b) -> None:
         """Empty a slot; its pages are given back unless others share them.
@@ -470,7 +404,7 @@ class KVCache:
         TypeError, ValueError
             If there is no such sequence.
         """
-        self._sequences.replace(self._slot(b), None)
+        self._sequences.replace(cache_arguments.slot(b, len(self._sequences.now.lengths)), None)
 
     def fork(self, b) -> int:
         """Put a copy of a sequence into the first empty slot.
@@ -490,39 +424,10 @@ class KVCache:
         TypeError, ValueError
             If there is no such sequence, or no other slot is empty.
         """
-        b = self._slot(b)
-        for other in np.flatnonzero(self._sequences.now.lengths == 0):
+        lengths = self._sequences.now.lengths
+        b = cache_arguments.slot(b, len(lengths))
+        for other in np.flatnonzero(lengths == 0):
             if other != b:
                 self._sequences.replace(int(other), b)
                 return int(other)
         raise ValueError(f"b: expected an empty slot for a copy of sequence {b}, got none")
-
-    def _operand(self, name, value, kind) -> np.ndarray:
-        x = plain(name, value)
-        if not is_float(x.dtype):
-            raise TypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {x.dtype}")
-        dim, heads = self._dims[kind], (len(self._sequences.now.lengths), self._kv_heads)
-        if x.ndim != 4 or x.shape[:2] != heads or x.shape[3] != dim:
-            raise ValueError(
-                f"{name}: expected shape ({heads[0]}, {heads[1]}, n, {dim}), got {x.shape}"
-            )
-        return x
-
-    def _counts(self, value, n, held=None) -> np.ndarray:
-        """How many of `n` rows each sequence has; of queries, no more than the tokens it holds."""
-        counts = integers("counts", value)
-        batch = len(self._sequences.now.lengths if held is None else held)
-        if counts.shape != (batch,):
-            raise ValueError(f"counts: expected shape ({batch},), got {counts.shape}")
-        for b in np.flatnonzero((counts < 0) | (counts > n)):
-            raise ValueError(f"counts: expected 0..{n}, got {counts[b]}")
-        for b in () if held is None else np.flatnonzero(counts > held):
-            raise ValueError(
-                f"counts: expected at most the {held[b]} tokens of sequence {b}, got {counts[b]}"
-            )
-        return counts
-
-
-def _by_field(stored) -> list:
-    """The numbers of what is stored, keys and maybe values, then their scales if there are some."""
-    return [field for fields in zip(*stored, strict=True) for field in fields]

@@ -24,9 +24,9 @@ def merge(*parts) -> tuple[np.ndarray, np.ndarray]:
     -------
     out : ndarray, (..., Sq, Dv)
         In the widest dtype of the parts, as `scaled_dot` promotes: integers count as float64,
-        float16 with bfloat16 as float32; 0 where no part saw a key.
+        float16 with bfloat16 as float32; 0 where no part has a visible key.
     lse : ndarray, (..., Sq)
-        ``-inf`` where no part saw a key.
+        ``-inf`` where no part has a visible key.
 
     Raises
     ------
@@ -70,8 +70,9 @@ def merge(*parts) -> tuple[np.ndarray, np.ndarray]:
         total = np.sum(shares, axis=0)
         merged = np.zeros(shape, real)
         for (out, lse), share in zip(pairs, shares, strict=True):
-            seen = (lse != -np.inf)[..., None]  # what was not seen takes no part, NaN or not
-            merged += np.where(seen, out.astype(real) * (share / total)[..., None], 0)
+            # A part without a visible key does not count, NaN or not.
+            some = (lse != -np.inf)[..., None]
+            merged += np.where(some, out.astype(real) * (share / total)[..., None], 0)
         return merged.astype(dtype), (shift + np.log(total)).astype(real)
 
 

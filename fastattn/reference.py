@@ -65,14 +65,14 @@ def attend(problem: Problem, real=np.float64):
     """
     with np.errstate(all="ignore"):
         s = scores(problem, real)
-        seen = visible(problem)
+        is_visible = visible(problem)
         if problem.score_mod is not None:
-            seen &= s != -np.inf
-        weights, lse = softmax(s, seen, problem.sinks)
+            is_visible &= s != -np.inf
+        weights, lse = softmax(s, is_visible, problem.sinks)
         v = per_query_head(values(problem, real), problem)
         # A mean of the largest numbers may be rounded up.
         out = drawn_in(
-            weighted_sum(dropped(weights, problem), seen, v),
+            weighted_sum(dropped(weights, problem), is_visible, v),
             np.isfinite(v).all(axis=-2)[..., None, :],
             problem.accumulator,
         )
@@ -82,10 +82,10 @@ def attend(problem: Problem, real=np.float64):
 def row_max(p: Problem, real=np.float64) -> np.ndarray:
     """The largest score of each query among the keys that it sees, (batch, heads, queries)."""
     with np.errstate(all="ignore"):
-        s, seen = scores(p, real), visible(p)
+        s, is_visible = scores(p, real), visible(p)
         if p.score_mod is not None:
-            seen &= s != -np.inf
-        return np.where(seen, s, -np.inf).max(axis=-1, initial=-np.inf)
+            is_visible &= s != -np.inf
+        return np.where(is_visible, s, -np.inf).max(axis=-1, initial=-np.inf)
 
 
 def run_map(problem: Problem, rows: int, columns: int) -> np.ndarray:
@@ -133,35 +133,35 @@ def gradients(b: Backward, real=np.float64) -> dict[str, np.ndarray]:
         q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
         k, v = (per_query_head(x(p, real), p) for x in (keys, values))
         grad_out, lse = b.grad_out.astype(real), b.lse.astype(real)
-        seen, capped = visible(p), capped_products(p, real)
+        is_visible, capped = visible(p), capped_products(p, real)
         s = scores(p, real, capped)
         if p.score_mod is not None:
-            seen &= s != -np.inf
-        weights, sink_weights = recomputed(s, seen, lse, b)
+            is_visible &= s != -np.inf
+        weights, sink_weights = recomputed(s, is_visible, lse, b)
         delta = (grad_out * b.out.astype(real)).sum(axis=-1)
         if b.grad_lse is not None:
             delta = delta - b.grad_lse.astype(real)
 
         grad_weights = dropped(grad_out @ v.swapaxes(-1, -2), p)
-        grad_s = np.where(seen, weights * (grad_weights - delta[..., None]), 0)
+        grad_s = np.where(is_visible, weights * (grad_weights - delta[..., None]), 0)
         if p.score_mod is not None:
             plain = scores(replace(p, score_mod=None), real, capped)
             slopes = on_grid(p, p.score_grad, plain.astype(np.float64))
-            grad_s = np.where(seen, grad_s * slopes, 0)
+            grad_s = np.where(is_visible, grad_s * slopes, 0)
         slope = 1.0 if p.softcap is None else 1 - (capped / p.softcap) ** 2
-        grad_scaled = np.where(seen, grad_s * slope, 0)
-        grad_measured = np.where(seen, scale_of(p, real) * grad_scaled, 0)
+        grad_scaled = np.where(is_visible, grad_s * slope, 0)
+        grad_similarity = np.where(is_visible, scale_of(p, real) * grad_scaled, 0)
 
-        seen_by, used = seen.swapaxes(-1, -2), dropped(weights, p)
+        visible_to, used = is_visible.swapaxes(-1, -2), dropped(weights, p)
         found = {
-            **score_function_gradients(p, q, k, seen, grad_measured),
-            "v": per_key_head(weighted_sum(used.swapaxes(-1, -2), seen_by, grad_out), p),
+            **score_function_gradients(p, q, k, is_visible, grad_similarity),
+            "v": per_key_head(weighted_sum(used.swapaxes(-1, -2), visible_to, grad_out), p),
             "bias": grad_s,
         }
         leading = tuple(range(len(p.batch)))
         of_heads = (*leading, -2, -1)
         if b.wants("scale"):
-            terms = np.where(seen, grad_scaled * measured(p, q, k), 0)
+            terms = np.where(is_visible, grad_scaled * similarity(p, q, k), 0)
             found["scale"] = terms.sum(axis=of_heads)
         if p.relative_bias is not None and b.wants("relative_bias"):
             found["relative_bias"] = np.zeros(p.relative_bias.shape, np.longdouble)
@@ -207,7 +207,7 @@ def capped_products(p: Problem, real=np.float64) -> np.ndarray:
     """The score before anything is added: the scaled score function, softly capped."""
     q = np.broadcast_to(p.q.astype(real), p.rows(p.head_dim))
     k = per_query_head(keys(p, real), p)
-    products = measured(p, q, k)
+    products = similarity(p, q, k)
     scale = scale_of(p, real)
     s = scale * products
     finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
@@ -223,9 +223,9 @@ def scaled_far_products(p: Problem, q, k, real) -> np.ndarray:
     scale = scale_of(p, real)
     unit = real(2.0) ** (np.finfo(real).maxexp // 2 + 32)
     if p.score_function.name == "dot":
-        return scale * measured(p, q / unit, k / unit) * unit * unit
+        return scale * similarity(p, q / unit, k / unit) * unit * unit
     if p.score_function.name == "distance":
-        return scale * measured(p, q / unit, k / unit) * unit
+        return scale * similarity(p, q / unit, k / unit) * unit
     weights = p.score_function.weights.astype(real) / unit
     return scale * (np.tanh(q[..., :, None, :] + k[..., None, :, :]) @ weights) * unit
 
@@ -235,7 +235,7 @@ def scale_of(p: Problem, real) -> np.ndarray:
     return np.asarray(p.scale, real)[..., None, None]
 
 
-def measured(p: Problem, q, k) -> np.ndarray:
+def similarity(p: Problem, q, k) -> np.ndarray:
     """How each query compares with each key: ``q . k``, ``|q - k|``, its square or
     ``w . tanh(q + k)``.
     """
@@ -250,25 +250,25 @@ def measured(p: Problem, q, k) -> np.ndarray:
     return np.tanh(q + k) @ p.score_function.weights.astype(q.dtype)
 
 
-def score_function_gradients(p: Problem, q, k, seen, grad) -> dict[str, np.ndarray]:
-    """The gradients of what `measured` takes from `grad`, that of what it returns."""
+def score_function_gradients(p: Problem, q, k, is_visible, grad) -> dict[str, np.ndarray]:
+    """The gradients of the arguments of `similarity` from that of its result."""
     if p.score_function.name == "dot":
-        seen_by = seen.swapaxes(-1, -2)
-        grad_q = weighted_sum(grad, seen, k)
-        grad_k = weighted_sum(grad.swapaxes(-1, -2), seen_by, q)
+        visible_to = is_visible.swapaxes(-1, -2)
+        grad_q = weighted_sum(grad, is_visible, k)
+        grad_k = weighted_sum(grad.swapaxes(-1, -2), visible_to, q)
         return {"q": grad_q, "k": per_key_head(grad_k, p)}
-    q, k, seen = q[..., :, None, :], k[..., None, :, :], seen[..., None]
+    q, k, is_visible = q[..., :, None, :], k[..., None, :, :], is_visible[..., None]
     if p.score_function.name.endswith("distance"):
         away = q - k
         terms = 2 * grad[..., None] * away
         if p.score_function.name == "distance":
             length = np.sqrt((away**2).sum(axis=-1, keepdims=True))
             terms = np.where(length != 0, terms / (2 * length), 0)
-        terms = np.where(seen, terms, 0)
+        terms = np.where(is_visible, terms, 0)
         return {"q": terms.sum(axis=-2), "k": per_key_head(-terms.sum(axis=-3), p)}
-    tanh = np.where(seen, np.tanh(q + k), 0)
+    tanh = np.where(is_visible, np.tanh(q + k), 0)
     terms = np.where(
-        seen, grad[..., None] * p.score_function.weights.astype(q.dtype) * (1 - tanh**2), 0
+        is_visible, grad[..., None] * p.score_function.weights.astype(q.dtype) * (1 - tanh**2), 0
     )
     return {
         "q": terms.sum(axis=-2),
@@ -278,37 +278,37 @@ def score_function_gradients(p: Problem, q, k, seen, grad) -> dict[str, np.ndarr
 
 
 def visible(p: Problem) -> np.ndarray:
-    """``seen[i, j]``: may query `i` see key `j`? bool, (batch, heads, queries, keys)."""
+    """``visible[i, j]``: may query `i` see key `j`? bool, (batch, heads, queries, keys)."""
     i, j = positions(p)
     r = p.key_range
-    seen = np.ones((*p.rows(), p.n_keys), bool)
+    is_visible = np.ones((*p.rows(), p.n_keys), bool)
     if p.mask is not None:
-        seen &= p.mask.dense() if isinstance(p.mask, SparseMask) else p.mask
+        is_visible &= p.mask.dense() if isinstance(p.mask, SparseMask) else p.mask
     if r.left is not None:
-        seen &= i - r.left <= j
+        is_visible &= i - r.left <= j
     if r.right is not None:
-        seen &= j <= i + r.right
+        is_visible &= j <= i + r.right
     if r.lengths is not None:
-        seen &= j < r.lengths[..., None, None, None]
+        is_visible &= j < r.lengths[..., None, None, None]
     if r.spans is not None:
         start, stop = r.spans
-        seen &= (start[..., None] <= j) & (j < stop[..., None])
+        is_visible &= (start[..., None] <= j) & (j < stop[..., None])
     if p.bias is not None:
-        seen &= p.bias != -np.inf
+        is_visible &= p.bias != -np.inf
     if p.relative_bias is not None:
-        seen &= p.relative_bias[distance_index(p)] != -np.inf
+        is_visible &= p.relative_bias[distance_index(p)] != -np.inf
     if p.mask_mod is not None:
-        seen &= on_grid(p, p.mask_mod).astype(bool)
-    return seen
+        is_visible &= on_grid(p, p.mask_mod).astype(bool)
+    return is_visible
 
 
-def softmax(s, seen, sinks=None):
-    """``(weights, lse)`` over the seen keys and, where given, one sink without a value per head.
+def softmax(s, is_visible, sinks=None):
+    """``(weights, lse)`` over the visible keys and, where given, a sink per head, without a value.
 
     A shift of the scores by their maximum keeps the exponentials in range and cancels out.
     A score of Inf weighs Inf - Inf, which is NaN, and the others nothing beside it.
     """
-    s = np.where(seen, s, -np.inf)
+    s = np.where(is_visible, s, -np.inf)
     top = s.max(axis=-1, keepdims=True, initial=-np.inf)
     if sinks is not None:
         sinks = sinks.astype(s.dtype)[:, None, None]
@@ -319,25 +319,26 @@ def softmax(s, seen, sinks=None):
     if sinks is not None:
         total = total + np.exp(sinks - shift)
     total = np.where(shift == np.inf, 1, total)
-    weights = np.where(seen, powers / total, 0)  # exact where lse is too large to hold log(total)
+    # Exact where the lse is too large to hold log(total).
+    weights = np.where(is_visible, powers / total, 0)
     return weights, (shift + np.log(total))[..., 0]
 
 
-def recomputed(s, seen, lse, b: Backward):
+def recomputed(s, is_visible, lse, b: Backward):
     """``(weights, sink_weights)`` of a row whose `lse` is known; it may be that of more keys.
 
     Where an lse is so large that its rounding shows in the weights, and is that of these keys, the
-    softmax is taken anew.
+    softmax is computed again.
     """
     p = b.problem
-    weights = np.where(seen, np.exp(s - lse[..., None]), 0)
-    anew, own_lse = softmax(s, seen, p.sinks)
+    weights = np.where(is_visible, np.exp(s - lse[..., None]), 0)
+    own_weights, own_lse = softmax(s, is_visible, p.sinks)
     far = np.isfinite(lse) & (np.abs(lse) > b.coarse()) & b.replaces(own_lse, lse)
-    weights = np.where(far[..., None], anew, weights)
+    weights = np.where(far[..., None], own_weights, weights)
     if p.sinks is None:
         return weights, None
     sinks = np.broadcast_to(p.sinks.astype(s.dtype)[:, None], lse.shape)
-    alone = np.isneginf(sinks)  # takes no part, though nothing else may be seen
+    alone = np.isneginf(sinks)  # takes no part, though nothing else may be visible
     return weights, np.where(alone, 0, np.exp(sinks - np.where(far, own_lse, lse)))
 
 
@@ -351,13 +352,13 @@ def dropped(x, p: Problem) -> np.ndarray:
     return np.where(kept, x / (1 - p.dropout.rate), 0)
 
 
-def weighted_sum(weights, seen, x):
-    """``weights @ x``. A weight of 0 on an hidden row of x must not meet a NaN there: such rows are
+def weighted_sum(weights, is_visible, x):
+    """``weights @ x``. A weight of 0 on a hidden row of x must not meet a NaN there: such rows are
     left out of the sum.
     """
     if np.isfinite(x).all():
         return weights @ x
-    return np.where(seen[..., None], weights[..., None] * x[..., None, :, :], 0).sum(axis=-2)
+    return np.where(is_visible[..., None], weights[..., None] * x[..., None, :, :], 0).sum(axis=-2)
 
 
 def positions(p: Problem):

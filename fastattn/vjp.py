@@ -45,7 +45,7 @@ def vjp(function, *arrays, wrt=(), **options) -> tuple[Any, Callable[..., tuple[
     *arrays : array_like
         Its positional arguments.
     wrt : tuple of str, default ()
-        The options whose gradients are wanted besides: ``"scale"``, ``"bias"``,
+        The options whose gradients are wanted too: ``"scale"``, ``"bias"``,
         ``"relative_bias"``, ``"alibi"``, ``"sinks"``; of `pool` ``"b"``; of `additive` ``"w_q"``,
         ``"w_k"``, ``"w"`` and ``"b"`` too; of a `MultiHeadAttention` its parameters: ``"w_q"``, ...
     **options

@@ -87,7 +87,7 @@ def attention_map(q, k, shape, *, backend=None, **options) -> np.ndarray:
 
     Notes
     -----
-    Memory and time are those of `key_importance`, besides the result.
+    Memory and time are those of `key_importance`, apart from the result.
 
     Examples
     --------

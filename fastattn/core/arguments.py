@@ -14,7 +14,7 @@ from .foreign import as_array
 
 __all__ = [
     "FAR", "broadcast", "broadcast_shapes", "count", "flag", "function", "in_range", "integer",
-    "integers", "number", "operand", "plain", "renamed", "vector",
+    "integers", "number", "operand", "plain", "positive", "renamed", "vector",
 ]  # fmt: skip
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -71,6 +71,14 @@ def number(name: str, value) -> float:
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
         raise TypeError(f"{name}: expected a real number, got {what}")
     return float(in_range(x, np.float64))
+
+
+def positive(name: str, value) -> float:
+    """A finite number > 0, or an error that names the argument."""
+    x = number(name, value)
+    if not 0 < x < np.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {x}")
+    return x
 
 
 def in_range(x, dtype) -> np.ndarray:

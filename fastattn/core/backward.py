@@ -61,7 +61,7 @@ class Backward(NamedTuple):
 
 
 def make_backward_problem(problem: Problem, grad_out, out, lse, grad_lse=None) -> Backward:
-    """Check what a backward pass through `problem` is given besides.
+    """Check the other arguments of a backward pass through `problem`.
 
     Raises
     ------

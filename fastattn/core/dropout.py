@@ -29,7 +29,7 @@ _LOW, _HALF, _WORD = np.uint64(0xFFFFFFFF), np.uint64(16), np.uint64(32)
 
 
 class Dropout(NamedTuple):
-    """What is to be dropped of a problem."""
+    """Which weights of a problem are dropped."""
 
     rate: float  # 0 < rate < 1
     seed: int  # 64 bits

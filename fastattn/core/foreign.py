@@ -151,8 +151,8 @@ _capsule_is = _function("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, cty
 
 
 class _Memory:
-    """What NumPy makes an array of, and its array's base. It holds the capsule, which nobody
-    renames: one that was not consumed releases the tensor when it goes.
+    """The base of the array that NumPy makes. It holds the capsule, which is never renamed: an
+    unconsumed capsule releases the tensor when it is deleted.
     """
 
     def __init__(self, capsule, interface):

@@ -14,7 +14,10 @@ import numpy as np
 from .arguments import flag
 from .options import dropout_of, dropout_start, span_sides, window_sides
 
-__all__ = ["DIFFERENTIABLE", "OPTIONS", "PARTS", "Option", "Part", "check", "joined", "split"]
+__all__ = [
+    "DIFFERENTIABLE", "OPTIONS", "PARTS", "Option", "Part", "check", "differentiable", "joined",
+    "refuse", "split",
+]  # fmt: skip
 
 
 class Option(NamedTuple):
@@ -94,6 +97,25 @@ def check(function: str, options: Iterable[str]) -> None:
             where = f"integrations.{function}.scaled_dot" if function in _OPERATORS else function
             listed = ", ".join(option for option in OPTIONS if option in has)
             raise TypeError(f"{name}: {where}() has no such option; it has {listed}")
+
+
+def refuse(score: str, options: dict) -> None:
+    """Drop from `options` those that a score function does not have, which must be None there; an
+    error for one that no function has.
+    """
+    for name in [name for name in options if name in OPTIONS and score in OPTIONS[name].without]:
+        value = options.pop(name)
+        if value is not None:
+            raise TypeError(
+                f"{name}: expected None, got {type(value).__name__}; {score} has no {name}"
+            )
+    check(score, options)
+
+
+def differentiable(score: str, options: dict) -> dict:
+    """Those of `options` that a score function has a gradient for, None where not given."""
+    has = (name for name in DIFFERENTIABLE if score not in OPTIONS[name].without)
+    return {name: options.get(name) for name in has}
 
 
 _ALL = frozenset(OPTIONS)

@@ -131,7 +131,7 @@ def _span(value, rows, n_keys) -> np.ndarray:
 
 
 def dropout_of(value, offset) -> Dropout | None:
-    """What is to be dropped; None for a rate of 0."""
+    """The `Dropout` of these options; None for a rate of 0."""
     place = dropout_start(offset)
     if value is None:
         return None

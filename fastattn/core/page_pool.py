@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = ["PAGE", "Page", "PagePool"]
 
-# Tokens of a page: the keys of a strip of the compiled kernels, which so lies in one piece.
+# Tokens of a page: SUB_BLOCK_K of the compiled kernels, so that a sub-block lies in one page.
 PAGE = 64
 _ALIGNMENT = 64
 

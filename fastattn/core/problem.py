@@ -132,7 +132,7 @@ class Problem:
 
     @property
     def is_flex(self) -> bool:
-        """Are there functions of the user's in it, which must be compiled or called?"""
+        """Does it have user functions, which must be compiled or called?"""
         return self.score_mod is not None or self.mask_mod is not None
 
     @property

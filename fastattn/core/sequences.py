@@ -1,7 +1,7 @@
 """Sequences of tokens on a pool of pages: they grow, share pages and give them back.
 
 A row of a page is written once, before anything refers to it. So a sequence that has others' tokens
-behind its own in its last page copies that page, and whoever reads a `Snapshot` needs no lock.
+behind its own in its last page copies that page, and a reader of a `Snapshot` needs no lock.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Snapshot(NamedTuple):
 
 
 class Sequences:
-    """The sequences of a cache. Of a window only so many tokens of each are needed, the first
-    `keep_first` besides.
+    """The sequences of a cache. With a `window`, only the last tokens of each are kept, and the
+    first `keep_first`.
     """
 
     def __init__(self, pool: PagePool, batch: int, window: int | None, keep_first: int):
         self.pool, self.window, self.keep_first = pool, window, keep_first
-        self._lock = threading.Lock()  # between those who change something
+        self._lock = threading.Lock()  # held by a thread that changes something
         none = np.zeros(batch, np.int64)
         table = np.zeros((batch, 0), np.int64)
         self.now = Snapshot(((),) * batch, table, pool.views, none, none, 0, False, _Epoch())
@@ -74,7 +74,7 @@ class Sequences:
         return np.concatenate(runs, axis=1)
 
     def packed(self) -> dict:
-        """All that there is, without memory of the pool's: for pickles and copies."""
+        """The whole state, in arrays of its own: for pickles and copies."""
         state = self.now
         filled = {p.number: p.filled for own in state.pages for p in own if p is not None}
         numbers = sorted(filled)

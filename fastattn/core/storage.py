@@ -39,13 +39,13 @@ class Storage(NamedTuple):
             return [((dim,), self.dtype), ((1,), FLOAT32)]
         return [((dim,), self.dtype)]
 
-    def rounded(self, name: str, x: np.ndarray, seen) -> list[np.ndarray]:
-        """The fields of the rows of `x`, of those that are `seen`; None: of all. Floats stay as
+    def rounded(self, name: str, x: np.ndarray, live) -> list[np.ndarray]:
+        """The fields of the rows of `x`, of those that are `live`; None: of all. Floats stay as
         they are: writing them rounds.
         """
         if not self.has_scales:
             return [x]
-        steps, scales = _quantised(name, x, seen, self.name)
+        steps, scales = _quantised(name, x, live, self.name)
         return [pack(steps) if self.name == "int4" else steps, scales]
 
 
@@ -60,12 +60,12 @@ def storage(dtype) -> Storage:
         raise ValueError(f"dtype: {name} needs the package ml_dtypes") from None
 
 
-def _quantised(name, x, seen, stored):
+def _quantised(name, x, live, stored):
     """``(numbers, scales)``, int8 and float32 (..., groups), each group of a row by its largest."""
     most, dim = _STEPS[stored], x.shape[-1]
     real = FLOAT64 if x.dtype == FLOAT64 else FLOAT32
-    if seen is not None:
-        x = np.where(seen[..., None], x, np.zeros((), x.dtype))
+    if live is not None:
+        x = np.where(live[..., None], x, np.zeros((), x.dtype))
     x = x.astype(real, copy=False)
     edges = np.arange(0, dim, GROUP if stored == "int4" else dim)
     with np.errstate(all="ignore"):

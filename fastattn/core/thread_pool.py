@@ -13,9 +13,9 @@ __all__ = ["share"]
 # More are of no use, whatever `threads=` says, and each takes memory for its stack.
 MOST_HELPERS = 255
 
-# All helpers, and those that wait for work, each by the queue that it takes it from. They are no
-# threads of an executor, which serves nobody once the main thread has ended, nor any that the
-# interpreter waits for before it ends.
+# All helpers, and the idle ones, each by the queue that it takes its work from. They belong to no
+# executor, which refuses work once the main thread has ended, and the interpreter does not wait for
+# them at exit.
 _helpers: list[SimpleQueue] = []
 _idle: deque[SimpleQueue] = deque()
 
@@ -57,8 +57,8 @@ class _Work:
     def __init__(self, items: int, step: int, start: Callable[[], Callable]):
         self.items, self.step, self.start = items, step, start
         self.begins = deque(range(0, items, step))
-        # Its methods are atomic. Whoever takes an item has put himself down here before, so once
-        # no item is left and nobody is here, no launch runs, and none will.
+        # Its methods are atomic. A thread registers here before it takes an item, so once no item
+        # is left and none is registered, no launch runs, and none will.
         self.helping: deque[None] = deque()
         self.ended: SimpleQueue[None] = SimpleQueue()
         self.errors: list[BaseException] = []
@@ -78,7 +78,7 @@ class _Work:
             return None
 
     def help(self) -> None:
-        """Carry out what is left, on a thread that nobody else hears of."""
+        """Carry out what is left, on a thread of the pool."""
         self.helping.append(None)
         try:
             if self.begins and (launch := self.start_if_possible()):

@@ -31,7 +31,7 @@ def keys_visible_to_any(p: Problem) -> np.ndarray:
 
 
 def _of_key_heads(p: Problem, seen) -> np.ndarray:
-    """Seen by a head of a group, from what is by each head."""
+    """The keys visible to any head of a group, from those visible to each head."""
     seen = np.broadcast_to(seen, (*seen.shape[:-2], p.heads, p.n_keys))
     by_group = seen.reshape(*seen.shape[:-2], p.kv_heads, p.group, p.n_keys)
     return np.logical_or.reduce(by_group, axis=-2)

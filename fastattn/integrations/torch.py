@@ -115,7 +115,7 @@ _NAMES = {
 
 def _mask(attn_mask, query, key) -> dict[str, Any]:
     """What torch's `attn_mask` is here."""
-    if isinstance(attn_mask, CausalBias):  # whose memory nobody has written
+    if isinstance(attn_mask, CausalBias):  # its memory is not initialised
         lengths = query.size(-2), key.size(-2)
         upper_left = attn_mask.variant == CausalVariant.UPPER_LEFT
         if not upper_left and lengths != (attn_mask.seq_len_q, attn_mask.seq_len_kv):

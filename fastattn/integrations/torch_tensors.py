@@ -33,7 +33,7 @@ def autocast(x):
 
 
 def check_constant(name, x) -> None:
-    """An error if someone might want the gradient of a number, which there is not."""
+    """An error if `x`, of which there is no gradient, takes part in differentiation."""
     if x.requires_grad and torch.is_grad_enabled():
         got = "a tensor that requires a gradient"
     elif forward_ad._current_level >= 0 or transforms():

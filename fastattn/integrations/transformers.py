@@ -16,8 +16,8 @@ from .transformers_models import keep_in_continuous_batching, refuse_models_with
 
 __all__ = ["attention", "register"]
 
-# Of what models hand to every attention function, the names that change scores or what is seen, or
-# want more than the output; all else is meant for paged or flash attention or for nobody.
+# Of the arguments that models pass to every attention function, those that change the scores or the
+# visible keys, or ask for more than the output. The others are for paged or flash attention.
 _REFUSED = frozenset((
     "alibi", "attention_bias", "attn_bias", "block_indices", "block_table", "cross_attn_head_mask",
     "head_mask", "layer_head_mask", "logits_soft_cap", "output_attentions", "rel_pos",
@@ -199,7 +199,7 @@ def _positions(mask: Tensor | None, words: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seen(mask: Tensor | None, indices: Tensor | None, keys: int) -> dict[str, Any]:
-    """Which keys a query sees, in the words of `fastattn.scaled_dot`."""
+    """Which keys a query sees, as options of `fastattn.scaled_dot`."""
     if indices is not None:
         chosen = indices.new_zeros((*indices.shape[:-1], keys), dtype=torch.bool)
         chosen = chosen.scatter(-1, indices.long(), True)[:, None]

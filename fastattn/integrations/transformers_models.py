@@ -19,8 +19,8 @@ _TABLE = re.compile(r"_CLASSES\[[^\]]*_attn_implementation")
 def refuse_models_without_interface(attention: Callable) -> None:
     """From now on, a model is not made with an implementation that is `attention` but ignores it.
 
-    The library asks each model, when it is made, whether it can have ``"sdpa"`` or flash attention,
-    and about others it asks nobody; so its question is extended.
+    The library checks, when a model is made, whether it supports ``"sdpa"`` or flash attention, and
+    checks no other implementation; this extends the check.
     """
     check = PreTrainedModel.get_correct_attn_implementation
     if hasattr(check, "fastattn_checks"):

@@ -251,6 +251,13 @@ def test_truncate(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", STORED)
+def test_keys_and_values_of_an_empty_slot(dtype):
+    cache = fastattn.KVCache(1, 2, 8, value_dim=3, dtype=dtype)
+    assert cache.keys(0).shape == (2, 0, 8)
+    assert cache.values(0).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("dtype", STORED)
 def test_growth_loses_nothing(dtype):
     small, large = new(dtype, capacity=1), new(dtype, capacity=300)
     for seed in range(40):

@@ -24,7 +24,7 @@ SPHINX = ("sphinx", "numpydoc", "pydata_sphinx_theme", "sphinx_gallery", "sphinx
 MADE_BY_A_BUILD = shutil.ignore_patterns("__pycache__", "examples", "generated", "output")
 PLAIN = (
     "attention", "backward", "documents", "explain", "gaussian", "jvp", "kv_cache", "additive",
-    "euclidean", "merge", "multihead", "similarity", "varlen", "vjp", "weight_maps",
+    "euclidean", "merge", "multihead", "pooling", "similarity", "varlen", "vjp", "weight_maps",
 )  # fmt: skip
 NEED_NUMBA = ("block_mask", "flex", "vectormath")
 

@@ -22,7 +22,7 @@ def weigh_maker(b: TensorBlocks):
     ROWS, COLS, SUMS = b.rows, b.cols, b.sums
     ZERO, INF = np.float32(0), np.float32(math.inf)
 
-    def weigh(s, seen, top, total, saw, unit, acc):
+    def weigh(s, seen, top, total, any_visible, unit, acc):
         for r in range(ROWS):
             now = top[r]
             for c in range(COLS):
@@ -38,7 +38,7 @@ def weigh_maker(b: TensorBlocks):
                 row_sum += s[r, c]
             total[r] = total[r] * rescale + row_sum
             if seen >> r * COLS & (1 << COLS) - 1:
-                saw[r] = 1
+                any_visible[r] = 1
             for n in range(SUMS):
                 acc[r, n] *= rescale
 
@@ -54,21 +54,23 @@ def finish_maker(b: TensorBlocks):
     MOST = np.finfo(np.float32).max
     write_out, column = writer("o" in b.spec.bfloat16), device_function(key_of)
 
-    def finish(acc, top, total, saw, base, options, rows, out, out_at, out_strides, n_rows, n_cols,
-               ty, tx):  # fmt: skip
+    def finish(acc, top, total, any_visible, base, options, rows, out, out_at, out_strides, n_rows,
+               n_cols, ty, tx):  # fmt: skip
         lost = 0
         out_head, out_row, out_dim = out_strides
         for r in range(ROWS):
             row = ty + 8 * r
             for mask in (1, 2):
                 total[r] += shuffle_xor(total[r], mask)
-                saw[r] |= shuffle_xor(saw[r], mask)
+                any_visible[r] |= shuffle_xor(any_visible[r], mask)
             if row < n_rows and not SCALES:
                 top[r] *= rows.scale[row]
             not_finite = ZERO
             for n in range(SUMS):
                 not_finite += ZERO * acc[r, n]
-            if not (total[r] <= MOST and (total[r] > ZERO or saw[r] == 0) and not_finite == ZERO):
+            if not (
+                total[r] <= MOST and (total[r] > ZERO or any_visible[r] == 0) and not_finite == ZERO
+            ):
                 lost |= 1 << r
             base[r], kept = top[r], ONE
             if SINKS and row < n_rows:

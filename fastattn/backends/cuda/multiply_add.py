@@ -198,12 +198,12 @@ def compiled(spec: Spec):
                     x_at = v_at + (begin + first_key) * v_row
                     n_here = n_keys - begin - first_key
                     wild = load_values(v, x_at, v_row, v_dim, n_here, n_cols, kv, t)
-                    careful = False
+                    skip_hidden = False
                     if partial:
-                        careful = cuda.syncthreads_or(np.int32(wild)) != 0
+                        skip_hidden = cuda.syncthreads_or(np.int32(wild)) != 0
                     else:
                         cuda.syncthreads()
-                    accumulate(acc, ps, kv, first_key, careful, tx, ty)
+                    accumulate(acc, ps, kv, first_key, skip_hidden, tx, ty)
                 since_fold += 1
                 if since_fold == FOLD:
                     since_fold = 0
@@ -214,7 +214,7 @@ def compiled(spec: Spec):
                     break
                 weighing = False
                 margin = wide_margin
-                cuda.syncthreads()  # before what others still read is made anew
+                cuda.syncthreads()  # before shared memory that others still read is overwritten
                 continue
             sum_rows(acc, acc_sum, total, total_sum, since_fold == 0, rows, ps, options, tx, ty, t)
             # Sums of huge values: smaller weights keep them finite, unless it was v that was not.

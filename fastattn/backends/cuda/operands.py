@@ -77,7 +77,7 @@ class Result:
         return self.target
 
 
-# Of a dtype; what NumPy makes anew each time, in microseconds.
+# Of a dtype. NumPy makes the string again at each access, which takes microseconds.
 dtype_name = lru_cache(maxsize=64)(attrgetter("name"))
 
 

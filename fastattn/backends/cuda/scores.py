@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     scale: Any
     start: Any  # the keys [start, stop) that its intervals show
     stop: Any
-    saw: Any  # has it seen a key?
+    any_visible: Any  # is a key visible to it?
     top: Any  # the largest score so far, that sums are relative to
     high: Any  # the same without the sink
     rescale: Any  # of the sums, since top has changed; in the end the sum of the weights

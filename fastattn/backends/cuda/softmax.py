@@ -30,7 +30,7 @@ def raise_maker(b: Blocks):
                     top = s[r, c]
             ps[(r * TY + ty) * P_ROW + tx] = top
             if seen >> r * COLS & (1 << COLS) - 1:
-                rows.saw[r * TY + ty] = 1
+                rows.any_visible[r * TY + ty] = 1
         cuda.syncthreads()
         if t < BLOCK_Q:
             top = ps[t * P_ROW]
@@ -69,7 +69,7 @@ def weigh_maker(b: Blocks):
             tile_sum = ZERO
             for c in range(COLS):
                 x = real(math.exp(s[r, c] - shift))
-                # A negative zero adds nothing, and tells `careful` who is hidden.
+                # A negative zero adds nothing, and marks a hidden key for `accumulate`.
                 if partial and seen >> r * COLS + c & 1 == 0:
                     x = HIDDEN
                 tile_sum += x
@@ -88,10 +88,10 @@ def accumulate_maker(b: Blocks):
     FOURS, COLUMNS = 0x10000 - 4, b.columns
     ZERO, ONE = real(0), real(1)
 
-    def accumulate(acc, ps, vs, first_key, careful, tx, ty):
+    def accumulate(acc, ps, vs, first_key, skip_hidden, tx, ty):
         a = cuda.local.array((ROWS, 4), real)
         x = cuda.local.array(DIMS, real)
-        if careful:  # 0 * NaN is a NaN: leave out who is hidden
+        if skip_hidden:  # 0 * NaN is a NaN: leave out hidden keys
             for key in range(V_KEYS):
                 for r in range(ROWS):
                     p = ps[(r * TY + ty) * P_ROW + first_key + key]
@@ -193,7 +193,7 @@ def finish_maker(b: Blocks):
                         x = acc[r, part * DIMS + n] * share
                         if again and abs(acc[r, part * DIMS + n]) <= MOST:
                             x = min(max(x, -MOST), MOST)  # a mean of such may be rounded up
-                        if rows.saw[row] == 0:
+                        if rows.any_visible[row] == 0:
                             x = ZERO
                         own = not again or lost >> r * SUMS + part * DIMS + n & 1 != 0
                         if d < n_cols and own:

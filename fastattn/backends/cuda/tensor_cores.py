@@ -5,7 +5,7 @@ The algorithm is that of `multiply_add`, FlashAttention-2 (Dao 2023, section 3):
 queries, whose scores and sums lie in its registers as `fragments` tells, so that the weights are
 made where the second product wants them. K and V come by asynchronous copies while the other one
 is at work. Rows that meet what this kernel does not weigh as the formula says (a NaN or an Inf in a
-score, a hidden one in v, sums that overflow) are flagged, for `multiply_add` to make anew.
+score, a hidden one in v, sums that overflow) are flagged, and `multiply_add` computes them again.
 
 It has been compiled for devices and run in Numba's simulator, where `simulated_instructions` stand
 for those of the hardware; it has never run on a device. `trial` decides there whether it may.
@@ -70,11 +70,11 @@ def compiled(kind: TensorSpec):
         top = cuda.local.array(ROWS, np.float32)
         total = cuda.local.array(ROWS, np.float32)
         unit = cuda.local.array(ROWS, np.float32)  # of a score, in powers of two
-        saw = cuda.local.array(ROWS, np.int32)
+        any_visible = cuda.local.array(ROWS, np.int32)
         base = cuda.local.array(ROWS, np.float32)  # what sums are relative to in the end
         rows = Rows(
-            row_query, row_head, row_place, row_scale, row_start, row_stop, saw, top, top, total,
-            total, saw,
+            row_query, row_head, row_place, row_scale, row_start, row_stop, any_visible, top, top,
+            total, total, any_visible,
         )  # fmt: skip
 
         t = cuda.threadIdx.x & (THREADS - 1)
@@ -108,7 +108,7 @@ def compiled(kind: TensorSpec):
         v_at = place_of(layout, Operands.V, entry, kv_head) + first_dim * v_dim
         load_queries(q_registers, q, rows, n_rows, strides_of(layout, Operands.Q)[2], ty, tx)
         for r in range(ROWS):
-            top[r], total[r], saw[r] = -INF, ZERO, 0
+            top[r], total[r], any_visible[r] = -INF, ZERO, 0
             unit[r] = LOG2_E
             if not SCALES:
                 unit[r] *= row_scale[ty + 8 * r]
@@ -140,7 +140,7 @@ def compiled(kind: TensorSpec):
                 ready = True
             if SCALES or partial:
                 seen = apply_options(s, seen, partial, rows, options, begin, tx, ty)
-            weigh(s, seen, top, total, saw, unit, acc)
+            weigh(s, seen, top, total, any_visible, unit, acc)
             accumulate(acc, s, shared, lane)
 
         out_strides = strides_of(layout, Operands.OUT)
@@ -148,8 +148,8 @@ def compiled(kind: TensorSpec):
         out_at += part * layout[Fields.OUT_PART]
         at = (entry * heads + first_head) * layout[Fields.N_QUERIES]
         at += part * layout[Fields.ROW_PART]
-        lost = finish(acc, top, total, saw, base, options, rows, out, out_at, out_strides, n_rows,
-                      n_cols, ty, tx)  # fmt: skip
+        lost = finish(acc, top, total, any_visible, base, options, rows, out, out_at, out_strides,
+                      n_rows, n_cols, ty, tx)  # fmt: skip
         write_results(flags, lse, row_max, top, total, base, lost, rows, at, layout, n_rows, ty, tx)
 
     return kernel(attend, b.registers)

@@ -38,8 +38,8 @@ class TensorBlocks(Geometry):
         self.queries, self.threads = 16 * self.warps, 32 * self.warps
         self.slice = min(spec.value_dim, 16 if SIMULATED else 128)
         self.slices = -(-spec.value_dim // self.slice)
-        grain = 64 if kind.wgmma else 16
-        k_dims, v_dims = (grain * -(-n // grain) for n in (spec.head_dim, self.slice))
+        multiple = 64 if kind.wgmma else 16
+        k_dims, v_dims = (multiple * -(-n // multiple) for n in (spec.head_dim, self.slice))
         self.k_steps, self.key_tiles, self.dim_tiles = k_dims // 16, self.keys // 8, v_dims // 8
         self.rows, self.cols, self.sums = 2, 2 * self.key_tiles, 2 * self.dim_tiles
         self.k_row, self.v_row = (n if kind.wgmma else 8 * row_chunks(n) for n in (k_dims, v_dims))

@@ -114,19 +114,19 @@ def describe(problem: Problem) -> dict[str, str]:
         }
     together = max(1, p.group * p.n_queries)
     kind = compute_dtype(p), together, p.head_dim, p.value_dim, p.score_function is DOT
-    queries, panel, keys = kernels.tile_size(*kind)
+    queries, micropanel, keys = kernels.tile_size(*kind)
     return {
         "kernel": f"{p.dtype}, multiplied as {kernels.matmul_dtype(*kind)}",
         "instruction set": kernels.instruction_set(),
         "tile": f"{queries} queries, {keys} keys a block",
         "threads": str(threads(p)),
-        "skipped": f"{_share_skipped(p, panel):.0%} of the tiles"
+        "skipped": f"{_share_skipped(p, micropanel):.0%} of the tiles"
         + (", and those that the mask hides" if p.mask is not None else ""),
     }
 
 
 def _share_skipped(p: Problem, queries: int) -> float:
-    """The share of the square that lies outside the intervals of whole panels of queries."""
+    """The share of the scores that are skipped, as no query of a micropanel sees the key."""
     intervals = p.key_range.bounds()
     if intervals is None or not p.n_queries or not p.n_keys:
         return 0.0

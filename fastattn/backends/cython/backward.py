@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from ...core.backward import Backward
 from ...core.output import empty_like
-from ...core.problem import DOT, Problem
+from ...core.problem import Problem
 from ...core.row_sums import RowSums
 from ..numpy import backward as numpy_backward
 from . import sparse
 from .kernel_args import (
-    block_table,
     can_prepare,
     compute_dtype,
     from_relative_bias_rows,
     kernels,
     relative_bias_rows,
-    scale_args,
-    sequences,
     threads,
     threads_pay,
 )
@@ -43,25 +39,20 @@ def run_backward(backward: Backward) -> dict[str, np.ndarray]:
     constant = b.wants("bias") and grad_bias is None
     sums = constant or b.wants("alibi") or b.wants("scale")
     row_sums = np.zeros(p.rows(6)) if sums else None
-    scale, scales = scale_args(p, per_head=b.wants("scale"))
     relative_bias, of_relative_bias = relative_bias_rows(p), None
     if relative_bias is not None and b.wants("relative_bias"):
         of_relative_bias = np.zeros(relative_bias.shape)
     of_dim_weights = np.zeros(p.head_dim) if b.wants("w") else None
     rows = np.empty(p.rows(3))
     if p.is_sparse:
-        sparse.differentiate(
-            b, found, rows=rows, row_sums=row_sums, grad_bias=grad_bias, scale=scale,
-            scales=scales, relative_bias=relative_bias, grad_relative_bias=of_relative_bias,
+        kernels.differentiate_sparse(
+            b, sparse.threads(p), rows, found["q"], found["k"], found["v"], grad_bias, row_sums,
+            relative_bias, of_relative_bias,
         )  # fmt: skip
     else:
-        grads = found["q"], found.get("k"), found.get("v")
         kernels.differentiate(
-            *_arguments(b, rows, *grads), scale=scale, grad_bias=grad_bias, row_sums=row_sums,
-            key_heads=key_heads, scales=scales, relative_bias=relative_bias,
-            wants_scale=b.wants("scale"), grad_relative_bias=of_relative_bias,
-            sequences=sequences(p), block_table=block_table(p), grad_dim_weights=of_dim_weights,
-            score_function=None if p.score_function is DOT else p.score_function,
+            b, compute_dtype(p), threads(p), rows, found["q"], found.get("k"), found.get("v"),
+            key_heads, grad_bias, row_sums, relative_bias, of_relative_bias, of_dim_weights,
         )  # fmt: skip
     if row_sums is not None or b.wants("sinks"):
         found |= _of_rows(b, rows, row_sums)
@@ -99,31 +90,16 @@ def prepare_backward(backward: Backward, arrays: tuple):
             return None
         outputs.append((new, i, i == 1, True))
     outputs.append((np.empty(p.rows(3)), -1, False, False))
-    *grads, rows = (x for x, *_ in outputs)
+    grad_q, grad_k, grad_v, rows = (x for x, *_ in outputs)
     if p.one_head:
-        grads = [x[None] for x in grads]
-    scale, scales = scale_args(p)
-    read = {
-        "key_heads": np.arange(math.prod(p.batch) * p.kv_heads)[:, None],
-        "scales": scales,
-        "relative_bias": relative_bias_rows(p),
-    }
-    arguments = _arguments(b, rows, *grads)
-    plan = kernels.Plan(outputs, threads_pay(p), (arguments[_N_NEW:], read))
-    kernels.differentiate(*arguments, scale=scale, plan=plan, **read)
-    return plan
-
-
-_N_NEW = 11  # arguments of kernels.differentiate, from the first on, that each call has its own of
-
-
-def _arguments(b: Backward, rows, grad_q, grad_k, grad_v) -> Any:
-    p = b.problem
-    return (
-        b.grad_out, p.q, p.k, p.v, b.out, b.lse, b.grad_lse, rows, grad_q, grad_k, grad_v,
-        np.atleast_1d(b.coarse()), p.batch, p.heads, p.kv_heads, p.softcap or 0.0,
-        p.bias, p.alibi, p.sinks, p.key_range, p.mask, compute_dtype(p), threads(p), p.dropout,
+        grad_q, grad_k, grad_v = grad_q[None], grad_k[None], grad_v[None]
+    key_heads = np.arange(math.prod(p.batch) * p.kv_heads)[:, None]
+    plan = kernels.Plan(outputs, threads_pay(p))
+    kernels.differentiate(
+        b, compute_dtype(p), threads(p), rows, grad_q, grad_k, grad_v, key_heads,
+        relative_bias=relative_bias_rows(p), plan=plan,
     )  # fmt: skip
+    return plan
 
 
 def _room(p: Problem, name: str, x) -> np.ndarray:

@@ -1,22 +1,22 @@
-"""The compiled extension as backends call it: what a problem is to it."""
+"""The compiled extension, and what it takes of a problem that is no field of it."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...core.extension import kernels
-from ...core.problem import DOT, Problem
+from ...core.problem import Problem
 from ...core.threads import flops, thread_count
 
 if TYPE_CHECKING:
     from ..._kernels import Plan
 
 __all__ = [
-    "attend", "block_table", "can_prepare", "compute_dtype", "from_relative_bias_rows", "kernels",
-    "prepare", "relative_bias_rows", "scale_args", "sequences", "threads", "threads_pay",
+    "attend", "can_prepare", "compute_dtype", "from_relative_bias_rows", "kernels", "prepare",
+    "relative_bias_rows", "threads", "threads_pay",
 ]  # fmt: skip
 
 _PAD = 16  # MAX_LANES of csrc/tile_sizes.h
@@ -33,7 +33,10 @@ def attend(
     p: Problem, result, lse=None, weights=None, sums=None, indices=None, row_max=None
 ) -> None:
     """Run the forward kernels: `fastattn._kernels.attend` says what is filled."""
-    kernels.attend(*_arguments(p, result, lse, row_max, weights, sums, indices))
+    kernels.attend(
+        p, compute_dtype(p), threads(p), result, lse, row_max, weights, sums, indices,
+        relative_bias_rows(p),
+    )  # fmt: skip
 
 
 def prepare(p: Problem, of_cache: bool = False) -> Plan | None:
@@ -55,10 +58,14 @@ def prepare(p: Problem, of_cache: bool = False) -> Plan | None:
     row_max = np.empty(shape[:-1], p.accumulator) if p.return_max else None
     outputs = [(result, 0 if like_q else -1, False, True)]
     outputs += [(rows, -1, False, True) for rows in (lse, row_max) if rows is not None]
-    made = (x if x is None or not p.one_head else x[None] for x in (result, lse, row_max))
-    arguments = _arguments(p, *made)
-    plan = kernels.Plan(outputs, threads_pay(p), arguments[_N_NEW:])
-    kernels.attend(*arguments, plan=plan)
+    if p.one_head:
+        result = result[None]
+        lse, row_max = (x if x is None else x[None] for x in (lse, row_max))
+    plan = kernels.Plan(outputs, threads_pay(p))
+    kernels.attend(
+        p, compute_dtype(p), threads(p), result, lse, row_max,
+        relative_bias=relative_bias_rows(p), plan=plan,
+    )  # fmt: skip
     return plan
 
 
@@ -68,38 +75,6 @@ def can_prepare(p: Problem, nbytes: int) -> bool:
     """
     read_in_place = p.block_table is None or p.block_table.flags.c_contiguous
     return read_in_place and not p.copied and nbytes <= PLAN_BYTES and flops(p) > 0
-
-
-_N_NEW = 6  # arguments of kernels.attend, from the first on, that each call has its own of
-
-
-def _arguments(p: Problem, result, lse, row_max, weights=None, sums=None, indices=None) -> Any:
-    table = block_table(p)
-    scale, scales = (p.scale, None) if type(p.scale) is float else scale_args(p)
-    relative_bias = None if p.relative_bias is None else relative_bias_rows(p)
-    return (
-        p.q, p.k, p.v, result, lse, row_max, p.k_scales, p.v_scales, p.batch, p.heads, p.kv_heads,
-        scale, p.softcap or 0.0, p.bias, p.alibi, p.sinks, p.key_range, p.mask,
-        weights, p.key_range.longest_first(p.batch), compute_dtype(p), threads(p),
-        None if p.score_function is DOT else p.score_function, sums, indices, table, p.dropout,
-        scales, relative_bias, sequences(p),
-    )  # fmt: skip
-
-
-def block_table(p: Problem) -> np.ndarray | None:
-    return None if p.block_table is None else np.ascontiguousarray(p.block_table)
-
-
-def sequences(p: Problem) -> np.ndarray | None:
-    """The table of packed sequences, or None."""
-    return None if p.packing is None else p.packing.longest_first()
-
-
-def scale_args(p: Problem, per_head: bool = False) -> tuple[float, np.ndarray | None]:
-    """``(scale, scales)``: one number, or 1 and those of the heads."""
-    if isinstance(p.scale, np.ndarray):
-        return 1.0, p.scale
-    return (1.0, np.full(p.heads, p.scale)) if per_head else (p.scale, None)
 
 
 def relative_bias_rows(p: Problem) -> np.ndarray | None:

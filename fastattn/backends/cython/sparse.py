@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ...core.backward import Backward
-from ...core.problem import DOT, Problem
+from ...core.problem import Problem
 from ...core.sparse_mask import SparseMask
 from ...core.threads import thread_count
-from .kernel_args import block_table, kernels, relative_bias_rows, scale_args
+from .kernel_args import kernels, relative_bias_rows
 
-__all__ = [
-    "attend", "can_differentiate", "differentiate", "left_to_numpy", "prepare_bias", "threads",
-]  # fmt: skip
+__all__ = ["attend", "can_differentiate", "left_to_numpy", "prepare_bias", "threads"]
 
 # Below this many flops a second thread costs more than it brings.
 ONE_THREAD_FLOPS = 2_000_000
 
-_NAMES = ("batch", "heads", "kv_heads", "bias", "alibi", "sinks", "key_range", "dropout")
-
 
 def attend(p: Problem, result, lse=None, weights=None, sums=None, row_max=None) -> None:
     """As `kernel_args.attend`."""
-    scale, scales = scale_args(p)
-    kernels.attend_sparse(
-        p.q, p.k, p.v, p.k_scales, p.v_scales, result,
-        lse=lse, max_score=row_max, weights=weights, sums=sums,
-        scale=scale, scales=scales, relative_bias=relative_bias_rows(p),
-        block_table=block_table(p),
-        **_options(p),
-    )  # fmt: skip
+    rows = relative_bias_rows(p)
+    kernels.attend_sparse(p, threads(p), result, lse, row_max, weights, sums, rows)
 
 
 def can_differentiate(b: Backward) -> bool:
@@ -74,30 +62,6 @@ def prepare_bias(b: Backward) -> tuple[np.ndarray | None, np.ndarray]:
     p = b.problem
     grad_bias = np.zeros(p.rows(p.n_keys), p.accumulator) if _has_own_bias(b) else None
     return grad_bias, np.empty((0, 0), np.int64)
-
-
-def differentiate(b: Backward, found: dict[str, np.ndarray], **also: Any) -> None:
-    """Fill the gradients of q, k and v in `found`, and what else the dense kernels take by these
-    names.
-    """
-    p = b.problem
-    kernels.differentiate_sparse(
-        p.q, p.k, p.v, b.out, b.lse, b.grad_out, b.grad_lse, coarse=float(b.coarse()),
-        grad_q=found["q"], grad_k=found["k"], grad_v=found["v"], wants_scale=b.wants("scale"),
-        **also, **_options(p),
-    )  # fmt: skip
-
-
-def _options(p: Problem) -> dict[str, Any]:
-    """What both directions have in common."""
-    options = {name: getattr(p, name) for name in _NAMES}
-    return options | {
-        "softcap": p.softcap or 0.0,
-        "starts": p.mask.starts,
-        "keys": p.mask.keys,
-        "score_function": None if p.score_function is DOT else p.score_function,
-        "threads": threads(p),
-    }
 
 
 def threads(p: Problem) -> int:

@@ -9,14 +9,7 @@ import numpy as np
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
 from ..numpy import tangents as numpy_tangents
-from .kernel_args import (
-    compute_dtype,
-    kernels,
-    relative_bias_rows,
-    scale_args,
-    sequences,
-    threads,
-)
+from .kernel_args import compute_dtype, kernels, relative_bias_rows, threads
 
 __all__ = ["no_kernel_for_tangents", "run_dual", "run_forward_mode"]
 
@@ -57,12 +50,10 @@ def _push(p: Problem, tangents, out, lse) -> tuple[np.ndarray, np.ndarray]:
     """Both tangents; fills `out` and `lse` unless they are None."""
     d_out = empty_like(p.q, p.rows(p.value_dim), p.dtype) if out is None else np.empty_like(out)
     d_lse = np.empty(p.rows(), p.accumulator)
-    along = [_readable(p, tangents.get(name)) for name in "qkv"]
-    scale, scales = scale_args(p)
+    d_q, d_k, d_v = (_readable(p, tangents.get(name)) for name in "qkv")
     kernels.push_forward(
-        p.q, p.k, p.v, *along, out, lse, d_out, d_lse, p.batch, p.heads, p.kv_heads, scale, scales,
-        p.softcap or 0.0, p.bias, p.alibi, p.sinks, relative_bias_rows(p), p.key_range, p.mask,
-        compute_dtype(p), threads(p), p.dropout, sequences(p),
+        p, compute_dtype(p), threads(p), d_q, d_k, d_v, out, lse, d_out, d_lse,
+        relative_bias_rows(p),
     )  # fmt: skip
     return d_out, d_lse
 

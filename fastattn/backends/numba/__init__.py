@@ -127,7 +127,7 @@ class _Call:
         self.sizes = tile.scratch(p.accumulator.itemsize, p.head_dim, p.value_dim)
         self.record = t = np.zeros(1, tile.TILE)
         self.keep: list[np.ndarray] = []  # what the record points to
-        # Functions of the user's get one head and neighbouring queries, which vectorises best.
+        # User functions get one head and neighbouring queries, which vectorises best.
         fold = p.group if self.hooks == (None, None) else 1
         t["heads"], t["kv_heads"], t["group"], t["fold"] = p.heads, p.kv_heads, p.group, fold
         t["n_queries"], t["n_keys"] = p.n_queries, p.n_keys

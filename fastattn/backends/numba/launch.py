@@ -79,5 +79,5 @@ def launcher(score_mod, mask_mod):
 
 @lru_cache(32)
 def _with(score_mod, mask_mod):
-    # Not on disk, where a function of the user's would be a new one in each process.
+    # Not on disk, where a user function would be a new one in each process.
     return _compiled()

@@ -89,7 +89,7 @@ peek_uint8, peek_uint16, peek_uint32, peek_uint64 = (
 def _own_intrinsic(size):
     """``f(like)``: room on the stack for `size` bytes of the type of `like`, a scalar.
 
-    Nothing else points at it. A function of the user's reads tables that could lie anywhere: were
+    Nothing else points at it. A user function reads tables that could lie anywhere: were
     its result stored where they might be too, LLVM would take one number after the other.
     """
 

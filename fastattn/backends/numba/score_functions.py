@@ -102,17 +102,17 @@ def score_four_keys(t, score_function, k, k_row, k_dim, keys, column, scores, sc
 
 @compiled
 def root(t, square, k, k_dim, column, scale):
-    """The scores of one key from squared distances, which are summed anew where they overflow or
+    """The scores of one key from squared distances, which are summed again where they overflow or
     lose digits.
     """
     factor = splat(constant(t.function_scale, scale))
     score = bounded(square_root(square) * factor, is_finite(square, scale), scale)
     odd = (square == splat(constant(inf, scale))) | (square < splat(least_square(scale)))
-    return root_anew(t, square, odd, score, k, k_dim, column, scale) if any_lane(odd) else score
+    return rescaled_root(t, square, odd, score, k, k_dim, column, scale) if any_lane(odd) else score
 
 
 @compiled
-def root_anew(t, square, odd, score, k, k_dim, column, scale):
+def rescaled_root(t, square, odd, score, k, k_dim, column, scale):
     size, factor = TILE_VECS * lanes(scale), splat(constant(t.function_scale, scale))
     small, large = splat(shrink(scale)), splat(grow(scale))
     far, total = square > splat(least_square(scale)), splat(constant(0.0, scale))
