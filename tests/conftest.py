@@ -40,16 +40,31 @@ settings.register_profile(
 settings.load_profile("quick")
 
 
+# What Numba makes a kernel of its own for, beside the functions of `flex`.
+NUMBA_KERNELS = [
+    (dtype, function, options)
+    for dtype in ("float32", "float64")
+    for function, options in (
+        (fastattn.scaled_dot, {}),
+        (fastattn.scaled_dot, {"bias": np.ones(1)}),
+        (fastattn.scaled_dot, {"dropout": (0.5, 1)}),
+        (fastattn.euclidean, {}),
+        (fastattn.euclidean, {"bias": np.ones(1)}),
+    )
+]
+
+
 @cache
 def compile_numba_kernels():
-    """On disk they are found by the programs that tests start, which have a time limit. Every other
-    worker of pytest-xdist begins at the other end, so that two compile half of them each.
+    """On disk they are found by the programs that tests start, which have a time limit, and by the
+    other workers of pytest-xdist. The first kernel of a dtype takes four times as long as another,
+    and what a worker finds on disk does not help it with the next: so every other worker begins at
+    the other end, and two compile those of one dtype each.
     """
-    kinds = [(dtype, bias) for dtype in ("float32", "float64") for bias in (False, True)]
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for dtype, bias in kinds[:: -1 if worker % 2 else 1]:
+    for dtype, function, options in NUMBA_KERNELS[:: -1 if worker % 2 else 1]:
         q = np.ones((1, 1, 1), dtype)
-        fastattn.scaled_dot(q, q, q, bias=q[0, 0] if bias else None, backend="numba")
+        function(q, q, q, **options, backend="numba")
 
 
 # A test runs for each target, less those that could find nothing new. Instruction sets may share

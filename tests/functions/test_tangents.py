@@ -13,6 +13,7 @@ from helpers.oracles import (
     same_bits,
 )
 from helpers.problems import DTYPES, INTERVAL_OPTIONS, SCORE_OPTIONS, Shape
+from helpers.remembered import remembered
 
 from fastattn import reference
 from fastattn.dispatch import named, unsupported_forward_mode
@@ -44,8 +45,10 @@ def push(target, p, tangents, moving="qkv"):
     return solve_forward_mode(p, along, backend.run_forward_mode)
 
 
-def by_formula(p, tangents, moving, weights, real):
-    """Both tangents, from weights, with every step in `real`."""
+@remembered
+def by_formula(p, tangents, moving, weights_of, real):
+    """Both tangents, from weights that an oracle finds, with every step in `real`."""
+    weights = weights_of(p, real)[2]
 
     def rows(x):
         return reference.per_query_head(x.astype(real), p)
@@ -75,8 +78,8 @@ def check_tangents(target, arrays, moving="qkv", tangents=None, **options):
         tangents = moves_of(arrays)
     found = push(target, p, tangents, moving)
     real = judging_dtype(p)
-    exact = by_formula(p, tangents, moving, definition(p, real)[2], real)
-    plain = by_formula(p, tangents, moving, plain_numpy(p, p.dtype.type)[2], p.dtype.type)
+    exact = by_formula(p, tangents, moving, definition, real)
+    plain = by_formula(p, tangents, moving, plain_numpy, p.dtype.type)
     dtypes = p.dtype, p.accumulator
     for got, truth, yardstick, dtype, name in zip(
         found, exact, plain, dtypes, ("out", "lse"), strict=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from functools import cache
+from threading import Barrier
 
 import numpy as np
 
@@ -31,7 +32,7 @@ _REGISTER = np.arange(4)[:, None]
 class _Warp:
     def __init__(self):
         self.brought = [None] * LANES
-        self.barrier = threading.Barrier(LANES, self.work, PATIENCE)
+        self.barrier = Barrier(LANES, self.work, PATIENCE)
 
     def work(self):
         self.result = self.combine(self.brought)
@@ -43,7 +44,9 @@ def _together(x, combine):
     lane, number = thread.thread_id % LANES, thread.thread_id // LANES
     with _making:
         warps = thread._manager.__dict__.setdefault("warps", {})
-        warp = warps.setdefault(number, _Warp())
+        if number not in warps:
+            warps[number] = _Warp()
+        warp = warps[number]
     warp.brought[lane], warp.combine = x, combine
     warp.barrier.wait()
     return lane, warp.result
