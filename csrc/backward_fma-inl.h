@@ -123,23 +123,20 @@ static bool load_rows(const char *const *at, ptrdiff_t dim, NumberFormat format,
                       ptrdiff_t queries, real *rows) {
     ptrdiff_t width = dim_vecs(dims) * LANES;
     vec sums = splat(0);
-    real sum = 0;
     for (ptrdiff_t m = 0; m < dim_micropanels(dims); m++)
         for (ptrdiff_t i = 0; i < queries; i++) {
             real *to = rows + (m * REAL_MICROPANELS * MR + i) * MR;
-            ptrdiff_t d = 0, from = m * width, n = dims - from < width ? dims - from : width;
-            if (dim == format.bytes)
-                for (; d + LANES <= n; d += LANES) {
-                    vec x = load_numbers(at[i] + (from + d) * dim, format);
-                    store(to + d, x);
-                    sums += x * 0;
-                }
-            for (; d < width; d++) {
-                to[d] = d < n ? (real)read_number(at[i] + (from + d) * dim, format) : 0;
-                sum += to[d] * 0;
+            ptrdiff_t from = m * width, n = dims - from < width ? dims - from : width;
+            for (ptrdiff_t d = 0; d < width; d += LANES) {
+                const char *row = at[i] + (from + d) * dim;
+                vec x = splat(0);
+                if (dim == format.bytes && d + LANES <= n) x = load_numbers(row, format);
+                else if (d < n) x = load_strided(row, dim, n - d, format);
+                store(to + d, x);
+                sums += x * 0;
             }
         }
-    return sum == 0 && !any_lane(sums != splat(0));
+    return !any_lane(sums != splat(0));
 }
 
 /* Pack a micropanel's queries and grad_out as real numbers. */

@@ -155,6 +155,19 @@ INLINE vec load_some(const char *at, ptrdiff_t n, NumberFormat format) {
     return load_numbers(some, format);
 }
 
+/* The first `n` of LANES numbers that are `dim` bytes apart, then 0. */
+NOINLINE vec load_strided(const char *at, ptrdiff_t dim, ptrdiff_t n, NumberFormat format) {
+    if (dim == format.bytes) return load_some(at, n, format);
+    char some[LANES * sizeof(double)] __attribute__((aligned(64))) = {0};
+    for (int i = 0; i < LANES && i < n; i++, at += dim) switch (format.bytes) {
+        case 1: some[i] = *at; break;
+        case 2: memcpy(some + 2 * i, at, 2); break;
+        case 4: memcpy(some + 4 * i, at, 4); break;
+        default: memcpy(some + 8 * i, at, 8);
+        }
+    return load_numbers(some, format);
+}
+
 INLINE void write_number(char *at, NumberFormat format, real x) {
     if (is_real(format)) {
         memcpy(at, &x, sizeof x);
@@ -185,26 +198,44 @@ INLINE void store_numbers(char *at, NumberFormat format, vec x) {
     for (int i = 0; i < LANES; i++) write_number(at + i * format.bytes, format, x[i]);
 }
 
+/* widen for rows whose numbers are not contiguous, without scales. Where rows are side by side, as
+ * those of a transposed operand, LANES of them are read at once. */
+NOINLINE void widen_strided(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
+                            int rows, ptrdiff_t dims, real *to) {
+    for (int j = 0, count; j < rows; j += count, at += count * row, to += count * dims) {
+        count = row == format.bytes && rows - j >= LANES ? LANES : 1;
+        for (ptrdiff_t d = 0; d < dims; d += LANES) {
+            int n = fewer(dims - d, LANES);
+            vec x[LANES];
+            for (int i = 0; i < LANES && count > 1; i++)
+                x[i] = i < n ? load_numbers(at + (d + i) * dim, format) : splat(0);
+            if (count > 1) transpose(x);
+            else x[0] = load_strided(at + d * dim, dim, n, format);
+            for (int i = 0; i < count; i++)
+                memcpy(to + i * dims + d, &x[i], sizeof(real) * (size_t)n);
+        }
+    }
+}
+
 /* Rows of numbers with any strides to contiguous rows of `real`, times the scales of each row,
  * which are `scales_row` floats apart, unless there are none. */
 INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat format,
                   const float *scales, ptrdiff_t scales_row, int rows, ptrdiff_t dims, real *to) {
+    if (dim != format.bytes) { /* which a cache never has */
+        widen_strided(at, row, dim, format, rows, dims, to);
+        return;
+    }
     for (int j = 0; j < rows; j++, at += row, to += dims, scales += scales ? scales_row : 0) {
         ptrdiff_t d = 0;
-        if (dim == format.bytes) {
-            for (; d + LANES <= dims; d += LANES) {
-                vec x = load_numbers(at + dim_offset(format, d), format);
-                store_unaligned(to + d, scales ? x * scale_of_dim(scales, format, d) : x);
-            }
-            if (d < dims) {
-                vec x = load_some(at + dim_offset(format, d), dims - d, format) *
-                        scale_of_dim(scales, format, d);
-                memcpy(to + d, &x, sizeof(real) * (size_t)(dims - d));
-            }
-            continue;
+        for (; d + LANES <= dims; d += LANES) {
+            vec x = load_numbers(at + dim_offset(format, d), format);
+            store_unaligned(to + d, scales ? x * scale_of_dim(scales, format, d) : x);
         }
-        for (; d < dims; d++)
-            to[d] = (real)read_dim(at, dim, d, format) * scale_of_dim(scales, format, d);
+        if (d < dims) {
+            vec x = load_some(at + dim_offset(format, d), dims - d, format) *
+                    scale_of_dim(scales, format, d);
+            memcpy(to + d, &x, sizeof(real) * (size_t)(dims - d));
+        }
     }
 }
 
@@ -230,21 +261,30 @@ INLINE void widen(const char *at, ptrdiff_t row, ptrdiff_t dim, NumberFormat for
         else WITH_FORMAT(format, function, __VA_ARGS__);                                           \
     } while (0)
 
+/* load_columns_as from dim `d` on, whatever the strides. */
+NOINLINE void load_columns_strided(const char *const *rows, ptrdiff_t dim, ptrdiff_t d,
+                                 ptrdiff_t dims, vec factor, real *columns, NumberFormat format) {
+    for (; d < dims; d += LANES) {
+        int n = fewer(dims - d, LANES);
+        vec x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = load_strided(rows[i] + d * dim, dim, n, format);
+        transpose(x);
+        for (int i = 0; i < n; i++) store(columns + (d + i) * MR, x[i] * factor);
+    }
+}
+
 INLINE void load_columns_as(const char *const *rows, ptrdiff_t dim, ptrdiff_t dims, vec factor,
                             real *columns, NumberFormat format) {
     ptrdiff_t d = 0;
-    if (dim == format.bytes)
-        for (; d + LANES <= dims; d += LANES) {
-            vec x[LANES];
+    for (; dim == format.bytes && d + LANES <= dims; d += LANES) {
+        vec x[LANES];
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
-            transpose(x);
+        for (int i = 0; i < LANES; i++) x[i] = load_numbers(rows[i] + d * dim, format);
+        transpose(x);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(columns + (d + i) * MR, x[i] * factor);
-        }
-    for (; d < dims; d++)
-        for (int i = 0; i < LANES; i++)
-            columns[d * MR + i] = (real)read_number(rows[i] + d * dim, format) * factor[0];
+        for (int i = 0; i < LANES; i++) store(columns + (d + i) * MR, x[i] * factor);
+    }
+    if (d < dims) load_columns_strided(rows, dim, d, dims, factor, columns, format);
 }
 
 /* columns[d][lane] = factor * (row `first + lane` of `n_rows`)[d]. */

@@ -37,13 +37,10 @@ _Static_assert(ROW_MULTIPLE % CHUNK == 0, "sub-blocks begin with a step of a mat
 /* The dims [d, d + LANES) of a row; 0 from `dims` on. */
 INLINE vec load_dims(const char *row, ptrdiff_t dim, ptrdiff_t d, ptrdiff_t dims,
                      NumberFormat format, const float *scales) {
-    float scale = d < dims ? scale_of_dim(scales, format, d) : 1;
-    if (dim == format.bytes && d < dims)
-        return load_some(row + dim_offset(format, d), dims - d, format) * scale;
-    vec x = {0};
-    for (int i = 0; i < LANES && d + i < dims; i++)
-        x[i] = (float)read_dim(row, dim, d + i, format) * scale;
-    return x;
+    if (d >= dims) return splat(0);
+    real scale = scale_of_dim(scales, format, d);
+    if (dim != format.bytes) return load_strided(row + d * dim, dim, dims - d, format) * scale;
+    return load_some(row + dim_offset(format, d), dims - d, format) * scale;
 }
 
 static void bf16_pack_queries(Tile *t, const Scratch *s, int p) {

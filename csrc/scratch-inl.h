@@ -13,11 +13,6 @@
 #define MASK_WORDS (SUB_BLOCK_K / LANE_BITS)
 #define MICROPANELS (BLOCK_Q / MR)
 
-static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
-static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
-
 /* Which sub-blocks of the current block have been packed, as bits: those with a key that is visible
  * to some query. The block ends at `end`. */
 typedef struct {

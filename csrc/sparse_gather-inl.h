@@ -11,8 +11,6 @@
 /* Listed rows whose scores are kept at a time, and whose sums start from zero: see BLOCK_K. */
 #define LIST BLOCK_K
 
-#define NOINLINE static __attribute__((noinline))
-
 typedef struct {
     real *own, *own_v; /* the vectors that others are compared with, padded by 0 */
     real *dim_weights; /* of ADDITIVE, padded by 0 */
