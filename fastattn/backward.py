@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .core.backward import make_backward_problem
+from .core.backward import Backward, make_backward_problem
 from .core.problem import Gradient, Problem, make_problem
 from .dispatch import select, unsupported_backward
 from .plans import keep_plan, plan_key, plans, run_plan
 
 __all__ = ["scaled_dot_backward"]
+
+PER_HEAD = ("scale", "relative_bias", "alibi", "sinks")
 
 
 def scaled_dot_backward(
@@ -74,6 +76,9 @@ def scaled_dot_backward(
     ``dp = scale * ds * (1 - (capped / softcap)**2)`` ``dq = dp @ k``, ``dk = dp.T @ q`` and
     ``dscale = sum(dp * (q @ k.T)) / scale``: Dao et al. (2022), "FlashAttention", appendix B.2.
 
+    In float32, the gradients of `scale`, `relative_bias`, `alibi` and `sinks` of small problems (up
+    to 8192 numbers of a head: its operands and scores, of the whole batch) are found in float64.
+
     With dropout the weights of ``dv = w.T @ grad_out`` are those that were kept, divided by
     ``1 - rate``, and ``grad_out @ v.T`` is 0 where one was dropped and divided likewise elsewhere.
 
@@ -129,13 +134,27 @@ def solve_backward(
     problem: Problem, backend: str | None, grad_out, out, lse, grad_lse=None, run_backward=None
 ):
     """The gradients that `problem` asks for, from its results and their gradients."""
-    chosen = run_backward or select(problem, backend, unsupported_backward).run_backward
-    found = chosen(make_backward_problem(problem, grad_out, out, lse, grad_lse))
+    given = make_backward_problem(problem, grad_out, out, lse, grad_lse)
+    found = run_backward(given) if run_backward else _by_backend(given, backend)
     without = ("k", "v") if problem.block_table is not None else ()  # sequences share their pages
     return tuple(
         None if gradient.name in without else of_its_array(found[gradient.name], gradient)
         for gradient in problem.gradients
     )
+
+
+def _by_backend(given: Backward, backend: str | None) -> dict[str, np.ndarray]:
+    """By the names of their arguments. Those of parameters of few scores are found in float64."""
+    chosen = select(given.problem, backend, unsupported_backward)
+    found = chosen.run_backward(given)
+    if given.of_few_scores():
+        wide, heads = given.in_float64(chosen.run)
+        for name, x in chosen.run_backward(wide).items():
+            if name == "w" and heads.all():
+                found[name] = x
+            elif name in PER_HEAD:
+                found[name] = np.where(heads.reshape(-1, *[1] * (x.ndim - 1)), x, found[name])
+    return found
 
 
 def of_its_array(x: np.ndarray, gradient: Gradient) -> np.ndarray:

@@ -130,3 +130,38 @@ def test_threads_change_no_bit(target):
         found.append(pullback(out))
     for other in found[1:]:
         assert all(map(same_bits, found[0], other))
+
+
+TINY = [Shape(1, 1, 1, 12, 1), Shape(1, 1, 2, 5, 2, value_dim=8), Shape(1, 2, 3, 30, 8)]
+
+
+@pytest.mark.dtypes("float32")
+@pytest.mark.parametrize("name", ["scale", "relative_bias", "alibi", "sinks"])
+@pytest.mark.parametrize("other", [None, "softcap", "sinks"])
+def test_single_numbers_of_tiny_problems(target, name, other):
+    """Of which plain NumPy's error is 0 by luck, and which are small where terms cancel."""
+    for seed in range(12):
+        for shape in TINY:
+            q, k, v = shape.arrays("float32", seed)
+            opts = options([name, other, "scale"], shape, seed)
+            q *= np.float32(1 + seed % 4)
+            check_gradients(target, q, k, v, wrt=(name,), judged=(name,), **opts)
+
+
+@pytest.mark.parametrize("name", ["scale", "relative_bias", "alibi", "sinks"])
+def test_slices_of_heads_change_no_bit(target, name):
+    """Whether a problem is small is asked of each head."""
+    if not target.bitwise:
+        pytest.skip(f"{target.backend} makes no such promise")
+    shape = Shape(2, 6, 9, 12, 8, kv_heads=3)
+    q, k, v = shape.arrays()
+    opts = options([name], shape)
+    value = np.full(6, 0.3) if name == "scale" else opts[name]
+    found = []
+    for heads in (slice(6), slice(2, 4)):
+        kv = slice(heads.start and heads.start // 2, heads.stop // 2)
+        out, pullback = target.vjp(
+            q[:, heads], k[:, kv], v[:, kv], wrt=(name,), **{name: value[heads]}
+        )
+        found.append(pullback(out)[3])
+    assert same_bits(found[0][2:4], found[1])

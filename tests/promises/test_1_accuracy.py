@@ -28,10 +28,11 @@ def test_interval_options(target, shape, names, dtype, seed):
 
 
 @given(shape=shapes(), names=subsets(EVERY_OPTION), seed=st.integers(0, 2**16),
-       dtype=st.sampled_from(DTYPES[:2]), return_weights=st.booleans())  # fmt: skip
-def test_every_option(target, shape, names, seed, dtype, return_weights):
-    arrays = shape.arrays(dtype, seed)
-    check(target, *arrays, return_weights=return_weights, **options(names, shape, seed))
+       dtype=st.sampled_from(DTYPES[:2]), return_max=st.booleans(), return_weights=st.booleans(),
+       amplitude=st.sampled_from([1, 1, 15]))  # fmt: skip
+def test_every_option(target, shape, names, seed, dtype, amplitude, **results):
+    q, k, v = shape.arrays(dtype, seed)
+    check(target, q * q.dtype.type(amplitude), k, v, **results, **options(names, shape, seed))
 
 
 @given(shape=shapes(st.sampled_from([64, 96, 100])), names=subsets(EVERY_OPTION),
