@@ -1,6 +1,7 @@
 """Numbers at the ends of their range; no call warns (contract, section 1, "Result")."""
 
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -92,6 +93,19 @@ def test_scores_from_end_to_end(target, n_queries):
     k = np.linspace(-root, root, 600, dtype=np.float32)[:, None]
     for keys in (k, k[::-1], -np.abs(k)):
         check(target, q, keys, v, scale=1)
+
+
+@pytest.mark.one_instruction_set  # they become floats where arguments are checked
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize(
+    "number, same",
+    [(Fraction(3, 4), 0.75), (2**70, 2.0**70), (10**400, np.finfo("f8").max)],
+    ids=["3/4", "2**70", "10**400"],
+)
+def test_python_numbers_of_any_size(target, name, number, same):
+    q, k, v = Shape(1, 2, 3, 5, 4).arrays("float64")
+    expected = target.attend(q, k, v, **{name: same})
+    np.testing.assert_array_equal(target.attend(q, k, v, **{name: number}), expected)
 
 
 def test_scale_that_brings_the_score_into_range(target):
