@@ -162,6 +162,16 @@ class TestSeen:
         assert np.isnan(out[0, 1, 3]).all()
         assert np.isnan(out).sum() == shape.head_dim
 
+    @pytest.mark.parametrize("scale", [np.inf, -np.inf], ids=str)
+    @pytest.mark.parametrize("softcap", [None, 1.5])
+    def test_infinite_scale(self, target, shape, options, scale, softcap):
+        """Multiplies the sum of products, whose terms may differ in sign."""
+        scales = np.where(np.arange(shape.heads) % 2 == 0, scale, 1)
+        q, k, v = shape.arrays()
+        out, lse = check(target, q, k, v, scale=scales, softcap=softcap, **options)
+        assert np.isnan(lse).sum() == 0
+        assert np.isnan(out).any() == (softcap is None)
+
     @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
     def test_in_bias(self, target, shape, options, poison):
         """Makes its row NaN, and no other."""
