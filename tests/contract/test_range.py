@@ -134,6 +134,11 @@ WARNING = {
     "alibi": {"alibi": np.full(4, 1e300)},
     "sinks out of range": {"sinks": np.full(4, 1e300)},
     "scale": {"scale": 1e300},
+    "subnormal options": {
+        "relative_bias": np.full((4, 3), 1e-310),
+        "alibi": np.full(4, 1e-310),
+        "sinks": np.full(4, 1e-310),
+    },
     "weights": {"return_weights": True},
     "nothing else": {},
 }

@@ -114,7 +114,8 @@ def relative_bias_rows(p: Problem) -> np.ndarray | None:
     x = p.relative_bias.reshape(p.kv_heads, p.group, distances)[
         ..., np.clip(-before, -reach, reach) + reach
     ]
-    return np.ascontiguousarray(x.swapaxes(1, 2), p.accumulator)
+    with np.errstate(under="ignore"):
+        return np.ascontiguousarray(x.swapaxes(1, 2), p.accumulator)
 
 
 def from_relative_bias_rows(p: Problem, grad) -> np.ndarray:
