@@ -8,6 +8,7 @@ import pytest
 from helpers.oracles import assert_solves, check
 from helpers.problems import Shape
 
+import fastattn
 from fastattn import reference
 from fastattn.core.problem import make_problem
 
@@ -106,6 +107,30 @@ def test_python_numbers_of_any_size(target, name, number, same):
     q, k, v = Shape(1, 2, 3, 5, 4).arrays("float64")
     expected = target.attend(q, k, v, **{name: same})
     np.testing.assert_array_equal(target.attend(q, k, v, **{name: number}), expected)
+
+
+@pytest.mark.parametrize("size, dtype", [(3e19, "float32"), (1e154, "float64")])
+@pytest.mark.parametrize("n_queries", [1, 5, 40])
+def test_products_that_overflow_under_a_softcap(target, n_queries, size, dtype):
+    """They have the sign of the sum, whatever its terms overflow to; a score of Inf is finite."""
+    q, k, v = Shape(2, 2, n_queries, 90, 16).arrays(dtype)
+    far = tuple(x * x.dtype.type(size) for x in (q, k))
+    q[0, 0, 0, 3], k[1, 1, 5, 2] = np.inf, -np.inf
+    for pair in (far, (q, k)):
+        out, lse = target.attend(*pair, v, softcap=2.0, return_lse=True)
+        wanted = fastattn.scaled_dot(*pair, v, softcap=2.0, return_lse=True, backend="reference")
+        # A second run of a row takes scores relative to one that is up to 32 above the largest.
+        for got, expected in zip((out, lse), wanted, strict=True):
+            np.testing.assert_allclose(got, expected, atol=32 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("n_queries", [1, 40])
+def test_maximum_of_scores_that_overflow_below_a_sink(target, n_queries):
+    q, k, v = Shape(1, 2, n_queries, 30, 8).arrays()
+    most = np.finfo(np.float32).max
+    q[...], k[...] = most, -most
+    _, row_max = target.attend(q, k, v, sinks=[0.0, 1.0], return_max=True)
+    np.testing.assert_array_equal(row_max, -most)
 
 
 def test_scale_that_brings_the_score_into_range(target):
