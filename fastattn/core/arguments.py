@@ -73,7 +73,7 @@ def number(name: str, value) -> float:
             return float(value)
         except OverflowError:
             most = sys.float_info.max
-            return most if value > 0 else -most
+            return most if value == abs(value) else -most
     x = plain(name, value)
     if x.ndim or not is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
