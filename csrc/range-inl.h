@@ -162,10 +162,13 @@ INLINE void discount_nonfinite_keys(const Tile *t, int p, uint64_t *rerun_scores
     }
 }
 
-/* Is the query, its sink or a bias of a visible key NaN or Inf? */
+/* Is the query, its sink or a bias of a visible key NaN or Inf? A softcap makes finite scores of an
+ * infinite query. */
 static bool has_nonfinite_input(const Tile *t, ptrdiff_t i) {
-    for (ptrdiff_t d = 0; d < t->head_dim; d++)
-        if (!isfinite(read_number(t->q[i] + d * t->q_dim, t->q_format))) return true;
+    for (ptrdiff_t d = 0; d < t->head_dim; d++) {
+        double q = read_number(t->q[i] + d * t->q_dim, t->q_format);
+        if (t->softcap > 0 ? isnan(q) : !isfinite(q)) return true;
+    }
     if (t->has_sinks && isnan(t->sink[i])) return true;
     for (ptrdiff_t key = t->start[i]; key < t->stop[i] && t->has_bias; key++) {
         double bias = read_number(t->bias[i] + key * t->bias_key, t->bias_format);
@@ -184,6 +187,7 @@ static uint64_t queries_to_rerun(const Tile *t, const Scratch *s, int p) {
         ptrdiff_t i = p * MR + l;
         bool sunk = t->has_sinks && t->sink[i] == INFINITY;
         bool fine = isfinite(s->row_sum[i]) && (isfinite(s->row_max[i]) || sunk);
+        if (t->want_max) fine &= s->max_score[i] != -INFINITY; /* which a sink hides in row_max */
         if (s->any_visible[i] && !fine && !has_nonfinite_input(t, i))
             rerun_scores |= (uint64_t)1 << l;
     }
@@ -229,8 +233,10 @@ static bool find_micropanel_overflow(Tile *t, const Scratch *s, int p) {
     bool fine = true;
     for (int n = 0; n < t->micropanel[p].vecs; n++) {
         ptrdiff_t at = p * MR + n * LANES;
-        vec zero_or_nan = load(s->row_sum + at) * 0 + choose(*(const ivec *)(s->any_visible + at),
-                                                             load(s->row_max + at) * 0, splat(0));
+        ivec any_visible = *(const ivec *)(s->any_visible + at);
+        vec most = load(s->row_max + at) * 0;
+        if (t->want_max) most += load(s->max_score + at) * 0;
+        vec zero_or_nan = load(s->row_sum + at) * 0 + choose(any_visible, most, splat(0));
         fine &= !any_lane(zero_or_nan != splat(0)) && all_sums_finite(s->sums, out + n * LANES);
     }
     if (fine) return false;

@@ -89,14 +89,17 @@ static void multiply_scores(real factor, int vecs, const SubBlock *sub) {
 }
 
 /* s = size * tanh(s * inverse). With a huge size, whose quotients may be subnormal, s stays as it
- * is where tanh would change it by less than rounding does. */
-INLINE void cap(const bool huge, real size, real inverse, int vecs, const SubBlock *sub, vec *top) {
+ * is where tanh would change it by less than rounding does. Where s has overflowed, tanh would hide
+ * that: if `marked` the result is NaN, which find_overflow finds. */
+INLINE void cap(const bool huge, const bool marked, real size, real inverse, int vecs,
+                const SubBlock *sub, vec *top) {
     const vec same = splat(size * EPSILON_ROOT);
     for (int n = 0; n < vecs; n++) top[n] = splat(-INFINITY);
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < vecs; n++) {
             real *s = sub->scores + j * MR + n * LANES;
             vec x = size * tanh_vec(load(s) * inverse);
+            if (marked) x += load(s) * 0;
             if (huge) x = choose(magnitude(load(s)) < same, load(s), x);
             store(s, x);
             top[n] = larger(x, top[n]);
@@ -179,8 +182,9 @@ static void finish_scores(const Tile *t, const Scratch *s, int p, SubBlock *sub,
         real inverse = (real)(t->score_scale / t->softcap);
         if (t->softcap > HUGE_CAP) {
             multiply_scores((real)t->score_scale, vecs, sub);
-            cap(true, (real)size, (real)(1 / t->softcap), vecs, sub, top);
-        } else cap(false, (real)size, inverse, vecs, sub, top);
+            cap(true, false, (real)size, (real)(1 / t->softcap), vecs, sub, top);
+        } else if (t->differentiating) cap(false, false, (real)size, inverse, vecs, sub, top);
+        else cap(false, true, (real)size, inverse, vecs, sub, top);
     } else if (t->score_scale != 1) {
         multiply_scores((real)t->score_scale, vecs, sub);
         take_max(vecs, sub, top);

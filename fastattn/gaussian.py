@@ -225,7 +225,7 @@ def _exact(p: Problem, sizes, lse) -> np.ndarray:
     """Where does the rule hold for all queries of a key head? (batch, kv_heads)."""
     # A row that sees nothing, or a NaN, is exact in any way; one that may overflow in none.
     exact = ~(sizes > LIMIT * np.maximum(1, -lse)) & ~(sizes > np.finfo(sizes.dtype).max / 16)
-    return exact.reshape(*exact.shape[:-2], -1, p.group * exact.shape[-1]).all(axis=-1)
+    return exact.reshape(*exact.shape[:-2], p.kv_heads, p.group * exact.shape[-1]).all(axis=-1)
 
 
 def _shares(call: Call, chunk: Chunk, lse):

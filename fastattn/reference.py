@@ -405,7 +405,7 @@ def in_order(x, p: Problem):
     if len(x) == 0:  # without a page that an entry could be of
         return np.zeros((1, x.shape[1], p.n_keys, *x.shape[3:]), x.dtype)
     pages = x[p.block_table].swapaxes(1, 2)
-    rows = pages.reshape(*pages.shape[:2], -1, *x.shape[3:])
+    rows = pages.reshape(*pages.shape[:2], pages.shape[2] * pages.shape[3], *x.shape[3:])
     return rows[:, :, : p.n_keys]
 
 

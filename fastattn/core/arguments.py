@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import sys
 from itertools import zip_longest
+from numbers import Real
 from types import FunctionType
 
 import numpy as np
@@ -66,6 +68,12 @@ def number(name: str, value) -> float:
     """A real number, or an error that names the argument."""
     if type(value) is float:
         return value
+    if isinstance(value, Real) and not isinstance(value, (bool, np.generic)):
+        try:
+            return float(value)
+        except OverflowError:
+            most = sys.float_info.max
+            return most if value == abs(value) else -most
     x = plain(name, value)
     if x.ndim or not is_real(x.dtype):
         what = x.dtype if x.ndim == 0 else f"array of shape {x.shape}"
@@ -117,8 +125,10 @@ def function(name: str, value) -> None:
 def integers(name: str, value) -> np.ndarray:
     """`value` as int64, far values drawn in to +-2**61."""
     x = plain(name, value)
-    if x.dtype.kind == "O" and all(isinstance(item, int) for item in x.flat):
-        pass  # Python integers too large for int64
+    listed = x.dtype.kind == "f" and isinstance(value, (list, tuple))
+    items = np.array(value, object) if listed else x  # NumPy makes float64 of [2**63, -1]
+    if items.dtype.kind == "O" and all(type(item) is int for item in items.flat):
+        x = items  # Python integers too large for int64
     elif x.dtype.kind not in "iu" and x.size:
         raise TypeError(f"{name}: expected integers, got {x.dtype}")
     if x.dtype.kind == "u":

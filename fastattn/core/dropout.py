@@ -64,7 +64,7 @@ class Dropout(NamedTuple):
         blocks = np.arange((keys.stop - keys.start + first % KEYS + KEYS - 1) // KEYS)
         numbers = _numbers((*_words(blocks, first // KEYS), *rows), key)
         kept = np.stack([x >= np.uint64(self.threshold) for x in numbers], axis=-1)
-        kept = kept.reshape(*kept.shape[:-2], -1)
+        kept = kept.reshape(*kept.shape[:-2], kept.shape[-2] * kept.shape[-1])
         return kept[..., first % KEYS :][..., : keys.stop - keys.start]
 
     def kept_of(self, batch, head, query, key) -> np.ndarray:

@@ -90,7 +90,10 @@ def _is_bfloat16(dtype) -> bool:
 
 
 def is_real(dtype) -> bool:
-    return dtype.kind in "fiu" or _is_bfloat16(dtype)
+    """Is it of integers or of floats that options may have? Of ml_dtypes bfloat16 alone is, though
+    float8_e5m2 too is of the kind "f".
+    """
+    return dtype.kind in "iu" or issubclass(dtype.type, np.floating) or _is_bfloat16(dtype)
 
 
 def as_real(x, scales, real, dim):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -54,10 +55,11 @@ def per_head(name, value, heads, real) -> np.ndarray:
 
 def score_scale(value, heads, real) -> float | np.ndarray:
     """One number for all query heads, or one for each as `per_head` has them."""
-    x = plain("scale", value)
-    if x.ndim:
-        return per_head("scale", x, heads, real)
-    return float(in_range(np.asarray(number("scale", x)), real))
+    if not isinstance(value, Real):
+        value = plain("scale", value)
+        if value.ndim:
+            return per_head("scale", value, heads, real)
+    return float(in_range(np.asarray(number("scale", value)), real))
 
 
 def relative_bias_array(value, heads, real) -> np.ndarray:
@@ -70,7 +72,7 @@ def relative_bias_array(value, heads, real) -> np.ndarray:
             f"relative_bias: expected shape ({heads}, 2 * R + 1), one row per query head and an "
             f"odd number of distances, got {x.shape}"
         )
-    return np.ascontiguousarray(in_range(x, real), np.float64)
+    return np.array(in_range(x, real), np.float64, order="C")  # `out` may overlap it
 
 
 def window_sides(value) -> tuple[int | None, int | None]:

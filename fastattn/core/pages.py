@@ -77,9 +77,10 @@ def _needed(visible: KeyRange, pages: int, page: int) -> np.ndarray:
     bounds = visible.bounds()
     assert bounds is not None  # there are lengths
     start, stop = np.broadcast_arrays(*bounds)
-    start, stop = (x.reshape(x.shape[0] if x.ndim > 2 else 1, -1) for x in (start, stop))
-    some = start < stop
-    first, last = np.where(some, start // max(page, 1), 0), np.where(some, -(-stop // page), 0)
+    entries = start.shape[0] if start.ndim > 2 else 1
+    start, stop = (x.reshape(entries, x.size // max(entries, 1)) for x in (start, stop))
+    some, page = start < stop, max(page, 1)
+    first, last = np.where(some, start // page, 0), np.where(some, -(-stop // page), 0)
     edges = np.zeros((len(start), pages + 1), np.int64)
     entry = np.arange(len(start))[:, None]
     np.add.at(edges, (entry, first), some)

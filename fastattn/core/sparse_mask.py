@@ -96,7 +96,7 @@ def is_sparse(value) -> bool:
 def _is_sequence(value) -> bool:
     if isinstance(value, np.ndarray):
         return value.dtype.kind == "O" and value.ndim == 1
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, memoryview))
 
 
 def sparse_mask(value, batch: tuple[int, ...], n_queries: int, n_keys: int) -> SparseMask:

@@ -79,6 +79,14 @@ def test_whatever_asarray_takes(target):
     np.testing.assert_array_equal(out, target.attend(q, k, v))
 
 
+def test_memoryviews(target):
+    q, k, v = SHAPE.arrays()
+    mask = np.tri(SHAPE.n_queries, SHAPE.n_keys, dtype=bool)
+    expected = target.attend(q, k, v, mask=mask)
+    out = target.attend(*map(memoryview, (q, k, v)), mask=memoryview(mask))
+    np.testing.assert_array_equal(out, expected)
+
+
 class Subclass(np.ndarray):
     pass
 

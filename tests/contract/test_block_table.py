@@ -128,6 +128,20 @@ def test_without_a_page(target):
         assert (out == 0).all() and (lse == -np.inf).all()
 
 
+@pytest.mark.parametrize("page", [0, 4])
+@pytest.mark.parametrize("batch, value_dim", [(0, 8), (2, 0), (2, 8)])
+def test_sizes_of_zero(target, batch, value_dim, page):
+    """Pages without a key, and a batch of none whose table may hold any number."""
+    q, k = np.ones((batch, 2, 3, 8), np.float32), np.ones((5, 2, page, 8), np.float32)
+    v = np.ones((5, 2, page, value_dim), np.float32)
+    lengths = np.full(batch, page)
+    table = [[1, 9]]
+    out = target.attend(q, k, v, block_table=table, kv_lengths=lengths)
+    assert out.shape == (batch, 2, 3, value_dim)
+    assert (out == (page > 0)).all()
+    assert target.attend(q, k, v, block_table=table, kv_lengths=0).shape == out.shape
+
+
 @pytest.mark.parametrize("name", [None, "bias", "sinks", "alibi"])
 def test_gradients(target, name):
     """Of queries and options; pages are shared, so keys and values have none."""

@@ -139,6 +139,10 @@ def test_other_dtypes_are_refused(name, dtype):
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4"])
 def test_other_dtypes_of_ml_dtypes_are_refused(name):
-    dtype = getattr(pytest.importorskip("ml_dtypes"), name)
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name))
     with pytest.raises(TypeError, match=r"^q: "):
         fastattn.scaled_dot(*(x.astype(dtype) for x in SHAPE.arrays()))
+    for name in ("bias", "relative_bias", "alibi", "sinks", "scale"):
+        x = np.zeros((2, 1) if name == "relative_bias" else 2, dtype)
+        with pytest.raises(TypeError, match=rf"^{name}: expected .* got {dtype}"):
+            fastattn.scaled_dot(*SHAPE.arrays(), **{name: x})

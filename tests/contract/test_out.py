@@ -123,6 +123,11 @@ def test_that_overlaps_small_options(target):
     p = make_problem(q, k, v, spans=(0, spans.copy()), **{n: x.copy() for n, x in small.items()})
     target.attend(q, k, v, spans=(0, spans), **small, out=out)
     assert_solves(out, p)
+    relative_bias = out.ravel()[:12].reshape(4, 3)
+    relative_bias[...] = np.arange(12).reshape(4, 3)
+    p = make_problem(q, k, v, relative_bias=relative_bias.copy())
+    target.attend(q, k, v, relative_bias=relative_bias, out=out)
+    assert_solves(out, p)
 
 
 def test_memmap(target, tmp_path):

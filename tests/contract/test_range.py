@@ -1,12 +1,14 @@
 """Numbers at the ends of their range; no call warns (contract, section 1, "Result")."""
 
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from helpers.oracles import assert_solves, check
 from helpers.problems import Shape
 
+import fastattn
 from fastattn import reference
 from fastattn.core.problem import make_problem
 
@@ -94,6 +96,43 @@ def test_scores_from_end_to_end(target, n_queries):
         check(target, q, keys, v, scale=1)
 
 
+@pytest.mark.one_instruction_set  # they become floats where arguments are checked
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize(
+    "number, same",
+    [(Fraction(3, 4), 0.75), (2**70, 2.0**70), (10**400, np.finfo("f8").max)],
+    ids=["3/4", "2**70", "10**400"],
+)
+def test_python_numbers_of_any_size(target, name, number, same):
+    q, k, v = Shape(1, 2, 3, 5, 4).arrays("float64")
+    expected = target.attend(q, k, v, **{name: same})
+    np.testing.assert_array_equal(target.attend(q, k, v, **{name: number}), expected)
+
+
+@pytest.mark.parametrize("size, dtype", [(3e19, "float32"), (1e154, "float64")])
+@pytest.mark.parametrize("n_queries", [1, 5, 40])
+def test_products_that_overflow_under_a_softcap(target, n_queries, size, dtype):
+    """They have the sign of the sum, whatever its terms overflow to; a score of Inf is finite."""
+    q, k, v = Shape(2, 2, n_queries, 90, 16).arrays(dtype)
+    far = tuple(x * x.dtype.type(size) for x in (q, k))
+    q[0, 0, 0, 3], k[1, 1, 5, 2] = np.inf, -np.inf
+    for pair in (far, (q, k)):
+        out, lse = target.attend(*pair, v, softcap=2.0, return_lse=True)
+        wanted = fastattn.scaled_dot(*pair, v, softcap=2.0, return_lse=True, backend="reference")
+        # A second run of a row takes scores relative to one that is up to 32 above the largest.
+        for got, expected in zip((out, lse), wanted, strict=True):
+            np.testing.assert_allclose(got, expected, atol=32 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("n_queries", [1, 40])
+def test_maximum_of_scores_that_overflow_below_a_sink(target, n_queries):
+    q, k, v = Shape(1, 2, n_queries, 30, 8).arrays()
+    most = np.finfo(np.float32).max
+    q[...], k[...] = most, -most
+    _, row_max = target.attend(q, k, v, sinks=[0.0, 1.0], return_max=True)
+    np.testing.assert_array_equal(row_max, -most)
+
+
 def test_scale_that_brings_the_score_into_range(target):
     """The sum over head_dim alone would overflow."""
     q, k, v = (x * np.float32(f) for x, f in zip(SHAPE.arrays(), (1e19, 1e19, 1), strict=True))
@@ -120,6 +159,11 @@ WARNING = {
     "alibi": {"alibi": np.full(4, 1e300)},
     "sinks out of range": {"sinks": np.full(4, 1e300)},
     "scale": {"scale": 1e300},
+    "subnormal options": {
+        "relative_bias": np.full((4, 3), 1e-310),
+        "alibi": np.full(4, 1e-310),
+        "sinks": np.full(4, 1e-310),
+    },
     "weights": {"return_weights": True},
     "nothing else": {},
 }

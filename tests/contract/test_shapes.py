@@ -5,6 +5,8 @@ import pytest
 from helpers.oracles import check
 from helpers.problems import EDGES, LONG_EDGES, Shape
 
+import fastattn
+
 ORDINARY = ("float32", "float64")
 
 
@@ -141,6 +143,22 @@ def test_sizes_of_zero_with_dense_options(target, n_queries, n_keys):
     grid = (2, 2, n_queries, n_keys)
     check(target, *shape.arrays(), mask=np.ones(grid, bool), bias=np.zeros(grid), alibi=[1, 2])
     check(target, *shape.arrays(), return_weights=True)
+
+
+@pytest.mark.parametrize("heads, n_queries, batch", [(0, 5, 2), (2, 0, 2), (2, 5, 0)])
+def test_sizes_of_zero_with_options_of_heads(target, heads, n_queries, batch):
+    q, k, v = Shape(batch, heads, n_queries, 7, 4).arrays()
+    of_heads = {"scale": np.ones(heads), "alibi": np.ones(heads), "sinks": np.ones(heads)}
+    options = {**of_heads, "relative_bias": np.ones((heads, 5)), "dropout": (0.5, 1)}
+    check(target, q, k, v, **options)
+    wrt = ("relative_bias", *of_heads)
+    if target.backend != "numba":
+        out, pullback = fastattn.vjp(
+            fastattn.scaled_dot, q, k, v, wrt=wrt, backend=target.backend, **options
+        )
+        shapes = [x.shape for x in (q, k, v, *(options[name] for name in wrt))]
+        assert [x.shape for x in pullback(out)] == shapes
+    assert fastattn.gaussian(q, k, v, alpha=1.0, backend=target.backend).shape == q.shape
 
 
 def test_no_keys_but_sinks(target):

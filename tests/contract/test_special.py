@@ -6,6 +6,7 @@ from helpers.hiding import HIDING, KEY, POISON
 from helpers.oracles import check
 from helpers.problems import Shape
 
+import fastattn
 from fastattn import reference
 from fastattn.core.problem import make_problem
 
@@ -161,6 +162,23 @@ class TestSeen:
         out, _ = check(target, q, k, v, **options)
         assert np.isnan(out[0, 1, 3]).all()
         assert np.isnan(out).sum() == shape.head_dim
+
+    @pytest.mark.parametrize("scale", [np.inf, -np.inf], ids=str)
+    def test_infinite_scale(self, target, shape, options, scale):
+        """Multiplies the sum of products, whose terms may differ in sign."""
+        scales = np.where(np.arange(shape.heads) % 2 == 0, scale, 1)
+        out, lse = check(target, *shape.arrays(), scale=scales, **options)
+        assert np.isnan(lse).sum() == 0
+        assert np.isnan(out).any()
+
+    @pytest.mark.parametrize("scale", [np.inf, -np.inf], ids=str)
+    def test_infinite_scale_under_a_softcap(self, target, shape, options, scale):
+        options = {"scale": scale, "softcap": 1.5, "return_lse": True, **options}
+        out, lse = target.attend(*shape.arrays(), **options)
+        wanted = fastattn.scaled_dot(*shape.arrays(), backend="reference", **options)
+        # A second run of a row takes scores relative to one that is up to 32 above the largest.
+        for got, expected in zip((out, lse), wanted, strict=True):
+            np.testing.assert_allclose(got, expected, atol=32 * np.finfo(np.float32).eps)
 
     @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
     def test_in_bias(self, target, shape, options, poison):

@@ -83,12 +83,14 @@ def relative_bias_rows(p: Problem) -> np.ndarray | None:
     """
     if p.relative_bias is None:
         return None
-    reach = p.relative_bias.shape[1] // 2
+    distances = p.relative_bias.shape[1]
+    reach = distances // 2
     before = np.arange(-reach - _PAD, reach + _PAD + 1)
-    x = p.relative_bias.reshape(p.kv_heads, p.group, -1)[
+    x = p.relative_bias.reshape(p.kv_heads, p.group, distances)[
         ..., np.clip(-before, -reach, reach) + reach
     ]
-    return np.ascontiguousarray(x.swapaxes(1, 2), p.accumulator)
+    with np.errstate(under="ignore"):
+        return np.ascontiguousarray(x.swapaxes(1, 2), p.accumulator)
 
 
 def from_relative_bias_rows(p: Problem, grad) -> np.ndarray:
@@ -96,7 +98,7 @@ def from_relative_bias_rows(p: Problem, grad) -> np.ndarray:
     grad[:, _PAD] += grad[:, :_PAD].sum(axis=1)
     grad[:, -_PAD - 1] += grad[:, -_PAD:].sum(axis=1)
     x = grad[:, -_PAD - 1 : _PAD - 1 : -1]
-    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(p.heads, -1)
+    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(p.heads, x.shape[1])
 
 
 def compute_dtype(problem: Problem) -> str:

@@ -219,9 +219,12 @@ def capped_products_of(p: Problem, scale, q, k, unscaled=None) -> np.ndarray:
 
 
 def _products_in_range(p: Problem, scale, q, k, s) -> np.ndarray:
-    """`s` without what overflowed though its vectors are finite; other bits stay as they are."""
+    """`s` without what overflowed though its vectors are finite, and with what an infinite scale
+    makes of the sum, not of its terms; other bits stay as they are.
+    """
     finite = np.isfinite(q).all(axis=-1)[..., None] & np.isfinite(k).all(axis=-1)[..., None, :]
-    lost = finite & ~np.isfinite(s) & np.isfinite(scale)
+    finite = finite & np.isfinite(scale)
+    lost = ~np.isfinite(s) & (finite | np.isinf(scale))
     if not lost.any():
         return s
     wide = np.longdouble if p.accumulator == np.float64 else np.float64
@@ -231,8 +234,9 @@ def _products_in_range(p: Problem, scale, q, k, s) -> np.ndarray:
         if p.score_function is DOT
         else unscaled_scores(p.score_function, q, k)
     )
-    most = np.finfo(s.dtype).max
-    return np.where(lost, np.clip(scale.astype(wide) * exact, -most, most), s).astype(s.dtype)
+    most, exact = np.finfo(s.dtype).max, scale.astype(wide) * exact
+    exact = np.where(finite, np.clip(exact, -most, most), exact)
+    return np.where(lost, exact, s).astype(s.dtype)
 
 
 def shift_of(top, margin=0.0) -> np.ndarray:
