@@ -20,4 +20,5 @@ def pack(steps: np.ndarray) -> np.ndarray:
 def unpack(packed: np.ndarray, dim: int) -> np.ndarray:
     """The inverse of `pack`, int8."""
     halves = np.stack((packed & 15, packed >> 4), axis=-1)
-    return halves.reshape(*packed.shape[:-1], -1)[..., :dim].astype(np.int8) - np.int8(8)
+    halves = halves.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    return halves[..., :dim].astype(np.int8) - np.int8(8)

@@ -190,6 +190,16 @@ def test_what_a_window_has_given_back():
     model.check(model.append(2))
 
 
+def test_sequences_of_one_length_may_be_cut_to_different_ones():
+    model = Model(3)
+    model.append(69)
+    kept = [16, 7, 23]
+    model.cache.truncate(kept)
+    model.held = [tuple(x[:, :n] for x in held) for held, n in zip(model.held, kept, strict=True)]
+    model.check(draw(3, 2)[0])
+    model.check(model.append(3))
+
+
 def test_a_snapshot_is_not_written_to():
     """Whoever holds one reads what was there, whatever becomes of the sequences."""
     model = Model(2, capacity=1)
@@ -252,6 +262,15 @@ def test_how_far_off_what_is_stored_is(dtype):
         floor = 2.0**-10 if dtype == "float8_e4m3fn" else 0
         assert (np.abs(got - x) <= 1.001 * np.maximum(share * top, floor)).all()
     assert (cache.values(0)[0, 3, :32] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [*STEPS, "float32"])
+def test_an_empty_slot_holds_nothing(dtype):
+    float_type("bfloat16")
+    cache = KVCache(2, KV_HEADS, 70, value_dim=5, dtype=dtype)
+    cache.append(np.ones((2, KV_HEADS, 3, 70)), np.ones((2, KV_HEADS, 3, 5)), counts=[3, 0])
+    assert cache.keys(1).shape == (KV_HEADS, 0, 70)
+    assert cache.values(1).shape == (KV_HEADS, 0, 5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
