@@ -177,6 +177,15 @@ def test_window_without_a_causal_mask(keep_first):
     np.testing.assert_allclose(out[0], wanted, atol=2e-6)
 
 
+def test_a_window_beside_a_sink_of_inf():
+    model = Model(1, 10, 2)
+    results = model.cache.attend(
+        model.append(30)[:, :, -1:], sinks=[np.inf, 0, 0, 0], return_lse=True, return_weights=True
+    )
+    assert not results[0][0, 0].any() and not results[2][0, 0].any() and results[1][0, 0] == np.inf
+    assert all(np.isfinite(x[0, 1:]).all() for x in results)
+
+
 def test_what_a_window_has_given_back():
     model = Model(1, 10)
     model.append(300)
