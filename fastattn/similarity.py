@@ -9,7 +9,7 @@ import numpy as np
 from .attention import scaled_dot, solve
 from .backends import numpy as numpy_backend
 from .chunks import Chunk, Gradients, Union, blocks, entries, fill, runs
-from .core.arguments import flag, number, plain
+from .core.arguments import flag, number, plain, shaped
 from .core.backward import Backward
 from .core.dtypes import float_dtype
 from .core.option_table import DIFFERENTIABLE, OPTIONS, check
@@ -237,7 +237,7 @@ def _turned(grad, unit, length):
         return ((wide - along * unit) / length).astype(grad.dtype, copy=False)
 
 
-@differentiates(pool)
+@differentiates(pool, 2, 2)
 def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
     check_wrt(wrt, {"b": b})
     _check_pool(options)
@@ -246,16 +246,20 @@ def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
     results, back = vjp(
         scaled_dot, np.atleast_2d(w.T), x, x, wrt=("bias",) * len(wrt), **given, **options
     )
+    pooled, axes = _pooled(results, single), (-3, -2) if single else -3
+
+    out = pooled[0] if isinstance(pooled, tuple) else pooled
 
     def pullback(grad_out, grad_lse=None):
-        grad_out = np.expand_dims(grad_out, (-3, -2) if single else -3)
+        grad_out = np.expand_dims(shaped("grad_out", grad_out, out.shape), axes)
         if grad_lse is not None:
+            grad_lse = shaped("grad_lse", grad_lse, out.shape[:-1])
             grad_lse = np.expand_dims(grad_lse, (-2, -1) if single else -2)
         dw, dk, dv, *db = back(grad_out, grad_lse)
         dw, dx = dw.T.reshape(w.shape), (dk + dv)[..., 0, :, :]
         return dx, dw, *(x.reshape(np.shape(b)) for x in db)
 
-    return _pooled(results, single), pullback
+    return pooled, pullback
 
 
 def refuse(score: str, options: dict) -> None:
