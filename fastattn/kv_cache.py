@@ -306,6 +306,8 @@ class KVCache:
         batch = len(state.lengths)
         if q.ndim != 4 or q.shape[0] != batch:
             raise ValueError(f"q: expected shape ({batch}, heads, n, head_dim), got {q.shape}")
+        if q.shape[3] != self._dims[0]:
+            raise ValueError(f"q: expected head_dim {self._dims[0]}, got {q.shape[3]}")
         if counts is not None:
             counts = self._counts(counts, q.shape[2], state.lengths)
         if self._values_in_keys:

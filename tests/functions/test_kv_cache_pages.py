@@ -273,6 +273,26 @@ def test_how_far_off_what_is_stored_is(dtype):
     assert (cache.values(0)[0, 3, :32] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_the_largest_numbers(dtype):
+    """Up to those of float32, which come back finite; of one beyond, nothing is stored."""
+    most = float(np.finfo(np.float32).max)
+    cache = KVCache(1, 1, 4, dtype=dtype)
+    cache.append(np.full((1, 1, 1, 4), -most), np.full((1, 1, 1, 4), most))
+    np.testing.assert_allclose(cache.keys(0), -most, rtol=1e-6)
+    np.testing.assert_allclose(cache.values(0), most, rtol=1e-6)
+    for beyond in (-1.01 * most, 2 * most, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"^v: expected numbers for {dtype} that float32"):
+            cache.append(np.ones((1, 1, 1, 4)), np.full((1, 1, 1, 4), beyond))
+    assert cache.lengths.tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [None, 3, "int16", complex])
+def test_dtypes_that_are_not_stored(dtype):
+    with pytest.raises(ValueError, match=r"^dtype: expected one of float32, .*, got "):
+        KVCache(1, 1, 4, dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", [*STEPS, "float32"])
 def test_an_empty_slot_holds_nothing(dtype):
     float_type("bfloat16")
