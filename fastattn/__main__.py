@@ -36,9 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
             parser.print_help()
             return 0
         status = chosen.command(parser, chosen)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if sys.stdout is not None:  # as it is where it was closed before the start
+            sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` has
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        if error.filename is None:  # of the output itself, which would be flushed again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
 

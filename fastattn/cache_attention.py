@@ -17,7 +17,7 @@ from .core.problem import Problem, make_problem
 from .core.sequences import Sequences, Snapshot
 from .core.token_layout import TokenLayout
 from .core.visibility import key_range
-from .merge import merge
+from .merge import merge, share
 from .plans import keep_plan, plan_key, plans, run_plan
 
 __all__ = ["attend"]
@@ -131,10 +131,9 @@ def _joined(p: Problem, near: tuple, far: tuple, out):
     if p.return_max:
         joined.append(np.maximum(near[2], far[2]))
     if p.return_weights:
-        shift = np.where(lse == -np.inf, 0, lse)
         with np.errstate(all="ignore"):
-            shares = (np.exp(x[1] - shift)[..., None].astype(p.dtype) for x in (near, far))
-            joined.append(sum(x[-1] * share for x, share in zip((near, far), shares, strict=True)))
+            shares = (share(x[1], lse)[..., None].astype(p.dtype) for x in (near, far))
+            joined.append(sum(x[-1] * part for x, part in zip((near, far), shares, strict=True)))
     return tuple(joined)
 
 

@@ -87,7 +87,7 @@ def _problem(q, k, v, score_mod, mask_mod, block_mask, score_grad, options, **mo
     )  # fmt: skip
 
 
-@differentiates(flex)
+@differentiates(flex, 3, 5)
 def _flex(
     q, k, v, score_mod=None, mask_mod=None, *,
     wrt, block_mask=None, score_grad=None, backend=None, return_lse=False, **options,

@@ -10,12 +10,12 @@ import numpy as np
 from .attention import scaled_dot, solve
 from .backends.numpy.second_order import run_second_order
 from .backward import of_its_array
-from .core.arguments import flag, plain
-from .core.dtypes import float_dtype
+from .core.arguments import flag, plain, shaped
+from .core.option_table import check
 from .core.options import bias_array, per_head, relative_bias_array
 from .core.problem import Problem, make_problem
 from .dispatch import named, select, unsupported_forward_mode
-from .vjp import rule_of, without_out
+from .vjp import Rule, rule_of, without_out
 
 __all__ = [
     "has_tangents",
@@ -27,7 +27,7 @@ __all__ = [
     "without_weights",
 ]
 
-_RULES: dict[Any, Callable] = {}
+_RULES: dict[Any, Rule] = {}
 
 
 def has_tangents(function, least: int = 3, most: int = 3) -> Callable[[Callable], Callable]:
@@ -40,14 +40,7 @@ def has_tangents(function, least: int = 3, most: int = 3) -> Callable[[Callable]
     """
 
     def register(rule):
-        def counted(*args, **options):
-            n = len(args[-1])
-            if not least <= n <= most:
-                expected = f"{least}" if least == most else f"{least} to {most}"
-                raise ValueError(f"arrays: expected {expected}, got {n}")
-            return rule(*args, **options)
-
-        _RULES[function] = counted
+        _RULES[function] = Rule(rule, least, most)
         return rule
 
     return register
@@ -107,8 +100,8 @@ def jvp(function, arrays, tangents, **options) -> tuple[Any, Any]:
     >>> bool(np.allclose((stepped - out) / 1e-6, tangent, atol=1e-5))
     True
     """
-    rule = rule_of(function, _RULES)
     arrays, tangents = _sequence("arrays", arrays), _sequence("tangents", tangents)
+    rule = rule_of(function, _RULES, len(arrays))
     if len(tangents) != len(arrays):
         raise ValueError(f"tangents: expected {len(arrays)}, one for each array, "
                          f"got {len(tangents)}")  # fmt: skip
@@ -126,11 +119,7 @@ def _sequence(name, value) -> tuple:
 def _tangent(name, value, x):
     if value is None:
         return None
-    tangent = plain(name, value)
-    float_dtype(name, tangent)
-    if tangent.shape != x.shape:
-        raise ValueError(f"{name}: expected shape {x.shape}, got {tangent.shape}")
-    return tangent
+    return shaped(name, value, x.shape)
 
 
 @has_tangents(scaled_dot)
@@ -140,7 +129,10 @@ def _scaled_dot(arrays, tangents, **options):
 
 
 def tangents_of(arrays, options: dict, **more) -> tuple[Problem, str | None, bool]:
-    """``(problem, backend, return_lse)`` of a call whose results are to have tangents."""
+    """``(problem, backend, return_lse)`` of a call whose results are to have tangents; `options`
+    are those of `fastattn.scaled_dot`, `more` what the call is besides.
+    """
+    check("scaled_dot", options)
     without_out(options)
     without_weights(options)
     backend = options.pop("backend", None)

@@ -7,7 +7,7 @@ import numpy as np
 from .core.arguments import plain
 from .core.dtypes import float_dtype, widest
 
-__all__ = ["merge"]
+__all__ = ["merge", "share"]
 
 
 def merge(*parts) -> tuple[np.ndarray, np.ndarray]:
@@ -65,20 +65,25 @@ def merge(*parts) -> tuple[np.ndarray, np.ndarray]:
         real = np.dtype(np.float32)
     with np.errstate(all="ignore"):
         top = np.max([lse for _, lse in pairs], axis=0)
-        shift = np.where(np.isfinite(top), top, 0)
-        shares = [np.exp((lse - shift).astype(real)) for _, lse in pairs]
+        shares = [share(lse, top).astype(real) for _, lse in pairs]
         total = np.sum(shares, axis=0)
         merged = np.zeros(shape, real)
-        for (out, lse), share in zip(pairs, shares, strict=True):
+        for (out, lse), part in zip(pairs, shares, strict=True):
             # A part without a visible key does not count, NaN or not.
             some = (lse != -np.inf)[..., None]
-            merged += np.where(some, out.astype(real) * (share / total)[..., None], 0)
-        return merged.astype(dtype), (shift + np.log(total)).astype(real)
+            merged += np.where(some, out.astype(real) * (part / total)[..., None], 0)
+        return merged.astype(dtype), (top + np.log(total)).astype(real)
+
+
+def share(lse, other) -> np.ndarray:
+    """``exp(lse - other)``, which is 1 where both are infinite: of a sink, or of no key."""
+    return np.exp(np.where(lse == other, 0, lse - other))
 
 
 def _pair(name, part):
     if not isinstance(part, tuple) or len(part) != 2:
-        raise TypeError(f"{name}: expected a pair (out, lse), got {type(part).__name__}")
+        got = f"{len(part)} of them" if isinstance(part, tuple) else type(part).__name__
+        raise TypeError(f"{name}: expected a pair (out, lse), got {got}")
     out, lse = (plain(f"{name}, {what}", x) for what, x in zip(("out", "lse"), part, strict=True))
     for what, x in (("out", out), ("lse", lse)):
         float_dtype(f"{name}, {what}", x)

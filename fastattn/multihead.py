@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from . import torch_state
-from .attention import scaled_dot
-from .core.arguments import count, flag, plain
+from .attention import solve
+from .core.arguments import count, flag, plain, renamed, shaped
 from .core.dtypes import chosen_dtype, float_dtype, widest
 from .core.linear import project, rows
-from .core.options import wrt_names
+from .core.option_table import DIFFERENTIABLE, check
+from .core.options import check_wrt
+from .core.problem import make_problem
 from .core.signatures import attention
-from .jvp import has_tangents, jvp
-from .vjp import differentiates, vjp
+from .jvp import has_tangents, pushed_forward, tangents_of
+from .vjp import differentiated, differentiates
 
 __all__ = ["MultiHeadAttention"]
 
@@ -100,7 +104,10 @@ class MultiHeadAttention:
         self.bias = flag("bias", bias)
         self.head_dim = self.embed_dim // self.num_heads
         dtype = chosen_dtype("dtype", dtype)
-        rng = np.random.default_rng(rng)
+        try:
+            rng = np.random.default_rng(rng)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"rng: expected a Generator or a seed, got {rng!r}") from None
         for name, shape in self._shapes().items():
             setattr(self, name, _first(name, shape, rng).astype(dtype))
         if not self.bias:
@@ -124,15 +131,15 @@ class MultiHeadAttention:
         value : array_like, (..., Sk, value_dim), optional
             `key` by default.
         **options
-            Of `fastattn.scaled_dot`, except ``out``; ``(..., Hq, Sq, Sk)`` there is ``(...,
-            num_heads, Sq, Sk)`` here.
+            Of `fastattn.scaled_dot`, except ``out`` and ``block_table``; ``(..., Hq, Sq, Sk)``
+            there is ``(..., num_heads, Sq, Sk)`` here.
 
         Returns
         -------
         out : ndarray, (..., Sq, embed_dim)
             The widest dtype of the inputs and the weights.
-        lse : ndarray, (..., num_heads, Sq), if ``return_lse``
-            Logarithm of each head's softmax denominator.
+        lse, row_max : ndarray, (..., num_heads, Sq), if ``return_lse`` and ``return_max``
+            Logarithm of each head's softmax denominator, and the largest score.
         weights : ndarray, (..., num_heads, Sq, Sk), if ``return_weights``
             Of each head.
 
@@ -141,9 +148,12 @@ class MultiHeadAttention:
         TypeError, ValueError
             Before any work; the message begins with the argument's name.
         """
+        backend = options.pop("backend", None)
         inputs, parameters, dtype = self._inputs(query, key, value, options)
-        heads = self._heads(inputs, parameters, dtype)
-        results = scaled_dot(*heads, **options)
+        p = self._projected(
+            inputs, parameters, dtype, lambda heads: make_problem(*heads, **options)
+        )
+        results = solve(p, backend, None)
         out, *rest = results if isinstance(results, tuple) else (results,)
         out = project(_merged(out), parameters["w_o"], parameters.get("b_o"), dtype)
         return (out, *rest) if rest else out
@@ -201,9 +211,12 @@ class MultiHeadAttention:
 
         Raises
         ------
-        ValueError
-            If one is missing, too many, or of another shape; then nothing is changed.
+        TypeError, ValueError
+            If one is missing, too many, of another shape, or none of real numbers; then nothing is
+            changed.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a state dict, got {type(state).__name__}")
         arrays = torch_state.renamed({name: _array(name, value) for name, value in state.items()})
         shapes = self._shapes()
         if arrays.keys() != shapes.keys():
@@ -231,9 +244,11 @@ class MultiHeadAttention:
         return shapes
 
     def _inputs(self, query, key, value, options):
-        """``((query, key, value), parameters, dtype)``, checked."""
-        if options.get("out") is not None:
-            raise TypeError(f"out: expected None, got {type(options['out']).__name__}")
+        """``((query, key, value), parameters, dtype)``, checked, as are the names of `options`."""
+        out = options.pop("out", None)
+        if out is not None:
+            raise TypeError(f"out: expected None, got {type(out).__name__}")
+        check("MultiHeadAttention", options)
         key = query if key is None else key
         value = key if value is None else value
         inputs = {"query": query, "key": key, "value": value}
@@ -243,39 +258,52 @@ class MultiHeadAttention:
             float_dtype(name, x)
             if x.ndim < 2 or x.shape[-1] != width:
                 raise ValueError(f"{name}: expected shape (..., length, {width}), got {x.shape}")
-        parameters = {name: plain(name, x) for name, x in self.parameters.items()}
-        for name, shape in self._shapes().items():
-            x = parameters[name]
-            if x.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {x.shape}")
+        n_keys, n_values = (arrays[name].shape[-2] for name in ("key", "value"))
+        if n_values != n_keys:
+            raise ValueError(f"value: expected length {n_keys} as in key, got {n_values}")
+        given = self.parameters
+        parameters = {
+            name: shaped(name, given[name], shape) for name, shape in self._shapes().items()
+        }
         dtype = widest({float_dtype(name, x) for name, x in (arrays | parameters).items()})
         return tuple(arrays.values()), parameters, dtype
 
-    def _heads(self, inputs, parameters, dtype):
-        """q, k and v, each (..., heads, length, head_dim)."""
-        projected = (
-            project(x, parameters[f"w_{name}"], parameters.get(f"b_{name}"), dtype)
-            for name, x in zip("qkv", inputs, strict=True)
-        )
-        heads = (self.num_heads, self.kv_heads, self.kv_heads)
-        return tuple(map(_split, projected, heads))
+    def _projected(self, inputs, parameters, dtype, pose):
+        """What `pose` makes of q, k and v, each (..., heads, length, head_dim): these have their
+        values after it, so that it finds what is wrong before any work.
+        """
+        widths = (parameters[f"w_{name}"].shape[1] for name in "qkv")
+        into = [np.empty((*x.shape[:-1], n), dtype) for x, n in zip(inputs, widths, strict=True)]
+        try:
+            posed = pose(list(map(_split, into, (self.num_heads, self.kv_heads, self.kv_heads))))
+        except (TypeError, ValueError) as error:
+            raise renamed(error, {"q": "query", "k": "key", "v": "value"}) from None
+        for name, x, out in zip("qkv", inputs, into, strict=True):
+            project(x, parameters[f"w_{name}"], parameters.get(f"b_{name}"), dtype, out)
+        return posed
 
 
-@differentiates(MultiHeadAttention)
-def _multi_head_attention(layer, query, key=None, value=None, *, wrt, **options):
+@differentiates(MultiHeadAttention, 1, 3)
+def _multi_head_attention(
+    layer, query, key=None, value=None, *, wrt, backend=None, return_lse=False, **options
+):  # fmt: skip
     inputs, parameters, dtype = layer._inputs(query, key, value, options)
-    own = tuple(name for name in wrt_names(wrt) if name in layer.parameters)
+    check_wrt(wrt, {**parameters, **{name: options.get(name) for name in DIFFERENTIABLE}})
+    own = tuple(name for name in wrt if name in parameters)
     other = tuple(name for name in wrt if name not in own)
-    results, back = vjp(scaled_dot, *layer._heads(inputs, parameters, dtype), wrt=other, **options)
+
+    def pose(heads):
+        return make_problem(*heads, gradients=True, wrt=other, return_lse=True, **options)
+
+    p = layer._projected(inputs, parameters, dtype, pose)
+    results, back = differentiated(p, backend, return_lse)
     joined, *rest = results if isinstance(results, tuple) else (results,)
     joined = _merged(joined)
     w_q, w_k, w_v, w_o = (parameters[f"w_{name}"] for name in "qkvo")
     out = project(joined, w_o, parameters.get("b_o"), dtype)
 
     def pullback(grad_out, grad_lse=None):
-        grad_out = plain("grad_out", grad_out)
-        if grad_out.shape != out.shape:
-            raise ValueError(f"grad_out: expected shape {out.shape}, got {grad_out.shape}")
+        grad_out = shaped("grad_out", grad_out, out.shape)
         grads = {"o": grad_out.astype(dtype, copy=False)}
         heads = back(_split(project(grads["o"], w_o.T, None, dtype), layer.num_heads), grad_lse)
         grads |= zip("qkv", map(_merged, heads[:3]), strict=True)
@@ -311,11 +339,11 @@ def _multi_head_attention_tangents(layer, arrays, tangents, **options):
         if t is not None
     }
     heads = {"q": layer.num_heads, "k": layer.kv_heads, "v": layer.kv_heads}
-    found = jvp(
-        scaled_dot, layer._heads(inputs, parameters, dtype),
-        [_split(moving[name], n) if name in moving else None for name, n in heads.items()],
-        **options,
-    )  # fmt: skip
+    p, backend, return_lse = layer._projected(
+        inputs, parameters, dtype, lambda heads: tangents_of(heads, options)
+    )
+    moving_heads = [_split(moving[x], n) if x in moving else None for x, n in heads.items()]
+    found = pushed_forward(p, moving_heads, backend, return_lse)
     w_o, b_o = parameters["w_o"], parameters.get("b_o")
     (out, *lse), (d_out, *d_lse) = (x if isinstance(x, tuple) else (x,) for x in found)
     out, d_out = project(_merged(out), w_o, b_o, dtype), project(_merged(d_out), w_o, None, dtype)
@@ -333,7 +361,14 @@ def _array(name, x) -> np.ndarray:
     """A tensor or an array as an array."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-    return plain(name, x)
+    try:
+        x = plain(name, x)
+        float_dtype(name, x)
+    except TypeError as error:
+        raise TypeError(f"state: {error}") from None
+    if not x.ndim:
+        raise ValueError(f"state: expected {name} of 1 or 2 axes, got a number")
+    return x
 
 
 def _split(x, heads) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .attention import scaled_dot
-from .core.arguments import plain
+from .core.arguments import plain, shaped
 from .core.dtypes import float_dtype
 from .core.options import check_wrt
 from .core.signatures import attention
@@ -78,7 +78,7 @@ def pool(
     return _pooled(results, w.ndim == 1)
 
 
-@differentiates(pool)
+@differentiates(pool, 2, 2)
 def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
     check_wrt(wrt, {"b": b})
     _check_pool(options)
@@ -88,15 +88,19 @@ def _pool(x, w, *, wrt, b=0.0, kv_lengths=None, mask=None, **options):
         scaled_dot, np.atleast_2d(w.T), x, x, wrt=("bias",) * len(wrt), **given, **options
     )
 
+    pooled, axes = _pooled(results, single), (-3, -2) if single else -3
+    out = pooled[0] if isinstance(pooled, tuple) else pooled
+
     def pullback(grad_out, grad_lse=None):
-        grad_out = np.expand_dims(grad_out, (-3, -2) if single else -3)
+        grad_out = np.expand_dims(shaped("grad_out", grad_out, out.shape), axes)
         if grad_lse is not None:
+            grad_lse = shaped("grad_lse", grad_lse, out.shape[:-1])
             grad_lse = np.expand_dims(grad_lse, (-2, -1) if single else -2)
         dw, dk, dv, *db = back(grad_out, grad_lse)
         dw, dx = dw.T.reshape(w.shape), (dk + dv)[..., 0, :, :]
         return dx, dw, *(x.reshape(np.shape(b)) for x in db)
 
-    return _pooled(results, single), pullback
+    return pooled, pullback
 
 
 @has_tangents(pool, 2, 2)

@@ -338,8 +338,8 @@ def recomputed(s, is_visible, lse, b: Backward):
     if p.sinks is None:
         return weights, None
     sinks = np.broadcast_to(p.sinks.astype(s.dtype)[:, None], lse.shape)
-    alone = np.isneginf(sinks)  # takes no part, though nothing else may be visible
-    return weights, np.where(alone, 0, np.exp(sinks - np.where(far, own_lse, lse)))
+    of_sinks = np.exp(sinks - np.where(far, own_lse, lse))
+    return weights, np.where(np.isinf(sinks), sinks > 0, of_sinks)  # all of it, or nothing
 
 
 def dropped(x, p: Problem) -> np.ndarray:

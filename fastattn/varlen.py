@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .attention import solve
-from .core.arguments import integers, plain
+from .core.arguments import integers, plain, shaped
 from .core.option_table import check
 from .core.packing import Packing
 from .core.problem import make_problem
@@ -165,7 +165,7 @@ def _tokens_first(results, out=None):
     return (_tokens_first(results[0], out), *results[1:])
 
 
-@differentiates(varlen)
+@differentiates(varlen, 3, 5)
 def _varlen(
     q, k, v, *positional, wrt, cu_seqlens_q=None, cu_seqlens_k=None, lengths=None, lengths_k=None,
     causal=False, window=None, q_offset=None, backend=None, return_lse=False, **options,
@@ -182,11 +182,14 @@ def _varlen(
     results, back = differentiated(problem, backend, return_lse)
 
     def pullback(grad_out, grad_lse=None):
-        found = back(plain("grad_out", grad_out).swapaxes(0, 1), grad_lse)
+        grad_out = shaped("grad_out", grad_out, out.shape)
+        found = back(grad_out.swapaxes(0, 1), grad_lse)
         arrays = (x.swapaxes(0, 1) for x in found[:3])
         return (*arrays, *(None for _ in positional), *found[3:])
 
-    return _tokens_first(results), pullback
+    results = _tokens_first(results)
+    out = results[0] if isinstance(results, tuple) else results
+    return results, pullback
 
 
 @has_tangents(varlen)

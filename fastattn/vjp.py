@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from .attention import scaled_dot, solve
 from .backward import solve_backward
@@ -13,13 +13,23 @@ from .core.option_table import check
 from .core.problem import Problem, make_problem
 from .dispatch import select, unsupported_backward
 
-__all__ = ["differentiated", "differentiates", "rule_of", "vjp", "without_out"]
-
-_RULES: dict[Any, Callable] = {}
+__all__ = ["Rule", "differentiated", "differentiates", "rule_of", "vjp", "without_out"]
 
 
-def differentiates(function) -> Callable[[Callable], Callable]:
-    """Register the decorated rule as the one by which `vjp` differentiates `function`.
+class Rule(NamedTuple):
+    """How a function of so many arrays is differentiated."""
+
+    apply: Callable
+    least: int
+    most: int
+
+
+_RULES: dict[Any, Rule] = {}
+
+
+def differentiates(function, least: int = 3, most: int = 3) -> Callable[[Callable], Callable]:
+    """Register the decorated rule as the one by which `vjp` differentiates `function`, which takes
+    so many positional arguments.
 
     ``rule(*arrays, wrt, **options)`` returns ``(out, pullback)`` as `vjp` does, and finds what is
     wrong with `wrt` and the options before any work. A rule for a class is one for calls of its
@@ -27,7 +37,7 @@ def differentiates(function) -> Callable[[Callable], Callable]:
     """
 
     def register(rule):
-        _RULES[function] = rule
+        _RULES[function] = Rule(rule, least, most)
         return rule
 
     return register
@@ -92,22 +102,28 @@ def vjp(function, *arrays, wrt=(), **options) -> tuple[Any, Callable[..., tuple[
     >>> [gradient.shape for gradient in pullback(out)]
     [(2, 50, 8), (2, 50, 8), (2, 50, 8), (2,)]
     """
-    return rule_of(function, _RULES)(*arrays, wrt=wrt, **options)
+    return rule_of(function, _RULES, len(arrays))(*arrays, wrt=wrt, **options)
 
 
-def rule_of(function, rules: dict[Any, Callable]) -> Callable:
-    """The rule for `function`, or for the class that it is an instance of."""
+def rule_of(function, rules: dict[Any, Rule], n_arrays: int) -> Callable:
+    """The rule for `function` of so many arrays, or for the class that it is an instance of."""
     try:
-        rule = rules.get(function)
+        rule = None if isinstance(function, type) else rules.get(function)
     except TypeError:  # not hashable
         rule = None
+    given: tuple = ()
     if rule is None and type(function) in rules:
-        rule = partial(rules[type(function)], function)
+        rule, given = rules[type(function)], (function,)
     if rule is None:
         name = getattr(function, "__name__", repr(function))
+        name = f"the class {name}" if isinstance(function, type) else name
         able = ", ".join(known.__name__ for known in rules)
         raise TypeError(f"function: expected one of {able}, got {name}")
-    return rule
+    apply, least, most = rule
+    if not least <= n_arrays <= most:
+        expected = f"{least}" if least == most else f"{least} to {most}"
+        raise ValueError(f"arrays: expected {expected}, got {n_arrays}")
+    return partial(apply, *given)
 
 
 @differentiates(scaled_dot)

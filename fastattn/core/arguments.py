@@ -11,12 +11,12 @@ from types import FunctionType
 import numpy as np
 
 from .device_array import DeviceArray, on_device
-from .dtypes import is_real
+from .dtypes import float_dtype, is_real
 from .foreign import as_array
 
 __all__ = [
     "FAR", "broadcast", "broadcast_shapes", "count", "flag", "function", "in_range", "integer",
-    "integers", "number", "operand", "plain", "positive", "renamed", "vector",
+    "integers", "number", "operand", "plain", "positive", "renamed", "shaped", "vector",
 ]  # fmt: skip
 
 # Positions beyond this are as good as infinite; sums of three of them still fit an int64.
@@ -144,6 +144,15 @@ def vector(name: str, value, dim: int) -> np.ndarray:
     if x.shape != (dim,):
         raise ValueError(f"{name}: expected shape ({dim},), got {x.shape}")
     return np.ascontiguousarray(in_range(x, np.float64), np.float64)
+
+
+def shaped(name: str, value, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of exactly that shape, or an error that names the argument."""
+    x = plain(name, value)
+    float_dtype(name, x)
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {x.shape}")
+    return x
 
 
 def broadcast_shapes(*shapes) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import plain
-from .dtypes import FLOAT32, FLOAT64, float_dtype
+from .arguments import shaped
+from .dtypes import FLOAT32, FLOAT64
 from .problem import Problem
 
 __all__ = ["Backward", "make_backward_problem"]
@@ -124,11 +124,7 @@ def make_backward_problem(problem: Problem, grad_out, out, lse, grad_lse=None) -
 
 
 def _array(name, value, p: Problem, shape, dtype) -> np.ndarray:
-    x = plain(name, value)
-    float_dtype(name, x)
-    expected = shape[1:] if p.one_head else shape
-    if x.shape != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
+    x = shaped(name, value, shape[1:] if p.one_head else shape)
     if x.dtype is not dtype or not x.flags.aligned:
         with np.errstate(all="ignore"):
             x = np.require(x, dtype, "A")

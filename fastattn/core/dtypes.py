@@ -47,6 +47,8 @@ def chosen_dtype(name: str, value) -> np.dtype:
                          "package ml_dtypes") from None  # fmt: skip
     except TypeError:
         raise TypeError(f"{name}: expected {_FLOATS}, got {value!r}") from None
+    if value is None or dtype.kind in "biu":
+        raise TypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {value!r}")
     return float_dtype(name, np.empty(0, dtype))
 
 

@@ -58,7 +58,7 @@ _TABLE = (
     Option("spans", "visibility", {"start": "bhq", "stop": "bhq"}, False, ("varlen",)),
     Option("mask", "visibility", {"mask": "bhqj"}, False, ("varlen",)),
     Option("block_table", "visibility", {"block_table": ".."}, False,
-           ("attend", "varlen", "cosine", "gaussian", *_MAPS, *_OPERATORS)),
+           ("attend", "varlen", "cosine", "gaussian", "MultiHeadAttention", *_MAPS, *_OPERATORS)),
     Option("dropout", "dropout", {"rate": float, "seed": "."}, False, _MAPS),
     Option("dropout_offset", "dropout", {"place": ".", "dropout_offset": tuple}, False, _MAPS),
     Option("return_lse", "results", {"return_lse": bool}, False, _MAPS),

@@ -6,7 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["RowSums"]
+__all__ = ["RowSums", "sink_weights"]
+
+
+def sink_weights(sinks, weights) -> np.ndarray:
+    """What sinks take of a softmax: `weights`, but nothing or all of it if they are infinite."""
+    return np.where(np.isinf(sinks), sinks > 0, weights)
 
 
 class RowSums(NamedTuple):

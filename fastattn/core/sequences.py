@@ -137,7 +137,7 @@ class Sequences:
             tokens = lengths.tolist()
             pages = tuple([p[: -(-m // PAGE)] for p, m in zip(old.pages, tokens, strict=True)])
             longest = max(tokens)
-            ragged = old.ragged and min(tokens) != longest
+            ragged = min(tokens) != longest
             self._begin(
                 Snapshot(pages, old.table, old.views, lengths, last, longest, ragged, _Epoch())
             )

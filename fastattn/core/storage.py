@@ -13,7 +13,12 @@ __all__ = ["STORED", "Storage", "storage"]
 
 STORED = (*FLOATS, "float8_e4m3fn", "int8", "int4")
 _STEPS = {"int8": 127, "int4": 7}  # on either side of 0
+_MOST = np.finfo(np.float32).max
 _SMALLEST_SCALE = np.finfo(np.float32).smallest_subnormal
+# The one whose steps all lie within float32: the quotient, rounded down.
+_LARGEST_SCALE = {
+    name: np.nextafter(_MOST / np.float32(steps), np.float32(0)) for name, steps in _STEPS.items()
+}
 
 
 class Storage(NamedTuple):
@@ -51,7 +56,10 @@ class Storage(NamedTuple):
 
 def storage(dtype) -> Storage:
     """The `Storage` that the argument ``dtype`` names, or an error."""
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    try:
+        name = dtype if isinstance(dtype, str) or dtype is None else np.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
     if name not in STORED:
         raise ValueError(f"dtype: expected one of {', '.join(STORED)}, got {name}")
     try:
@@ -72,7 +80,8 @@ def _quantised(name, x, live, stored):
         top = np.maximum.reduceat(np.abs(x), edges, axis=-1)
         scales = (top / real.type(most)).astype(np.float32)
         scales[(scales == 0) & (top > 0)] = _SMALLEST_SCALE
-        if not np.isfinite(scales).all():
+        np.minimum(scales, _LARGEST_SCALE[stored], out=scales)
+        if not (top <= _MOST).all():
             raise ValueError(
                 f"{name}: expected numbers for {stored} that float32 holds, "
                 "got a NaN, an Inf or more"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from ..core.arguments import renamed
+from ..core.arguments import flag, renamed
 from ..core.option_table import check
 from .torch_operators import attend, new_seed
 from .torch_tensors import check_tensors
@@ -83,7 +83,8 @@ def scaled_dot_product_attention(
     True
     """
     options: dict[str, Any] = {} if scale is None else {"scale": scale}
-    if is_causal:
+    enable_gqa = flag("enable_gqa", enable_gqa)
+    if flag("is_causal", is_causal):
         options.update(causal=True, q_offset=0)
     try:
         if dropout_p != 0:

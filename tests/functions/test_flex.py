@@ -148,6 +148,12 @@ class TestGradientErrors:
             fastattn.vjp(fastattn.flex, *SHAPE.arrays(), relative, score_grad=1)
 
     @needs_numba
+    def test_a_slope_that_cannot_be_compiled(self):
+        for wrong in (lambda s: s, lambda s, b, h, i, j: "a"):
+            with pytest.raises(TypeError, match=r"^score_grad: .*lambda"):
+                fastattn.vjp(fastattn.flex, *SHAPE.arrays(), relative, score_grad=wrong)
+
+    @needs_numba
     def test_flex_ignores_it(self):
         arrays = SHAPE.arrays()
         found = fastattn.flex(*arrays, relative, score_grad=slope_of_one)

@@ -175,6 +175,18 @@ def test_sinks_of_rows_without_keys(target):
         np.testing.assert_array_equal(found, 0)
 
 
+def test_a_sink_of_inf_takes_all(target):
+    """Its weight is 1, whatever the scores are, so it has the whole gradient of the lse."""
+    q, k, v = SHAPE.arrays()
+    sinks = np.array([0.5, np.inf, 2.0, -3.0])
+    (out, lse), pullback = target.vjp(
+        q, k, v, sinks=sinks, wrt=("sinks",), causal=True, return_lse=True
+    )
+    dq, dk, dv, dsinks = pullback(np.ones_like(out), np.ones_like(lse))
+    assert dsinks[1] == 140 and not dq[:, 1].any()  # 2 entries of the batch, 70 queries
+    assert all(np.isfinite(x).all() for x in (dq, dk, dv, dsinks))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_rows_of_the_least_number(target, dtype):
     """Their lse has no digit left for the number of keys; their weights are those of a softmax."""

@@ -223,6 +223,9 @@ def test_hidden_keys_touch_nothing():
     ((fastattn.scaled_dot, ARRAYS, TANGENTS), {"return_weights": True}, ValueError,
      "return_weights: expected False"),
     ((fastattn.scaled_dot, ARRAYS, TANGENTS), {"out": np.empty(3)}, ValueError, "out: expected"),
+    *(((function, ARRAYS, TANGENTS), {name: None}, TypeError,
+       f"{name}: scaled_dot() has no such option")
+      for function in (fastattn.scaled_dot, fastattn.euclidean) for name in ("score_mod", "held")),
 ])  # fmt: skip
 def test_errors(arguments, options, error, message):
     with pytest.raises(error) as caught:

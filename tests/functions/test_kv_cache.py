@@ -344,7 +344,7 @@ ERRORS = {
     "n: expected integers": lambda c, k, v: c.truncate(1.5),
     "q: expected shape": lambda c, k, v: c.attend(k[0]),
     "q: expected shape (2, heads, n, head_dim), got (1": lambda c, k, v: c.attend(k[:1]),
-    "k: expected head_dim 24 as in q, got 40": lambda c, k, v: c.attend(v),
+    "q: expected head_dim 40, got 24": lambda c, k, v: c.attend(v),
     "k: expected a number of heads": lambda c, k, v: c.attend(np.zeros((BATCH, 3, 1, HEAD_DIM))),
     "kv_lengths: attend() has no such option": lambda c, k, v: c.attend(k, kv_lengths=3),
     "q_offset: attend() has no such option": lambda c, k, v: c.attend(k, q_offset=3),

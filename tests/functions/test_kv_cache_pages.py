@@ -177,6 +177,15 @@ def test_window_without_a_causal_mask(keep_first):
     np.testing.assert_allclose(out[0], wanted, atol=2e-6)
 
 
+def test_a_window_beside_a_sink_of_inf():
+    model = Model(1, 10, 2)
+    results = model.cache.attend(
+        model.append(30)[:, :, -1:], sinks=[np.inf, 0, 0, 0], return_lse=True, return_weights=True
+    )
+    assert not results[0][0, 0].any() and not results[2][0, 0].any() and results[1][0, 0] == np.inf
+    assert all(np.isfinite(x[0, 1:]).all() for x in results)
+
+
 def test_what_a_window_has_given_back():
     model = Model(1, 10)
     model.append(300)
@@ -188,6 +197,16 @@ def test_what_a_window_has_given_back():
     model.cache.truncate(301)
     model.held = [tuple(x[:, :301] for x in model.held[0])]
     model.check(model.append(2))
+
+
+def test_sequences_of_one_length_may_be_cut_to_different_ones():
+    model = Model(3)
+    model.append(69)
+    kept = [16, 7, 23]
+    model.cache.truncate(kept)
+    model.held = [tuple(x[:, :n] for x in held) for held, n in zip(model.held, kept, strict=True)]
+    model.check(draw(3, 2)[0])
+    model.check(model.append(3))
 
 
 def test_a_snapshot_is_not_written_to():
@@ -252,6 +271,35 @@ def test_how_far_off_what_is_stored_is(dtype):
         floor = 2.0**-10 if dtype == "float8_e4m3fn" else 0
         assert (np.abs(got - x) <= 1.001 * np.maximum(share * top, floor)).all()
     assert (cache.values(0)[0, 3, :32] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_the_largest_numbers(dtype):
+    """Up to those of float32, which come back finite; of one beyond, nothing is stored."""
+    most = float(np.finfo(np.float32).max)
+    cache = KVCache(1, 1, 4, dtype=dtype)
+    cache.append(np.full((1, 1, 1, 4), -most), np.full((1, 1, 1, 4), most))
+    np.testing.assert_allclose(cache.keys(0), -most, rtol=1e-6)
+    np.testing.assert_allclose(cache.values(0), most, rtol=1e-6)
+    for beyond in (-1.01 * most, 2 * most, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"^v: expected numbers for {dtype} that float32"):
+            cache.append(np.ones((1, 1, 1, 4)), np.full((1, 1, 1, 4), beyond))
+    assert cache.lengths.tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [None, 3, "int16", complex])
+def test_dtypes_that_are_not_stored(dtype):
+    with pytest.raises(ValueError, match=r"^dtype: expected one of float32, .*, got "):
+        KVCache(1, 1, 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [*STEPS, "float32"])
+def test_an_empty_slot_holds_nothing(dtype):
+    float_type("bfloat16")
+    cache = KVCache(2, KV_HEADS, 70, value_dim=5, dtype=dtype)
+    cache.append(np.ones((2, KV_HEADS, 3, 70)), np.ones((2, KV_HEADS, 3, 5)), counts=[3, 0])
+    assert cache.keys(1).shape == (KV_HEADS, 0, 70)
+    assert cache.values(1).shape == (KV_HEADS, 0, 5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

@@ -43,6 +43,17 @@ def test_sinks_in_one_part(target):
     np.testing.assert_allclose(fastattn.merge(with_sinks, second)[0], whole, atol=2e-6)
 
 
+def test_a_sink_of_inf_takes_all(target):
+    q, k, v = SHAPE.arrays()
+    sinks = np.array([np.inf, 0, 1, np.inf])
+    _, second = parts_of(target, q, k, v, (30,))
+    first = target.attend(q, k[..., :30, :], v[..., :30, :], sinks=sinks, return_lse=True)
+    for parts in ((first, second), (second, first), (first,)):
+        out, lse = fastattn.merge(*parts)
+        assert np.isfinite(out).all() and not out[:, [0, 3]].any() and out[:, 1:3].all()
+        np.testing.assert_array_equal(lse[:, [0, 3]], np.inf)
+
+
 def test_parts_that_see_nothing():
     nothing = np.full((3, 2), np.nan, np.float32), np.full(3, -np.inf, np.float32)
     something = np.ones((3, 2), np.float32), np.zeros(3, np.float32)
@@ -71,6 +82,7 @@ def test_dtype_of_parts(dtypes, expected):
     [
         ((), ValueError, "parts: expected at least one"),
         ((np.zeros((2, 2)),), TypeError, "part 0: expected a pair"),
+        (((1, 2, 3),), TypeError, "part 0: expected a pair .*, got 3 of them"),
         (((np.zeros((2, 2)), np.zeros(3)),), ValueError, "part 0: expected shapes"),
         (((np.zeros((2, 2)), np.zeros(2)), (np.zeros((3, 2)), np.zeros(3))), ValueError, "part 1"),
         (((np.zeros((2, 2), complex), np.zeros(2)),), TypeError, "part 0, out: "),

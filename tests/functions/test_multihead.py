@@ -1,5 +1,7 @@
 """Multi-head attention against its formula and against PyTorch's layer."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -199,6 +201,9 @@ def test_errors_of_a_state_change_nothing():
     ):
         with pytest.raises(ValueError, match=r"^state: expected .*, got "):
             layer.load_torch(wrong)
+    for wrong in (None, [], *({**state, "in_proj_weight": x} for x in ("a", None, 1j))):
+        with pytest.raises(TypeError, match=r"^state: .*expected .*, got "):
+            layer.load_torch(wrong)
         assert all(layer.parameters[name] is x for name, x in before.items())
     layer.load_torch(state)
     assert not layer(np.ones((3, 8))).any()
@@ -210,6 +215,10 @@ def test_errors_of_a_state_change_nothing():
     ((0, 4), {}, ValueError, "embed_dim: expected at least 1, got 0"),
     ((32, 4), {"key_dim": 2.5}, TypeError, "key_dim: expected an integer, got float"),
     ((32, 4), {"bias": 1}, TypeError, "bias: expected bool, got int"),
+    ((32, 4), {"dtype": "int32"}, TypeError, "dtype: expected one of float32, .*, got 'int32'"),
+    ((32, 4), {"dtype": None}, TypeError, "dtype: expected one of float32, .*, got None"),
+    ((32, 4), {"rng": "a"}, TypeError, "rng: expected a Generator or a seed, got 'a'"),
+    ((32, 4), {"rng": -1}, ValueError, "rng: expected a Generator or a seed, got -1"),
     ((32, 4), {"dtype": complex}, TypeError, "dtype: expected .*, got complex128"),
     ((32, 4), {"dtype": "decimal"}, TypeError, "dtype: expected float16, .*, got 'decimal'"),
     ((32, 4), {"dtype": object()}, TypeError, "dtype: expected float16, .*, got <object"),
@@ -227,10 +236,21 @@ def test_errors_of_making(args, options, error, message):
     ((X + 1j,), {}, TypeError, "query: expected .*, got complex128"),
     ((X,), {"out": X}, TypeError, "out: expected None, got ndarray"),
     ((X,), {"mask": np.ones((9, 9), bool)}, ValueError, "mask: expected a shape"),
+    ((X, X, X[:, :9]), {}, ValueError, "value: expected length 10 as in key, got 9"),
+    ((X, X[:2]), {}, ValueError, "key: expected leading axes"),
+    ((X, X[:1], X[:2]), {}, ValueError, "value: expected leading axes"),
+    ((X,), {"scores": 1}, TypeError, r"scores: MultiHeadAttention\(\) has no such option"),
+    ((X,), {"block_table": [[0]]}, TypeError, r"block_table: MultiHeadAttention\(\) has no such"),
 ])  # fmt: skip
-def test_errors_of_calls(args, options, error, message):
+def test_errors_of_calls(monkeypatch, args, options, error, message):
+    """They come before any work."""
+    module = sys.modules["fastattn.multihead"]
+    layer = MultiHeadAttention(32, 4, rng=0)
+    monkeypatch.setattr(module, "project", lambda *args: pytest.fail("it projects"))
     with pytest.raises(error, match="^" + message):
-        MultiHeadAttention(32, 4, rng=0)(*args, **options)
+        layer(*args, **options)
+    with pytest.raises((TypeError, ValueError), match="^" + message.split(":")[0]):
+        fastattn.vjp(layer, *args, **options)
 
 
 def test_a_parameter_of_another_shape():

@@ -69,11 +69,11 @@ def test_rules_are_registered_for_functions_and_classes(monkeypatch):
     def triple(x):
         return 3 * x
 
-    @module.differentiates(triple)
+    @module.differentiates(triple, 1, 1)
     def _triple(x, *, wrt):
         return triple(x), lambda grad_out: (3 * grad_out,)
 
-    @module.differentiates(Twice)
+    @module.differentiates(Twice, 1, 1)
     def _twice(layer, x, *, wrt):
         rest = {"factor": 2 * x}
         return layer(x), lambda grad: (2 * layer.factor * grad, *(grad * rest[n] for n in wrt))
@@ -118,6 +118,47 @@ def backward(**changes):
 def test_errors(changes, error, message):
     with pytest.raises(error, match="^" + message):
         backward(**changes)
+
+
+X = np.ones((2, 3, 4))
+
+
+@pytest.mark.parametrize("function, arrays, options, number", [
+    (fastattn.scaled_dot, (X,) * 2, {}, "3"),
+    (fastattn.dot, (X,) * 4, {}, "3"),
+    (fastattn.pool, (X,), {}, "2"),
+    (fastattn.varlen, (X,) * 2, {"lengths": [2]}, "3 to 5"),
+    (fastattn.flex, (X,) * 6, {}, "3 to 5"),
+    (fastattn.MultiHeadAttention(4, 2), (), {}, "1 to 3"),
+])  # fmt: skip
+def test_number_of_arrays(function, arrays, options, number):
+    message = f"^arrays: expected {number}, got {len(arrays)}"
+    with pytest.raises(ValueError, match=message):
+        fastattn.vjp(function, *arrays, **options)
+
+
+def test_a_class_is_no_function():
+    with pytest.raises(
+        TypeError, match=r"^function: expected .*, got the class MultiHeadAttention"
+    ):
+        fastattn.vjp(fastattn.MultiHeadAttention, X)
+
+
+@pytest.mark.parametrize("function, arrays, options", [
+    (fastattn.scaled_dot, (X, X, X), {}),
+    (fastattn.pool, (X, np.ones(4)), {}),
+    (fastattn.pool, (X, np.ones((4, 3))), {}),
+    (fastattn.varlen, (X, X, X), {"lengths": [2]}),
+    (fastattn.MultiHeadAttention(4, 2), (X,), {}),
+])  # fmt: skip
+def test_errors_of_pullbacks(function, arrays, options):
+    out, pullback = fastattn.vjp(function, *arrays, **options)
+    for wrong in (None, 1.0, "a", [[1], [1, 2]], out + 0j, out[..., :2], np.ma.masked_array(out)):
+        with pytest.raises((TypeError, ValueError), match=r"^grad_out: expected "):
+            pullback(wrong)
+    for wrong in (1.0, "a", np.ones(7), np.ma.masked_array(out[..., 0])):
+        with pytest.raises((TypeError, ValueError), match=r"^grad_lse: expected "):
+            pullback(out, wrong)
 
 
 @pytest.mark.parametrize("options, error, message", [

@@ -109,6 +109,9 @@ def test_grouped_heads():
     )
     with pytest.raises(ValueError, match=r"^key: expected 6 heads .*, got 2; pass enable_gqa"):
         ours(*arrays)
+    for name in ("is_causal", "enable_gqa"):
+        with pytest.raises(TypeError, match=f"^{name}: expected bool, got int"):
+            ours(*arrays, **{name: 1})
 
 
 @pytest.mark.parametrize("n_axes", [2, 3, 5])

@@ -134,3 +134,22 @@ def test_built_without_openmp(capsys, monkeypatch):
     found["threads"]["OpenMP"] = 0
     report.print_info(found)
     assert "built without OpenMP" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its shell redirects in other words")
+def test_what_cannot_be_written():
+    """An error in words; nothing where standard output is closed."""
+
+    def info(redirection):
+        command = f'"{sys.executable}" -m fastattn info {redirection}'
+        return subprocess.run(
+            command, shell=True, env=child_environment(), stderr=subprocess.PIPE, text=True,
+            check=False, timeout=300,
+        )  # fmt: skip
+
+    closed = info(">&-")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    if os.path.exists("/dev/full"):
+        full = info(">/dev/full")
+        assert full.returncode == 1 and full.stderr.startswith("python -m fastattn: error: [Errno")
+        assert len(full.stderr.splitlines()) == 1

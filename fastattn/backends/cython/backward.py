@@ -9,7 +9,7 @@ import numpy as np
 from ...core.backward import Backward
 from ...core.output import empty_like
 from ...core.problem import Problem
-from ...core.row_sums import RowSums
+from ...core.row_sums import RowSums, sink_weights
 from ..numpy import backward as numpy_backward
 from . import sparse
 from .kernel_args import (
@@ -124,7 +124,7 @@ def _of_rows(b: Backward, rows, row_sums) -> dict[str, np.ndarray]:
         from_lse = 0.0 if b.grad_lse is None else b.grad_lse.astype(np.float64)
         if p.sinks is not None:
             sinks = p.sinks[:, None]
-            sink = np.where(sinks == -np.inf, 0, np.exp((sinks - lse) - lse_rest))
+            sink = sink_weights(sinks, np.exp((sinks - lse) - lse_rest))
         if b.wants("sinks"):
             found["sinks"] = -(sink * (mean - from_lse)).sum(axis=of_queries)
         if row_sums is not None:

@@ -116,6 +116,8 @@ class _Call:
             hooks.score_function(p.score_mod, p.accumulator.itemsize),
             hooks.mask_function(p.mask_mod),
         )
+        if p.gradients and p.score_mod is not None:  # an error now, not after the forward pass
+            hooks.score_function(p.score_grad, p.accumulator.itemsize, "score_grad")
         self.score_function, self.bias = score_functions.NUMBER[p.score_function.name], None
         self.kernel = launch.launcher(*self.hooks)
         self.dropout = None if p.dropout is None else np.int64(1)

@@ -40,7 +40,7 @@ class TileFunctions:
     def __init__(self, p: Problem, where: tuple):
         size = p.accumulator.itemsize
         score_mod, mask_mod = score_function(p.score_mod, size), mask_function(p.mask_mod)
-        grad = score_function(p.score_grad if p.score_mod is not None else None, size)
+        grad = p.score_mod and score_function(p.score_grad, size, "score_grad")
         self.batch = int(np.ravel_multi_index(where[:-1], p.batch)) if p.batch else 0
         self.head = where[-1].start
         self.modify_all = partial(_kernels(score_mod, mask_mod, None)[0], score_mod, mask_mod)

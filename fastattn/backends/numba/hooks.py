@@ -23,11 +23,11 @@ __all__ = ["POSITIVE", "as_score", "for_rows", "mask_function", "score_function"
 POSITIVE = (1 << 63) - 1
 
 
-def score_function(function, itemsize: int):
-    """A `score_mod` for scores of that size, or None."""
+def score_function(function, itemsize: int, name="score_mod"):
+    """A `score_mod`, or its `score_grad`, for scores of that size, or None."""
     real = float32 if itemsize == 4 else float64
     wanted = (types.Float, types.Integer)
-    return function and _compiled("score_mod", function, (real, *[int64] * 4), wanted)
+    return function and _compiled(name, function, (real, *[int64] * 4), wanted)
 
 
 def mask_function(function):
@@ -55,7 +55,7 @@ def _compiled(name: str, function, arguments, wanted):
     return compiled
 
 
-_WORDS = {"score_mod": "a real number", "mask_mod": "a bool"}
+_WORDS = {"score_mod": "a real number", "score_grad": "a real number", "mask_mod": "a bool"}
 
 
 @lru_cache(64)

@@ -12,7 +12,7 @@ import numpy as np
 from ...core.backward import Backward
 from ...core.output import empty_like
 from ...core.problem import DOT, Problem
-from ...core.row_sums import RowSums
+from ...core.row_sums import RowSums, sink_weights
 from . import sparse_backward
 from .score_functions import score_function_gradients, unscaled_scores, where_visible
 from .tiles import (
@@ -172,7 +172,7 @@ def _differentiate(b: Backward, h: Heads, r: _Rows, found: dict[str, np.ndarray]
     add(found["q"], (*h.where, r.queries, slice(None)), grad_q)
     sink = np.zeros(())
     if h.sinks is not None:
-        sink = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
+        sink = sink_weights(h.sinks, np.exp(h.sinks - r.shift) / r.total)
     if "sinks" in found:
         found["sinks"][h.where[-1]] -= (sink * r.delta).sum(axis=-1).ravel()
     for name, sign, parts in (("scale", 1, scale_sums), ("alibi", -1, row_sums)):

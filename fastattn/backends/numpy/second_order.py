@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...core.problem import Problem
+from ...core.row_sums import sink_weights
 from .backward import add, add_along_diagonals, new_gradients
 from .score_functions import where_visible
 from .tangents import along_problem, push_block_forward, score_tangents
@@ -117,7 +118,7 @@ def _differentiate(
             add(found[name], (*h.kv_where, keys, slice(None)), x.sum(axis=1, keepdims=True))
     add(found["q"], (*h.where, queries, slice(None)), dgq)
     if "sinks" in found:
-        sink = np.where(h.sinks == -np.inf, 0, np.exp(h.sinks - r.shift) / r.total)
+        sink = sink_weights(h.sinks, np.exp(h.sinks - r.shift) / r.total)
         d_sink = sink * ((0 if a.sinks is None else a.sinks) - r.d_lse)
         change = d_sink * delta + sink * d_delta
         found["sinks"][h.where[-1]] -= where_visible(sink != 0, change).sum(axis=-1).ravel()

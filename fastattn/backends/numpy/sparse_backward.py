@@ -6,7 +6,7 @@ import numpy as np
 
 from ...core.backward import Backward
 from ...core.problem import DOT, Problem
-from ...core.row_sums import RowSums
+from ...core.row_sums import RowSums, sink_weights
 from .score_functions import score_function_gradients
 from .sparse_entries import (
     Entries,
@@ -64,7 +64,7 @@ def _differentiate(b: Backward, h: Head, e: Entries, found: dict[str, np.ndarray
     used = dropped(p, w, kept)
     sink = np.zeros(())
     if h.sink is not None:
-        sink = np.where(h.sink == -np.inf, 0, np.exp(h.sink - shift) / total)
+        sink = sink_weights(h.sink, np.exp(h.sink - shift) / total)
     head = h.where[-1]
     if "sinks" in found:
         found["sinks"][head] -= (sink * delta).sum()

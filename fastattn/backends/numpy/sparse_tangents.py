@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...core.problem import Problem
+from ...core.row_sums import sink_weights
 from .score_functions import product_tangents
 from .sparse_entries import (
     Entries,
@@ -65,8 +66,8 @@ def _push_forward(p: Problem, h: Head, a: Head, e: Entries, moving, vectors, out
     if a.slope is not None:
         ds -= a.slope * distances(h, e).astype(real)
     slope = summed(e.rows, w * ds, len(shift))
-    if a.sink is not None and h.sink != -np.inf:
-        slope += np.exp(h.sink - shift) / total * a.sink
+    if a.sink is not None:
+        slope += sink_weights(h.sink, np.exp(h.sink - shift) / total) * a.sink
     kept = kept_of(p, h, e)
     used, turned = dropped(p, w, kept), dropped(p, w * ds, kept)
     mean, moved = np.zeros((2, length(e.queries), p.value_dim), real)
