@@ -225,7 +225,8 @@ def _exact(p: Problem, sizes, lse) -> np.ndarray:
     """Where does the rule hold for all queries of a key head? (batch, kv_heads)."""
     # A row that sees nothing, or a NaN, is exact in any way; one that may overflow in none.
     exact = ~(sizes > LIMIT * np.maximum(1, -lse)) & ~(sizes > np.finfo(sizes.dtype).max / 16)
-    return exact.reshape(*exact.shape[:-2], p.kv_heads, p.group * exact.shape[-1]).all(axis=-1)
+    of_key_head = exact.shape[-2] * exact.shape[-1] // max(1, p.kv_heads)
+    return exact.reshape(*exact.shape[:-2], p.kv_heads, of_key_head).all(axis=-1)
 
 
 def _shares(call: Call, chunk: Chunk, lse):

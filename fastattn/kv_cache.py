@@ -273,8 +273,8 @@ class KVCache:
         batch = len(state.lengths)
         if q.ndim != 4 or q.shape[0] != batch:
             raise ValueError(f"q: expected shape ({batch}, heads, n, head_dim), got {q.shape}")
-        if q.shape[3] != self._dims[0]:
-            raise ValueError(f"q: expected head_dim {self._dims[0]}, got {q.shape[3]}")
+        if q.shape[3] != self._layout.dims[0]:
+            raise ValueError(f"q: expected head_dim {self._layout.dims[0]}, got {q.shape[3]}")
         if counts is not None:
             counts = cache_arguments.query_counts(counts, q.shape[2], state.lengths)
         if self._layout.values_in_keys:
