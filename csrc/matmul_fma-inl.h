@@ -39,8 +39,8 @@ static void fma_pack_keys(const Tile *t, const Scratch *s, ptrdiff_t begin, ptrd
 }
 
 /* The products of keys and a micropanel of packed queries. */
-static void multiply_dims(const Tile *t, const Scratch *s, int p, const SubBlock *sub, View k,
-                          const real *q, bool accumulate, vec *top) {
+static void multiply_dims(const Tile *t, int p, const SubBlock *sub, View k, const real *q,
+                          bool accumulate, vec *top) {
     int vecs = t->micropanel[p].vecs;
     matmul(vecs, sub->keys, k.data, k.row, k.dim, t->head_dim, block_d(vecs, t->head_dim),
            q + p * MR * t->head_dim, sub->scores, accumulate, top);
@@ -50,7 +50,7 @@ static void fma_multiply_keys(const Tile *t, const Scratch *s, int p, const SubB
                               vec *top) {
     View k = keys_from(t, s, sub->key);
     if (t->score_function == DOT) {
-        multiply_dims(t, s, p, sub, k, s->q, false, top);
+        multiply_dims(t, p, sub, k, s->q, false, top);
         return;
     }
     metric_scores(t, s, p, sub, k, metric_sub_block);

@@ -60,10 +60,10 @@ typedef lane_uint uvec __attribute__((vector_size(VEC_BYTES)));
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
 
-static ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
+INLINE ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
-static int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
+INLINE int fewer(ptrdiff_t left, int most) { return left < most ? (int)left : most; }
 
 INLINE vec splat(real x) { return x - (vec){0}; }
 INLINE ivec splat_int(lane_int x) { return x - (ivec){0}; }

@@ -46,7 +46,7 @@ static void find_cap_slope(const Tile *t, const Scratch *s, int p, const SubBloc
     SubBlock raw = *sub;
     vec top[MR_VECS];
     raw.scores = s->cap_slope;
-    multiply_dims(t, s, p, &raw, keys_from(t, s, sub->key), s->q, false, NULL);
+    multiply_dims(t, p, &raw, keys_from(t, s, sub->key), s->q, false, NULL);
     if (t->has_scales) multiply_by_scales(t, p, &raw, raw.scores, top);
     for (int j = 0; j < sub->keys; j++)
         for (int n = 0; n < t->micropanel[p].vecs; n++) {
@@ -85,9 +85,9 @@ static void push_sub_block(const Tile *t, const Scratch *s, int p, BlockState *b
     real *d_out = out + t->value_dim * MR, *sums = d_out + t->value_dim * MR;
     moved.scores = s->d_scores;
     if (t->has_d_q)
-        multiply_dims(t, s, p, &moved, keys_from(t, s, sub->key), s->d_q, false, NULL);
+        multiply_dims(t, p, &moved, keys_from(t, s, sub->key), s->d_q, false, NULL);
     if (t->has_d_k)
-        multiply_dims(t, s, p, &moved,
+        multiply_dims(t, p, &moved,
                       tangents_from(t->d_k, t->d_k_key, t->d_k_dim, t->d_k_format, sub->key,
                                     t->head_dim, s->d_keys),
                       s->q, t->has_d_q, NULL);
