@@ -111,6 +111,9 @@ NOINLINE int next_pairs(const Tile *t, const SparseHead *h, const SparseScratch 
         if (t->has_alibi) s->distance[n] = (real)fabs((double)(i + h->offset - j));
         s->index[n++] = item;
     }
+    /* Whatever else were in the last vector might be taken for an overflow. */
+    for (int j = n; j < round_up(n, LANES); j++)
+        s->bias[j] = s->relative_bias[j] = s->distance[j] = 0;
     return n;
 }
 

@@ -388,6 +388,24 @@ def test_same_bits_for_threads_and_slices(target):
         assert same_bits(x, y[1:, first:])
 
 
+@pytest.mark.parametrize("name", ["bias", "relative_bias"])
+def test_hidden_entries_change_no_bit(target, name):
+    """Keys that are hidden by a bias of -inf are as good as not listed."""
+    q, k, v = Shape(1, 2, 40, 60, 16).arrays()
+    listed = csr(40, 60, 0.3).toarray() != 0
+    before = 20 - np.arange(60) + np.arange(40)[:, None]  # how many places a key is before a query
+    hidden = (before < -10) & listed
+    if name == "bias":
+        biases = np.where(hidden, -np.inf, np.random.default_rng(0).standard_normal((2, 40, 60)))
+    else:
+        biases = np.random.default_rng(0).standard_normal((2, 23))
+        biases[:, -1] = -np.inf  # of keys 11 places or more behind the query
+    options = {name: biases, "q_offset": 20}
+    whole = target.attend(q, k, v, mask=sparse.csr_array(listed), **options)
+    less = target.attend(q, k, v, mask=sparse.csr_array(listed & ~hidden), **options)
+    assert same_bits(whole, less)
+
+
 def test_memory_follows_the_entries(target):
     """A dense mask of these queries and keys would take 10 TiB."""
     n = 3_200_000
